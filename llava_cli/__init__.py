@@ -1,0 +1,58 @@
+"""Answers questions about pictures with LLaVA models on this machine.
+
+    from llava_cli import load
+
+    engine = load("llava-1.5-7b", precision="4bit")
+    print(engine.ask("img.jpg", "what is this?"))
+
+`load` gives an `Engine`; `Conversation`, `Sampling` and `open_picture` are for what `ask` is too
+short for: several turns, streaming, prepared pictures. Importing this module loads none of torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llava_cli.conversation import Conversation, Picture, Turn
+    from llava_cli.engine import Answer, Chunk, Engine
+    from llava_cli.errors import LlavaError
+    from llava_cli.images import open_picture
+    from llava_cli.loader import load
+    from llava_cli.settings import Sampling
+
+_HOME = {
+    "Answer": "engine",
+    "Chunk": "engine",
+    "Conversation": "conversation",
+    "Engine": "engine",
+    "LlavaError": "errors",
+    "Picture": "conversation",
+    "Sampling": "settings",
+    "Turn": "conversation",
+    "load": "loader",
+    "open_picture": "images",
+}
+
+__all__ = [
+    "Answer",
+    "Chunk",
+    "Conversation",
+    "Engine",
+    "LlavaError",
+    "Picture",
+    "Sampling",
+    "Turn",
+    "load",
+    "open_picture",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,96 @@
+"""The command line: one file a command. Translates and delegates."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from llava_cli import __version__
+from llava_cli.errors import LlavaError, UsageError
+
+
+class Group(TyperGroup):
+    """Turns what a command raises into one line, a hint and an exit code."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        from llava_cli import render
+
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # Click's own, which is not ours to import
+                raise
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else "llava"
+            render.show_error(UsageError(path, error.format_message().rstrip("."), f"{path} --help"))
+            code = UsageError.exit_code
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        from llava_cli import render
+
+        render.plain_streams()
+        try:
+            return super().invoke(ctx)
+        except LlavaError as error:
+            if os.environ.get("LLAVA_DEBUG"):
+                raise
+            render.show_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:  # `llava … | head`: who was reading has seen enough
+            render.close_stdout()
+            raise typer.Exit(0) from None
+        except OSError as error:
+            if os.environ.get("LLAVA_DEBUG"):
+                raise
+            render.note(f"llava: {error.filename or 'output'}: {error.strerror or error}")
+            raise typer.Exit(74) from None
+
+
+app = typer.Typer(
+    cls=Group,
+    name="llava",
+    help="Answer questions about pictures with LLaVA models on this machine.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"llava {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _llava(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """The command `llava`."""
+    if not os.environ.get("LLAVA_DEBUG"):
+        # Other libraries' words are not ours to print. Set before any of them is imported.
+        warnings.simplefilter("ignore")
+        os.environ.update(
+            {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    app()
+
+
+from llava_cli.cli import ask, doctor, models, prompt  # noqa: E402, F401  the commands register themselves

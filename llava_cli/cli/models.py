@@ -1,0 +1,76 @@
+"""`llava models`: what there is, what is here, what is the default."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llava_cli import render
+from llava_cli.cli import Group, app
+from llava_cli.registry import ALIASES, BUILTIN, builtin_folder, default_name, find, on_disk, pulled
+from llava_cli.settings import Settings, set_default_model
+
+models = typer.Typer(cls=Group, help="List, pull and choose models.", rich_markup_mode=None)
+app.add_typer(models, name="models")
+
+NameArg = Annotated[str, typer.Argument(metavar="NAME|REPO|FOLDER", help="An alias, a Hub repo or a folder.")]
+
+
+@models.callback(invoke_without_command=True)
+def _models(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_models()
+
+
+@models.command("list")
+def list_models() -> None:
+    """List the models that have a name: size, whether on disk, at which precision they fit here."""
+    from llava_cli.machine import best_fit
+
+    chosen = default_name(Settings.resolve())
+    size = sum(f.stat().st_size for f in builtin_folder().iterdir())
+    rows = [_row(BUILTIN, chosen, f"{size / 1e6:.0f} MB", "yes", "yes", "demonstration: drawings of colored shapes")]
+    for name, family in ALIASES.items():
+        here = "yes" if on_disk(name) else "-"
+        rows.append(
+            _row(name, chosen, f"{family.bytes / 1e9:.1f} GB", here, best_fit(family.parameters * 1e9), family.note)
+        )
+    for name in dict.fromkeys([*pulled(), chosen]):
+        if name not in ALIASES and name != BUILTIN:
+            rows.append(_row(name, chosen, "", "yes" if on_disk(name) else "-", "", ""))
+    render.table(["", "model", "size", "on disk", "fits", ""], rows)
+
+
+def _row(name: str, chosen: str, *cells: str) -> list[str]:
+    return ["*" if name == chosen else " ", name, *cells]
+
+
+@models.command()
+def pull(name: NameArg) -> None:
+    """Download a model; goes on where it was cut off.
+
+    llava models pull llava-1.5-7b
+    """
+    from llava_cli import registry
+
+    with render.progress(name) as meter:
+        folder = registry.pull(name, meter)
+    render.note(f"{name} is in {folder}")
+    render.note(f'  llava ask -m {name} img.jpg "what is this?"')
+
+
+@models.command()
+def default(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME|REPO|FOLDER]", show_default=False)] = None,
+) -> None:
+    """Set the default model, or print it.
+
+    llava models default llava-1.5-7b
+    """
+    if name is None:
+        print(default_name(Settings.resolve()))
+        return
+    find(name)
+    set_default_model(name)
+    render.note(f"{name} is the default model")

@@ -1,0 +1,48 @@
+"""Every option that more than one command has, declared once. None means "not given"."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llava_cli.settings import Device, Fit, Precision
+
+ModelOpt = Annotated[
+    str | None, typer.Option("-m", "--model", metavar="NAME|REPO|FOLDER", help="The model; `llava models` lists them.")
+]
+PrecisionOpt = Annotated[
+    Precision | None, typer.Option("-p", "--precision", help="Number format of the weights; auto suits the device.")
+]
+DeviceOpt = Annotated[Device | None, typer.Option("--device", help="Where the model runs.")]
+MaxTokensOpt = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="End the answer here. [512]")]
+TemperatureOpt = Annotated[
+    float | None, typer.Option("--temperature", metavar="T", help="0 is greedy and always the same. [0]")
+]
+TopPOpt = Annotated[float | None, typer.Option("--top-p", metavar="P", help="Sample from this much probability. [1]")]
+SeedOpt = Annotated[int | None, typer.Option("--seed", metavar="N", help="Make sampling repeatable.")]
+StopOpt = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")]
+SystemOpt = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="Instructions before the conversation.")
+]
+TemplateOpt = Annotated[
+    str | None, typer.Option("--template", metavar="NAME|FILE", help="Prompt format instead of the checkpoint's own.")
+]
+FitOpt = Annotated[
+    Fit | None,
+    typer.Option("--fit", help="All of a picture that is not square, or its middle; auto: as the checkpoint does."),
+]
+TruncatedOpt = Annotated[
+    bool, typer.Option("--allow-truncated", help="Take what there is of a picture whose end is missing.")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+StatsOpt = Annotated[bool, typer.Option("--stats", help="Print times and memory on stderr.")]
+QuietOpt = Annotated[bool, typer.Option("-q", "--quiet", help="No hints, warnings or spinner on stderr.")]
+PicturesAndQuestion = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[IMAGE]... QUESTION",
+        help="Paths, http(s) URLs or - for stdin, then the question (or the question on stdin).",
+        show_default=False,
+    ),
+]

@@ -1,0 +1,55 @@
+"""What is said: pictures, turns and the conversation they make. Frozen; each step makes a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright RGB picture and where it came from."""
+
+    name: str
+    """The path, URL or "-" that the user typed."""
+    image: Image = field(repr=False, compare=False)
+    sha256: str
+    """Of the file's bytes, in hex."""
+    frames: int = 1
+    """How many frames the file has; only the first is used."""
+    truncated: bool = False
+    """Whether the file's end was missing and that was allowed."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question about zero or more pictures; `answer` is None until it is answered."""
+
+    question: str
+    pictures: tuple[Picture, ...] = ()
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order, after an optional system text. Only the last may lack an answer."""
+
+    turns: tuple[Turn, ...] = ()
+    system: str | None = None
+
+    def ask(self, question: str, pictures: Sequence[Picture] = ()) -> Conversation:
+        """This conversation with one more question."""
+        return replace(self, turns=(*self.turns, Turn(question, tuple(pictures))))
+
+    def answered(self, text: str) -> Conversation:
+        """This conversation with its last question answered."""
+        return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], answer=text)))
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures, in the order in which the prompt names them."""
+        return tuple(picture for turn in self.turns for picture in turn.pictures)

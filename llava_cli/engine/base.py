@@ -1,0 +1,72 @@
+"""What every engine does. Streaming is the primitive; a whole answer is its join."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llava_cli.conversation import Conversation
+from llava_cli.images import open_picture
+from llava_cli.settings import Sampling
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer and what it took."""
+
+    text: str
+    finish_reason: FinishReason
+    """"stop": the model or a stop text ended it; "length": `max_tokens` or the context did."""
+    prompt_tokens: int
+    answer_tokens: int
+    first_token_seconds: float
+    """From the conversation to the first token: pictures, prompt and prefill."""
+    total_seconds: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Text that is certain, in the order it is to be read; the last one brings the whole `Answer`."""
+
+    text: str
+    answer: Answer | None = None
+
+
+class Engine(ABC):
+    """A loaded model. It never prints."""
+
+    model: str
+    precision: str
+    device: str
+    load_seconds: float = 0.0
+
+    @abstractmethod
+    def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
+        """Answers the conversation's last question.
+
+        Raises `PromptTooLong` where it does not fit the model's context, `OutOfMemory` where it does
+        not fit this machine.
+        """
+
+    @abstractmethod
+    def peak_memory(self) -> int:
+        """The most bytes that this process (on a GPU: the device) has held."""
+
+    def answer(self, conversation: Conversation, sampling: Sampling | None = None) -> Answer:
+        """The whole answer to the conversation's last question."""
+        *_, last = self.stream(conversation, sampling or Sampling())
+        assert last.answer is not None
+        return last.answer
+
+    def ask(self, images: str | Sequence[str], question: str, system: str | None = None, **sampling: Any) -> str:
+        """The answer to one question about one or more pictures (paths, URLs).
+
+        Keywords are the fields of `Sampling`: `engine.ask("img.jpg", "what is this?", max_tokens=20)`.
+        """
+        sources = [images] if isinstance(images, str) else images
+        pictures = [open_picture(str(source)) for source in sources]
+        return self.answer(Conversation(system=system).ask(question, pictures), Sampling(**sampling)).text

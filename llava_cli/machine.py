@@ -1,0 +1,141 @@
+"""What this machine is, and what suits it: device, precision, attention, memory."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_cli.errors import UsageError
+from llava_cli.settings import Device, Precision, Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model will be run here, and why."""
+
+    device: str
+    precision: str
+    attention: str
+    why: str
+
+
+def plan(device: Device, precision: Precision) -> Plan:
+    """Turns "auto" into what is best here. Raises `UsageError` for a device that is not there."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    here: dict[Device, bool] = {"cuda": cuda, "mps": mps, "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in here.items() if there)
+    elif not here[device]:
+        raise UsageError(f"--device {device}", "this machine has none", "llava doctor shows what it has")
+    if precision == "auto":
+        chosen, why = _precision(device)
+    else:
+        chosen, why = precision, "as asked"
+        if precision in ("8bit", "4bit") and importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError(f"--precision {precision}", "bitsandbytes is missing", "pip install bitsandbytes")
+    return Plan(device, chosen, _attention(device, chosen), why)
+
+
+def _precision(device: str) -> tuple[str, str]:
+    import torch
+
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU computes in bf16"
+        return "fp16", "this GPU has no bf16"
+    if device == "mps":
+        return "fp16", "fp16 is what Apple GPUs are fastest at"
+    # Never fp16 here: CPUs emulate it, twenty times slower than bf16 or fp32.
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or _arm_bf16():
+        return "bf16", "this CPU has bf16 instructions"
+    return "fp32", "this CPU has no bf16 instructions"
+
+
+def _arm_bf16() -> bool:
+    try:
+        return " bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _attention(device: str, precision: str) -> str:
+    """FlashAttention 2 where it is installed and the GPU (Ampere or later) has it, else torch's own."""
+    import torch
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    if device == "cuda" and precision != "fp32" and torch.cuda.get_device_capability() >= (8, 0):
+        return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    return "sdpa"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a model may take: on a GPU what is free on all of them, else what the system could give."""
+    if device == "cuda":
+        import torch
+
+        return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used in _CGROUPS:  # a container's own limit
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # none here, or "max"
+            continue
+    return max(free, 0)
+
+
+_CGROUPS = [
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
+
+BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.1, "4bit": 0.6}
+"""What one weight takes, the parts of a quantised model that stay 16-bit averaged in."""
+
+
+def best_fit(parameters: float) -> str:
+    """The best precision at which a model of so many weights fits this machine, or "no".
+
+    Looks at a GPU only where torch is already loaded or an NVIDIA driver is there: a list of names
+    should not take seconds.
+    """
+    memory = free_memory("cuda") if Path("/proc/driver/nvidia").exists() else free_memory("cpu")
+    for precision in ("bf16", "8bit", "4bit"):
+        # A tenth more for activations and the KV cache.
+        if parameters * BYTES_PER_WEIGHT[precision] * 1.1 <= memory:
+            return precision
+    return "no"
+
+
+def report(settings: Settings) -> dict[str, str]:
+    """What `llava doctor` prints."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+    import torch
+
+    from llava_cli.registry import default_name
+
+    how = plan(settings.device, settings.precision)
+    memory = psutil.virtual_memory()
+    found = {
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "cpu": f"{psutil.cpu_count(logical=False)} cores, {torch.get_num_threads()} threads used",
+        "memory": f"{memory.total / 1e9:.1f} GB, {free_memory('cpu') / 1e9:.1f} GB free",
+    }
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        found[f"gpu {i}"] = f"{torch.cuda.get_device_name(i)}, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
+    found |= {"device": how.device, "precision": f"{how.precision} ({how.why})", "attention": how.attention}
+    found["default model"] = default_name(settings)
+    for package in ("torch", "transformers", "bitsandbytes", "accelerate", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found

@@ -1,0 +1,141 @@
+"""A conversation -> the exact prompt string -> token ids, through the checkpoint's own processor.
+
+Templates are data: the checkpoint's chat template, a file of `templates/`, or the user's own file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_cli.conversation import Conversation
+from llava_cli.errors import ModelUnusable, UsageError
+from llava_cli.images import reduce, square
+from llava_cli.settings import Fit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from PIL.Image import Image
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def named_templates() -> list[str]:
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def read_template(name: str) -> str:
+    """The Jinja text of a named template or of a `.jinja` file; `UsageError` where there is none."""
+    path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        names = named_templates()
+        hint = f"--template takes a .jinja file or one of: {', '.join(difflib.get_close_matches(name, names) or names)}"
+        raise UsageError(name, getattr(error, "strerror", None) or "no such template", hint) from None
+
+
+class Prompter:
+    """Renders and tokenises conversations for one checkpoint.
+
+    `processor` is the checkpoint's transformers processor; `template` a Jinja text to use instead of
+    its own; `fit` "pad" or "crop" makes every picture square before the processor sees it. What a
+    user writes stays text: special tokens in it ("<image>", "</s>") become neither control tokens
+    nor pictures.
+    """
+
+    def __init__(self, processor: Any, template: str | None = None, fit: Fit = "auto") -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.template, self.fit = template, fit
+        self.image_token: str = getattr(processor, "image_token", None) or "<image>"
+        special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        words = sorted(special | {self.image_token}, key=len, reverse=True)
+        # Each special token has a stand-in, a private-use character, for the places where it is only text.
+        self._stand_in = {word: chr(0xF0000 + i) for i, word in enumerate(words)}
+        self._special = re.compile("|".join(map(re.escape, words)))
+
+    def render(self, conversation: Conversation) -> str:
+        """The prompt, with one image token a picture; BOS is the tokenizer's and not in it.
+
+        Raises `UsageError` where the template cannot render the conversation.
+        """
+        return self._reveal(self._render(conversation))
+
+    def encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
+        """The model's inputs: `input_ids` [1, tokens] with image tokens expanded, `pixel_values`, …"""
+        text = self._render(conversation)
+        images = [self._view(picture.image) for picture in conversation.pictures]
+        if stand_ins := set(self._stand_in.values()) & set(text):
+            self.tokenizer.add_tokens(sorted(stand_ins))
+        inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt"))
+        return self._spell_out(inputs, stand_ins) if stand_ins else inputs
+
+    def count(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """How many tokens there are, and how many of them stand for pictures."""
+        ids = inputs["input_ids"]
+        return ids.shape[1], int((ids == self.tokenizer.convert_tokens_to_ids(self.image_token)).sum())
+
+    def _view(self, image: Image) -> Image:
+        """The picture that the processor gets."""
+        mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
+        red, green, blue = (int(255 * m) for m in mean)
+        return reduce(image) if self.fit == "auto" else square(image, self.fit, (red, green, blue))
+
+    def _render(self, conversation: Conversation) -> str:
+        template = self.template or self.processor.chat_template or self.tokenizer.chat_template
+        if not template:
+            names = ", ".join(named_templates())
+            raise ModelUnusable(
+                "chat template", "the checkpoint has none", f"--template FILE.jinja, or one of: {names}"
+            )
+        try:
+            text: str = self.processor.apply_chat_template(
+                list(self._messages(conversation)), chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # Jinja's own errors, and whatever a template raises
+            raise UsageError("chat template", str(error).splitlines()[0] or type(error).__name__) from None
+        if (found := text.count(self.image_token)) != len(conversation.pictures):
+            reason = f"it names {found} pictures where the conversation has {len(conversation.pictures)}"
+            raise UsageError("chat template", reason, "llava prompt IMAGE QUESTION shows what it makes")
+        return text
+
+    def _messages(self, conversation: Conversation) -> Iterator[dict[str, Any]]:
+        def says(role: str, text: str, pictures: int = 0) -> dict[str, Any]:
+            return {
+                "role": role,
+                "content": [{"type": "image"}] * pictures + [{"type": "text", "text": self._hide(text)}],
+            }
+
+        if conversation.system is not None:
+            yield says("system", conversation.system)
+        for turn in conversation.turns:
+            yield says("user", turn.question, len(turn.pictures))
+            if turn.answer is not None:
+                yield says("assistant", turn.answer)
+
+    def _hide(self, text: str) -> str:
+        return self._special.sub(lambda found: self._stand_in[found[0]], text)
+
+    def _reveal(self, text: str) -> str:
+        for word, stand_in in self._stand_in.items():
+            text = text.replace(stand_in, word)
+        return text
+
+    def _spell_out(self, inputs: dict[str, torch.Tensor], stand_ins: set[str]) -> dict[str, torch.Tensor]:
+        """Puts the tokens of "<image>" as mere text where its stand-in is."""
+        import torch
+
+        words = {self.tokenizer.convert_tokens_to_ids(s): w for w, s in self._stand_in.items() if s in stand_ins}
+        spelled = {
+            i: self.tokenizer.encode(word, add_special_tokens=False, split_special_tokens=True)
+            for i, word in words.items()
+        }
+        lengths = torch.tensor([len(spelled.get(i, [i])) for i in inputs["input_ids"][0].tolist()])
+        shape = inputs["input_ids"].shape
+        ids = [token for i in inputs["input_ids"][0].tolist() for token in spelled.get(i, [i])]
+        grown = {k: v.repeat_interleave(lengths, dim=1) for k, v in inputs.items() if v.shape == shape}
+        return {**inputs, **grown, "input_ids": torch.tensor([ids])}

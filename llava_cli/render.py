@@ -1,0 +1,168 @@
+"""Chunks -> terminal, pipe or JSON. The only module that imports rich, and only when it draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llava_cli.conversation import Conversation
+from llava_cli.engine import Answer, Chunk, Engine
+from llava_cli.errors import LlavaError
+
+# A terminal obeys these; a model has no business giving it orders. Whole sequences first: CSI, then
+# the strings of OSC, DCS, SOS, PM and APC, then two-character escapes; at last every control
+# character but newline and tab, and what turns the direction of text.
+_ORDERS = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b[ -/]*[0-Z\\^-~]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+_UNFINISHED = re.compile(
+    r"(?:(?:\x1b\[|\x9b)[0-?]*[ -/]*|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]{0,4096}\x1b?|\x1b[ -/]*)\Z"
+)
+
+
+class SafeText:
+    """Takes out of a stream of text whatever a terminal would obey, also when split over chunks."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def put(self, text: str) -> str:
+        text = self._held + text
+        unfinished = _UNFINISHED.search(text)
+        cut = unfinished.start() if unfinished else len(text)
+        self._held = text[cut:]
+        return _ORDERS.sub("", text[:cut])
+
+    def end(self) -> str:
+        rest, self._held = _ORDERS.sub("", self._held), ""
+        return rest
+
+
+def show(chunks: Iterable[Chunk]) -> Answer:
+    """Writes an answer to stdout as it comes, safe on a terminal and as it is in a pipe."""
+    safe = SafeText() if sys.stdout.isatty() else None
+    answer = None
+    try:
+        for chunk in chunks:
+            sys.stdout.write(safe.put(chunk.text) if safe else chunk.text)
+            sys.stdout.flush()
+            answer = chunk.answer
+    finally:  # also after Ctrl-C: the shell's prompt belongs on a line of its own
+        sys.stdout.write((safe.end() if safe else "") + "\n")
+        sys.stdout.flush()
+    assert answer is not None
+    return answer
+
+
+def answer_object(answer: Answer, conversation: Conversation, engine: Engine) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "answer": answer.text,
+        "question": conversation.turns[-1].question,
+        "images": [picture.name for picture in conversation.pictures],
+        "model": engine.model,
+        "precision": engine.precision,
+        "device": engine.device,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "answer_tokens": answer.answer_tokens,
+        "seconds": {
+            "load": round(engine.load_seconds, 4),
+            "first_token": round(answer.first_token_seconds, 4),
+            "total": round(answer.total_seconds, 4),
+        },
+    }
+
+
+def show_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def show_stats(answer: Answer, engine: Engine) -> None:
+    """One line on stderr."""
+    decoding = answer.total_seconds - answer.first_token_seconds
+    speed = (
+        f"{(answer.answer_tokens - 1) / decoding:.1f} tokens/s" if answer.answer_tokens > 1 and decoding else "1 token"
+    )
+    note(
+        f"{engine.model} {engine.precision} {engine.device} · load {engine.load_seconds:.2f} s · "
+        f"first token {answer.first_token_seconds:.2f} s of {answer.prompt_tokens} · {speed} · "
+        f"peak {engine.peak_memory() / 1e9:.2f} GB"
+    )
+
+
+def note(line: str) -> None:
+    """One line for the person, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def show_error(error: LlavaError) -> None:
+    """`llava: THING: reason`, then the next command to type."""
+    clean = SafeText()
+    note(clean.put(f"llava: {error}") + clean.end())
+    if error.hint:
+        note(f"  {clean.put(error.hint)}{clean.end()}")
+
+
+@contextmanager
+def spinner(words: str, quiet: bool = False) -> Iterator[None]:
+    """Turns on stderr while something takes its time; nothing where that is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(words):
+        yield
+
+
+@contextmanager
+def progress(words: str) -> Iterator[Any]:
+    """A bar of bytes on stderr: yields a function of (done, total). Silent where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(words, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns on stdout: drawn on a terminal, tab-separated in a pipe."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console().print(drawn)
+
+
+def plain_streams() -> None:
+    """Nothing a model or a file's name holds may fail to print, whatever the locale."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def close_stdout() -> None:
+    """After a reader has gone: what is still buffered goes nowhere, without a complaint at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
