@@ -140,7 +140,7 @@ def pull(name: str, progress: Callable[[int, int], None]) -> Path:
     if name not in ALIASES and "/" not in name:
         find(name)  # says what was probably meant
     repo = ALIASES[name].repo if name in ALIASES else name
-    from huggingface_hub import constants, hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -171,9 +171,9 @@ def pull(name: str, progress: Callable[[int, int], None]) -> Path:
             progress(done, total)
 
     try:
-        cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+        cache = _hub_cache() / f"models--{repo.replace('/', '--')}"
         total = 0
-        files = snapshot_download(repo, allow_patterns=WANTED, dry_run=True)
+        files = snapshot_download(repo, allow_patterns=WANTED, cache_dir=_hub_cache(), dry_run=True)
         if not any(f.filename.endswith(".safetensors") for f in files):
             raise ModelUnusable(name, "has no safetensors weights; pickles are never loaded")
         total = sum(f.file_size or 0 for f in files)
@@ -183,7 +183,9 @@ def pull(name: str, progress: Callable[[int, int], None]) -> Path:
         progress(done, total)
         for file in files:
             if not file.is_cached:
-                hf_hub_download(repo, file.filename, revision=file.commit_hash, tqdm_class=Meter)
+                hf_hub_download(
+                    repo, file.filename, revision=file.commit_hash, cache_dir=_hub_cache(), tqdm_class=Meter
+                )
         (cache / "refs").mkdir(exist_ok=True)
         (cache / "refs" / "main").write_text(files[0].commit_hash)
         (cache / _PARTIAL).unlink()

@@ -1,0 +1,75 @@
+"""What every test stands on: a home of its own, no network, the command as a user runs it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner, Result
+
+from llava_cli.cli import app
+
+Run = Callable[..., Result]
+Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Config, data and cache in a folder of the test's own; only this machine can be reached."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    for name in [n for n in os.environ if n.startswith(("LLAVA_", "HF_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("LLAVA_CONFIG", str(folder / "config.toml"))
+    monkeypatch.setenv("LLAVA_DATA", str(folder / "data"))
+    monkeypatch.setenv("HF_HOME", str(folder / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port where nobody answers
+    connect = socket.socket.connect
+
+    def only_here(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and not ipaddress.ip_address(address[0]).is_loopback:
+            raise AssertionError(f"a test reached for {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", only_here)
+    yield folder
+
+
+@pytest.fixture
+def run() -> Run:
+    """Runs `llava ARGS` in this process: `.exit_code`, `.stdout`, `.stderr`."""
+
+    def invoke(*args: str | Path, input: bytes | str | None = None) -> Result:  # noqa: A002  CliRunner's name for it
+        return CliRunner().invoke(app, [str(a) for a in args], input=input, catch_exceptions=False)
+
+    return invoke
+
+
+@pytest.fixture
+def shell() -> Shell:
+    """Runs `llava ARGS` as a process of its own: `.returncode`, `.stdout`, `.stderr`."""
+
+    def invoke(*args: str | Path, **options: object) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "llava_cli", *map(str, args)]
+        return subprocess.run(command, capture_output=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+
+    return invoke
+
+
+@pytest.fixture
+def drawing(tmp_path: Path) -> Path:
+    """A red circle on the left of a blue triangle, on white, 300 x 200."""
+    image = Image.new("RGB", (300, 200), "white")
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((30, 60, 110, 140), fill="red")
+    pen.polygon([(200, 60), (260, 150), (140, 150)], fill="blue")
+    image.save(path := tmp_path / "drawing.png")
+    return path
