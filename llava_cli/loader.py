@@ -52,18 +52,28 @@ def load_engine(settings: Settings) -> LocalEngine:
 def load_prompter(settings: Settings, checkpoint: Checkpoint | None = None) -> Prompter:
     """Processor, tokenizer and template alone: what `llava prompt` needs."""
     checkpoint = checkpoint or find(default_name(settings))
-    check_files(checkpoint)
-    from transformers import AutoProcessor
-
+    kind = check_files(checkpoint)
     from llava_cli.prompt import Prompter, read_template
 
     template = read_template(settings.template) if settings.template else None
     with quiet(), _damage(checkpoint, "processor"):
         # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
-        processor = AutoProcessor.from_pretrained(checkpoint.folder, local_files_only=True, backend="pil")
+        processor = _processor_class(kind).from_pretrained(checkpoint.folder, local_files_only=True, backend="pil")
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelUnusable(checkpoint.name, "its processor does not take pictures and text")
     return Prompter(processor, template, settings.fit)
+
+
+def _processor_class(kind: str) -> Any:
+    """A model type's processor class, less its part for videos: we have none, and it needs torchvision."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    whole: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES[kind])
+    parts = [part for part in whole.get_attributes() if part != "video_processor"]
+    if len(parts) == len(whole.get_attributes()):
+        return whole
+    return type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
 
 
 def _load_model(checkpoint: Checkpoint, how: Plan, weights: list[Path]) -> Any:
@@ -138,8 +148,8 @@ def check(checkpoint: Checkpoint) -> list[Path]:
     return weights
 
 
-def check_files(checkpoint: Checkpoint) -> None:
-    """Config and processor: there, readable, of a model that takes pictures and text."""
+def check_files(checkpoint: Checkpoint) -> str:
+    """Config and processor: there, readable, of a model that takes pictures and text. Returns its type."""
     name, folder = checkpoint.name, checkpoint.folder
     config = _read_json(checkpoint, "config.json")
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -156,6 +166,7 @@ def check_files(checkpoint: Checkpoint) -> None:
         raise ModelUnusable(name, "no processor_config.json or preprocessor_config.json", _again(name))
     if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelUnusable(name, "no tokenizer.json", _again(name))
+    return str(kind)
 
 
 def _weights(checkpoint: Checkpoint) -> list[Path]:

@@ -73,3 +73,18 @@ def drawing(tmp_path: Path) -> Path:
     pen.polygon([(200, 60), (260, 150), (140, 150)], fill="blue")
     image.save(path := tmp_path / "drawing.png")
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny checkpoint of a family, made once: `checkpoint("llava-next-vicuna")` -> its folder."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        import families
+
+        if family not in made:
+            made[family] = families.save(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return get

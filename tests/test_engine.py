@@ -1,0 +1,151 @@
+"""Our decoding against transformers' own `generate`: the same tokens, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from llava_cli import Conversation, Sampling, load
+from llava_cli.conversation import Picture
+from llava_cli.engine.decode import decode, end_tokens
+from llava_cli.engine.local import LocalEngine
+from llava_cli.errors import PromptTooLong
+
+Get = Callable[[str], Path]
+
+
+def picture(width: int, height: int, seed: int = 0) -> Picture:
+    noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Picture(f"{width}x{height}", Image.fromarray(noise.numpy()), sha256="")
+
+
+CONVERSATIONS = {
+    "one": Conversation().ask("what is this?", [picture(60, 60)]),
+    "wide": Conversation().ask("what is this?", [picture(200, 50)]),
+    "tall": Conversation().ask("what is this?", [picture(50, 200)]),
+    "two": Conversation().ask("what changed?", [picture(60, 60, 1), picture(90, 70, 2)]),
+    "turns": Conversation().ask("what is this?", [picture(60, 60)]).answered("a cat").ask("what color is it?"),
+    "later": Conversation().ask("a?", [picture(60, 60)]).answered("b").ask("and this?", [picture(80, 50, 3)]),
+}
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: Get) -> Callable[[str], LocalEngine]:
+    loaded: dict[str, LocalEngine] = {}
+
+    def get(family: str) -> LocalEngine:
+        if family not in loaded:
+            loaded[family] = load(str(checkpoint(family)), precision="fp32", device="cpu")
+        return loaded[family]
+
+    return get
+
+
+_MODELS: dict[Path, Any] = {}
+
+
+def reference(engine: LocalEngine, folder: Path, conversation: Conversation, **options: Any) -> list[int]:
+    """The new tokens by transformers alone, from the same prompt string."""
+    if folder not in _MODELS:
+        _MODELS[folder] = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    images = [p.image for p in conversation.pictures]
+    text = engine.prompter.render(conversation)
+    inputs = engine.prompter.processor(text=text, images=images, return_tensors="pt")
+    tokens = _MODELS[folder].generate(**inputs, max_new_tokens=24, **options)
+    return list(tokens[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def ours(engine: LocalEngine, conversation: Conversation, sampling: Sampling) -> list[int]:
+    return list(decode(engine._model, engine._inputs(conversation), sampling, 24))
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_generate(
+    family: str, case: str, checkpoint: Get, engines: Callable[[str], LocalEngine]
+) -> None:
+    engine, conversation = engines(family), CONVERSATIONS[case]
+    expected = reference(engine, checkpoint(family), conversation, do_sample=False)
+    assert ours(engine, conversation, Sampling()) == expected
+    ended = expected[-1] in end_tokens(engine._model)
+    assert ended or len(set(expected)) > 2  # a fixture that says one thing over and over would prove nothing
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.5, 0.8)])
+def test_sampled_tokens_are_those_of_generate(
+    temperature: float, top_p: float, checkpoint: Get, engines: Callable[[str], LocalEngine]
+) -> None:
+    engine, conversation = engines("llava-llama"), CONVERSATIONS["one"]
+    torch.manual_seed(7)
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    expected = reference(engine, checkpoint("llava-llama"), conversation, **options)
+    assert ours(engine, conversation, Sampling(temperature=temperature, top_p=top_p, seed=7)) == expected
+    assert ours(engine, conversation, Sampling(temperature=temperature, top_p=top_p, seed=8)) != expected
+
+
+def test_repetition_penalty_of_the_checkpoint_is_applied(checkpoint: Get) -> None:
+    engine, conversation = load(str(checkpoint("llava-llama")), precision="fp32"), CONVERSATIONS["one"]
+    plain = ours(engine, conversation, Sampling())
+    engine._model.generation_config.repetition_penalty = 1.8
+    expected = reference(engine, checkpoint("llava-llama"), conversation, do_sample=False, repetition_penalty=1.8)
+    assert ours(engine, conversation, Sampling()) == expected != plain
+
+
+def test_chunks_join_to_the_answer(engines: Callable[[str], LocalEngine]) -> None:
+    engine = engines("llava-llama")
+    *chunks, last = engine.stream(CONVERSATIONS["one"], Sampling(max_tokens=40))
+    assert last.answer is not None
+    assert "".join(c.text for c in [*chunks, last]) == last.answer.text
+    assert all(c.answer is None for c in chunks)
+    assert last.answer.answer_tokens == 40
+    assert last.answer.finish_reason == "length"
+    assert last.answer.prompt_tokens == engine.prompter.encode(CONVERSATIONS["one"])["input_ids"].shape[1]
+
+
+def test_end_token_ends_the_answer_and_is_not_in_it(checkpoint: Get) -> None:
+    engine = load(str(checkpoint("llava-llama")), precision="fp32")
+    tokens = ours(engine, CONVERSATIONS["one"], Sampling())
+    engine._model.generation_config.eos_token_id = [tokens[5], 3]
+    ended = LocalEngine("again", engine._model, engine.prompter, "fp32", 0)
+    answer = ended.answer(CONVERSATIONS["one"], Sampling())
+    first = tokens.index(tokens[5])
+    assert (answer.finish_reason, answer.answer_tokens) == ("stop", first + 1)
+    kept = engine.prompter.tokenizer.decode(tokens[:first], skip_special_tokens=True)
+    assert answer.text == kept.strip()
+
+
+def test_stop_text_ends_the_answer_before_it(engines: Callable[[str], LocalEngine]) -> None:
+    engine = engines("llava-llama")
+    whole = engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=24)).text
+    stop = next(whole[i : i + 2] for i in range(4, len(whole)) if whole[i : i + 2].isascii())
+    answer = engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=24, stop=("never there", stop)))
+    assert answer.text == whole[: whole.index(stop)].rstrip()
+    assert answer.finish_reason == "stop"
+
+
+def test_prompt_longer_than_the_context_is_refused(engines: Callable[[str], LocalEngine]) -> None:
+    with pytest.raises(PromptTooLong, match="reads at most 2048"):
+        engines("llava-llama").answer(Conversation().ask("x" * 3000, [picture(60, 60)]))
+
+
+def test_answer_ends_where_the_context_does(engines: Callable[[str], LocalEngine]) -> None:
+    engine = engines("llava-llama")
+    conversation = Conversation().ask("x" * 1990, [picture(60, 60)])
+    answer = engine.answer(conversation, Sampling(max_tokens=500))
+    assert answer.prompt_tokens + answer.answer_tokens == 2048
+
+
+def test_abandoned_answer_leaves_the_engine_usable(engines: Callable[[str], LocalEngine]) -> None:
+    engine = engines("llava-llama")
+    whole = engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=24)).text
+    half = engine.stream(CONVERSATIONS["one"], Sampling(max_tokens=24))
+    next(half)
+    half.close()  # type: ignore[attr-defined]
+    assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=24)).text == whole
