@@ -52,3 +52,8 @@ class OutOfMemory(LlavaError):
 
 class OutputError(LlavaError):
     exit_code = 74
+
+
+def printable(name: str) -> str:
+    """A name from outside as it may be printed: control and undecodable characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

@@ -7,10 +7,13 @@ a private one. Each host is resolved once and dialled at the very address that w
 from __future__ import annotations
 
 import ipaddress
+import queue
+import re
 import socket
+import threading
 import time
 
-from llava_cli.errors import BadImage, InputMissing
+from llava_cli.errors import BadImage, InputMissing, printable
 
 MAX_BYTES = 20_000_000
 MAX_SECONDS = 10.0
@@ -22,61 +25,87 @@ def fetch(url: str) -> bytes:
 
     Raises `InputMissing` where they cannot be had in time, `BadImage` where they are too many.
     """
+    name = printable(url)
+    outcome: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put(_follow(url, name))
+        except Exception as error:  # raised again below
+            outcome.put(error)
+
+    # A thread, for timeouts bound one read each: a server that drips a byte at a time, or a lookup
+    # of a name that hangs, would pass them all.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result = outcome.get(timeout=MAX_SECONDS)
+    except queue.Empty:
+        raise InputMissing(name, _too_slow()) from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _follow(url: str, name: str) -> bytes:
     import httpx
 
     deadline = time.monotonic() + MAX_SECONDS
     came_from_public, at = False, url
+    # Not compressed: a picture already is, and a small answer could unpack to any size.
+    headers = {"user-agent": "llava", "accept-encoding": "identity"}
     try:
         # No proxy: it would resolve names itself, and the address that was judged would mean nothing.
-        with httpx.Client(trust_env=False, headers={"user-agent": "llava"}) as client:
+        with httpx.Client(trust_env=False, headers=headers) as client:
             for _ in range(MAX_REDIRECTS + 1):
                 target = httpx.URL(at)
-                if target.scheme not in ("http", "https") or not target.host:
-                    raise InputMissing(url, "leads to an address that is no http(s) URL")
-                address = _resolve(target.host, target.port or 443 if target.scheme == "https" else target.port or 80)
+                host = target.raw_host.decode("ascii")
+                if target.scheme not in ("http", "https") or not host:
+                    raise InputMissing(name, "leads to an address that is no http(s) URL" if at != url else "no host")
+                address = _resolve(host, target.port or 443 if target.scheme == "https" else target.port or 80)
                 public = ipaddress.ip_address(address).is_global
                 if came_from_public and not public:
-                    raise InputMissing(url, "a public address redirects to a private one")
+                    raise InputMissing(name, "a public address redirects to a private one")
                 came_from_public = public
                 request = client.build_request(
                     "GET",
                     target.copy_with(host=address),
                     headers={"host": target.netloc.decode("ascii").rpartition("@")[2]},
                     extensions={
-                        "sni_hostname": target.host,
-                        "timeout": dict.fromkeys(("connect", "read", "write", "pool"), _left(deadline, url)),
+                        "sni_hostname": host,
+                        "timeout": dict.fromkeys(("connect", "read", "write", "pool"), _left(deadline, name)),
                     },
                 )
                 response = client.send(request, stream=True)
                 try:
-                    if response.is_redirect:
+                    if response.has_redirect_location:
                         at = str(target.join(response.headers["location"]))
                         continue
                     if response.status_code != 200:
-                        raise InputMissing(url, f"the server answered {response.status_code}")
-                    return _body(response, url, deadline)
+                        raise InputMissing(name, f"the server answered {response.status_code}")
+                    return _body(response, name, deadline)
                 finally:
                     response.close()
+    except httpx.TimeoutException:
+        raise InputMissing(name, _too_slow()) from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        slow = isinstance(error, httpx.TimeoutException)
-        raise InputMissing(url, _too_slow() if slow else str(error) or type(error).__name__) from None
-    raise InputMissing(url, f"more than {MAX_REDIRECTS} redirects")
+        raise InputMissing(name, _words(error)) from None
+    raise InputMissing(name, f"more than {MAX_REDIRECTS} redirects")
 
 
-def _body(response: object, url: str, deadline: float) -> bytes:
+def _body(response: object, name: str, deadline: float) -> bytes:
     data = bytearray()
-    for piece in response.iter_bytes(65536):  # type: ignore[attr-defined]
+    for piece in response.iter_raw():  # type: ignore[attr-defined]
         data += piece
         if len(data) > MAX_BYTES:
-            raise BadImage(url, f"larger than {MAX_BYTES // 1_000_000} MB")
-        _left(deadline, url)
+            raise BadImage(name, f"larger than {MAX_BYTES // 1_000_000} MB")
+        _left(deadline, name)
     return bytes(data)
 
 
-def _left(deadline: float, url: str) -> float:
+def _left(deadline: float, name: str) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise InputMissing(url, _too_slow())
+        raise InputMissing(name, _too_slow())
     return left
 
 
@@ -84,9 +113,16 @@ def _too_slow() -> str:
     return f"no answer within {MAX_SECONDS:.0f} s"
 
 
+def _words(error: Exception) -> str:
+    """Another library's message in our style: no error number, no capital, nothing unprintable."""
+    words = re.sub(r"^\[[^]]*\] ", "", printable(str(error))) or type(error).__name__
+    return words[:1].lower() + words[1:]
+
+
 def _resolve(host: str, port: int) -> str:
     """The address that will be dialled, IPv4 where there is one; mapped IPv4 is judged as IPv4."""
-    found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    # As bytes: Python would encode a str once more, with other rules than the URL's.
+    found = [str(info[4][0]) for info in socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)]
     address = ipaddress.ip_address(next((a for a in found if ":" not in a), found[0]))
     mapped = getattr(address, "ipv4_mapped", None)
     return str(mapped or address)

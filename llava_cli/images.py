@@ -10,16 +10,19 @@ import difflib
 import hashlib
 import io
 import os
+import shlex
 import stat
 import sys
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from llava_cli.conversation import Picture
-from llava_cli.errors import BadImage, InputMissing
+from llava_cli.errors import BadImage, InputMissing, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
@@ -42,9 +45,9 @@ def open_picture(source: str, allow_truncated: bool = False) -> Picture:
 
     Raises `InputMissing` where there is nothing to read and `BadImage` where it is no picture for us.
     """
-    name = printable(source)
+    name = printable(source) or "''"
     if source == "-":
-        data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        data = _read_stdin(name)
     elif is_url(source):
         from llava_cli.fetch import fetch
 
@@ -57,22 +60,27 @@ def open_picture(source: str, allow_truncated: bool = False) -> Picture:
     return Picture(source, image, hashlib.sha256(data).hexdigest(), frames, truncated)
 
 
-def printable(name: str) -> str:
-    """A file's name as it may be printed: control and undecodable characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+def _read_stdin(name: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read(MAX_BYTES + 1)
+    except (AttributeError, OSError):  # there is no sys.stdin where it was closed
+        raise InputMissing(name, "stdin cannot be read") from None
 
 
 def _read_file(path: str, name: str) -> bytes:
     try:
         # Not blocking: opening a FIFO would otherwise wait for a writer that may never come.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as file:
-            kind = os.fstat(descriptor)
-            if stat.S_ISDIR(kind.st_mode):
-                raise InputMissing(name, "is a directory", f"llava batch {name} QUESTION")
-            if not stat.S_ISREG(kind.st_mode):
+        try:
+            kind = os.fstat(descriptor).st_mode
+            if stat.S_ISDIR(kind):
+                raise InputMissing(name, "is a directory", f"llava batch {shlex.quote(name)} QUESTION")
+            if not stat.S_ISREG(kind):
                 raise InputMissing(name, "not a regular file")
-            return file.read(MAX_BYTES + 1)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(MAX_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputMissing(name, reason[:1].lower() + reason[1:], _neighbour(path)) from None
@@ -90,10 +98,10 @@ def _neighbour(path: str) -> str:
 
 def decode(data: bytes, name: str, allow_truncated: bool = False) -> tuple[Image, int, bool]:
     """Bytes -> (upright RGB image, number of frames, whether its end was missing)."""
-    from PIL import Image, ImageFile
+    from PIL import Image
 
     formats: tuple[str, ...] = FORMATS
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"hevc"):
+    if _is_heif(data):
         formats = (*FORMATS, _register_heif(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow would warn of is checked here
@@ -114,31 +122,50 @@ def decode(data: bytes, name: str, allow_truncated: bool = False) -> tuple[Image
             image.load()
         except Exception as error:
             # Pillow leaves a failed picture half done, and a second load() of it would return black.
-            if not allow_truncated or "truncated" not in str(error):
-                hint = "--allow-truncated takes what is there" if "truncated" in str(error) else ""
-                raise BadImage(name, "truncated" if hint else "damaged", hint) from None
-            truncated = True
-            ImageFile.LOAD_TRUNCATED_IMAGES = True
-            try:
-                image = Image.open(io.BytesIO(data), formats=formats)
-                image.load()
-            except Exception:
-                raise BadImage(name, "truncated, and what is there cannot be read") from None
-            finally:
-                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            truncated = "truncated" in str(error).lower()
+            if not truncated:
+                raise BadImage(name, "damaged") from None
+            if not allow_truncated:
+                raise BadImage(name, "truncated", "--allow-truncated takes what is there") from None
+            image = _salvage(data, name, formats)
+        if image.mode == "P" and not (image.palette and image.palette.palette):
+            raise BadImage(name, "damaged")  # its colors are missing; Pillow would take all of them for black
         return _upright_rgb(image), _frames(image), truncated
+
+
+def _salvage(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile:
+    """What there is of a picture whose end is missing.
+
+    Without Pillow's LOAD_TRUNCATED_IMAGES: that is one switch for all threads, and while it is on,
+    what other threads decode is taken for whole.
+    """
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(data), formats=formats)
+    if image.format in ("JPEG", "MPO"):  # with an end marker the decoder hands over the rows that it still holds
+        image = Image.open(io.BytesIO(data + b"\xff\xd9"), formats=formats)
+    try:
+        image.load()
+    except Exception:
+        image.tile = []  # nothing more to decode; what was decoded stays
+    if image.getbbox() is None:
+        raise BadImage(name, "truncated, and nothing of it can be seen")
+    return image
 
 
 def _upright_rgb(image: Image) -> Image:
     from PIL import Image, ImageOps
 
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # malformed EXIF turns nothing
-        image = image.copy()
+    with suppress(Exception):  # malformed EXIF: in place, the picture is turned before its EXIF is rewritten
+        ImageOps.exif_transpose(image, in_place=True)
+    key = image.info.get("transparency")  # Pillow leaves a transparent color at 16 bits where it takes pixels to 8
+    if isinstance(key, tuple) and max(key) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.mode.startswith("I"):
         # 16-bit grey: convert("RGB") would clip all but the darkest of 256 levels to white.
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        if isinstance(key, int):
+            image.info["transparency"] = key // 257
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -157,11 +184,19 @@ def reduce(image: Image) -> Image:
 
 def square(image: Image, how: Literal["pad", "crop"], fill: tuple[int, int, int]) -> Image:
     """A square of the longer side, padded with `fill` all around, or the middle square."""
-    from PIL import ImageOps
+    from PIL import Image
 
+    # Whole pixels and rounding down, as LLaVA does; ImageOps.pad and .fit round and resample.
     image = reduce(image)
-    side = max(image.size) if how == "pad" else min(image.size)
-    return ImageOps.pad(image, (side, side), color=fill) if how == "pad" else ImageOps.fit(image, (side, side))
+    width, height = image.size
+    if how == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.crop((left, top, left + side, top + side))
+    side = max(width, height)
+    padded = Image.new("RGB", (side, side), fill)
+    padded.paste(image, ((side - width) // 2, (side - height) // 2))
+    return padded
 
 
 def _frames(image: Image) -> int:
@@ -172,7 +207,7 @@ def _frames(image: Image) -> int:
 
 
 def _what(data: bytes) -> str:
-    """What bytes are that Pillow does not know."""
+    """What bytes are that Pillow cannot open."""
     if not data:
         return "empty file"
     head = data[:512].lstrip().lower()
@@ -180,7 +215,16 @@ def _what(data: bytes) -> str:
     for magic, kind in [*known, (b"<svg", "SVG")]:
         if head.startswith(magic) or (kind == "SVG" and magic in head):
             return f"{kind} is not a supported image"
-    return "not an image"
+    if data[4:8] == b"ftyp" and b"avif" in data[8:40]:
+        return "AVIF is not a supported image"
+    ours = data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"))
+    ours = ours or data[8:12] == b"WEBP" or (data[:2] == b"BM" and data[6:10] == bytes(4))
+    return "truncated or damaged" if ours or _is_heif(data) else "not an image"
+
+
+def _is_heif(data: bytes) -> bool:
+    brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+    return data[4:8] == b"ftyp" and data[8:12] in brands and b"avif" not in data[8:40]
 
 
 def _register_heif(name: str) -> str:

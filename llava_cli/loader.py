@@ -58,7 +58,9 @@ def load_prompter(settings: Settings, checkpoint: Checkpoint | None = None) -> P
     template = read_template(settings.template) if settings.template else None
     with quiet(), _damage(checkpoint, "processor"):
         # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
-        processor = _processor_class(kind).from_pretrained(checkpoint.folder, local_files_only=True, backend="pil")
+        processor = _processor_class(kind).from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelUnusable(checkpoint.name, "its processor does not take pictures and text")
     return Prompter(processor, template, settings.fit)
@@ -67,9 +69,9 @@ def load_prompter(settings: Settings, checkpoint: Checkpoint | None = None) -> P
 def _processor_class(kind: str) -> Any:
     """A model type's processor class, less its part for videos: we have none, and it needs torchvision."""
     import transformers
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import processing_auto
 
-    whole: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES[kind])
+    whole: Any = getattr(transformers, processing_auto.PROCESSOR_MAPPING_NAMES[kind])  # type: ignore[attr-defined]
     parts = [part for part in whole.get_attributes() if part != "video_processor"]
     if len(parts) == len(whole.get_attributes()):
         return whole
@@ -86,7 +88,8 @@ def _load_model(checkpoint: Checkpoint, how: Plan, weights: list[Path]) -> Any:
     parameters = stored / _stored_bytes(weights[0])
     needed, free = parameters * BYTES_PER_WEIGHT[how.precision], free_memory(how.device)
     if needed > free:
-        hint = "a smaller model" if how.precision == "4bit" else f"llava ask -m {checkpoint.name} -p 4bit"
+        smaller = parameters * BYTES_PER_WEIGHT["4bit"] <= free and how.precision != "4bit"
+        hint = f"llava ask -m {checkpoint.name} -p 4bit" if smaller else "llava models lists what fits this machine"
         raise OutOfMemory(checkpoint.name, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", hint)
     dtypes = {"fp32": torch.float32, "fp16": torch.float16}
     options: dict[str, Any] = {
@@ -97,13 +100,20 @@ def _load_model(checkpoint: Checkpoint, how: Plan, weights: list[Path]) -> Any:
         "trust_remote_code": False,
     }
     with _damage(checkpoint, "weights"):
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         if how.precision in ("8bit", "4bit"):
             options["quantization_config"] = _quantization(how.precision, config)
         # accelerate spreads what does not fit one GPU over all of them.
         spread = how.device == "cuda" and needed * 1.2 > torch.cuda.mem_get_info()[0]
         options["device_map"] = "auto" if spread else {"": how.device}
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, config=config, **options)
+        options |= {"config": config, "output_loading_info": True}
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise ModelUnusable(
+            checkpoint.name, f"lacks {len(missing)} tensors, {missing[0]} first", _again(checkpoint.name)
+        )
     return model.eval()
 
 
@@ -155,25 +165,27 @@ def check_files(checkpoint: Checkpoint) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelUnusable(name, "its config.json names no model type", "llava models lists others")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         if "auto_map" in config:
             raise ModelUnusable(name, "needs its own code, which is never run", "llava models lists others")
         reason = f"is a {kind} model, which does not answer questions about pictures"
-        raise ModelUnusable(
-            name, reason if kind else "its config.json names no model type", "llava models lists others"
-        )
+        raise ModelUnusable(name, reason, "llava models lists others")
+    if (folder / "generation_config.json").exists():
+        _read_json(checkpoint, "generation_config.json")  # transformers ignores a damaged one, end tokens and all
     if not any((folder / f).exists() for f in ("processor_config.json", "preprocessor_config.json")):
         raise ModelUnusable(name, "no processor_config.json or preprocessor_config.json", _again(name))
     if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelUnusable(name, "no tokenizer.json", _again(name))
-    return str(kind)
+    return kind
 
 
 def _weights(checkpoint: Checkpoint) -> list[Path]:
     name, folder = checkpoint.name, checkpoint.folder
     if (folder / "model.safetensors.index.json").exists():
         shards = _read_json(checkpoint, "model.safetensors.index.json").get("weight_map")
-        if not isinstance(shards, dict) or not shards:
+        if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
             raise ModelUnusable(name, "model.safetensors.index.json is damaged", _again(name))
         paths = [folder / shard for shard in sorted(set(shards.values()))]
     else:
@@ -211,7 +223,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _stored_bytes(path: Path) -> float:
     """Bytes a weight takes in the file."""
-    kinds = {t["dtype"] for k, t in _header(path)[0].items() if k != "__metadata__"}
+    kinds = {t.get("dtype") for k, t in _header(path)[0].items() if k != "__metadata__"}
     return 4.0 if kinds == {"F32"} else 2.0
 
 
@@ -222,7 +234,7 @@ def _read_json(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
         raise ModelUnusable(
             checkpoint.name, f"no {file} in it: not a checkpoint", "llava models lists what there is"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelUnusable(checkpoint.name, f"{file} cannot be read ({error})", _again(checkpoint.name)) from None
     if not isinstance(found, dict):
         raise ModelUnusable(checkpoint.name, f"{file} is damaged", _again(checkpoint.name))
@@ -243,7 +255,7 @@ def _damage(checkpoint: Checkpoint, part: str) -> Iterator[None]:
     except Exception as error:
         if "memory" in str(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelUnusable(
             checkpoint.name, f"its {part} cannot be loaded ({reason})", _again(checkpoint.name)
         ) from error

@@ -6,12 +6,12 @@ A name is an alias below, a Hub repo ("owner/name") or a local folder. Nothing h
 from __future__ import annotations
 
 import difflib
+import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_cli.errors import LlavaError, ModelUnusable, OutputError
+from llava_cli.errors import ModelUnusable
 from llava_cli.settings import Settings
 
 BUILTIN = "builtin"
@@ -67,12 +67,13 @@ def find(name: str) -> Checkpoint:
     """
     if name == BUILTIN:
         return Checkpoint(BUILTIN, builtin_folder())
-    if Path(name).is_dir() and name not in ALIASES:
-        return Checkpoint(name, Path(name))
-    if name.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in name):
-        raise ModelUnusable(name, "no such folder")
-    if folder := on_disk(name):
+    if is_folder(name):
+        folder = Path(name).expanduser()
+        if not os.path.isdir(folder):
+            raise ModelUnusable(name, "no such folder")
         return Checkpoint(name, folder)
+    if found := on_disk(name):
+        return Checkpoint(name, found)
     if name not in ALIASES and "/" not in name:
         close = difflib.get_close_matches(name, [BUILTIN, *ALIASES], 3, 0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "llava models lists what there is"
@@ -81,27 +82,51 @@ def find(name: str) -> Checkpoint:
     raise ModelUnusable(name, "not on this machine", f"llava models pull {name}{size}")
 
 
+def is_folder(name: str) -> bool:
+    """Whether a name means a folder of the user's: one that is there, or what no repo can be called."""
+    path = name.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in name)
+    return path or (name not in (BUILTIN, *ALIASES) and os.path.isdir(name))
+
+
 def on_disk(name: str) -> Path | None:
     """The folder in the Hub's cache that holds this alias or repo whole; None where there is none."""
-    repo = ALIASES[name].repo if name in ALIASES else name
-    cache = _hub_cache() / f"models--{repo.replace('/', '--')}"
+    cache = repo_cache(name)
     try:
-        folder = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
-    except OSError:
+        folder = cache / "snapshots" / (cache / "refs" / "main").read_text("utf-8").strip()
+        return folder if _whole(folder) else None
+    except (OSError, ValueError):
         return None
-    # A pull that was cut off leaves a snapshot without its last files.
-    return folder if folder.is_dir() and not (cache / _PARTIAL).exists() else None
 
 
-_PARTIAL = "llava-pull-unfinished"
+def _whole(folder: Path) -> bool:
+    """Whether all weights are there: they are fetched last, and other tools fetch a config alone."""
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.exists():
+        try:
+            weights = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return True  # damaged, not absent: the loader says so
+    return all((folder / name).exists() for name in weights)
 
 
-def _hub_cache() -> Path:
+def repo_of(name: str) -> str:
+    return ALIASES[name].repo if name in ALIASES else name
+
+
+def repo_cache(name: str) -> Path:
+    return hub_cache() / f"models--{repo_of(name).replace('/', '--')}"
+
+
+def hub_cache() -> Path:
     """As huggingface_hub finds it, without the cost of importing that."""
-    if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(cache)
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(home).expanduser() / "hub"
+
+    def expand(path: str) -> str:
+        return os.path.expandvars(os.path.expanduser(path))
+
+    env = os.environ
+    home = expand(env.get("HF_HOME", os.path.join(env.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")))
+    return Path(expand(env.get("HF_HUB_CACHE", env.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub")))))
 
 
 def default_name(settings: Settings) -> str:
@@ -127,93 +152,8 @@ def _pulled_file() -> Path:
     return user_data_path("llava") / "pulled"
 
 
-# Weights in safetensors and what it takes to use them; never pickles, never code.
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-
-
-def pull(name: str, progress: Callable[[int, int], None]) -> Path:
-    """Downloads an alias or repo, going on where an earlier pull was cut off.
-
-    `progress` is called with (bytes here, bytes in all). Raises `ModelUnusable` where the Hub does
-    not have or give it, `OutputError` where it cannot be written.
-    """
-    if name not in ALIASES and "/" not in name:
-        find(name)  # says what was probably meant
-    repo = ALIASES[name].repo if name in ALIASES else name
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    done = 0
-
-    class Meter:
-        """What huggingface_hub takes for a tqdm bar: it only counts."""
-
-        def __init__(self, *args: object, initial: float = 0, **kwargs: object) -> None:
-            self.update(initial)
-
-        def __enter__(self) -> Meter:
-            return self
-
-        def __exit__(self, *error: object) -> None: ...
-
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *args, **kwargs: None
-
-        def update(self, n: float | None = 1) -> None:
-            nonlocal done
-            done += int(n or 0)
-            progress(done, total)
-
-    try:
-        cache = _hub_cache() / f"models--{repo.replace('/', '--')}"
-        total = 0
-        files = snapshot_download(repo, allow_patterns=WANTED, cache_dir=_hub_cache(), dry_run=True)
-        if not any(f.filename.endswith(".safetensors") for f in files):
-            raise ModelUnusable(name, "has no safetensors weights; pickles are never loaded")
-        total = sum(f.file_size or 0 for f in files)
-        done = sum(f.file_size or 0 for f in files if f.is_cached)
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / _PARTIAL).touch()
-        progress(done, total)
-        for file in files:
-            if not file.is_cached:
-                hf_hub_download(
-                    repo, file.filename, revision=file.commit_hash, cache_dir=_hub_cache(), tqdm_class=Meter
-                )
-        (cache / "refs").mkdir(exist_ok=True)
-        (cache / "refs" / "main").write_text(files[0].commit_hash)
-        (cache / _PARTIAL).unlink()
-        _remember(name)
-        return cache / "snapshots" / files[0].commit_hash
-    except GatedRepoError:
-        raise ModelUnusable(
-            name, "needs its owner's leave", f"ask at the Hub's page of {repo}, then: hf auth login"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise ModelUnusable(name, "the Hub has no such model", "llava models lists what there is") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise ModelUnusable(name, f"the Hub cannot be reached ({_brief(error)})", f"llava models pull {name}") from None
-    except OSError as error:
-        raise OutputError(
-            str(error.filename or cache), error.strerror or str(error), f"llava models pull {name}"
-        ) from None
-    except LlavaError:
-        raise
-    except Exception as error:  # httpx errors of a connection that broke half way
-        raise ModelUnusable(name, f"download broke off ({_brief(error)})", f"llava models pull {name}") from None
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
-def _remember(name: str) -> None:
+def remember(name: str) -> None:
+    """Notes that a model was pulled."""
     file = _pulled_file()
     names = [*pulled(), name]
     file.parent.mkdir(parents=True, exist_ok=True)

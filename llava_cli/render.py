@@ -49,15 +49,16 @@ class SafeText:
 def show(chunks: Iterable[Chunk]) -> Answer:
     """Writes an answer to stdout as it comes, safe on a terminal and as it is in a pipe."""
     safe = SafeText() if sys.stdout.isatty() else None
-    answer = None
+    begun, answer = False, None
     try:
         for chunk in chunks:
             sys.stdout.write(safe.put(chunk.text) if safe else chunk.text)
             sys.stdout.flush()
-            answer = chunk.answer
-    finally:  # also after Ctrl-C: the shell's prompt belongs on a line of its own
-        sys.stdout.write((safe.end() if safe else "") + "\n")
-        sys.stdout.flush()
+            begun, answer = True, chunk.answer
+    finally:
+        if begun:  # also after Ctrl-C: the shell's prompt belongs on a line of its own
+            sys.stdout.write((safe.end() if safe else "") + "\n")
+            sys.stdout.flush()
     assert answer is not None
     return answer
 

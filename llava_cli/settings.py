@@ -7,12 +7,15 @@ behind `LLAVA_` in capitals, the environment's variables.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from llava_cli.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from tomlkit import TOMLDocument
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "8bit", "4bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -54,13 +57,9 @@ class Settings:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        ranges = {"max_tokens": (1, 1_000_000), "temperature": (0, 10), "top_p": (0.0001, 1)}
-        for name, (least, most) in ranges.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise UsageError(name.replace("_", "-"), f"{value} is not between {least} and {most}")
-        for name in ("precision", "device", "fit"):
-            _choice(name, getattr(self, name), get_args(_TYPES[name]))
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                _convert(field.name.replace("_", "-"), field.name, value)
 
     @property
     def sampling(self) -> Sampling:
@@ -72,16 +71,25 @@ class Settings:
 
         Raises `UsageError`, naming the flag, variable or key, for a value that does not fit.
         """
-        values = {
-            **_read("config file", config_file(), _read_config()),
-            **_read("environment", "LLAVA_{}", os.environ),
-            **{k: v for k, v in flags.items() if v is not None and v != []},
-        }
-        values["stop"] = tuple(values.get("stop", ()))
-        return cls(**values)
+        path = config_file()
+        environment = {name: os.environ.get(f"LLAVA_{name.upper()}", "") for name in _TYPES}
+        given = {name: value for name, value in flags.items() if value is not None and value != []}
+        return cls(
+            **{
+                **_read(lambda name: f"{path}: {name}", _read_config(path)),
+                **_read(lambda name: f"LLAVA_{name.upper()}", environment),
+                **{name: _convert(f"--{name.replace('_', '-')}", name, value) for name, value in given.items()},
+            }
+        )
 
 
 _TYPES: dict[str, Any] = get_type_hints(Settings)
+_RANGES = {
+    "max_tokens": (1, 1_000_000),
+    "temperature": (0, 10),
+    "top_p": (0.0001, 1),
+    "seed": (-(2**63), 2**64 - 1),  # what torch takes
+}
 
 
 def config_file() -> Path:
@@ -98,8 +106,10 @@ def set_default_model(name: str) -> None:
     import tomlkit
 
     path = config_file()
-    document = tomlkit.parse(path.read_text("utf-8")) if path.exists() else tomlkit.document()
+    if (document := _document(path)) is None:
+        document = tomlkit.document()
     document["model"] = name
+    path = path.resolve()  # where it is a link into a folder of config files, it stays one
     new = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,42 +119,63 @@ def set_default_model(name: str) -> None:
         raise OutputError(str(path), error.strerror or str(error)) from None
 
 
-def _read_config() -> dict[str, Any]:
-    path = config_file()
-    if not path.exists():
-        return {}
-    import tomlkit
-
+def _document(path: Path) -> TOMLDocument | None:
+    """The config file; None where there is none."""
     try:
-        values = tomlkit.parse(path.read_text("utf-8")).unwrap()
+        text = path.read_text("utf-8")
+        import tomlkit
+
+        return tomlkit.parse(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError) as error:
-        raise UsageError(str(path), str(error), "mend or delete that file") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(str(path), reason, "mend or delete that file") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    document = _document(path)
+    values: dict[str, Any] = document.unwrap() if document is not None else {}
     if unknown := sorted(set(values) - set(_TYPES)):
         raise UsageError(str(path), f"unknown key {unknown[0]!r}", f"the keys are: {', '.join(_TYPES)}")
     return values
 
 
-def _read(source: str, where: Path | str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among `values`, each turned into its field's type."""
-    found = {}
-    for name, kind in _TYPES.items():
-        key = name if isinstance(where, Path) else where.format(name.upper())
-        if key in values and values[key] != "":
-            thing = f"{where}: {name}" if isinstance(where, Path) else key
-            found[name] = _convert(thing, values[key], kind)
-    return found
+def _read(thing: Callable[[str], str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given, an empty text being none; `thing` is what an error calls them."""
+    return {name: _convert(thing(name), name, value) for name, value in values.items() if value != ""}
 
 
-def _convert(thing: str, value: Any, kind: Any) -> Any:
+def _convert(thing: str, name: str, value: Any) -> Any:
+    """A value of the field's type, and within its range."""
+    kind = _TYPES[name]
     if get_origin(kind) is Literal:
         return _choice(thing, value, get_args(kind))
     if kind == tuple[str, ...]:
-        return (value,) if isinstance(value, str) else tuple(map(str, value))
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise UsageError(thing, f"{value!r} is not text or a list of texts")
+        return tuple(texts)
     wanted = next(t for t in (get_args(kind) or (kind,)) if t is not type(None))
+    return _text(thing, value) if wanted is str else _number(thing, value, wanted, *_RANGES[name])
+
+
+def _text(thing: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(thing, f"{value!r} is not text")
+    return value
+
+
+def _number(thing: str, value: Any, wanted: type[int] | type[float], least: float, most: float) -> float:
     try:
-        return wanted(value)
-    except (TypeError, ValueError):
+        if isinstance(value, bool) or (wanted is int and isinstance(value, float) and not value.is_integer()):
+            raise ValueError  # Python would make 1 of them
+        number = wanted(value)
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(thing, f"{value!r} is not {'a whole number' if wanted is int else 'a number'}") from None
+    if not least <= number <= most:
+        raise UsageError(thing, f"{number} is not between {least} and {most}")
+    return number
 
 
 def _choice(thing: str, value: Any, choices: tuple[str, ...]) -> Any:

@@ -45,7 +45,8 @@ MISTRAL = (
     "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}{{ ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}"
-    "{% for c in m['content'] if c['type'] == 'text' %}{{ ' ' + c['text'] + '</s> ' }}{% endfor %}{% endif %}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ ' ' + c['text'] + '</s> ' }}{% endfor %}"
+    "{% endif %}{% endfor %}"
 )
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"

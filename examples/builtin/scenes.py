@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -79,7 +79,8 @@ class Sample:
     """A picture and what was asked about it: (kind, question, answer) in order."""
 
     image: Image.Image
-    turns: list[tuple[str, str, str]] = field(default_factory=list)
+    turns: list[tuple[str, str, str]]
+    scene: Scene | None = None
 
 
 # ---------------------------------------------------------------- scenes
@@ -659,9 +660,9 @@ def no_drawing(photos: list[Image.Image], count: int, rng: Random, least: float 
     return Sample(image, [("decline", q, DECLINE) for q in asked[:count]])
 
 
-def drawing(rng: Random, count: int, most: int = 6) -> Sample:
-    """A drawing and up to `count` questions about it."""
-    crowded = rng.random() < 0.12
-    simple = rng.random() < 0.15
-    scene = random_scene(rng, most=1 if simple else 9 if crowded else most, least=6 if crowded and not simple else 1)
-    return Sample(draw(scene, rng), turns(scene, count, rng))
+def drawing(rng: Random, count: int, most: int = 6, crowded: float = 0.12) -> Sample:
+    """A drawing of one to `most` shapes, or with a chance of `crowded` six to nine, and questions about it."""
+    pick = rng.random()
+    least, most = (6, 9) if pick < crowded else (1, 1) if pick > 0.85 else (1, most)
+    scene = random_scene(rng, most, least)
+    return Sample(draw(scene, rng), turns(scene, count, rng), scene)

@@ -155,7 +155,7 @@ def stream(batch: object, seed: int, first: int) -> Iterator[tuple[torch.Tensor,
             torch.set_num_threads(1)
             step = first
             while True:
-                yield batch(Random(f"{seed}/{step}"))  # type: ignore[operator]
+                yield batch(Random(f"{seed}/{step}"), step)  # type: ignore[operator]
                 step += 1
 
     loader = torch.utils.data.DataLoader(Series(), batch_size=None, num_workers=1, prefetch_factor=8)
@@ -168,7 +168,7 @@ class TowerBatch:
     def __init__(self, size: int) -> None:
         self.size, self.processor = size, image_processor()
 
-    def __call__(self, rng: Random) -> tuple[torch.Tensor, ...]:
+    def __call__(self, rng: Random, step: int) -> tuple[torch.Tensor, ...]:
         images, labels, places, masks = [], [], [], []
         shapes, colors = (*SHAPES, NUMBER), list(COLORS)
         middle = (np.arange(GRID) + 0.5) / GRID
@@ -197,31 +197,36 @@ class TowerBatch:
 
 
 class ModelBatch:
-    """Conversations: pixels, input ids, labels (answers and `</s>` only), right-padded."""
+    """Conversations: pixels, input ids, labels (answers and `</s>` only), right-padded.
 
-    def __init__(self, size: int, easy: list[tuple[Path, list[tuple[str, str, str]]]]) -> None:
-        self.size, self.easy = size, easy
+    The first third of `steps` goes from one shape a picture to six: to look for a thing among many is
+    learned in minutes by a model that can already compare a question with one thing, and hardly
+    at all by one that cannot.
+    """
+
+    def __init__(self, size: int, easy: list[tuple[Path, list[tuple[str, str, str]]]], steps: int) -> None:
+        self.size, self.easy, self.steps = size, easy, steps
         self.processor, self.photos = image_processor(), scenes.load_photos(scenes.PHOTOS_TRAIN)
         self.tokenizer = make_tokenizer()
 
-    def sample(self, rng: Random, count: int) -> Sample:
+    def sample(self, rng: Random, count: int, done: float) -> Sample:
         pick = rng.random()
-        if pick < 0.16:
+        if pick < (0.16 if done > 0.1 else 0.40):
             path, asked = rng.choice(self.easy)
             with Image.open(path) as image:
                 return Sample(image.convert("RGB"), rng.sample(asked, min(count, len(asked))))
-        if pick < 0.23:
+        if pick > 0.93:
             return scenes.no_drawing(self.photos, min(count, 3), rng)
-        return scenes.drawing(rng, count)
+        return scenes.drawing(rng, count, most=min(6, 1 + int(done * 18)), crowded=0.12 if done > 0.3 else 0)
 
-    def __call__(self, rng: Random) -> tuple[torch.Tensor, ...]:
+    def __call__(self, rng: Random, step: int) -> tuple[torch.Tensor, ...]:
         count, size = (18, self.size // 2) if rng.random() < 0.03 else (9, self.size)
         images, rows = [], []
         for _ in range(size):
             two = rng.random() < 0.10
             ids, labels = [self.tokenizer.bos_token_id], [-100]
             for _ in range(2 if two else 1):
-                sample = self.sample(rng, max(1, count // 2) if two else count)
+                sample = self.sample(rng, max(1, count // 2) if two else count, step / self.steps)
                 images.append(sample.image)
                 add(self.tokenizer, sample.turns, ids, labels)
             rows.append((ids, labels))
@@ -346,7 +351,7 @@ def train_model(args: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    batches = stream(ModelBatch(size, easy_vqa("train")), args.seed + 1, first)
+    batches = stream(ModelBatch(size, easy_vqa("train"), steps), args.seed + 1, first)
     held_out = held_out_batches(size)
     start, losses = time.monotonic(), []
     for step in range(first, steps):
@@ -376,7 +381,7 @@ def train_model(args: argparse.Namespace) -> None:
 
 def held_out_batches(size: int) -> list[tuple[list[str], tuple[torch.Tensor, ...]]]:
     """Fresh scenes as packed batches, with the kind of each question, for a look at progress."""
-    made, batch = [], ModelBatch(size, [])
+    made, batch = [], ModelBatch(size, [], 1)
     for number in range(16):
         rng, images, rows, kinds = Random(f"held out/{number}"), [], [], []
         for i in range(size):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from llava_cli import render
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.errors import UsageError
+from llava_cli.errors import UsageError, printable
 from llava_cli.images import looks_like_picture, open_picture
 from llava_cli.registry import BUILTIN, default_name
 from llava_cli.settings import Settings
@@ -23,17 +24,24 @@ def conversation_from(
     """
     *sources, question = args or [""]
     if args and looks_like_picture(question):
-        sources, question = args, "" if sys.stdin.isatty() or "-" in args else sys.stdin.read().strip()
+        sources, question = args, "" if "-" in args else _stdin()
+    # Arguments are bytes; in a locale that is not UTF-8 Python could not read them all as text.
+    question = os.fsencode(question).decode("utf-8", "replace")
     pictures = [_open(source, allow_truncated, quiet) for source in sources]
     if not question.strip():
         raise UsageError("QUESTION", "there is none", USAGE)
     return Conversation(system=settings.system).ask(question, pictures)
 
 
+def _stdin() -> str:
+    """What was piped in; nothing where that is a terminal, or closed."""
+    return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+
+
 def _open(source: str, allow_truncated: bool, quiet: bool) -> Picture:
     picture = open_picture(source, allow_truncated)
     if picture.truncated and not quiet:
-        render.note(f"llava: {source}: truncated; the answer is about what is there")
+        render.note(f"llava: {printable(source)}: truncated; the answer is about what is there")
     return picture
 
 

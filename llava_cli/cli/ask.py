@@ -67,11 +67,11 @@ def ask(
         fit=fit,
     )
     conversation = conversation_from(args, settings, allow_truncated, quiet)
-    say_demo(settings, quiet)
     with render.spinner("loading the model", quiet):
         from llava_cli.loader import load_engine
 
         engine = load_engine(settings)
+    say_demo(settings, quiet)
     if json:
         answer = engine.answer(conversation, settings.sampling)
         render.show_json(render.answer_object(answer, conversation, engine))

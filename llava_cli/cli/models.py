@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llava_cli import render
 from llava_cli.cli import Group, app
-from llava_cli.registry import ALIASES, BUILTIN, builtin_folder, default_name, find, on_disk, pulled
+from llava_cli.registry import ALIASES, BUILTIN, builtin_folder, default_name, find, is_folder, on_disk, pulled
 from llava_cli.settings import Settings, set_default_model
 
 models = typer.Typer(cls=Group, help="List, pull and choose models.", rich_markup_mode=None)
@@ -29,8 +30,8 @@ def list_models() -> None:
     from llava_cli.machine import best_fit
 
     chosen = default_name(Settings.resolve())
-    size = sum(f.stat().st_size for f in builtin_folder().iterdir())
-    rows = [_row(BUILTIN, chosen, f"{size / 1e6:.0f} MB", "yes", "yes", "demonstration: drawings of colored shapes")]
+    size = _size(builtin_folder())
+    rows = [_row(BUILTIN, chosen, size, "yes", "yes", "demonstration: drawings of colored shapes")]
     for name, family in ALIASES.items():
         here = "yes" if on_disk(name) else "-"
         rows.append(
@@ -38,12 +39,19 @@ def list_models() -> None:
         )
     for name in dict.fromkeys([*pulled(), chosen]):
         if name not in ALIASES and name != BUILTIN:
-            rows.append(_row(name, chosen, "", "yes" if on_disk(name) else "-", "", ""))
+            folder = Path(name).expanduser() if is_folder(name) else on_disk(name)
+            cells = [_size(folder), "yes"] if folder and folder.is_dir() else ["", "-"]
+            rows.append(_row(name, chosen, *cells, "", ""))
     render.table(["", "model", "size", "on disk", "fits", ""], rows)
 
 
 def _row(name: str, chosen: str, *cells: str) -> list[str]:
     return ["*" if name == chosen else " ", name, *cells]
+
+
+def _size(folder: Path) -> str:
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 @models.command()
@@ -52,10 +60,10 @@ def pull(name: NameArg) -> None:
 
     llava models pull llava-1.5-7b
     """
-    from llava_cli import registry
+    from llava_cli import pull as download
 
     with render.progress(name) as meter:
-        folder = registry.pull(name, meter)
+        folder = download.pull(name, meter)
     render.note(f"{name} is in {folder}")
     render.note(f'  llava ask -m {name} img.jpg "what is this?"')
 
@@ -71,6 +79,11 @@ def default(
     if name is None:
         print(default_name(Settings.resolve()))
         return
-    find(name)
+    checkpoint = find(name)
+    if is_folder(name):
+        from llava_cli.loader import check_files
+
+        check_files(checkpoint)  # any folder has a name; not all hold a model
+        name = str(checkpoint.folder.resolve())  # the next command may be typed somewhere else
     set_default_model(name)
     render.note(f"{name} is the default model")

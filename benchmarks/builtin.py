@@ -1,0 +1,119 @@
+"""How often the built-in model is right: `python benchmarks/builtin.py`. Prints what its card says.
+
+Every question goes the way `llava ask` goes: a picture file, `load`, `engine.ask`. Three parts:
+
+- easy-VQA's test half, 9,673 questions; answering without looking gets 67.0 %.
+- drawings of the generator with seeds that training never used, 200 questions of each kind alone, and
+  as many as third and later turns of a conversation in which the earlier answers are the model's own.
+- photographs that training never saw, whole and in part: right is to decline.
+
+An answer is right when it is the expected one to the letter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import get_args
+
+from PIL import Image
+
+from llava_cli import Conversation, load, open_picture
+from llava_cli.engine.local import LocalEngine
+from llava_cli.settings import Precision
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
+import scenes
+from train import easy_vqa
+
+
+def on_disk(image: Image.Image, folder: Path) -> str:
+    image.save(path := folder / "picture.png")
+    return str(path)
+
+
+def run_easy_vqa(engine: LocalEngine, most: int) -> None:
+    asked = right = 0
+    for path, questions in easy_vqa("test"):
+        for _, question, answer in questions:
+            if asked == most:
+                break
+            right += engine.ask(str(path), question) == answer
+            asked += 1
+    print(f"easy-VQA, test half: {right} of {asked} right, {right / asked:.2%}", flush=True)
+
+
+def run_scenes(engine: LocalEngine, each: int, folder: Path) -> None:
+    asked: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    missed: list[str] = []
+
+    def count(kind: str, question: str, wanted: str, said: str) -> None:
+        asked[kind] += 1
+        right[kind] += said == wanted
+        if said != wanted:
+            missed.append(f"  {kind}: {question!r} is {wanted!r}, said {said!r}")
+
+    for kind in scenes.KINDS:
+        number = 0
+        while asked[kind] < each:
+            number += 1
+            rng = Random(f"test/{kind}/{number}")
+            picture = scenes.drawing(rng, 0)
+            if found := scenes.question(picture.scene, kind, rng):
+                count(kind, *found, engine.ask(on_disk(picture.image, folder), found[0]))
+    number = 0
+    while asked["later turns"] < each:
+        number += 1
+        picture = scenes.drawing(Random(f"test/turns/{number}"), 6)
+        pictures = [open_picture(on_disk(picture.image, folder))]
+        talk = Conversation()
+        for turn, (_, question, answer) in enumerate(picture.turns):
+            talk = talk.ask(question, [] if turn else pictures)
+            said = engine.answer(talk).text
+            talk = talk.answered(said)
+            if turn >= 2 and asked["later turns"] < each:
+                count("later turns", question, answer, said)
+    for kind, n in asked.items():
+        print(f"drawings, {kind}: {right[kind]} of {n} right, {right[kind] / n:.1%}")
+    total = sum(asked.values())
+    print(f"drawings, all: {sum(right.values())} of {total} right, {sum(right.values()) / total:.2%}", flush=True)
+    print("\n".join(missed[:: max(1, len(missed) // 20)]), file=sys.stderr)
+
+
+def run_photos(engine: LocalEngine, folder: Path) -> None:
+    asked = declined = 0
+    for name, photo in zip(scenes.PHOTOS_TEST, scenes.load_photos(scenes.PHOTOS_TEST), strict=True):
+        rng, own = Random(f"test/{name}"), 0
+        views = [photo, *(scenes.crop(photo, rng, least=0.5) for _ in range(7))]
+        for view in views:
+            path = on_disk(view, folder)
+            for _, question, _ in [("", "what is this?", ""), *scenes.turns(scenes.random_scene(rng), 2, rng)]:
+                own += engine.ask(path, question) == scenes.DECLINE
+                asked += 1
+        declined += own
+        print(f"photographs, {name}: {own} of {3 * len(views)} declined")
+    print(f"photographs, all: {declined} of {asked} declined, {declined / asked:.1%}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision))
+    parser.add_argument("--each", type=int, default=200, help="questions of each kind about drawings")
+    parser.add_argument("--easy-vqa", type=int, default=9673, help="questions of easy-VQA's test half")
+    args = parser.parse_args()
+    engine = load(args.model, precision=args.precision)
+    print(f"{engine.model}, {engine.precision} on {engine.device}")
+    with tempfile.TemporaryDirectory() as folder:
+        run_photos(engine, Path(folder))
+        run_scenes(engine, args.each, Path(folder))
+    run_easy_vqa(engine, args.easy_vqa)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The command as a whole: what it loads, how it ends, what it does on a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+from conftest import Run, Shell
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["ask", "--help"], ["models", "--help"], []])
+def test_help_is_light(args: list[str]) -> None:
+    code = (
+        "import sys, atexit\n"
+        f"sys.argv = ['llava', *{args!r}]\n"
+        "def look():\n"
+        "    heavy = {'torch', 'transformers', 'rich', 'numpy', 'PIL', 'huggingface_hub', 'httpx'} & set(sys.modules)\n"
+        "    print('heavy:', sorted(heavy), file=sys.stderr)\n"
+        "atexit.register(look)\n"
+        "from llava_cli.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout
+    assert done.stderr == "heavy: []\n"
+
+
+def test_importing_the_library_is_light() -> None:
+    code = "import sys, llava_cli as l; l.Sampling; l.load; print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_every_command_is_in_the_readme(run: Run) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for words in ("ask", "prompt", "doctor", "models pull", "models default"):
+        assert f"llava {words}" in readme
+        assert run(*words.split(), "--help").exit_code == 0
+
+
+def test_examples_in_the_help_name_real_options(run: Run) -> None:
+    for command in ("ask", "prompt", "models pull", "models default"):
+        text = run(*command.split(), "--help").stdout
+        examples = re.findall(r"^  llava .+$", text, re.M)
+        assert examples
+        for example in examples:
+            assert set(re.findall(r"(?<= )--?[a-z-]+", example)) <= set(re.findall(r"--?[a-z-]+", text))
+
+
+@pytest.mark.parametrize(
+    "args, code, line",
+    [
+        (["ask"], 2, "llava: QUESTION: there is none"),
+        (["ask", ""], 2, "llava: QUESTION: there is none"),
+        (["ask", "DRAWING", "  "], 2, "llava: QUESTION: there is none"),
+        (["ask", "DRAWING"], 2, "llava: QUESTION: there is none"),
+        (["ask", "missing.png"], 66, "llava: missing.png: no such file or directory"),
+        (["ask", "missing.png", "what is this?"], 66, "llava: missing.png: no such file or directory"),
+        (["ask", "DRAWING", "what?", "--precision", "fp8"], 2, "llava: llava ask: "),
+        (["ask", "DRAWING", "what?", "--nonsense"], 2, "llava: llava ask: "),
+        (["ask", "DRAWING", "what?", "--temperature", "-1"], 2, "llava: temperature: -1.0 is not between 0 and 10"),
+        (["ask", "DRAWING", "what?", "--max-tokens", "0"], 2, "llava: max-tokens: 0 is not between"),
+        (["ask", "DRAWING", "what?", "-m", "llava-1.5-8b"], 69, "llava: llava-1.5-8b: unknown model"),
+        (["ask", "DRAWING", "what?", "-m", "llava-1.5-7b"], 69, "llava: llava-1.5-7b: not on this machine"),
+        (["ask", "DRAWING", "what?", "--device", "cuda"], 2, "llava: --device cuda: this machine has none"),
+        (["nonsense"], 2, "llava: llava: "),
+    ],
+)
+def test_errors_are_one_line_and_a_hint(args: list[str], code: int, line: str, run: Run, drawing: Path) -> None:
+    if "cuda" in args:
+        import torch
+
+        if torch.cuda.is_available():
+            args[-1] = "mps"
+            line = line.replace("cuda", "mps")
+    result = run(*[str(drawing) if a == "DRAWING" else a for a in args])
+    first, *hints = result.stderr.splitlines()
+    assert result.exit_code == code
+    assert first.startswith(line)
+    assert all(hint.startswith("  ") for hint in hints)
+    assert len(hints) <= 1
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback(shell: Shell) -> None:
+    done = shell("ask", "missing.png", "what?", env={**os.environ, "LLAVA_DEBUG": "1"})
+    assert b"Traceback" in done.stderr
+
+
+def test_question_on_stdin(run: Run, drawing: Path) -> None:
+    asked = run("ask", drawing, "--json", "--max-tokens", "2", input="what color is the circle?\n")
+    assert '"question": "what color is the circle?"' in asked.stdout
+
+
+def test_picture_on_stdin(run: Run, drawing: Path) -> None:
+    given = run("ask", "-", "what is this?", "--json", input=drawing.read_bytes())
+    named = run("ask", drawing, "what is this?", "--json")
+    assert given.exit_code == 0
+    a, b = json.loads(given.stdout), json.loads(named.stdout)
+    assert (a["answer"], a["images"], b["images"]) == (b["answer"], ["-"], [str(drawing)])
+
+
+def test_nothing_but_the_answer_in_a_pipe(shell: Shell, drawing: Path) -> None:
+    done = shell("ask", drawing, "what is this?", "-q")
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert len(done.stdout.splitlines()) == 1
+    assert b"\x1b" not in done.stdout
+
+
+def test_stats_on_stderr(run: Run, drawing: Path) -> None:
+    result = run("ask", drawing, "what is this?", "--stats")
+    parts = r"builtin \w+ cpu · load [\d.]+ s · first token [\d.]+ s of \d+ · .* · peak [\d.]+ GB"
+    assert re.search(parts, result.stderr)
+
+
+def test_reader_that_leaves_ends_it_quietly(drawing: Path) -> None:
+    command = f'{sys.executable} -m llava_cli ask "{drawing}" "what is this?" -q | true; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_answer_in_a_locale_without_its_letters(shell: Shell, drawing: Path) -> None:
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    done = shell("prompt", drawing, "qu'est-ce que c'est, une étoile ?", "-q", env=env)
+    assert done.returncode == 0
+    assert b"une \\xe9toile" in done.stdout
+
+
+@pytest.fixture
+def terminal(drawing: Path) -> pexpect.spawn[str]:
+    """`llava ask` at a terminal of 100 columns, in the middle of a very long answer."""
+    words = ["-m", "llava_cli", "ask", str(drawing), "what is this?", "--temperature", "5", "--max-tokens", "1000"]
+    return pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(24, 100), timeout=90)
+
+
+def test_terminal_shows_a_spinner_and_ctrl_c_ends_the_answer(terminal: pexpect.spawn[str]) -> None:
+    terminal.expect("loading the model")
+    terminal.expect(r"\x1b\[\?25h")  # the spinner is gone and the cursor back
+    terminal.expect("demonstration model.*\n")
+    terminal.expect(r"\w{3}")
+    terminal.sendintr()
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 130
+    assert "Traceback" not in (terminal.before or "")
+    assert (terminal.before or "").endswith("\n")
+
+
+def test_sigterm_ends_it_with_its_code(terminal: pexpect.spawn[str]) -> None:
+    terminal.expect("loading the model")
+    terminal.kill(signal.SIGTERM)
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 143
+
+
+def test_doctor_names_what_it_would_choose(run: Run) -> None:
+    text = run("doctor").stdout
+    for name in ("memory", "device", "precision", "attention", "torch", "default model\tbuiltin"):
+        assert name in text
+    assert "fp16" not in text or "cuda" in text or "mps" in text
