@@ -133,6 +133,8 @@ def _quantization(precision: str, config: Any) -> Any:
     inner = {name for name, _ in decoder.named_modules(prefix=_name_of(model, decoder))}
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     kept = [n for n in linear if n not in inner or model.get_submodule(n) is head]
+    if precision == "4bit":  # bitsandbytes' CPU kernels take whole blocks of 64 weights a row
+        kept += [n for n in linear if model.get_submodule(n).in_features % 64]
     return BitsAndBytesConfig(
         load_in_8bit=precision == "8bit",
         load_in_4bit=precision == "4bit",

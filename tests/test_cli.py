@@ -65,14 +65,14 @@ def test_examples_in_the_help_name_real_options(run: Run) -> None:
         (["ask", "DRAWING"], 2, "llava: QUESTION: there is none"),
         (["ask", "missing.png"], 66, "llava: missing.png: no such file or directory"),
         (["ask", "missing.png", "what is this?"], 66, "llava: missing.png: no such file or directory"),
-        (["ask", "DRAWING", "what?", "--precision", "fp8"], 2, "llava: llava ask: "),
-        (["ask", "DRAWING", "what?", "--nonsense"], 2, "llava: llava ask: "),
+        (["ask", "DRAWING", "what?", "--precision", "fp8"], 2, "llava: ask: "),
+        (["ask", "DRAWING", "what?", "--nonsense"], 2, "llava: ask: "),
         (["ask", "DRAWING", "what?", "--temperature", "-1"], 2, "llava: temperature: -1.0 is not between 0 and 10"),
         (["ask", "DRAWING", "what?", "--max-tokens", "0"], 2, "llava: max-tokens: 0 is not between"),
         (["ask", "DRAWING", "what?", "-m", "llava-1.5-8b"], 69, "llava: llava-1.5-8b: unknown model"),
         (["ask", "DRAWING", "what?", "-m", "llava-1.5-7b"], 69, "llava: llava-1.5-7b: not on this machine"),
         (["ask", "DRAWING", "what?", "--device", "cuda"], 2, "llava: --device cuda: this machine has none"),
-        (["nonsense"], 2, "llava: llava: "),
+        (["nonsense"], 2, "llava: command: no such command"),
     ],
 )
 def test_errors_are_one_line_and_a_hint(args: list[str], code: int, line: str, run: Run, drawing: Path) -> None:

@@ -1,10 +1,10 @@
 """Trains the model that ships inside the package: a LLaVA of 6 M parameters that knows drawings.
 
-    python examples/builtin/train.py tower     # 8 minutes on 2 cores: the vision tower alone
+    python examples/builtin/train.py tower     # 9 minutes on 2 cores: vision tower, projector, words
     python examples/builtin/train.py model     # the rest of 90 minutes: all of it
 
-The first command teaches the tower what is on each patch of crowded scenes; without it the whole
-model takes several times as long to find out what a shape is. The second trains tower, projector
+The first command teaches the tower to say what is on each patch of crowded scenes; without it the
+whole model takes several times as long to find out what a shape is. The second trains tower, projector
 and decoder together on conversations: up to nine questions about a picture in one sequence, with
 `</s>` after each answer as in LLaVA-1.5 (arXiv 2310.03744). Both are seeded and keep a checkpoint
 in `--out`; the second leaves a folder there that `llava ask -m FOLDER` loads.
@@ -42,6 +42,13 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 SIDE, PATCH = 64, 8
 GRID = SIDE // PATCH
+WORDS = (
+    (*SHAPES, NUMBER),
+    tuple(COLORS),
+    ("top", "center", "bottom"),
+    ("left", "center", "right"),
+    (*COLORS, "pale"),
+)
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.role == 'system' %}{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %} "
@@ -123,6 +130,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         intermediate_size=704,
         num_hidden_layers=4,
         num_attention_heads=8,
+        tie_word_embeddings=True,
         max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -133,6 +141,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=GRID * GRID,
+        tie_word_embeddings=True,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
     )
@@ -162,27 +171,28 @@ def stream(batch: object, seed: int, first: int) -> Iterator[tuple[torch.Tensor,
     return iter(loader)
 
 
-class TowerBatch:
-    """Crowded scenes: pixels, and what a patch should know: see `Patches`."""
+class PatchBatch:
+    """Crowded scenes: pixels, and for each patch what `Patches` asks of it."""
 
     def __init__(self, size: int) -> None:
         self.size, self.processor = size, image_processor()
 
     def __call__(self, rng: Random, step: int) -> tuple[torch.Tensor, ...]:
         images, labels, places, masks = [], [], [], []
-        shapes, colors = (*SHAPES, NUMBER), list(COLORS)
         middle = (np.arange(GRID) + 0.5) / GRID
         for _ in range(self.size):
             scene = scenes.random_scene(rng, most=9, least=5 if rng.random() < 0.85 else 1, wide=0.2)
             images.append(scenes.draw(scene, rng))
             owner = scenes.owners(scene, SIDE).reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3)
-            label, place = np.full((3, GRID * GRID), -100), np.zeros((GRID * GRID, 3), np.float32)
-            label[2] = [*colors, "pale"].index(scene.background)
+            label, place = np.full((len(WORDS), GRID * GRID), -100), np.zeros((GRID * GRID, 3), np.float32)
             for patch, owned in enumerate(owner.reshape(GRID * GRID, PATCH * PATCH)):
                 counts = np.bincount(owned, minlength=1)[1:]
-                if counts.max(initial=0) >= 6:
+                if not counts.any():
+                    label[4, patch] = WORDS[4].index(scene.background)
+                elif counts.max() >= 6:
                     thing = scene.things[int(counts.argmax())]
-                    label[:2, patch] = shapes.index(thing.shape), colors.index(thing.color)
+                    row, column = int(thing.y / scene.height * 3), int(thing.x / scene.width * 3)
+                    label[:4, patch] = WORDS[0].index(thing.shape), WORDS[1].index(thing.color), row, column
                     x, y = thing.x + (1 - scene.width) / 2, thing.y + (1 - scene.height) / 2
                     place[patch] = x - middle[patch % GRID], y - middle[patch // GRID], thing.radius
             labels.append(label)
@@ -279,67 +289,74 @@ def schedule(done: float) -> float:
 
 
 class Patches(nn.Module):
-    """What each patch is asked in stage one; thrown away afterwards.
+    """What each patch is asked in stage one.
 
-    The shape and the colour on it, the background, its own row and column, which of its pixels are
-    covered, and how far away (in patches) that shape's centre is and how large its radius. The last
-    two make it look beyond its edge for the whole shape, which is what is hard to learn.
+    In words, through the projector: the shape and the colour on it and which third of the picture that
+    shape is in, or, where there is none, the background's colour. The classifiers' weights are the
+    decoder's own embeddings of those words, so that stage two begins with pictures and words in one
+    space (LLaVA's feature alignment, arXiv 2304.08485, without a language model to align to).
+    Besides, for the tower alone: which of the patch's pixels are covered, how far away (in patches)
+    the shape's centre is and how large its radius. These make it look beyond its edge for the whole
+    shape, which is what is hard to learn.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
-        self.classes = nn.ModuleList(nn.Linear(width, n) for n in (len(SHAPES) + 1, len(COLORS), len(COLORS) + 1))
-        self.cell = nn.ModuleList(nn.Linear(width, GRID) for _ in range(2))
-        self.place, self.mask = nn.Linear(width, 3), nn.Linear(width, PATCH * PATCH)
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        self.embeddings = model.get_input_embeddings()
+        self.words = [[tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in words] for words in WORDS]
+        self.place, self.mask = nn.Linear(192, 3), nn.Linear(192, PATCH * PATCH)
 
     def forward(
-        self, features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, masks: torch.Tensor
+        self, images: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, masks: torch.Tensor
     ) -> tuple[torch.Tensor, list[float]]:
-        """features [n, 64, width], labels [n, 3, 64], places [n, 64, 3], masks [n, 64, 64] -> loss, shares right."""
-        scores = [head(features).float().transpose(1, 2) for head in self.classes]
-        loss = sum(nn.functional.cross_entropy(s, labels[:, i]) for i, s in enumerate(scores))
-        patch = torch.arange(GRID * GRID).expand(len(features), -1)
-        for head, wanted in zip(self.cell, (patch // GRID, patch % GRID), strict=True):
-            loss = loss + nn.functional.cross_entropy(head(features).float().transpose(1, 2), wanted)
+        """images [n, 3, 64, 64], labels [n, 5, 64], places [n, 64, 3], masks [n, 64, 64] -> loss, shares right."""
+        features = self.tower(images, output_hidden_states=True).hidden_states[-1][:, 1:]
+        projected = self.projector(features).float()
         on = labels[:, 0] >= 0
-        loss = loss + nn.functional.smooth_l1_loss(self.place(features).float()[on], places[on])
+        loss = nn.functional.smooth_l1_loss(self.place(features).float()[on], places[on])
         loss = loss + nn.functional.binary_cross_entropy_with_logits(self.mask(features).float(), masks)
-        right = [(s.argmax(1)[on] == labels[:, i][on]).float().mean().item() for i, s in enumerate(scores)]
+        right = []
+        for words, wanted in zip(self.words, labels.unbind(1), strict=True):
+            scores = projected @ self.embeddings.weight[words].T
+            loss = loss + nn.functional.cross_entropy(scores.transpose(1, 2), wanted)
+            asked = wanted >= 0
+            right.append((scores.argmax(2)[asked] == wanted[asked]).float().mean().item())
         return loss, right
 
 
 def train_tower(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     size, steps, rate = args.batch or 32, args.steps or 2400, args.rate or 1.5e-3
-    tower = make_model(make_tokenizer()).model.vision_tower
-    patches = Patches(192)
-    every = [*tower.parameters(), *patches.parameters()]
-    optimizer = torch.optim.AdamW(every, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-    start, batches = time.monotonic(), stream(TowerBatch(size), args.seed, 0)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    patches = Patches(model, tokenizer)
+    optimizer = torch.optim.AdamW(patches.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+    start, batches = time.monotonic(), stream(PatchBatch(size), args.seed, 0)
     seen: list[list[float]] = []
     for step in range(steps):
-        images, *wanted = next(batches)
+        batch = next(batches)
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step / steps)
         with torch.autocast("cpu", torch.bfloat16):
-            features = tower(images, output_hidden_states=True).hidden_states[-1][:, 1:]
-            loss, right = patches(features, *wanted)
+            loss, right = patches(*batch)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(every, 1.0)
+        nn.utils.clip_grad_norm_(patches.parameters(), 1.0)
         optimizer.step()
         seen.append([loss.item(), *right])
-        if step % 50 == 49:
+        if step % 50 == 49 or step + 1 == steps:
             mean = " ".join(f"{m:.3f}" for m in np.mean(seen[-50:], 0))
-            print(f"{step + 1} {time.monotonic() - start:.0f}s loss, shape, colour, background: {mean}", flush=True)
-            torch.save(tower.state_dict(), args.out / "tower.pt")
+            took = time.monotonic() - start
+            print(f"{step + 1} {took:.0f}s loss; shape, colour, row, column, background right: {mean}", flush=True)
+            torch.save(model.state_dict(), args.out / "tower.pt")
 
 
 def train_model(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     processor = make_processor()
     model = make_model(processor.tokenizer)
-    model.model.vision_tower.load_state_dict(torch.load(args.out / "tower.pt", weights_only=True))
+    model.load_state_dict(torch.load(args.out / "tower.pt", weights_only=True))
     size, steps = args.batch or 16, args.steps or 9000
     slow = list(model.model.vision_tower.parameters())
     rest = [p for n, p in model.named_parameters() if "vision_tower" not in n]

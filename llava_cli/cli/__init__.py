@@ -28,7 +28,9 @@ class Group(TyperGroup):
                 raise
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "llava"
-            render.show_error(UsageError(path, error.format_message().rstrip("."), f"{path} --help"))
+            reason = error.format_message().rstrip(".")
+            thing = path.partition(" ")[2] or "command"
+            render.show_error(UsageError(thing, reason[:1].lower() + reason[1:], f"{path} --help"))
             code = UsageError.exit_code
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -90,7 +92,7 @@ def main() -> None:
             {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    app()
+    app(prog_name="llava")
 
 
 from llava_cli.cli import ask, doctor, models, prompt  # noqa: E402, F401  the commands register themselves
