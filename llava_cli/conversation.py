@@ -36,7 +36,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order, after an optional system text. Only the last may lack an answer."""
+    """Turns in order, after an optional system text. The last one is unanswered when it goes to an engine."""
 
     turns: tuple[Turn, ...] = ()
     system: str | None = None

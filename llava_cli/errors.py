@@ -15,6 +15,10 @@ type. Errors of other libraries are translated where they are called; none trave
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LlavaError(Exception):
     """An error that is the user's to mend: `llava: THING: REASON`, then a hint."""
@@ -57,3 +61,28 @@ class OutputError(LlavaError):
 def printable(name: str) -> str:
     """A name from outside as it may be printed: control and undecodable characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+def brief(error: BaseException) -> str:
+    """The first line of another library's message, or what it calls the error."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch says so with a bare RuntimeError on a CPU, a file with ENOMEM."""
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one too
+        return "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+@contextmanager
+def model_errors(model: str, what: str, hint: str = "") -> Iterator[None]:
+    """Translates whatever torch and transformers raise over a model: `llava: MODEL: WHAT (its words)`."""
+    try:
+        yield
+    except LlavaError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(model, "not enough memory", "llava models lists what fits this machine") from error
+        raise ModelUnusable(model, f"{what} ({brief(error)})", hint) from error

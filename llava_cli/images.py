@@ -74,7 +74,7 @@ def _read_file(path: str, name: str) -> bytes:
         try:
             kind = os.fstat(descriptor).st_mode
             if stat.S_ISDIR(kind):
-                raise InputMissing(name, "is a directory", f"llava batch {shlex.quote(name)} QUESTION")
+                raise InputMissing(name, "is a directory", f"llava ask {shlex.quote(name)}/PICTURE QUESTION")
             if not stat.S_ISREG(kind):
                 raise InputMissing(name, "not a regular file")
             with open(descriptor, "rb", closefd=False) as file:

@@ -1,23 +1,23 @@
 """Settings -> Engine. The only place that loads a model.
 
-A checkpoint is judged from its files before a weight is read: a folder that is no LLaVA, lacks a
-shard or holds pickles is refused at once, by name. safetensors only; code of a checkpoint is never run.
+safetensors only; code of a checkpoint is never run.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.errors import LlavaError, ModelUnusable, OutOfMemory
-from llava_cli.registry import ALIASES, Checkpoint, default_name, find
-from llava_cli.settings import Settings
+from llava_cli.checkpoint import again, check, check_files, stored_bytes
+from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
+from llava_cli.registry import Checkpoint, default_name, find
+from llava_cli.settings import Device, Fit, Precision, Settings
 
 if TYPE_CHECKING:
     from llava_cli.engine.local import LocalEngine
@@ -25,13 +25,20 @@ if TYPE_CHECKING:
     from llava_cli.prompt import Prompter
 
 
-def load(model: str | None = None, **options: Any) -> LocalEngine:
+def load(
+    model: str | None = None,
+    precision: Precision | None = None,
+    device: Device | None = None,
+    template: str | None = None,
+    fit: Fit | None = None,
+) -> LocalEngine:
     """Loads a model: `load("llava-1.5-7b", precision="4bit")`.
 
-    `model` is an alias, a Hub repo that is on disk, or a folder; None is the default model. Options
-    are the fields of `Settings`. Raises `ModelUnusable`, `OutOfMemory` or `UsageError`.
+    `model` is an alias, a Hub repo that is on disk, or a folder; None is the default model. What is
+    None comes from the environment, else the config file. Raises `ModelUnusable`, `OutOfMemory` or
+    `UsageError`.
     """
-    return load_engine(Settings.resolve(model=model, **options))
+    return load_engine(Settings.resolve(model=model, precision=precision, device=device, template=template, fit=fit))
 
 
 def load_engine(settings: Settings) -> LocalEngine:
@@ -39,13 +46,13 @@ def load_engine(settings: Settings) -> LocalEngine:
     begin = time.perf_counter()
     checkpoint = find(default_name(settings))
     weights = check(checkpoint)
-    from llava_cli.engine.local import LocalEngine, memory_errors
+    from llava_cli.engine.local import LocalEngine
     from llava_cli.machine import plan
 
     how = plan(settings.device, settings.precision)
-    with quiet(), memory_errors(checkpoint.name):
+    with quiet():
         prompter = load_prompter(settings, checkpoint)
-        model = _load_model(checkpoint, how, weights)
+        model, how = _load_model(checkpoint, how, weights, settings.precision)
     return LocalEngine(checkpoint.name, model, prompter, how.precision, time.perf_counter() - begin)
 
 
@@ -56,14 +63,21 @@ def load_prompter(settings: Settings, checkpoint: Checkpoint | None = None) -> P
     from llava_cli.prompt import Prompter, read_template
 
     template = read_template(settings.template) if settings.template else None
-    with quiet(), _damage(checkpoint, "processor"):
+    with quiet(), model_errors(checkpoint.name, "its processor cannot be loaded", again(checkpoint.name)):
         # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
         processor = _processor_class(kind).from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil"
         )
+        _agree(processor, _config(checkpoint))
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelUnusable(checkpoint.name, "its processor does not take pictures and text")
     return Prompter(processor, template, settings.fit)
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
 
 
 def _processor_class(kind: str) -> Any:
@@ -78,189 +92,104 @@ def _processor_class(kind: str) -> Any:
     return type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
 
 
-def _load_model(checkpoint: Checkpoint, how: Plan, weights: list[Path]) -> Any:
+def _agree(processor: Any, config: Any) -> None:
+    """The model's vision options go for the processor, which counts image tokens by its own copy of them."""
+    if hasattr(processor, "patch_size") and hasattr(config.vision_config, "patch_size"):
+        processor.patch_size = config.vision_config.patch_size
+    if hasattr(processor, "vision_feature_select_strategy") and hasattr(config, "vision_feature_select_strategy"):
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+
+
+def _load_model(checkpoint: Checkpoint, how: Plan, weights: list[Path], asked: Precision) -> tuple[Any, Plan]:
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    from llava_cli.machine import BYTES_PER_WEIGHT, free_memory
-
-    stored = sum(path.stat().st_size for path in weights)
-    parameters = stored / _stored_bytes(weights[0])
-    needed, free = parameters * BYTES_PER_WEIGHT[how.precision], free_memory(how.device)
-    if needed > free:
-        smaller = parameters * BYTES_PER_WEIGHT["4bit"] <= free and how.precision != "4bit"
-        hint = f"llava ask -m {checkpoint.name} -p 4bit" if smaller else "llava models lists what fits this machine"
-        raise OutOfMemory(checkpoint.name, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", hint)
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16}
-    options: dict[str, Any] = {
-        "dtype": dtypes.get(how.precision, torch.bfloat16),
-        "attn_implementation": how.attention,
-        "use_safetensors": True,
-        "local_files_only": True,
-        "trust_remote_code": False,
-    }
-    with _damage(checkpoint, "weights"):
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-        if how.precision in ("8bit", "4bit"):
-            options["quantization_config"] = _quantization(how.precision, config)
-        # accelerate spreads what does not fit one GPU over all of them.
-        spread = how.device == "cuda" and needed * 1.2 > torch.cuda.mem_get_info()[0]
-        options["device_map"] = "auto" if spread else {"": how.device}
-        options |= {"config": config, "output_loading_info": True}
+    name = checkpoint.name
+    with model_errors(name, "its weights cannot be loaded", again(name)):
+        config = _config(checkpoint)
+        if stored := getattr(config, "quantization_config", None):
+            how = replace(how, precision=_stored_precision(name, stored, asked))
+        spread = _check_memory(name, how, weights)
+        dtypes = {"fp32": torch.float32, "fp16": torch.float16}
+        options: dict[str, Any] = {
+            "config": config,
+            "dtype": dtypes.get(how.precision, torch.bfloat16),
+            "device_map": "auto" if spread else {"": how.device},
+            "use_safetensors": True,
+            "local_files_only": True,
+            "trust_remote_code": False,
+            "output_loading_info": True,
+        }
+        if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
+            options["attn_implementation"] = how.attention
+        if how.precision in ("8bit", "4bit") and not stored:
+            options["quantization_config"] = _quantization(name, how, config)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
-        raise ModelUnusable(
-            checkpoint.name, f"lacks {len(missing)} tensors, {missing[0]} first", _again(checkpoint.name)
-        )
-    return model.eval()
+        raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
+    return model.eval(), how
 
 
-def _quantization(precision: str, config: Any) -> Any:
+def _check_memory(name: str, how: Plan, weights: list[Path]) -> bool:
+    """Whether a model must be spread over several GPUs; `OutOfMemory` where it fits nowhere."""
+    import torch
+
+    from llava_cli.machine import BYTES_PER_WEIGHT, free_memory
+
+    parameters = sum(path.stat().st_size for path in weights) / stored_bytes(weights[0])
+    needed, free = parameters * BYTES_PER_WEIGHT.get(how.precision, 2.0), free_memory(how.device)
+    if needed > free:
+        smaller = next((p for p in ("bf16", "8bit", "4bit") if parameters * BYTES_PER_WEIGHT[p] <= free), None)
+        hint = f"llava ask -m {name} -p {smaller}" if smaller else "llava models lists what fits this machine"
+        raise OutOfMemory(name, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", hint)
+    return how.device == "cuda" and torch.cuda.device_count() > 1 and needed * 1.2 > torch.cuda.mem_get_info()[0]
+
+
+def _stored_precision(name: str, stored: Any, asked: Precision) -> str:
+    """What a checkpoint that was saved quantised is in; it cannot be had in another precision."""
+    how: dict[str, Any] = stored if isinstance(stored, dict) else vars(stored)
+    bits = "4bit" if how.get("load_in_4bit") else "8bit" if how.get("load_in_8bit") else None
+    precision = bits or str(how.get("quant_method"))
+    if asked not in ("auto", precision):
+        raise UsageError(f"--precision {asked}", f"{name} is stored as {precision}", f"llava ask -m {name}")
+    return precision
+
+
+def _quantization(name: str, how: Plan, config: Any) -> Any:
     """bitsandbytes on the language model's inner layers alone.
 
     The vision tower, the projector and the output head lose more than they save; naming modules drops
-    transformers' own list of exceptions, so all of them are named here, from the model's own structure.
+    transformers' own guess at what to keep, so all of them are named here, from the model's structure.
     """
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+    if how.precision == "8bit":
+        # It warns of every layer in every forward pass that it casts bf16 to fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with init_empty_weights():
         model = AutoModelForImageTextToText.from_config(config)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    inner = {name for name, _ in decoder.named_modules(prefix=_name_of(model, decoder))}
-    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    kept = [n for n in linear if n not in inner or model.get_submodule(n) is head]
-    if precision == "4bit":  # bitsandbytes' CPU kernels take whole blocks of 64 weights a row
-        kept += [n for n in linear if model.get_submodule(n).in_features % 64]
+    if decoder is model:
+        raise ModelUnusable(name, f"cannot be loaded in {how.precision}: its language model is not apart")
+    inner = set(decoder.modules())
+    # bitsandbytes' CPU kernels take whole blocks of 64 weights a row.
+    blocks = 64 if how.precision == "4bit" and how.device == "cpu" else 1
+    kept = [
+        layer
+        for layer, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and (m not in inner or m is head or m.in_features % blocks)
+    ]
     return BitsAndBytesConfig(
-        load_in_8bit=precision == "8bit",
-        load_in_4bit=precision == "4bit",
+        load_in_8bit=how.precision == "8bit",
+        load_in_4bit=how.precision == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=kept,
     )
-
-
-def _name_of(model: Any, module: Any) -> str:
-    return next(str(name) for name, m in model.named_modules() if m is module)
-
-
-# ---------------------------------------------------------------- judging a folder before loading it
-
-
-def check(checkpoint: Checkpoint) -> list[Path]:
-    """The weight files of a checkpoint that looks whole; `ModelUnusable` names what is wrong with it."""
-    check_files(checkpoint)
-    weights = _weights(checkpoint)
-    for path in weights:
-        _check_shard(checkpoint, path)
-    return weights
-
-
-def check_files(checkpoint: Checkpoint) -> str:
-    """Config and processor: there, readable, of a model that takes pictures and text. Returns its type."""
-    name, folder = checkpoint.name, checkpoint.folder
-    config = _read_json(checkpoint, "config.json")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise ModelUnusable(name, "its config.json names no model type", "llava models lists others")
-    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        if "auto_map" in config:
-            raise ModelUnusable(name, "needs its own code, which is never run", "llava models lists others")
-        reason = f"is a {kind} model, which does not answer questions about pictures"
-        raise ModelUnusable(name, reason, "llava models lists others")
-    if (folder / "generation_config.json").exists():
-        _read_json(checkpoint, "generation_config.json")  # transformers ignores a damaged one, end tokens and all
-    if not any((folder / f).exists() for f in ("processor_config.json", "preprocessor_config.json")):
-        raise ModelUnusable(name, "no processor_config.json or preprocessor_config.json", _again(name))
-    if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelUnusable(name, "no tokenizer.json", _again(name))
-    return kind
-
-
-def _weights(checkpoint: Checkpoint) -> list[Path]:
-    name, folder = checkpoint.name, checkpoint.folder
-    if (folder / "model.safetensors.index.json").exists():
-        shards = _read_json(checkpoint, "model.safetensors.index.json").get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
-            raise ModelUnusable(name, "model.safetensors.index.json is damaged", _again(name))
-        paths = [folder / shard for shard in sorted(set(shards.values()))]
-    else:
-        paths = [folder / "model.safetensors"]
-    for path in paths:
-        if not path.exists():
-            pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-            if pickles and len(paths) == 1:
-                hint = "convert it to safetensors, or take another model"
-                raise ModelUnusable(name, f"{pickles[0].name} is a pickle, which is never loaded", hint)
-            raise ModelUnusable(name, f"{path.name} is missing", _again(name))
-    return paths
-
-
-def _check_shard(checkpoint: Checkpoint, path: Path) -> None:
-    """Reads a safetensors file's header and compares it with the file's length."""
-    try:
-        header, length = _header(path)
-        end = max((tensor["data_offsets"][1] for k, tensor in header.items() if k != "__metadata__"), default=0)
-        whole = path.stat().st_size == 8 + length + end
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise ModelUnusable(checkpoint.name, f"{path.name} is damaged or cut off", _again(checkpoint.name))
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON at the front of a safetensors file, and its length in bytes."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > 100_000_000:
-            raise ValueError("no safetensors header")
-        return json.loads(file.read(length)), length
-
-
-def _stored_bytes(path: Path) -> float:
-    """Bytes a weight takes in the file."""
-    kinds = {t.get("dtype") for k, t in _header(path)[0].items() if k != "__metadata__"}
-    return 4.0 if kinds == {"F32"} else 2.0
-
-
-def _read_json(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
-    try:
-        found = json.loads((checkpoint.folder / file).read_text("utf-8"))
-    except FileNotFoundError:
-        raise ModelUnusable(
-            checkpoint.name, f"no {file} in it: not a checkpoint", "llava models lists what there is"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelUnusable(checkpoint.name, f"{file} cannot be read ({error})", _again(checkpoint.name)) from None
-    if not isinstance(found, dict):
-        raise ModelUnusable(checkpoint.name, f"{file} is damaged", _again(checkpoint.name))
-    return found
-
-
-def _again(name: str) -> str:
-    return f"llava models pull {name}" if name in ALIASES or ("/" in name and not Path(name).exists()) else ""
-
-
-@contextmanager
-def _damage(checkpoint: Checkpoint, part: str) -> Iterator[None]:
-    """Translates whatever transformers raises over a checkpoint's files."""
-    try:
-        yield
-    except (LlavaError, MemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if "memory" in str(error):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelUnusable(
-            checkpoint.name, f"its {part} cannot be loaded ({reason})", _again(checkpoint.name)
-        ) from error
 
 
 @contextmanager

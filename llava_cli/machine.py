@@ -49,7 +49,8 @@ def _precision(device: str) -> tuple[str, str]:
     if device == "mps":
         return "fp16", "fp16 is what Apple GPUs are fastest at"
     # Never fp16 here: CPUs emulate it, twenty times slower than bf16 or fp32.
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or _arm_bf16():
+    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if any(getattr(torch.cpu, ask, bool)() for ask in asks) or _arm_bf16():
         return "bf16", "this CPU has bf16 instructions"
     return "fp32", "this CPU has no bf16 instructions"
 
@@ -80,30 +81,34 @@ def free_memory(device: str) -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for limit, used in _CGROUPS:  # a container's own limit
+    for folder, limit, used, cached in _CGROUPS:  # a container's own limit
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            held = int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # Cached files count as used, and are given back when memory is wanted.
+            free = min(free, int((folder / limit).read_text()) - held + sum(int(stat.get(c, 0)) for c in cached))
         except (OSError, ValueError):  # none here, or "max"
             continue
     return max(free, 0)
 
 
+_V2, _V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
 _CGROUPS = [
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    (_V2, "memory.max", "memory.current", ("active_file", "inactive_file")),
+    (_V1, "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
 ]
 
-BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.1, "4bit": 0.6}
+BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.15, "4bit": 0.7}
 """What one weight takes, the parts of a quantised model that stay 16-bit averaged in."""
 
 
 def best_fit(parameters: float) -> str:
     """The best precision at which a model of so many weights fits this machine, or "no".
 
-    Looks at a GPU only where torch is already loaded or an NVIDIA driver is there: a list of names
-    should not take seconds.
+    Looks at a GPU only where NVIDIA's driver is: a list of names should not wait for torch.
     """
-    memory = free_memory("cuda") if Path("/proc/driver/nvidia").exists() else free_memory("cpu")
+    gpu = Path("/proc/driver/nvidia").exists() and free_memory("cuda")
+    memory = gpu or free_memory("cpu")
     for precision in ("bf16", "8bit", "4bit"):
         # A tenth more for activations and the KV cache.
         if parameters * BYTES_PER_WEIGHT[precision] * 1.1 <= memory:
@@ -125,7 +130,7 @@ def report(settings: Settings) -> dict[str, str]:
     memory = psutil.virtual_memory()
     found = {
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "cpu": f"{psutil.cpu_count(logical=False)} cores, {torch.get_num_threads()} threads used",
+        "cpu": f"{psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, {torch.get_num_threads()} threads used",
         "memory": f"{memory.total / 1e9:.1f} GB, {free_memory('cpu') / 1e9:.1f} GB free",
     }
     for i in range(torch.cuda.device_count()):

@@ -5,13 +5,12 @@ Templates are data: the checkpoint's chat template, a file of `templates/`, or t
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.conversation import Conversation
-from llava_cli.errors import ModelUnusable, UsageError
+from llava_cli.errors import LlavaError, ModelUnusable, UsageError, brief
 from llava_cli.images import reduce, square
 from llava_cli.settings import Fit
 
@@ -34,9 +33,12 @@ def read_template(name: str) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        names = named_templates()
-        hint = f"--template takes a .jinja file or one of: {', '.join(difflib.get_close_matches(name, names) or names)}"
-        raise UsageError(name, getattr(error, "strerror", None) or "no such template", hint) from None
+        reason = "no such template" if isinstance(error, FileNotFoundError) else brief(error)
+        raise UsageError(name, reason, f"--template takes a .jinja file or one of: {_named()}") from None
+
+
+def _named() -> str:
+    return ", ".join(named_templates())
 
 
 class Prompter:
@@ -71,7 +73,9 @@ class Prompter:
         images = [self._view(picture.image) for picture in conversation.pictures]
         if stand_ins := set(self._stand_in.values()) & set(text):
             self.tokenizer.add_tokens(sorted(stand_ins))
-        inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt"))
+        # A template that begins with BOS has placed it already.
+        options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
+        inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
         return self._spell_out(inputs, stand_ins) if stand_ins else inputs
 
     def count(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
@@ -88,20 +92,23 @@ class Prompter:
     def _render(self, conversation: Conversation) -> str:
         template = self.template or self.processor.chat_template or self.tokenizer.chat_template
         if not template:
-            names = ", ".join(named_templates())
-            raise ModelUnusable(
-                "chat template", "the checkpoint has none", f"--template FILE.jinja, or one of: {names}"
-            )
+            raise self._bad_template("there is none")
         try:
             text: str = self.processor.apply_chat_template(
                 list(self._messages(conversation)), chat_template=template, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises
-            raise UsageError("chat template", str(error).splitlines()[0] or type(error).__name__) from None
+            raise self._bad_template(brief(error)) from None
         if (found := text.count(self.image_token)) != len(conversation.pictures):
-            reason = f"it names {found} pictures where the conversation has {len(conversation.pictures)}"
-            raise UsageError("chat template", reason, "llava prompt IMAGE QUESTION shows what it makes")
+            raise self._bad_template(
+                f"it names {found} pictures where the conversation has {len(conversation.pictures)}"
+            )
         return text
+
+    def _bad_template(self, reason: str) -> LlavaError:
+        if self.template:
+            return UsageError("--template", reason, f"--template takes a .jinja file or one of: {_named()}")
+        return ModelUnusable("the checkpoint's chat template", reason, f"--template FILE.jinja, or one of: {_named()}")
 
     def _messages(self, conversation: Conversation) -> Iterator[dict[str, Any]]:
         def says(role: str, text: str, pictures: int = 0) -> dict[str, Any]:

@@ -9,22 +9,23 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.errors import LlavaError, ModelUnusable, OutputError
-from llava_cli.registry import ALIASES, find, hub_cache, is_folder, remember, repo_cache, repo_of
+from llava_cli.errors import LlavaError, ModelUnusable, OutputError, brief
+from llava_cli.registry import ALIASES, Checkpoint, find, hub_cache, is_folder, remember, repo_cache, repo_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 # Weights in safetensors and what it takes to use them; never pickles, never code.
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
-def pull(name: str, progress: Callable[[int, int], None]) -> Path:
+def pull(name: str, progress: Callable[[int, int], None], judge: Callable[[Checkpoint], object]) -> Path:
     """Downloads an alias or repo, going on where an earlier pull was cut off, and returns its folder.
 
     What is on disk is compared with the Hub's hashes, so that another pull mends a damaged file.
-    `progress` is called with (bytes here, bytes in all). Raises `ModelUnusable` where the Hub does
-    not have or give it, `OutputError` where it cannot be written.
+    `judge` may refuse the model from its small files, before the weights are fetched. `progress` is
+    called with (bytes here, bytes in all). Raises `ModelUnusable` where the Hub does not have or give
+    it, `OutputError` where it cannot be written.
     """
     if is_folder(name) or (name not in ALIASES and "/" not in name):
         return find(name).folder  # here already; where it is not, says what was probably meant
@@ -53,6 +54,8 @@ def pull(name: str, progress: Callable[[int, int], None]) -> Path:
         if needed > (free := shutil.disk_usage(cache).free):
             raise OutputError(str(cache), f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         for file in missing:
+            if file.rfilename.endswith(".safetensors"):
+                judge(Checkpoint(name, snapshot))
             (snapshot / file.rfilename).unlink(missing_ok=True)
             if _hash(file) and not _fetch(repo, commit, file, cache, count):
                 raise ModelUnusable(name, f"{file.rfilename} arrived damaged", again)
@@ -72,7 +75,7 @@ def pull(name: str, progress: Callable[[int, int], None]) -> Path:
         if isinstance(error, OSError) and error.errno:  # the Hub's and the network's have none
             raise OutputError(str(error.filename or cache), error.strerror or str(error), again) from None
         what = "the download broke off" if commit else "the Hub cannot be reached"
-        raise ModelUnusable(name, f"{what} ({_brief(error)})", again) from None
+        raise ModelUnusable(name, f"{what} ({brief(error)})", again) from None
 
 
 def _wanted(files: Sequence[RepoSibling]) -> list[RepoSibling]:
@@ -155,7 +158,3 @@ def _fetch(repo: str, commit: str, file: RepoSibling, cache: Path, count: Callab
             return False
         part.replace(blob)
         return True
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -18,7 +18,7 @@ BUILTIN = "builtin"
 
 
 @dataclass(frozen=True)
-class Family:
+class Alias:
     """One model that has an alias."""
 
     repo: str
@@ -32,18 +32,18 @@ class Family:
         return round(self.parameters * 2e9)
 
 
-ALIASES: dict[str, Family] = {
-    "llava-1.5-7b": Family("llava-hf/llava-1.5-7b-hf", 7.06, "the classic"),
-    "llava-1.5-13b": Family("llava-hf/llava-1.5-13b-hf", 13.35),
-    "llava-1.6-mistral-7b": Family("llava-hf/llava-v1.6-mistral-7b-hf", 7.57, "tiles: small text, wide pictures"),
-    "llava-1.6-vicuna-7b": Family("llava-hf/llava-v1.6-vicuna-7b-hf", 7.06),
-    "llava-1.6-vicuna-13b": Family("llava-hf/llava-v1.6-vicuna-13b-hf", 13.35),
-    "llava-1.6-34b": Family("llava-hf/llava-v1.6-34b-hf", 34.75),
-    "llava-onevision-0.5b": Family("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 0.89, "small, several pictures"),
-    "llava-onevision-7b": Family("llava-hf/llava-onevision-qwen2-7b-ov-hf", 8.03, "several pictures"),
-    "llava-interleave-0.5b": Family("llava-hf/llava-interleave-qwen-0.5b-hf", 0.86, "several pictures"),
-    "vip-llava-7b": Family("llava-hf/vip-llava-7b-hf", 7.06, "arrows and circles drawn on pictures"),
-    "bakllava": Family("llava-hf/bakLlava-v1-hf", 7.57),
+ALIASES: dict[str, Alias] = {
+    "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", 7.06, "the classic"),
+    "llava-1.5-13b": Alias("llava-hf/llava-1.5-13b-hf", 13.35),
+    "llava-1.6-mistral-7b": Alias("llava-hf/llava-v1.6-mistral-7b-hf", 7.57, "tiles: small text, wide pictures"),
+    "llava-1.6-vicuna-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", 7.06),
+    "llava-1.6-vicuna-13b": Alias("llava-hf/llava-v1.6-vicuna-13b-hf", 13.35),
+    "llava-1.6-34b": Alias("llava-hf/llava-v1.6-34b-hf", 34.75),
+    "llava-onevision-0.5b": Alias("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 0.89, "small, several pictures"),
+    "llava-onevision-7b": Alias("llava-hf/llava-onevision-qwen2-7b-ov-hf", 8.03, "several pictures"),
+    "llava-interleave-0.5b": Alias("llava-hf/llava-interleave-qwen-0.5b-hf", 0.86, "several pictures"),
+    "vip-llava-7b": Alias("llava-hf/vip-llava-7b-hf", 7.06, "arrows and circles drawn on pictures"),
+    "bakllava": Alias("llava-hf/bakLlava-v1-hf", 7.57),
 }
 
 
@@ -78,8 +78,9 @@ def find(name: str) -> Checkpoint:
         close = difflib.get_close_matches(name, [BUILTIN, *ALIASES], 3, 0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "llava models lists what there is"
         raise ModelUnusable(name, "unknown model", hint)
-    size = f"  # {ALIASES[name].bytes / 1e9:.1f} GB" if name in ALIASES else ""
-    raise ModelUnusable(name, "not on this machine", f"llava models pull {name}{size}")
+    known = ALIASES.get(name)
+    of = f" ({known.repo}, {known.bytes / 1e9:.1f} GB)" if known else ""
+    raise ModelUnusable(name, f"not on this machine{of}", f"llava models pull {name}")
 
 
 def is_folder(name: str) -> bool:

@@ -84,7 +84,9 @@ def answer_object(answer: Answer, conversation: Conversation, engine: Engine) ->
 
 
 def show_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    # Escaped where a letter could not be written, and on a terminal, which could take some for orders.
+    plain = sys.stdout.isatty() or "utf" not in (sys.stdout.encoding or "").lower()
+    sys.stdout.write(json.dumps(value, ensure_ascii=plain) + "\n")
     sys.stdout.flush()
 
 
@@ -159,6 +161,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def plain_streams() -> None:
     """Nothing a model or a file's name holds may fail to print, whatever the locale."""
+    # A stream that was closed (`2>&-`) is None; print() would take stdout in its stead.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  open for as long as we run
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -35,7 +35,12 @@ class Sampling:
     seed: int | None = None
     """Makes sampling repeatable."""
     stop: tuple[str, ...] = ()
-    """The answer ends before the first of these texts."""
+    """The answer ends before the first of these texts; one alone may be given as it is."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                object.__setattr__(self, field.name, _convert(field.name, field.name, value))
 
 
 @dataclass(frozen=True)

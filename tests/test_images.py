@@ -228,9 +228,9 @@ def make_names(folder: Path) -> None:
 
 NO_FILE = "no such file or directory"
 BAD_NAMES = {
-    "photos": ("is a directory", "llava batch photos QUESTION"),
-    "my photos": ("is a directory", "llava batch 'my photos' QUESTION"),
-    "link": ("is a directory", "llava batch link QUESTION"),
+    "photos": ("is a directory", "llava ask photos/PICTURE QUESTION"),
+    "my photos": ("is a directory", "llava ask 'my photos'/PICTURE QUESTION"),
+    "link": ("is a directory", "llava ask link/PICTURE QUESTION"),
     "loop": ("too many levels of symbolic links", ""),
     "dangling.png": (NO_FILE, ""),
     "fifo.png": ("not a regular file", ""),

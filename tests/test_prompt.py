@@ -49,10 +49,23 @@ def test_turns_and_system_text_of_the_built_in_format() -> None:
     )
 
 
-def test_named_template(run: Run, drawing: Path) -> None:
+def test_named_template_is_the_format_of_training() -> None:
     assert "llava-1.5" in named_templates()
-    result = run("prompt", drawing, "what is this?", "--template", "llava-1.5")
-    assert result.stdout == "USER: <image>\nwhat is this? ASSISTANT:\n"
+    prompter = load_prompter(Settings(model="builtin", template="llava-1.5"))
+    talk = Conversation().ask("Q1", [DOT]).answered("A1").ask("Q2")
+    assert prompter.render(talk) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"
+    )
+    brief = Conversation(system="Be brief.").ask("Q1", [DOT])
+    assert prompter.render(brief) == "Be brief. USER: <image>\nQ1 ASSISTANT:"
+
+
+def test_template_that_begins_with_bos_gives_one(tmp_path: Path) -> None:
+    file = tmp_path / "bos.jinja"
+    file.write_text("{{ bos_token }}<image>{{ messages[0].content[1].text }}")
+    ids = load_prompter(Settings(model="builtin", template=str(file))).encode(Conversation().ask("why?", [DOT]))
+    assert ids["input_ids"][0].tolist().count(1) == 1
 
 
 def test_template_from_a_file(run: Run, drawing: Path, tmp_path: Path) -> None:
@@ -65,9 +78,9 @@ def test_template_from_a_file(run: Run, drawing: Path, tmp_path: Path) -> None:
     "text, reason",
     [
         ("no picture", "names 0 pictures where the conversation has 1"),
-        ("{{ broken", "chat template"),
+        ("{{ broken", "--template"),
         ("{{ raise_exception('no system text here') }}", "no system text here"),
-        ("{{ messages.__class__.__mro__ }}", "chat template"),
+        ("{{ messages.__class__.__mro__ }}", "--template"),
     ],
 )
 def test_template_that_cannot_be_used(text: str, reason: str, run: Run, drawing: Path, tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    model.set_attn_implementation("eager")  # torch's fused attention is slower backwards at this size
+    return model
 
 
 def pixels(images: list[Image.Image], processor: LlavaImageProcessorPil) -> torch.Tensor:
@@ -457,6 +459,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)  # gradients that have all but vanished would take a CPU ages to multiply
     (train_tower if args.stage == "tower" else train_model)(args)
 
 

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from llava_cli import __version__
-from llava_cli.errors import LlavaError, UsageError
+from llava_cli.errors import LlavaError, OutputError, UsageError
 
 
 class Group(TyperGroup):
@@ -21,8 +21,19 @@ class Group(TyperGroup):
     def main(self, *args: Any, **extra: Any) -> Any:
         from llava_cli import render
 
+        render.plain_streams()
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
+            sys.stdout.flush()
+        except BrokenPipeError:  # `llava … | head`: who was reading has seen enough
+            render.close_stdout()
+            code = 0
+        except OSError as error:
+            if os.environ.get("LLAVA_DEBUG"):
+                raise
+            render.note(f"llava: {error.filename or 'output'}: {error.strerror or error}")
+            render.close_stdout()
+            code = OutputError.exit_code
         except Exception as error:
             if not hasattr(error, "format_message"):  # Click's own, which is not ours to import
                 raise
@@ -35,24 +46,15 @@ class Group(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
-        from llava_cli import render
-
-        render.plain_streams()
         try:
             return super().invoke(ctx)
         except LlavaError as error:
             if os.environ.get("LLAVA_DEBUG"):
                 raise
+            from llava_cli import render
+
             render.show_error(error)
             raise typer.Exit(error.exit_code) from None
-        except BrokenPipeError:  # `llava … | head`: who was reading has seen enough
-            render.close_stdout()
-            raise typer.Exit(0) from None
-        except OSError as error:
-            if os.environ.get("LLAVA_DEBUG"):
-                raise
-            render.note(f"llava: {error.filename or 'output'}: {error.strerror or error}")
-            raise typer.Exit(74) from None
 
 
 app = typer.Typer(

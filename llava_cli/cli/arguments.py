@@ -7,11 +7,13 @@ import sys
 
 from llava_cli import render
 from llava_cli.conversation import Conversation, Picture
+from llava_cli.engine import Engine
 from llava_cli.errors import UsageError, printable
 from llava_cli.images import looks_like_picture, open_picture
-from llava_cli.registry import BUILTIN, default_name
+from llava_cli.registry import BUILTIN
 from llava_cli.settings import Settings
 
+_MOST = 10_000_000  # bytes of a question; no model reads as much
 USAGE = 'llava ask img.jpg "what is this?"'
 
 
@@ -23,10 +25,10 @@ def conversation_from(
     Where all words are pictures the question is read from stdin. Raises `UsageError` without one.
     """
     *sources, question = args or [""]
-    if args and looks_like_picture(question):
+    if args and _is_picture(question, sources):
         sources, question = args, "" if "-" in args else _stdin()
     # Arguments are bytes; in a locale that is not UTF-8 Python could not read them all as text.
-    question = os.fsencode(question).decode("utf-8", "replace")
+    question = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     pictures = [_open(source, allow_truncated, quiet) for source in sources]
     if not question.strip():
         raise UsageError("QUESTION", "there is none", USAGE)
@@ -35,7 +37,14 @@ def conversation_from(
 
 def _stdin() -> str:
     """What was piped in; nothing where that is a terminal, or closed."""
-    return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    return sys.stdin.buffer.read(_MOST).decode("utf-8", "replace").strip()
+
+
+def _is_picture(word: str, before: list[str]) -> bool:
+    """Whether the last word is one more picture; a sentence that ends in a file's name is not."""
+    return looks_like_picture(word) and (not before or " " not in word) and (not before or not os.path.isdir(word))
 
 
 def _open(source: str, allow_truncated: bool, quiet: bool) -> Picture:
@@ -45,9 +54,9 @@ def _open(source: str, allow_truncated: bool, quiet: bool) -> Picture:
     return picture
 
 
-def say_demo(settings: Settings, quiet: bool) -> None:
+def say_demo(settings: Settings, engine: Engine, quiet: bool) -> None:
     """Where nobody chose a model, says that the built-in one is for demonstration."""
-    if not quiet and settings.model is None and default_name(settings) == BUILTIN:
+    if not quiet and settings.model is None and engine.model == BUILTIN:
         render.note(
             "demonstration model: knows only drawings of colored shapes. A real one: llava models pull llava-1.5-7b"
         )

@@ -71,7 +71,7 @@ def ask(
         from llava_cli.loader import load_engine
 
         engine = load_engine(settings)
-    say_demo(settings, quiet)
+    say_demo(settings, engine, quiet)
     if json:
         answer = engine.answer(conversation, settings.sampling)
         render.show_json(render.answer_object(answer, conversation, engine))

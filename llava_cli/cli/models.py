@@ -50,7 +50,7 @@ def _row(name: str, chosen: str, *cells: str) -> list[str]:
 
 
 def _size(folder: Path) -> str:
-    size = sum(f.stat().st_size for f in folder.iterdir())
+    size = sum(f.stat().st_size for f in folder.iterdir() if f.exists())
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
@@ -61,9 +61,10 @@ def pull(name: NameArg) -> None:
     llava models pull llava-1.5-7b
     """
     from llava_cli import pull as download
+    from llava_cli.checkpoint import check_files
 
     with render.progress(name) as meter:
-        folder = download.pull(name, meter)
+        folder = download.pull(name, meter, judge=check_files)
     render.note(f"{name} is in {folder}")
     render.note(f'  llava ask -m {name} img.jpg "what is this?"')
 
@@ -81,7 +82,7 @@ def default(
         return
     checkpoint = find(name)
     if is_folder(name):
-        from llava_cli.loader import check_files
+        from llava_cli.checkpoint import check_files
 
         check_files(checkpoint)  # any folder has a name; not all hold a model
         name = str(checkpoint.folder.resolve())  # the next command may be typed somewhere else

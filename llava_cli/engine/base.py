@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal
 
 from llava_cli.conversation import Conversation
 from llava_cli.images import open_picture
 from llava_cli.settings import Sampling
 
+Source = str | PathLike[str]
 FinishReason = Literal["stop", "length"]
 
 
@@ -62,11 +65,11 @@ class Engine(ABC):
         assert last.answer is not None
         return last.answer
 
-    def ask(self, images: str | Sequence[str], question: str, system: str | None = None, **sampling: Any) -> str:
+    def ask(self, images: Source | Sequence[Source], question: str, system: str | None = None, **sampling: Any) -> str:
         """The answer to one question about one or more pictures (paths, URLs).
 
         Keywords are the fields of `Sampling`: `engine.ask("img.jpg", "what is this?", max_tokens=20)`.
         """
-        sources = [images] if isinstance(images, str) else images
-        pictures = [open_picture(str(source)) for source in sources]
+        sources = [images] if isinstance(images, (str, PathLike)) else images
+        pictures = [open_picture(os.fspath(source)) for source in sources]
         return self.answer(Conversation(system=system).ask(question, pictures), Sampling(**sampling)).text

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Chunk, Engine, FinishReason
 from llava_cli.engine.decode import decode, end_tokens
 from llava_cli.engine.text import TextStream
-from llava_cli.errors import OutOfMemory, PromptTooLong
+from llava_cli.errors import PromptTooLong, model_errors
 from llava_cli.prompt import Prompter
 from llava_cli.settings import Sampling
 
@@ -34,7 +33,7 @@ class LocalEngine(Engine):
         begin = first = time.perf_counter()
         tokens: list[int] = []
         text, parts = TextStream(self.prompter.tokenizer, sampling.stop), []
-        with memory_errors(self.model):
+        with model_errors(self.model, "fails while answering"):
             inputs = self._inputs(conversation)
             length = inputs["input_ids"].shape[1]
             most = min(sampling.max_tokens, self._room(length))
@@ -59,7 +58,9 @@ class LocalEngine(Engine):
         import torch
 
         if self.device == "cuda":
-            return torch.cuda.max_memory_allocated()
+            return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+        if self.device == "mps":
+            return torch.mps.driver_allocated_memory()
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -75,22 +76,6 @@ class LocalEngine(Engine):
         if context is None:
             return sys.maxsize
         if length >= context:
-            raise PromptTooLong("prompt", f"{length} tokens; {self.model} reads at most {context}", "ask less at once")
+            reason = f"{length} tokens; {self.model} reads at most {context}"
+            raise PromptTooLong("prompt", reason, "llava prompt prints it and counts its tokens")
         return int(context - length)
-
-
-@contextmanager
-def memory_errors(thing: str) -> Iterator[None]:
-    """Translates what torch raises when memory runs out."""
-    try:
-        yield
-    except MemoryError:
-        raise _out_of_memory(thing) from None
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a bare RuntimeError on a CPU
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        raise _out_of_memory(thing) from None
-
-
-def _out_of_memory(thing: str) -> OutOfMemory:
-    return OutOfMemory(thing, "not enough memory", "-p 4bit takes a quarter of it, a smaller model less")

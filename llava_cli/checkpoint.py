@@ -1,0 +1,112 @@
+"""Judges a checkpoint from its files, before a weight is read.
+
+A folder that is no LLaVA, lacks a shard or holds pickles is refused at once, by name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llava_cli.errors import ModelUnusable
+from llava_cli.registry import ALIASES, Checkpoint
+
+
+def check(checkpoint: Checkpoint) -> list[Path]:
+    """The weight files of a checkpoint that looks whole; `ModelUnusable` names what is wrong with it."""
+    check_files(checkpoint)
+    weights = _weights(checkpoint)
+    for path in weights:
+        _check_shard(checkpoint, path)
+    return weights
+
+
+def check_files(checkpoint: Checkpoint) -> str:
+    """Config and processor: there, readable, of a model that takes pictures and text. Returns its type."""
+    name, folder = checkpoint.name, checkpoint.folder
+    config = read_json(checkpoint, "config.json")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelUnusable(name, "its config.json names no model type", "llava models lists others")
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        if "auto_map" in config:
+            raise ModelUnusable(name, "needs its own code, which is never run", "llava models lists others")
+        raise ModelUnusable(name, f"{kind} models do not load as picture-and-text models", "llava models lists others")
+    if config.get("is_encoder_decoder"):
+        raise ModelUnusable(name, f"{kind} models are encoder-decoders, which are not supported", "llava models")
+    if (folder / "generation_config.json").exists():
+        read_json(checkpoint, "generation_config.json")  # transformers ignores a damaged one, end tokens and all
+    if not any((folder / f).exists() for f in ("processor_config.json", "preprocessor_config.json")):
+        raise ModelUnusable(name, "no processor_config.json or preprocessor_config.json", again(name))
+    if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelUnusable(name, "no tokenizer.json", again(name))
+    return kind
+
+
+def _weights(checkpoint: Checkpoint) -> list[Path]:
+    name, folder = checkpoint.name, checkpoint.folder
+    if (folder / "model.safetensors.index.json").exists():
+        shards = read_json(checkpoint, "model.safetensors.index.json").get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
+            raise ModelUnusable(name, "model.safetensors.index.json is damaged", again(name))
+        paths = [folder / shard for shard in sorted(set(shards.values()))]
+    else:
+        paths = [folder / "model.safetensors"]
+    for path in paths:
+        if not path.exists():
+            pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+            if pickles and len(paths) == 1:
+                hint = "convert it to safetensors, or take another model"
+                raise ModelUnusable(name, f"{pickles[0].name} is a pickle, which is never loaded", hint)
+            raise ModelUnusable(name, f"{path.name} is missing", again(name))
+    return paths
+
+
+def _check_shard(checkpoint: Checkpoint, path: Path) -> None:
+    """Reads a safetensors file's header and compares it with the file's length."""
+    try:
+        header, length = _header(path)
+        end = max((tensor["data_offsets"][1] for k, tensor in header.items() if k != "__metadata__"), default=0)
+        whole = path.stat().st_size == 8 + length + end
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ModelUnusable(checkpoint.name, f"{path.name} is damaged or cut off", again(checkpoint.name))
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON at the front of a safetensors file, and its length in bytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > 100_000_000:
+            raise ValueError("no safetensors header")
+        return json.loads(file.read(length)), length
+
+
+def stored_bytes(path: Path) -> float:
+    """Bytes a weight takes in the file."""
+    kinds = {t.get("dtype") for k, t in _header(path)[0].items() if k != "__metadata__"}
+    return 4.0 if kinds == {"F32"} else 2.0
+
+
+def read_json(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
+    """A JSON object of the checkpoint's folder; `ModelUnusable` where it is none."""
+    try:
+        found = json.loads((checkpoint.folder / file).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelUnusable(
+            checkpoint.name, f"no {file} in it: not a checkpoint", "llava models lists what there is"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelUnusable(checkpoint.name, f"{file} cannot be read ({error})", again(checkpoint.name)) from None
+    if not isinstance(found, dict):
+        raise ModelUnusable(checkpoint.name, f"{file} is damaged", again(checkpoint.name))
+    return found
+
+
+def again(name: str) -> str:
+    """The command that fetches a damaged model anew; none for a folder of the user's."""
+    return f"llava models pull {name}" if name in ALIASES or ("/" in name and not Path(name).exists()) else ""
