@@ -120,9 +120,9 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "config says nothing": (write("config.json", "{}"), "config.json names no model type"),
     "text model": (
         change("config.json", model_type="llama"),
-        "is a llama model, which does not answer questions",
+        "llama models do not load as picture-and-text models",
     ),
-    "new model": (change("config.json", model_type="brandnew"), "is a brandnew model, which does not answer"),
+    "new model": (change("config.json", model_type="brandnew"), "brandnew models do not load"),
     "type is a list": (change("config.json", model_type=["llava"]), "config.json"),
     "type is an object": (change("config.json", model_type={"llava": 1}), "config.json"),
     "remote code": (change("config.json", model_type="brandnew", auto_map=CODE), "its own code, which is never run"),

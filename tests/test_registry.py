@@ -24,6 +24,10 @@ def on_disk(cache: Path, repo: str, weights: str = "model.safetensors") -> Path:
     return snapshot
 
 
+SIZE = f"{sum(f.stat().st_size for f in builtin_folder().iterdir()) / 1e6:.0f} MB"
+HUB = "not on this machine (llava-hf/llava-1.5-7b-hf, 14.1 GB)"
+
+
 def rows(run: Run) -> dict[str, list[str]]:
     result = run("models")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -36,7 +40,7 @@ def test_the_list_has_the_built_in_model_and_every_alias(run: Run) -> None:
     assert list(found) == ["builtin", *ALIASES]
     assert {len(row) for row in found.values()} == {6}
     assert found["builtin"][0] == "*"
-    assert found["builtin"][2:4] == ["13 MB", "yes"]
+    assert found["builtin"][2:4] == [SIZE, "yes"]
     assert found["llava-1.5-7b"][2:4] == ["14.1 GB", "-"]
     assert all(row[2].endswith(" GB") for name, row in found.items() if name != "builtin")
     assert all(row[4] in ("bf16", "8bit", "4bit", "no") for name, row in found.items() if name != "builtin")
@@ -61,7 +65,7 @@ def test_a_folder_is_itself(run: Run, home: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(home)
     chosen = run("models", "default").stdout.strip()
     assert chosen == str(folder), "a default folder is the same one from everywhere"
-    assert rows(run)[chosen] == ["*", chosen, "13 MB", "yes", "", ""]
+    assert rows(run)[chosen] == ["*", chosen, SIZE, "yes", "", ""]
 
 
 def test_a_folder_does_not_hide_an_alias(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +80,7 @@ def test_a_folder_does_not_hide_an_alias(tmp_path: Path, run: Run, monkeypatch: 
 @pytest.mark.parametrize(
     "name, reason, hint",
     [
-        ("llava-1.5-7b", "not on this machine", "llava models pull llava-1.5-7b  # 14.1 GB"),
+        ("llava-1.5-7b", HUB, "llava models pull llava-1.5-7b"),
         ("owner/name", "not on this machine", "llava models pull owner/name"),
         ("llava-1.5-7", "unknown model", "did you mean llava-1.5-7b or llava-1.5-13b or llava-1.6-34b?"),
         ("bilt-in", "unknown model", "did you mean builtin?"),

@@ -25,15 +25,8 @@ class Group(TyperGroup):
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
             sys.stdout.flush()
-        except BrokenPipeError:  # `llava … | head`: who was reading has seen enough
-            render.close_stdout()
-            code = 0
         except OSError as error:
-            if os.environ.get("LLAVA_DEBUG"):
-                raise
-            render.note(f"llava: {error.filename or 'output'}: {error.strerror or error}")
-            render.close_stdout()
-            code = OutputError.exit_code
+            code = _output_failed(error)
         except Exception as error:
             if not hasattr(error, "format_message"):  # Click's own, which is not ours to import
                 raise
@@ -55,6 +48,21 @@ class Group(TyperGroup):
 
             render.show_error(error)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            raise typer.Exit(_output_failed(error)) from None
+
+
+def _output_failed(error: OSError) -> int:
+    """Says what could not be written, and gives the exit code for it."""
+    from llava_cli import render
+
+    if os.environ.get("LLAVA_DEBUG"):
+        raise error
+    gone = isinstance(error, BrokenPipeError)  # `llava … | head`: who was reading has seen enough
+    if not gone:
+        render.note(f"llava: {error.filename or 'output'}: {error.strerror or error}")
+    render.close_stdout()
+    return 0 if gone else OutputError.exit_code
 
 
 app = typer.Typer(
