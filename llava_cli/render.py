@@ -52,9 +52,9 @@ def show(chunks: Iterable[Chunk]) -> Answer:
     begun, answer = False, None
     try:
         for chunk in chunks:
+            begun, answer = True, chunk.answer
             sys.stdout.write(safe.put(chunk.text) if safe else chunk.text)
             sys.stdout.flush()
-            begun, answer = True, chunk.answer
     finally:
         if begun:  # also after Ctrl-C: the shell's prompt belongs on a line of its own
             sys.stdout.write((safe.end() if safe else "") + "\n")
