@@ -44,8 +44,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Every option that outlives one command line."""
+class Settings(Sampling):
+    """Every option that outlives one command line: what to load, and how it answers."""
 
     model: str | None = None
     """An alias, a Hub repo or a folder; None for the default model."""
@@ -55,20 +55,6 @@ class Settings:
     """A named template or a .jinja file; None for the checkpoint's own."""
     fit: Fit = "auto"
     system: str | None = None
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if (value := getattr(self, field.name)) is not None:
-                _convert(field.name.replace("_", "-"), field.name, value)
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling)})
 
     @classmethod
     def resolve(cls, **flags: Any) -> Settings:

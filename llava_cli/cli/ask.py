@@ -73,9 +73,9 @@ def ask(
         engine = load_engine(settings)
     say_demo(settings, engine, quiet)
     if json:
-        answer = engine.answer(conversation, settings.sampling)
+        answer = engine.answer(conversation, settings)
         render.show_json(render.answer_object(answer, conversation, engine))
     else:
-        answer = render.show(engine.stream(conversation, settings.sampling))
+        answer = render.show(engine.stream(conversation, settings))
     if stats:
         render.show_stats(answer, engine)
