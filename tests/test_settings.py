@@ -235,5 +235,5 @@ def test_the_file_reaches_an_answer(run: Run, configure: Configure, drawing: Pat
 def test_settings_made_by_hand_are_judged_too() -> None:
     with pytest.raises(UsageError, match="precision: 'fp8' is not one of"):
         Settings(precision="fp8")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="max-tokens: 0 is not between"):
+    with pytest.raises(UsageError, match="max_tokens: 0 is not between"):
         Settings(max_tokens=0)
