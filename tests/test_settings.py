@@ -163,7 +163,9 @@ def test_an_unknown_key_is_named(run: Run, configure: Configure) -> None:
     path = configure("max-tokens = 3\n")
     result = run("ask", "why?")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"llava: {path}: unknown key 'max-tokens'\n  the keys are: max_tokens, temperature, ")
+    assert result.stderr.startswith(
+        f"llava: {path}: unknown key 'max-tokens'\n  the keys are: max_tokens, temperature, "
+    )
 
 
 @pytest.mark.parametrize("damage", [b"model = \n", b"[", b"model = 'a'\nmodel = 'b'\n", b"\xff\xfe", b"\x00"])
