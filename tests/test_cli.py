@@ -136,6 +136,37 @@ def test_answer_in_a_locale_without_its_letters(shell: Shell, drawing: Path) -> 
     assert b"une \\xe9toile" in done.stdout
 
 
+def test_json_stays_json_in_a_locale_without_its_letters(shell: Shell, drawing: Path) -> None:
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    done = shell("prompt", drawing, "une étoile 🙂 ?", "--json", env=env)
+    assert "une étoile 🙂 ?" in json.loads(done.stdout)["prompt"]
+
+
+def test_picture_on_stdin_without_its_dash_is_no_question(run: Run, drawing: Path) -> None:
+    result = run("ask", drawing, input=drawing.read_bytes())
+    assert result.exit_code in (0, 65)  # bytes that are no text make an odd question, but no traceback
+
+
+@pytest.mark.parametrize("words", ["--version", "models default", "ask DRAWING hm? -q"])
+def test_full_disk_is_said_and_has_its_code(words: str, drawing: Path) -> None:
+    command = [sys.executable, "-m", "llava_cli", *(str(drawing) if w == "DRAWING" else w for w in words.split())]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (74, "llava: output: No space left on device\n")
+
+
+def test_closed_stderr_sends_nothing_to_stdout(drawing: Path) -> None:
+    command = f'{sys.executable} -m llava_cli ask "{drawing}" "what is this?" 2>&-'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 1, "")
+
+
+@pytest.mark.parametrize("precision", ["8bit", "4bit"])
+def test_bitsandbytes_prints_nothing(precision: str, shell: Shell, drawing: Path) -> None:
+    done = shell("ask", drawing, "what is this?", "-q", "-p", precision)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.fixture
 def terminal(drawing: Path) -> pexpect.spawn[str]:
     """`llava ask` at a terminal of 100 columns, in the middle of a very long answer."""
