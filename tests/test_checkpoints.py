@@ -26,7 +26,7 @@ Refused = Callable[..., Result]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint to damage: the built-in one's files, by links that `put` replaces."""
-    return shutil.copytree(builtin_folder(), tmp_path / "model", copy_function=os.symlink)
+    return shutil.copytree(builtin_folder(), tmp_path / "model")
 
 
 @pytest.fixture
