@@ -242,13 +242,17 @@ class ModelBatch:
                 images.append(sample.image)
                 add(self.tokenizer, sample.turns, ids, labels)
             rows.append((ids, labels))
-        longest = max(len(ids) for ids, _ in rows)
-        out = torch.full((2, len(rows), longest), -100)
-        out[0] = self.tokenizer.pad_token_id
-        for i, row in enumerate(rows):
-            for j in range(2):
-                out[j, i, : len(row[j])] = torch.tensor(row[j])
-        return pixels(images, self.processor), out[0], out[1]
+        return pixels(images, self.processor), *pack(rows, self.tokenizer.pad_token_id)
+
+
+def pack(rows: list[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
+    """Rows of (ids, labels) -> long [2, rows, longest]: ids padded with `pad`, labels with -100, on the right."""
+    out = torch.full((2, len(rows), max(len(ids) for ids, _ in rows)), -100)
+    out[0] = pad
+    for i, row in enumerate(rows):
+        for j in range(2):
+            out[j, i, : len(row[j])] = torch.tensor(row[j])
+    return out
 
 
 def add(
@@ -410,12 +414,7 @@ def held_out_batches(size: int) -> list[tuple[list[str], tuple[torch.Tensor, ...
             images.append(sample.image)
             rows.append((ids, labels))
             kinds += [kind for kind, _, _ in sample.turns]
-        out = torch.full((2, size, max(len(ids) for ids, _ in rows)), -100)
-        out[0] = batch.tokenizer.pad_token_id
-        for i, row in enumerate(rows):
-            for j in range(2):
-                out[j, i, : len(row[j])] = torch.tensor(row[j])
-        made.append((kinds, (pixels(images, batch.processor), out[0], out[1])))
+        made.append((kinds, (pixels(images, batch.processor), *pack(rows, batch.tokenizer.pad_token_id))))
     return made
 
 

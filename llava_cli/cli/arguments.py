@@ -44,7 +44,7 @@ def _stdin() -> str:
 
 def _is_picture(word: str, before: list[str]) -> bool:
     """Whether the last word is one more picture; a sentence that ends in a file's name is not."""
-    return looks_like_picture(word) and (not before or " " not in word) and (not before or not os.path.isdir(word))
+    return looks_like_picture(word) and not (before and (" " in word or os.path.isdir(word)))
 
 
 def _open(source: str, allow_truncated: bool, quiet: bool) -> Picture:
