@@ -27,8 +27,10 @@ from llava_cli.engine.local import LocalEngine
 from llava_cli.settings import Precision
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
-import scenes
-from train import easy_vqa
+import questions
+import samples
+from batches import easy_vqa
+from scenes import random_scene
 
 
 def on_disk(image: Image.Image, folder: Path) -> str:
@@ -38,8 +40,8 @@ def on_disk(image: Image.Image, folder: Path) -> str:
 
 def run_easy_vqa(engine: LocalEngine, most: int) -> None:
     asked = right = 0
-    for path, questions in easy_vqa("test"):
-        for _, question, answer in questions:
+    for path, turns in easy_vqa("test"):
+        for _, question, answer in turns:
             if asked == most:
                 break
             right += engine.ask(str(path), question) == answer
@@ -58,18 +60,18 @@ def run_scenes(engine: LocalEngine, each: int, folder: Path) -> None:
         if said != wanted:
             missed.append(f"  {kind}: {question!r} is {wanted!r}, said {said!r}")
 
-    for kind in scenes.KINDS:
+    for kind in questions.KINDS:
         number = 0
         while asked[kind] < each:
             number += 1
             rng = Random(f"test/{kind}/{number}")
-            picture = scenes.drawing(rng, 0)
-            if found := scenes.question(picture.scene, kind, rng):
+            picture = samples.drawing(rng, 0)
+            if found := questions.question(picture.scene, kind, rng):
                 count(kind, *found, engine.ask(on_disk(picture.image, folder), found[0]))
     number = 0
     while asked["later turns"] < each:
         number += 1
-        picture = scenes.drawing(Random(f"test/turns/{number}"), 6)
+        picture = samples.drawing(Random(f"test/turns/{number}"), 6)
         pictures = [open_picture(on_disk(picture.image, folder))]
         talk = Conversation()
         for turn, (_, question, answer) in enumerate(picture.turns):
@@ -87,13 +89,13 @@ def run_scenes(engine: LocalEngine, each: int, folder: Path) -> None:
 
 def run_photos(engine: LocalEngine, folder: Path) -> None:
     asked = declined = 0
-    for name, photo in zip(scenes.PHOTOS_TEST, scenes.load_photos(scenes.PHOTOS_TEST), strict=True):
+    for name, photo in zip(samples.PHOTOS_TEST, samples.load_photos(samples.PHOTOS_TEST), strict=True):
         rng, own = Random(f"test/{name}"), 0
-        views = [photo, *(scenes.crop(photo, rng, least=0.5) for _ in range(7))]
+        views = [photo, *(samples.crop(photo, rng, least=0.5) for _ in range(7))]
         for view in views:
             path = on_disk(view, folder)
-            for _, question, _ in [("", "what is this?", ""), *scenes.turns(scenes.random_scene(rng), 2, rng)]:
-                own += engine.ask(path, question) == scenes.DECLINE
+            for _, question, _ in [("", "what is this?", ""), *questions.turns(random_scene(rng), 2, rng)]:
+                own += engine.ask(path, question) == questions.DECLINE
                 asked += 1
         declined += own
         print(f"photographs, {name}: {own} of {3 * len(views)} declined")

@@ -13,14 +13,17 @@ from conftest import Run
 RECIPE = Path(__file__).parent.parent / "examples" / "builtin"
 sys.path.insert(0, str(RECIPE))
 
+import batches  # noqa: E402
+import model  # noqa: E402
+import questions  # noqa: E402
+import samples  # noqa: E402
 import scenes  # noqa: E402
-import train  # noqa: E402
 
 
 def test_training_tokens_are_the_commands() -> None:
-    processor = train.make_processor()
+    processor = model.make_processor()
     for seed in range(20):
-        sample = scenes.drawing(Random(seed), 6)
+        sample = samples.drawing(Random(seed), 6)
         messages = []
         for i, (_, question, answer) in enumerate(sample.turns):
             image = [] if i else [{"type": "image"}]
@@ -29,24 +32,24 @@ def test_training_tokens_are_the_commands() -> None:
         text = processor.apply_chat_template(messages)
         expected = processor(text=text, images=[sample.image], return_tensors="pt")["input_ids"][0].tolist()
         ids, labels = [processor.tokenizer.bos_token_id], [-100]
-        train.add(processor.tokenizer, sample.turns, ids, labels)
+        batches.add(processor.tokenizer, sample.turns, ids, labels)
         assert ids == expected
         answers = [i for i, label in zip(ids, labels, strict=True) if label != -100]
         assert processor.tokenizer.decode(answers).split("</s>")[:-1] == [f" {a}" for _, _, a in sample.turns]
 
 
 def test_scenes_are_the_same_from_the_same_seed() -> None:
-    one, two = scenes.drawing(Random(3), 5), scenes.drawing(Random(3), 5)
+    one, two = samples.drawing(Random(3), 5), samples.drawing(Random(3), 5)
     assert one.image.tobytes() == two.image.tobytes()
-    assert one.turns == two.turns != scenes.drawing(Random(4), 5).turns
+    assert one.turns == two.turns != samples.drawing(Random(4), 5).turns
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", questions.KINDS)
 def test_every_kind_of_question_has_a_sure_answer(kind: str) -> None:
     answers = set()
     for seed in range(200):
         rng = Random(f"{kind}/{seed}")
-        if found := scenes.question(scenes.random_scene(rng), kind, rng):
+        if found := questions.question(scenes.random_scene(rng), kind, rng):
             answers.add(found[1])
     assert len(answers) > 1
     assert all(answers)
