@@ -13,15 +13,6 @@ from llava_cli.errors import ModelUnusable
 from llava_cli.registry import ALIASES, Checkpoint
 
 
-def check(checkpoint: Checkpoint) -> list[Path]:
-    """The weight files of a checkpoint that looks whole; `ModelUnusable` names what is wrong with it."""
-    check_files(checkpoint)
-    weights = _weights(checkpoint)
-    for path in weights:
-        _check_shard(checkpoint, path)
-    return weights
-
-
 def check_files(checkpoint: Checkpoint) -> str:
     """Config and processor: there, readable, of a model that takes pictures and text. Returns its type."""
     name, folder = checkpoint.name, checkpoint.folder
@@ -44,6 +35,14 @@ def check_files(checkpoint: Checkpoint) -> str:
     if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelUnusable(name, "no tokenizer.json", again(name))
     return kind
+
+
+def check_weights(checkpoint: Checkpoint) -> list[Path]:
+    """The weight files of a checkpoint, all there and whole; `ModelUnusable` names the one that is not."""
+    weights = _weights(checkpoint)
+    for path in weights:
+        _check_shard(checkpoint, path)
+    return weights
 
 
 def _weights(checkpoint: Checkpoint) -> list[Path]:

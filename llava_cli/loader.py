@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.checkpoint import again, check, check_files, stored_bytes
+from llava_cli.checkpoint import again, check_files, check_weights, stored_bytes
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
 from llava_cli.registry import Checkpoint, default_name, find
 from llava_cli.settings import Device, Fit, Precision, Settings
@@ -45,39 +45,46 @@ def load_engine(settings: Settings) -> LocalEngine:
     """The engine that the settings ask for."""
     begin = time.perf_counter()
     checkpoint = find(default_name(settings))
-    weights = check(checkpoint)
+    kind, weights = check_files(checkpoint), check_weights(checkpoint)
     from llava_cli.engine.local import LocalEngine
     from llava_cli.machine import plan
 
     how = plan(settings.device, settings.precision)
     with quiet():
-        prompter = load_prompter(settings, checkpoint)
-        model, how = _load_model(checkpoint, how, weights, settings.precision)
+        config = _config(checkpoint)
+        prompter = _prompter(checkpoint, kind, config, settings)
+        model, how = _model(checkpoint, config, how, weights, settings.precision)
     return LocalEngine(checkpoint.name, model, prompter, how.precision, time.perf_counter() - begin)
 
 
-def load_prompter(settings: Settings, checkpoint: Checkpoint | None = None) -> Prompter:
+def load_prompter(settings: Settings) -> Prompter:
     """Processor, tokenizer and template alone: what `llava prompt` needs."""
-    checkpoint = checkpoint or find(default_name(settings))
+    checkpoint = find(default_name(settings))
     kind = check_files(checkpoint)
-    from llava_cli.prompt import Prompter, read_template
-
-    template = read_template(settings.template) if settings.template else None
-    with quiet(), model_errors(checkpoint.name, "its processor cannot be loaded", again(checkpoint.name)):
-        # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
-        processor = _processor_class(kind).from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil"
-        )
-        _agree(processor, _config(checkpoint))
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise ModelUnusable(checkpoint.name, "its processor does not take pictures and text")
-    return Prompter(processor, template, settings.fit)
+    with quiet():
+        return _prompter(checkpoint, kind, _config(checkpoint), settings)
 
 
 def _config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    with model_errors(checkpoint.name, "its config cannot be loaded", again(checkpoint.name)):
+        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+
+
+def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings) -> Prompter:
+    from llava_cli.prompt import Prompter, read_template
+
+    template = read_template(settings.template) if settings.template else None
+    with model_errors(checkpoint.name, "its processor cannot be loaded", again(checkpoint.name)):
+        # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
+        processor = _processor_class(kind).from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+        _agree(processor, config)
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ModelUnusable(checkpoint.name, "its processor does not take pictures and text")
+    return Prompter(processor, template, settings.fit)
 
 
 def _processor_class(kind: str) -> Any:
@@ -100,13 +107,12 @@ def _agree(processor: Any, config: Any) -> None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
-def _load_model(checkpoint: Checkpoint, how: Plan, weights: list[Path], asked: Precision) -> tuple[Any, Plan]:
+def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], asked: Precision) -> tuple[Any, Plan]:
     import torch
     from transformers import AutoModelForImageTextToText
 
     name = checkpoint.name
     with model_errors(name, "its weights cannot be loaded", again(name)):
-        config = _config(checkpoint)
         if stored := getattr(config, "quantization_config", None):
             how = replace(how, precision=_stored_precision(name, stored, asked))
         spread = _check_memory(name, how, weights)

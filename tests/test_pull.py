@@ -238,7 +238,7 @@ def test_the_users_token_goes_to_the_hub_alone(shell: Shell, hub: Hub, monkeypat
 
 
 def test_shards_are_pulled(shell: Shell, run: Run, hub: Hub, repo: Path) -> None:
-    from llava_cli.loader import check
+    from llava_cli.checkpoint import check_weights
 
     shard(repo)
     hub.breaks_after = 1000
@@ -246,7 +246,7 @@ def test_shards_are_pulled(shell: Shell, run: Run, hub: Hub, repo: Path) -> None
     assert NAME not in run("models").stdout
     hub.breaks_after, hub.down = None, False
     assert shell("models", "pull", NAME).returncode == 0
-    assert len(check(find(NAME))) == 3
+    assert len(check_weights(find(NAME))) == 3
 
 
 # ---------------------------------------------------------------- what cannot be pulled

@@ -31,11 +31,26 @@ def test_training_tokens_are_the_commands() -> None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         text = processor.apply_chat_template(messages)
         expected = processor(text=text, images=[sample.image], return_tensors="pt")["input_ids"][0].tolist()
-        ids, labels = [processor.tokenizer.bos_token_id], [-100]
-        batches.add(processor.tokenizer, sample.turns, ids, labels)
-        assert ids == expected
-        answers = [i for i, label in zip(ids, labels, strict=True) if label != -100]
+        row = batches.Row(processor.tokenizer)
+        row.add(sample.turns)
+        assert row.ids == expected
+        assert row.positions == list(range(len(expected)))
+        answers = [label for label in row.labels if label != -100]
         assert processor.tokenizer.decode(answers).split("</s>")[:-1] == [f" {a}" for _, _, a in sample.turns]
+
+
+def test_questions_that_stand_apart_are_read_as_if_each_were_the_first() -> None:
+    processor = model.make_processor()
+    sample = samples.drawing(Random(1), 6)
+    apart = batches.Row(processor.tokenizer, apart=True)
+    apart.add(sample.turns)
+    for part, turn in enumerate(sample.turns, 1):
+        alone = batches.Row(processor.tokenizer)
+        alone.add([turn])
+        seen = [i for i, p in enumerate(apart.parts) if p in (0, part)]
+        assert [apart.ids[i] for i in seen] == alone.ids
+        assert [apart.labels[i] for i in seen] == alone.labels
+        assert [apart.positions[i] for i in seen] == alone.positions
 
 
 def test_scenes_are_the_same_from_the_same_seed() -> None:

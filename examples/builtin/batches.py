@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -19,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 Batch = tuple[torch.Tensor, ...]
 Turns = list[tuple[str, str, str]]  # (kind, question, answer)
+WIDTH = 224  # tokens of a row
+MOST = 14  # questions that a row may hold
 WORDS = (
     (*SHAPES, NUMBER),
     tuple(COLORS),
@@ -84,11 +87,13 @@ def patch_answers(drawn: Sequence[scenes.Scene | None]) -> Batch:
 
 
 class ModelBatch:
-    """Conversations: pixels, input ids, labels (answers and `</s>` only), right-padded.
+    """Conversations: pixels, rows as `pack` makes them, and what `Patches` asks of the pictures.
 
-    The first third of `steps` goes from one shape a picture to six: to look for a thing among many is
-    learned in minutes by a model that can already compare a question with one thing, and hardly
-    at all by one that cannot.
+    In most rows each question stands alone after its picture and sees nothing of the others, as in
+    `llava ask`; the rest are turns of one conversation. Now and then half as many rows of twice the
+    length hold two pictures each. The first third of `steps` has two to five shapes a picture, and begins
+    with few kinds of questions: what is hard to learn is to look up the thing a question is about, and
+    pictures of one thing teach a model to answer without.
     """
 
     def __init__(self, size: int, easy: list[tuple[Path, Turns]], steps: int) -> None:
@@ -98,53 +103,80 @@ class ModelBatch:
 
     def sample(self, rng: Random, count: int, done: float) -> Sample:
         pick = rng.random()
-        if pick < (0.16 if done > 0.1 else 0.40):
+        if pick < 0.16:
             path, asked = rng.choice(self.easy)
             with Image.open(path) as image:
                 return Sample(image.convert("RGB"), rng.sample(asked, min(count, len(asked))))
         if pick > 0.91:
             return samples.no_drawing(self.photos, min(count, 3), rng)
-        return samples.drawing(rng, count, most=min(6, 1 + int(done * 24)), crowded=0.12 if done > 0.3 else 0)
+        if done < 0.3:
+            kinds = ["color of", "shape of", "where"] if done < 0.06 else None
+            return samples.drawing(rng, count, most=3 + int(done * 10), least=2, crowded=0, kinds=kinds)
+        if done > 0.45 and rng.random() < 0.3:  # to compare two places is what is learned last
+            return samples.drawing(rng, count, most=4, least=2, crowded=0, kinds=["relation", "relation", "beside"])
+        return samples.drawing(rng, count)
 
     def __call__(self, rng: Random, step: int) -> Batch:
-        count, size = (18, self.size // 2) if rng.random() < 0.03 else (9, self.size)
-        samples, rows = [], []
-        for _ in range(size):
-            two = rng.random() < 0.10
-            ids, labels = [self.tokenizer.bos_token_id], [-100]
-            for _ in range(2 if two else 1):
-                sample = self.sample(rng, max(1, count // 2) if two else count, step / self.steps)
-                samples.append(sample)
-                add(self.tokenizer, sample.turns, ids, labels)
-            rows.append((ids, labels))
-        images, drawn = [s.image for s in samples], [s.scene for s in samples]
-        return pixels(images, self.processor), pack(rows, self.tokenizer.pad_token_id), *patch_answers(drawn)
+        pictures = 2 if rng.random() < 0.12 else 1
+        taken, rows = [], []
+        for _ in range(self.size // pictures):
+            row = Row(self.tokenizer, apart=pictures == 1 and rng.random() < 0.65)
+            for number in range(1, pictures + 1):
+                sample = self.sample(rng, MOST, step / self.steps)
+                row.add(sample.turns, most=WIDTH * number)
+                taken.append(sample)
+            rows.append(row)
+        images, drawn = [s.image for s in taken], [s.scene for s in taken]
+        return pixels(images, self.processor), pack(rows, WIDTH * pictures), *patch_answers(drawn)
 
 
-def pack(rows: list[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
-    """Rows of (ids, labels) -> long [2, rows, longest]: ids padded with `pad`, labels with -100, on the right."""
-    out = torch.full((2, len(rows), max(len(ids) for ids, _ in rows)), -100)
-    out[0] = pad
-    for i, row in enumerate(rows):
-        for j in range(2):
-            out[j, i, : len(row[j])] = torch.tensor(row[j])
+class Row:
+    """A sequence in the format of `TEMPLATE`, token by token as the command would make it.
+
+    `labels` are the answers and their `</s>`, else -100. A token sees those before it whose part is its
+    own or 0, and its position counts only these: where questions stand `apart`, the picture is part 0
+    and each question is a part of its own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, apart: bool = False) -> None:
+        self.tokenizer, self.apart = tokenizer, apart
+        self.ids, self.labels, self.parts, self.positions = [tokenizer.bos_token_id], [-100], [0], [0]
+
+    def add(self, asked: Turns, most: int = sys.maxsize) -> None:
+        """Appends the turns about one picture, as many as there is room for in `most` tokens."""
+        image = self.tokenizer.convert_tokens_to_ids("<image>")
+        self._append(self._tokens("USER: ") + [image] * (GRID * GRID), [], 0)
+        for number, (_, question, answer) in enumerate(asked):
+            # The text between `<image>` or `</s>` and the answer's end is one piece to the command's tokenizer.
+            first = number == 0 or self.apart
+            ask = self._tokens(("\n" if first else "USER: ") + f"{question} ASSISTANT:")
+            say = [*self._tokens(f" {answer}"), self.tokenizer.eos_token_id]
+            if len(self.ids) + len(ask) + len(say) > most:
+                break
+            self._append(ask, say, number + 1 if self.apart else 0)
+
+    def _append(self, ask: list[int], say: list[int], part: int) -> None:
+        new = ask + say
+        start = self.parts.count(0)
+        self.ids += new
+        self.labels += [-100] * len(ask) + say
+        self.parts += [part] * len(new)
+        self.positions += range(start, start + len(new))
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def pack(rows: list[Row], width: int) -> torch.Tensor:
+    """Long [4, rows, width]: ids, labels, parts, positions, padded on the right."""
+    out = torch.zeros((4, len(rows), width), dtype=torch.long)
+    for field, (name, padding) in enumerate({"ids": 0, "labels": -100, "parts": -1, "positions": 0}.items()):
+        out[field] = padding
+        for i, row in enumerate(rows):
+            values = getattr(row, name)
+            out[field, i, : len(values)] = torch.tensor(values)
     return out
-
-
-def add(tokenizer: PreTrainedTokenizerFast, asked: Turns, ids: list[int], labels: list[int]) -> None:
-    """Appends the turns about one picture in the format of `TEMPLATE`, token by token."""
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    for i, (_, question, answer) in enumerate(asked):
-        # Tokenised as the command does: the text around `<image>` and up to the end of the answer is one piece.
-        text = f"{question} ASSISTANT:"
-        if i == 0:
-            before = tokenizer.encode("USER: ", add_special_tokens=False) + [image] * (GRID * GRID)
-            ask = before + tokenizer.encode("\n" + text, add_special_tokens=False)
-        else:
-            ask = tokenizer.encode("USER: " + text, add_special_tokens=False)
-        say = [*tokenizer.encode(" " + answer, add_special_tokens=False), tokenizer.eos_token_id]
-        ids += ask + say
-        labels += [-100] * len(ask) + say
 
 
 def easy_vqa(split: str) -> list[tuple[Path, Turns]]:

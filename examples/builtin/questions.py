@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from random import Random
 
@@ -340,10 +340,11 @@ def question(scene: Scene, kind: str, rng: Random) -> Asked:
     return KINDS[kind](scene, rng)
 
 
-def turns(scene: Scene, count: int, rng: Random) -> list[tuple[str, str, str]]:
-    """Up to `count` different questions with their answers."""
+def turns(scene: Scene, count: int, rng: Random, kinds: Sequence[str] | None = None) -> list[tuple[str, str, str]]:
+    """Up to `count` different questions of all or some kinds, with their answers: (kind, question, answer)."""
     asked: dict[str, tuple[str, str, str]] = {}
-    kinds, weights = list(KINDS), [WEIGHTS.get(k, 1.0) for k in KINDS]
+    kinds = kinds or list(KINDS)
+    weights = [WEIGHTS.get(k, 1.0) for k in kinds]
     for _ in range(count * 6):
         if len(asked) == count:
             break

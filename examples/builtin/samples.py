@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -159,9 +160,15 @@ def no_drawing(photos: list[Image.Image], count: int, rng: Random) -> Sample:
     return Sample(image, [("decline", q, DECLINE) for q in asked[:count]])
 
 
-def drawing(rng: Random, count: int, most: int = 6, crowded: float = 0.12) -> Sample:
-    """A drawing of one to `most` shapes, or with a chance of `crowded` six to nine, and questions about it."""
+def drawing(
+    rng: Random, count: int, most: int = 6, least: int = 1, crowded: float = 0.12, kinds: Sequence[str] | None = None
+) -> Sample:
+    """A drawing and up to `count` questions about it, of all `kinds` unless some are named.
+
+    It has `least` to `most` shapes, now and then (but for a `least` of 2) one alone, and with a chance
+    of `crowded` six to nine.
+    """
     pick = rng.random()
-    least, most = (6, 9) if pick < crowded else (1, 1) if pick > 0.85 else (1, most)
-    scene = random_scene(rng, most, least)
-    return Sample(draw(scene, rng), turns(scene, count, rng), scene)
+    low, high = (6, 9) if pick < crowded else (1, 1) if pick > 0.85 and least == 1 else (least, most)
+    scene = random_scene(rng, high, low)
+    return Sample(draw(scene, rng), turns(scene, count, rng, kinds), scene)
