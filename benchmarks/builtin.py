@@ -3,8 +3,9 @@
 Every question goes the way `llava ask` goes: a picture file, `load`, `engine.ask`. Three parts:
 
 - easy-VQA's test half, 9,673 questions; answering without looking gets 67.0 %.
-- drawings of the generator with seeds that training never used, 200 questions of each kind alone, and
-  as many as third and later turns of a conversation in which the earlier answers are the model's own.
+- drawings of up to five shapes by the generator, with seeds that training never used, 200 questions of each
+  kind alone, and as many as third and later turns of a conversation in which the earlier answers are the
+  model's own; besides, to know its limits, drawings of six to nine shapes, and of numbers.
 - photographs that training never saw, whole and in part: right is to decline.
 
 An answer is right when it is the expected one to the letter.
@@ -18,7 +19,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from random import Random
-from typing import get_args
+from typing import Any, get_args
 
 from PIL import Image
 
@@ -31,6 +32,8 @@ import questions
 import samples
 from batches import easy_vqa
 from scenes import random_scene
+
+FEW: dict[str, Any] = {"most": 5, "crowded": 0, "numbers": 0}
 
 
 def on_disk(image: Image.Image, folder: Path) -> str:
@@ -60,18 +63,23 @@ def run_scenes(engine: LocalEngine, each: int, folder: Path) -> None:
         if said != wanted:
             missed.append(f"  {kind}: {question!r} is {wanted!r}, said {said!r}")
 
-    for kind in questions.KINDS:
+    def alone(name: str, kinds: list[str], **scene: Any) -> None:
+        """Single questions about as many fresh pictures."""
         number = 0
-        while asked[kind] < each:
+        while asked[name] < each:
             number += 1
-            rng = Random(f"test/{kind}/{number}")
-            picture = samples.drawing(rng, 0)
-            if found := questions.question(picture.scene, kind, rng):
-                count(kind, *found, engine.ask(on_disk(picture.image, folder), found[0]))
+            rng = Random(f"test/{name}/{number}")
+            picture = samples.drawing(rng, 0, **scene)
+            if found := questions.question(picture.scene, rng.choice(kinds), rng):
+                count(name, *found, engine.ask(on_disk(picture.image, folder), found[0]))
+
+    kinds = [kind for kind in questions.KINDS if kind != "number"]
+    for kind in kinds:
+        alone(kind, [kind], **FEW)
     number = 0
     while asked["later turns"] < each:
         number += 1
-        picture = samples.drawing(Random(f"test/turns/{number}"), 6)
+        picture = samples.drawing(Random(f"test/turns/{number}"), 6, kinds=kinds, **FEW)
         pictures = [open_picture(on_disk(picture.image, folder))]
         talk = Conversation()
         for turn, (_, question, answer) in enumerate(picture.turns):
@@ -80,11 +88,15 @@ def run_scenes(engine: LocalEngine, each: int, folder: Path) -> None:
             talk = talk.answered(said)
             if turn >= 2 and asked["later turns"] < each:
                 count("later turns", question, answer, said)
+    inside = list(asked)
+    alone("six to nine shapes", kinds, least=6, most=9, crowded=0, numbers=0)
+    alone("one digit or two", ["number"], numbers=1)
     for kind, n in asked.items():
-        print(f"drawings, {kind}: {right[kind]} of {n} right, {right[kind] / n:.1%}")
-    total = sum(asked.values())
-    print(f"drawings, all: {sum(right.values())} of {total} right, {sum(right.values()) / total:.2%}", flush=True)
-    print("\n".join(missed[:: max(1, len(missed) // 20)]), file=sys.stderr)
+        where = "drawings" if kind in inside else "beyond what it is for"
+        print(f"{where}, {kind}: {right[kind]} of {n} right, {right[kind] / n:.1%}")
+    total, good = sum(asked[kind] for kind in inside), sum(right[kind] for kind in inside)
+    print(f"drawings, all: {good} of {total} right, {good / total:.2%}", flush=True)
+    print("\n".join(missed[:: max(1, len(missed) // 40)]), file=sys.stderr)
 
 
 def run_photos(engine: LocalEngine, folder: Path) -> None:

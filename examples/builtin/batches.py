@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import questions
 import samples
 import scenes
 import torch
@@ -112,9 +113,15 @@ class ModelBatch:
         if done < 0.3:
             kinds = ["color of", "shape of", "where"] if done < 0.06 else None
             return samples.drawing(rng, count, most=3 + int(done * 10), least=2, crowded=0, kinds=kinds)
-        if done > 0.45 and rng.random() < 0.3:  # to compare two places is what is learned last
+        if 5 / 11 <= done < 6 / 11 and rng.random() < 0.3:  # to compare two places is the hardest of all
             return samples.drawing(rng, count, most=4, least=2, crowded=0, kinds=["relation", "relation", "beside"])
-        return samples.drawing(rng, count)
+        if done >= 1 and rng.random() < 0.4:  # to name each colour once is harder still
+            return samples.drawing(rng, count, most=4, least=3, crowded=0, numbers=0, kinds=["colors", "shapes"])
+        if done >= 9 / 11:  # at last what it is for: few shapes, and to name them all
+            often = ["describe", "colors", "colors", "shapes", "count", "count"]
+            kinds = [*questions.KINDS, *often]
+            return samples.drawing(rng, count, most=5, crowded=0.05, numbers=0.03, kinds=kinds)
+        return samples.drawing(rng, count, numbers=0.2 if done >= 6 / 11 else 0.06)
 
     def __call__(self, rng: Random, step: int) -> Batch:
         pictures = 2 if rng.random() < 0.12 else 1

@@ -161,14 +161,20 @@ def no_drawing(photos: list[Image.Image], count: int, rng: Random) -> Sample:
 
 
 def drawing(
-    rng: Random, count: int, most: int = 6, least: int = 1, crowded: float = 0.12, kinds: Sequence[str] | None = None
+    rng: Random,
+    count: int,
+    most: int = 6,
+    least: int = 1,
+    crowded: float = 0.12,
+    numbers: float = 0.06,
+    kinds: Sequence[str] | None = None,
 ) -> Sample:
     """A drawing and up to `count` questions about it, of all `kinds` unless some are named.
 
-    It has `least` to `most` shapes, now and then (but for a `least` of 2) one alone, and with a chance
-    of `crowded` six to nine.
+    It has `least` to `most` shapes, now and then (but for a `least` of 2) one alone, with a chance of
+    `crowded` six to nine, and with one of `numbers` a number instead.
     """
     pick = rng.random()
     low, high = (6, 9) if pick < crowded else (1, 1) if pick > 0.85 and least == 1 else (least, most)
-    scene = random_scene(rng, high, low)
+    scene = random_scene(rng, high, low, numbers=numbers)
     return Sample(draw(scene, rng), turns(scene, count, rng, kinds), scene)

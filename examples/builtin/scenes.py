@@ -87,8 +87,8 @@ def _background(rng: Random) -> tuple[str, tuple[int, int, int]]:
     return name, _jitter(rng, rng.choice(COLORS[name]), 10)
 
 
-def random_scene(rng: Random, most: int = 6, least: int = 1, wide: float = 0.5) -> Scene:
-    """A scene of `least` to `most` shapes that do not touch; now and then a number instead.
+def random_scene(rng: Random, most: int = 6, least: int = 1, wide: float = 0.5, numbers: float = 0.06) -> Scene:
+    """A scene of `least` to `most` shapes that do not touch; with a chance of `numbers` a number instead.
 
     `wide` is how often it is not square but up to 2.6 to 1, lying or standing.
     """
@@ -96,7 +96,7 @@ def random_scene(rng: Random, most: int = 6, least: int = 1, wide: float = 0.5) 
     width, height = (1.0, 1 / ratio) if rng.random() < 0.5 else (1 / ratio, 1.0)
     background, fill = _background(rng)
     colors = [c for c in COLORS if c != background and (c, background) not in _TOO_CLOSE]
-    if rng.random() < 0.06:
+    if rng.random() < numbers:
         radius = rng.uniform(9 * PIXEL, 0.42 * min(width, height))
         text = str(rng.randint(0, 9) if rng.random() < 0.7 else rng.randint(10, 99))
         half = radius * (0.6 if len(text) == 1 else 1.0)

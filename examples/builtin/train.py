@@ -1,13 +1,14 @@
 """Trains the model that ships inside the package: a LLaVA of 6 M parameters that knows drawings.
 
-    python examples/builtin/train.py tower     # 9 minutes on 2 cores: vision tower, projector, words
-    python examples/builtin/train.py model     # the rest of 90 minutes: all of it
+    python examples/builtin/train.py tower     # 7 minutes on 2 cores: vision tower, projector, words
+    python examples/builtin/train.py model     # an hour: all of it
 
 The first command teaches the tower to say what is on each patch of crowded scenes; without it the
-whole model takes several times as long to find out what a shape is. The second trains tower, projector
-and decoder together on conversations: up to nine questions about a picture in one sequence, with
-`</s>` after each answer as in LLaVA-1.5 (arXiv 2310.03744). Both are seeded and keep a checkpoint
-in `--out`; the second leaves a folder there that `llava ask -m FOLDER` loads.
+whole model takes several times as long to find out what a shape is. The second trains the decoder to
+answer, and goes on with tower and projector at a tenth of its pace while still asking them what is on each
+patch, lest they forget. Answers end in `</s>`, as in LLaVA-1.5 (arXiv 2310.03744). Both are seeded and keep a
+checkpoint in `--out`, from which the second goes on where it was stopped; it leaves a folder there that
+`llava ask -m FOLDER` loads. torch.compile needs a C++ compiler.
 
 Needs: `pip install -c constraints.txt '.[train]'` (easy-vqa, scikit-image).
 """
@@ -32,8 +33,13 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 
 def schedule(done: float) -> float:
-    """Learning rate as a share of its peak: a short rise, then a cosine down to nothing."""
-    return min(1.0, done / 0.02) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    """Learning rate as a share of its peak: a short rise, then a cosine down to nothing.
+
+    Past its end the cosine begins again at three tenths (a warm restart, arXiv 1608.03983).
+    """
+    if done >= 1:
+        return 0.15 * (1 + math.cos(math.pi * (done - 1) / POLISH))
+    return min(1.0, done / 0.02) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Patches(nn.Module):
@@ -82,6 +88,10 @@ class Patches(nn.Module):
         return loss, right
 
 
+FROZEN = 500  # steps of stage two in which tower and projector stay as they are
+POLISH = 4 / 55  # how much longer it goes on after its steps, at a low learning rate
+
+
 def train_tower(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     size, steps, rate = args.batch or 32, args.steps or 2400, args.rate or 1.5e-3
@@ -115,10 +125,10 @@ def train_model(args: argparse.Namespace) -> None:
     model = make_model(processor.tokenizer)
     patches = Patches(model, processor.tokenizer)
     patches.load_state_dict(torch.load(args.out / "tower.pt", weights_only=True), strict=False)
-    size, steps, rate = args.batch or 16, args.steps or 9000, args.rate or 7e-4
+    size, steps, rate = args.batch or 16, args.steps or 11000, args.rate or 7e-4
     eyes = [*patches.tower.parameters(), *patches.projector.parameters()]
     rest = [*model.model.language_model.parameters(), *patches.place.parameters(), *patches.mask.parameters()]
-    groups = [{"params": rest, "share": 1.0}, {"params": eyes, "share": args.share}]
+    groups = [{"params": rest, "share": 1.0}, {"params": eyes, "share": 0.1}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
     first, resume = 0, args.out / "model.pt"
     if resume.exists():
@@ -132,11 +142,12 @@ def train_model(args: argparse.Namespace) -> None:
         look_up_first(model, patches, held_out[0][1][0])
     reader = Reader(model, patches)
     start, seen = time.monotonic(), []
-    for step in range(first, steps):
+    end = steps + round(steps * POLISH)
+    for step in range(first, end):
         images, rows, *answers = next(batches)
         # A decoder that cannot read yet would only unteach the eyes what stage one taught them.
         for parameter in eyes:
-            parameter.requires_grad_(step >= args.frozen)
+            parameter.requires_grad_(step >= FROZEN)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"] * schedule(step / steps)
         with torch.autocast("cpu", torch.bfloat16):
@@ -144,7 +155,7 @@ def train_model(args: argparse.Namespace) -> None:
             seeing, shares = patches(features, projected, *answers)
         speaking = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[1, :, 1:].flatten())
         optimizer.zero_grad()
-        (speaking + args.aux * seeing).backward()
+        (speaking + 0.1 * seeing).backward()
         nn.utils.clip_grad_norm_(patches.parameters(), 1.0)
         nn.utils.clip_grad_norm_(model.model.language_model.parameters(), 1.0)
         optimizer.step()
@@ -152,7 +163,7 @@ def train_model(args: argparse.Namespace) -> None:
         if step % 100 == 99:
             mean = " ".join(f"{m:.3f}" for m in np.nanmean(seen[-100:], 0))
             print(f"{step + 1} {time.monotonic() - start:.0f}s loss; patches as in stage one: {mean}", flush=True)
-        if step % 500 == 499 or step + 1 == steps:
+        if step % 500 == 499 or step + 1 == end:
             print(f"{step + 1} {right(reader, held_out)}", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, resume.with_suffix(".new"))
@@ -250,9 +261,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rate", type=float)
-    parser.add_argument("--share", type=float, default=0.1)
-    parser.add_argument("--aux", type=float, default=0.1)
-    parser.add_argument("--frozen", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
