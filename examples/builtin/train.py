@@ -163,12 +163,23 @@ def train_model(args: argparse.Namespace) -> None:
         if step % 100 == 99:
             mean = " ".join(f"{m:.3f}" for m in np.nanmean(seen[-100:], 0))
             print(f"{step + 1} {time.monotonic() - start:.0f}s loss; patches as in stage one: {mean}", flush=True)
-        if step % 500 == 499 or step + 1 == end:
+        if step % 500 == 499 or step + 1 in (steps, end):
             print(f"{step + 1} {right(reader, held_out)}", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, resume.with_suffix(".new"))
             resume.with_suffix(".new").replace(resume)
+            if step + 1 == steps:
+                torch.save(model.state_dict(), args.out / "before.pt")
+            if step + 1 == end:
+                model.load_state_dict(
+                    between(torch.load(args.out / "before.pt", weights_only=True), model.state_dict())
+                )
             save(model, processor, args.out / "checkpoint")
+
+
+def between(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights that are three tenths those from before the polish: better at the rest, and nearly as good at lists."""
+    return {name: 0.3 * before[name] + 0.7 * weight for name, weight in after.items()}
 
 
 @torch.no_grad()
