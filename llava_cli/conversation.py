@@ -33,6 +33,9 @@ class Turn:
     pictures: tuple[Picture, ...] = ()
     answer: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "question", _as_text(self.question))
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -40,6 +43,10 @@ class Conversation:
 
     turns: tuple[Turn, ...] = ()
     system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.system is not None:
+            object.__setattr__(self, "system", _as_text(self.system))
 
     def ask(self, question: str, pictures: Sequence[Picture] = ()) -> Conversation:
         """This conversation with one more question."""
@@ -53,3 +60,8 @@ class Conversation:
     def pictures(self) -> tuple[Picture, ...]:
         """All pictures, in the order in which the prompt names them."""
         return tuple(picture for turn in self.turns for picture in turn.pictures)
+
+
+def _as_text(typed: str) -> str:
+    """What was typed or piped in may hold bytes that are no text, which a tokenizer would not take."""
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -52,6 +52,8 @@ class Prompter:
 
     def __init__(self, processor: Any, template: str | None = None, fit: Fit = "auto") -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
+        processor.image_processor = _Once(processor.image_processor)
+        self._views: dict[int, tuple[Image, Image]] = {}
         self.template, self.fit = template, fit
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
@@ -70,7 +72,7 @@ class Prompter:
     def encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The model's inputs: `input_ids` [1, tokens] with image tokens expanded, `pixel_values`, …"""
         text = self._render(conversation)
-        images = [self._view(picture.image) for picture in conversation.pictures]
+        images = self._views_of([picture.image for picture in conversation.pictures])
         if stand_ins := set(self._stand_in.values()) & set(text):
             self.tokenizer.add_tokens(sorted(stand_ins))
         # A template that begins with BOS has placed it already.
@@ -83,8 +85,12 @@ class Prompter:
         ids = inputs["input_ids"]
         return ids.shape[1], int((ids == self.tokenizer.convert_tokens_to_ids(self.image_token)).sum())
 
+    def _views_of(self, images: list[Image]) -> list[Image]:
+        """The pictures that the processor gets, the same objects for the same pictures as in the last prompt."""
+        self._views = {id(image): self._views.get(id(image)) or (image, self._view(image)) for image in images}
+        return [self._views[id(image)][1] for image in images]
+
     def _view(self, image: Image) -> Image:
-        """The picture that the processor gets."""
         mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
         red, green, blue = (int(255 * m) for m in mean)
         return reduce(image) if self.fit == "auto" else square(image, self.fit, (red, green, blue))
@@ -93,9 +99,10 @@ class Prompter:
         template = self.template or self.processor.chat_template or self.tokenizer.chat_template
         if not template:
             raise self._bad_template("there is none")
+        asks = not conversation.turns or conversation.turns[-1].answer is None
         try:
             text: str = self.processor.apply_chat_template(
-                list(self._messages(conversation)), chat_template=template, add_generation_prompt=True, tokenize=False
+                list(self._messages(conversation)), chat_template=template, add_generation_prompt=asks, tokenize=False
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises
             raise self._bad_template(brief(error)) from None
@@ -146,3 +153,25 @@ class Prompter:
         ids = [token for i in inputs["input_ids"][0].tolist() for token in spelled.get(i, [i])]
         grown = {k: v.repeat_interleave(lengths, dim=1) for k, v in inputs.items() if v.shape == shape}
         return {**inputs, **grown, "input_ids": torch.tensor([ids])}
+
+
+class _Once:
+    """An image processor that does not process again what the last prompt had: a chat repeats its pictures."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._last: tuple[list[Image], dict[str, Any], dict[str, Any]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, images: list[Image], **options: Any) -> Any:
+        from transformers import BatchFeature
+
+        if self._last is None or not _same(self._last[0], images) or self._last[1] != options:
+            self._last = images, options, dict(self._inner(images, **options))
+        return BatchFeature(dict(self._last[2]))  # a copy: some processors take things out of it
+
+
+def _same(before: list[Image], now: list[Image]) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))

@@ -16,6 +16,7 @@ from llava_cli import Conversation, Sampling, load
 from llava_cli.conversation import Picture
 from llava_cli.engine.decode import decode, end_tokens
 from llava_cli.engine.local import LocalEngine
+from llava_cli.engine.prefix import PrefixCache
 from llava_cli.errors import PromptTooLong
 
 Get = Callable[[str], Path]
@@ -63,7 +64,7 @@ def reference(engine: LocalEngine, folder: Path, conversation: Conversation, **o
 
 
 def ours(engine: LocalEngine, conversation: Conversation, sampling: Sampling) -> list[int]:
-    return list(decode(engine._model, engine._inputs(conversation), sampling, 24))
+    return list(decode(PrefixCache(engine._model), engine._inputs(conversation), sampling, 24))
 
 
 @pytest.mark.parametrize("case", CONVERSATIONS)

@@ -27,9 +27,7 @@ def conversation_from(
     *sources, question = args or [""]
     if args and _is_picture(question, sources):
         sources, question = args, "" if "-" in args else _stdin()
-    # Arguments are bytes; in a locale that is not UTF-8 Python could not read them all as text.
-    question = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    pictures = [_open(source, allow_truncated, quiet) for source in sources]
+    pictures = [open_named(source, allow_truncated, quiet) for source in sources]
     if not question.strip():
         raise UsageError("QUESTION", "there is none", USAGE)
     return Conversation(system=settings.system).ask(question, pictures)
@@ -47,7 +45,8 @@ def _is_picture(word: str, before: list[str]) -> bool:
     return looks_like_picture(word) and not (before and (" " in word or os.path.isdir(word)))
 
 
-def _open(source: str, allow_truncated: bool, quiet: bool) -> Picture:
+def open_named(source: str, allow_truncated: bool, quiet: bool) -> Picture:
+    """A picture named on the command line; says where only a part of it is there."""
     picture = open_picture(source, allow_truncated)
     if picture.truncated and not quiet:
         render.note(f"llava: {printable(source)}: truncated; the answer is about what is there")

@@ -25,6 +25,8 @@ class Answer:
     finish_reason: FinishReason
     """"stop": the model or a stop text ended it; "length": `max_tokens` or the context did."""
     prompt_tokens: int
+    cached_tokens: int
+    """How many of them the engine had read for the answer before, and did not read again."""
     answer_tokens: int
     first_token_seconds: float
     """From the conversation to the first token: pictures, prompt and prefill."""
@@ -46,14 +48,26 @@ class Engine(ABC):
     precision: str
     device: str
     load_seconds: float = 0.0
+    context: int | None = None
+    """How many tokens prompt and answer may have in all; None where that is not known."""
 
     @abstractmethod
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         """Answers the conversation's last question.
 
+        A conversation that goes on from the one answered before costs only what is new in it. One answer at
+        a time: the next one ends an unfinished one.
         Raises `PromptTooLong` where it does not fit the model's context, `OutOfMemory` where it does
         not fit this machine.
         """
+
+    @abstractmethod
+    def prompt(self, conversation: Conversation) -> str:
+        """The string that the model reads, as its family's format has it."""
+
+    @abstractmethod
+    def count(self, conversation: Conversation) -> int:
+        """How many tokens the conversation's prompt has."""
 
     @abstractmethod
     def peak_memory(self) -> int:

@@ -1,40 +1,35 @@
-"""The token loop: prefill once, then one forward pass a token over the KV cache."""
+"""The token loop: prefill what is new of the prompt, then one forward pass a token over the KV cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.prefix import PrefixCache
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
     import torch
 
 
-def decode(model: Any, inputs: dict[str, torch.Tensor], sampling: Sampling, most: int) -> Iterator[int]:
+def decode(prefix: PrefixCache, inputs: dict[str, torch.Tensor], sampling: Sampling, most: int) -> Iterator[int]:
     """Yields at most `most` token ids; the model's end-of-sequence token is the last where it comes.
 
     `inputs` is one prompt as its processor makes it: `input_ids` [1, tokens], `pixel_values`, … on
     the model's device. Greedy decoding gives the tokens of transformers' `generate(do_sample=False)`.
     """
     import torch
-    from transformers import DynamicCache
 
-    choose = Chooser(model, sampling)
-    ends = end_tokens(model)
-    ids = inputs["input_ids"]
-    step: dict[str, Any] = dict(inputs)
-    cache = DynamicCache(config=model.config)
-    for _ in range(most):
-        # Not around the whole loop: a generator would leave the mode on for its reader between tokens.
-        with torch.inference_mode():
-            logits = model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            token = choose(ids, logits)
-            ids = torch.cat([ids, token.view(1, 1).to(ids.device)], dim=1)
+    choose, ends = Chooser(prefix.model, sampling), end_tokens(prefix.model)
+    reader = object()  # this answer, for the prefix to know it by
+    ids, logits = inputs["input_ids"], prefix.prefill(inputs, reader)
+    for number in range(1, most + 1):
+        token = choose(ids, logits)
         yield (last := int(token))
-        if last in ends:
+        if last in ends or number == most:
             return
-        step = {"input_ids": ids[:, -1:]}
+        ids = torch.cat([ids, token.view(1, 1).to(ids.device)], dim=1)
+        logits = prefix.step(last, reader)
 
 
 def end_tokens(model: Any) -> frozenset[int]:
@@ -77,7 +72,8 @@ class Chooser:
         """ids [1, tokens so far], logits [1, vocabulary] -> the next token id, a scalar."""
         import torch
 
-        scores: torch.Tensor = self._processors(ids, logits.float())  # type: ignore[arg-type]
-        if self._random is None:
-            return scores.argmax()
-        return torch.multinomial(scores.softmax(-1), 1, generator=self._random)[0, 0]
+        with torch.inference_mode():
+            scores: torch.Tensor = self._processors(ids, logits.float())  # type: ignore[arg-type]
+            if self._random is None:
+                return scores.argmax()
+            return torch.multinomial(scores.softmax(-1), 1, generator=self._random)[0, 0]

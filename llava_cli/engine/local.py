@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Chunk, Engine, FinishReason
 from llava_cli.engine.decode import decode, end_tokens
+from llava_cli.engine.prefix import PrefixCache
 from llava_cli.engine.text import TextStream
 from llava_cli.errors import PromptTooLong, model_errors
 from llava_cli.prompt import Prompter
@@ -26,7 +27,9 @@ class LocalEngine(Engine):
         self.model, self.precision, self.device = name, precision, model.device.type
         self.load_seconds = load_seconds
         self.prompter = prompter
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._model = model
+        self._prefix = PrefixCache(model)
         self._ends = end_tokens(model)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
@@ -36,8 +39,8 @@ class LocalEngine(Engine):
         with model_errors(self.model, "fails while answering"):
             inputs = self._inputs(conversation)
             length = inputs["input_ids"].shape[1]
-            most = min(sampling.max_tokens, self._room(length))
-            for token in decode(self._model, inputs, sampling, most):
+            most = self._most(length, sampling.max_tokens)
+            for token in decode(self._prefix, inputs, sampling, most):
                 tokens.append(token)
                 if len(tokens) == 1:
                     first = time.perf_counter()
@@ -51,8 +54,23 @@ class LocalEngine(Engine):
         parts.append(text.end())
         stopped = text.stopped or (bool(tokens) and tokens[-1] in self._ends)
         reason: FinishReason = "stop" if stopped else "length"
-        whole = "".join(parts)
-        yield Chunk(parts[-1], Answer(whole, reason, length, len(tokens), first - begin, time.perf_counter() - begin))
+        answer = Answer(
+            text="".join(parts),
+            finish_reason=reason,
+            prompt_tokens=length,
+            cached_tokens=self._prefix.found,
+            answer_tokens=len(tokens),
+            first_token_seconds=first - begin,
+            total_seconds=time.perf_counter() - begin,
+        )
+        yield Chunk(parts[-1], answer)
+
+    def prompt(self, conversation: Conversation) -> str:
+        return self.prompter.render(conversation)
+
+    def count(self, conversation: Conversation) -> int:
+        with model_errors(self.model, "fails while reading the prompt"):
+            return int(self.prompter.encode(conversation)["input_ids"].shape[1])
 
     def peak_memory(self) -> int:
         import torch
@@ -71,11 +89,11 @@ class LocalEngine(Engine):
         device, dtype = self._model.device, self._model.dtype
         return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
 
-    def _room(self, length: int) -> int:
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if context is None:
-            return sys.maxsize
-        if length >= context:
-            reason = f"{length} tokens; {self.model} reads at most {context}"
+    def _most(self, length: int, wanted: int) -> int:
+        """How many tokens an answer to a prompt of `length` may have."""
+        if self.context is None:
+            return wanted
+        if length >= self.context:
+            reason = f"{length} tokens; {self.model} reads at most {self.context}"
             raise PromptTooLong("prompt", reason, "llava prompt prints it and counts its tokens")
-        return int(context - length)
+        return min(wanted, self.context - length)

@@ -1,0 +1,115 @@
+"""The KV cache of what the model read last: a prompt that begins the same way is read from where it differs."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# What may come beside `input_ids`, and still the rest of a prompt can be read alone: pixels and sizes
+# with one row a picture, and what is about all pictures together. Other inputs say something about every
+# token or carry positions of their own; such a model reads each prompt from its beginning.
+_ROWS = ("pixel_values", "image_sizes")
+_WHOLE = ("batch_num_images",)
+_ALL_ONES = "attention_mask"
+
+
+class PrefixCache:
+    """Runs one model over one sequence, and keeps its KV cache for the next.
+
+    It knows the tokens that the cache is sure to hold, whatever happened: Ctrl-C in the midst of a forward
+    pass leaves layers of different lengths, and the next prompt cuts them to what they share.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.found = 0  # how many tokens of the last prompt did not have to be read
+        self._reader: object = None
+        self._image: int | None = getattr(model.config, "image_token_id", None)
+        self._forget()
+
+    def _forget(self) -> None:
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        self._read: tuple[list[int], dict[str, torch.Tensor]] = [], {}
+        self._cache = DynamicCache(config=self.model.config)
+        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers)
+        self._cuttable = plain and self._image is not None
+        if self._cuttable:
+            # Without the config a layer with a sliding window keeps what has slid out of it, for the mask
+            # to hide, and can be cut like any other.
+            self._cache = DynamicCache()
+
+    def prefill(self, inputs: dict[str, torch.Tensor], reader: object) -> torch.Tensor:
+        """One prompt as its processor makes it, `input_ids` [1, tokens] -> logits after its end [1, vocabulary]."""
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        rows = {name: inputs[name] for name in _ROWS if name in inputs}
+        kept, seen = self._shared(ids, rows, inputs)
+        self._reader = reader
+        if kept:
+            # First what is sure, then the cut, then the new tokens: Ctrl-C may come between any two lines.
+            self._read = ids[:kept], {name: row[:seen] for name, row in rows.items()}
+            layer: Any
+            for layer in self._cache.layers:
+                layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+            step = {"input_ids": inputs["input_ids"][:, kept:]}
+            if self._image in ids[kept:]:
+                step |= {name: row[seen:] for name, row in rows.items()}
+                step |= {name: inputs[name] for name in _WHOLE if name in inputs}
+        else:
+            self._forget()
+            step = inputs
+        logits = self._forward(step)
+        self._read, self.found = (ids, rows), kept
+        return logits
+
+    def step(self, token: int, reader: object) -> torch.Tensor:
+        """The next token, read -> logits [1, vocabulary]. `RuntimeError` once another prompt has been read."""
+        import torch
+
+        if reader is not self._reader:
+            raise RuntimeError("another answer was begun before this one was complete")
+        logits = self._forward({"input_ids": torch.tensor([[token]], device=self.model.device)})
+        self._read[0].append(token)
+        return logits
+
+    def _forward(self, inputs: dict[str, Any]) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            out = self.model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+    def _shared(
+        self, ids: list[int], rows: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
+    ) -> tuple[int, int]:
+        """How many leading tokens of `ids` need not be read again, and how many pictures are among them."""
+        if set(inputs) - {"input_ids", _ALL_ONES, *_ROWS, *_WHOLE} or not self._cuttable:
+            return 0, 0
+        tokens, old_rows = self._read
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, tokens, strict=False))
+        kept = min(sum(1 for _ in same), len(ids) - 1)  # the last one has to be read for its logits
+        before, after = tokens.count(self._image), ids.count(self._image)  # type: ignore[arg-type]
+        within = ids[:kept].count(self._image)  # type: ignore[arg-type]
+        if within not in (before, after):
+            return 0, 0  # in the midst of pictures, where one ends is the family's own business
+        old, new = (len(r.get("pixel_values", ())) for r in (old_rows, rows))
+        seen = new if within == after else old
+        same_pictures = seen <= min(old, new) and all(
+            _same(row[:seen], old_rows[name][:seen]) for name, row in rows.items() if seen
+        )
+        return (kept, seen) if same_pictures else (0, 0)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether rows are equal, apart from padding to as many tiles as the largest picture beside them has."""
+    import torch
+
+    if not len(one) or one.dim() < 2:
+        return torch.equal(one, other)
+    tiles = min(one.shape[1], other.shape[1])
+    return torch.equal(one[:, :tiles], other[:, :tiles]) and not one[:, tiles:].any() and not other[:, tiles:].any()
