@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llava_cli.conversation import Conversation
+from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Chunk, Engine
 from llava_cli.errors import LlavaError
+
+THUMBNAIL_ROWS = 10
 
 # A terminal obeys these; a model has no business giving it orders. Whole sequences first: CSI, then
 # the strings of OSC, DCS, SOS, PM and APC, then two-character escapes; at last every control
@@ -90,17 +92,23 @@ def show_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def show_stats(answer: Answer, engine: Engine) -> None:
-    """One line on stderr."""
+def stats(answer: Answer, engine: Engine) -> str:
+    """What an answer took, in one line."""
     decoding = answer.total_seconds - answer.first_token_seconds
     speed = (
         f"{(answer.answer_tokens - 1) / decoding:.1f} tokens/s" if answer.answer_tokens > 1 and decoding else "1 token"
     )
-    note(
+    return (
         f"{engine.model} {engine.precision} {engine.device} · load {engine.load_seconds:.2f} s · "
         f"first token {answer.first_token_seconds:.2f} s of {answer.prompt_tokens} · {speed} · "
         f"peak {engine.peak_memory() / 1e9:.2f} GB"
     )
+
+
+def say(text: str) -> None:
+    """Lines on stdout: what a person asked to see, safe on a terminal."""
+    safe = SafeText()
+    print(safe.put(text) + safe.end() if sys.stdout.isatty() else text, flush=True)
 
 
 def note(line: str) -> None:
@@ -141,6 +149,14 @@ def progress(words: str) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(words, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def thumbnail(picture: Picture) -> None:
+    """Draws a picture on the terminal, ten rows high: as graphics where it can show them, else in half blocks."""
+    from rich.console import Console
+    from textual_image.renderable import Image
+
+    Console().print(Image(picture.image, height=THUMBNAIL_ROWS))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

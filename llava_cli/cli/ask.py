@@ -78,4 +78,4 @@ def ask(
     else:
         answer = render.show(engine.stream(conversation, settings))
     if stats:
-        render.show_stats(answer, engine)
+        render.note(render.stats(answer, engine))

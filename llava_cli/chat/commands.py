@@ -1,0 +1,177 @@
+"""What is obeyed instead of asked: a table of small functions."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llava_cli import render
+from llava_cli.chat.export import export, save
+from llava_cli.chat.session import Chat
+from llava_cli.engine import Chunk
+from llava_cli.errors import UsageError, printable
+from llava_cli.images import SUFFIXES, open_picture
+from llava_cli.settings import Sampling
+
+Result = str | Generator[Chunk, None, None] | None
+"""Lines to print, an answer to show, or nothing where a note says it all."""
+
+
+class Leave(Exception):
+    """Ends the chat."""
+
+
+@dataclass(frozen=True)
+class Command:
+    run: Callable[[Chat, str], Result]
+    takes: str
+    help: str
+
+
+def obey(chat: Chat, line: str) -> Result:
+    """Runs `/NAME REST`. Raises `UsageError` for a name that there is not, with the nearest that there is."""
+    name, _, rest = line[1:].partition(" ")
+    if name not in COMMANDS:
+        if os.path.isfile(path := _path(line)):
+            raise UsageError(printable(path), "a picture is attached by a command", f"/image {printable(path)}")
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        raise UsageError(f"/{printable(name)}", "there is no such command", f"/{near[0]}" if near else "/help")
+    return COMMANDS[name].run(chat, rest.strip())
+
+
+def unattached(chat: Chat, question: str) -> str | None:
+    """The path of a picture in a question that the model is not shown: attaching is for commands."""
+    shown = {os.path.abspath(picture.name) for picture in (*chat.conversation.pictures, *chat.attached)}
+    for word in (question, *question.split()):
+        path = word.strip("\"'`,;:?!()<>").rstrip(".")
+        full = os.path.abspath(os.path.expanduser(path))
+        if path.lower().endswith(SUFFIXES) and full not in shown and os.path.isfile(full):
+            return printable(path)
+    return None
+
+
+def _path(typed: str) -> str:
+    """A path as it was typed, or as a terminal quotes one that is dropped on it."""
+    path = os.path.expanduser(typed)
+    if not os.path.lexists(path):
+        with suppress(ValueError):
+            words = shlex.split(typed)
+            return os.path.expanduser(words[0]) if len(words) == 1 else path
+    return path
+
+
+def _image(chat: Chat, typed: str) -> Result:
+    if not typed or typed == "-":
+        raise UsageError("/image", "which one?", "/image PATH")
+    picture = open_picture(_path(typed))
+    chat.attach(picture)
+    chat.note(f"{printable(picture.name)} ({picture.image.width}x{picture.image.height}) goes with the next question")
+    return None
+
+
+def _images(chat: Chat, _: str) -> Result:
+    held = [(p, f"question {n}") for n, turn in enumerate(chat.conversation.turns, 1) for p in turn.pictures]
+    held += [(p, "the next question") for p in chat.attached]
+    lines = [f"{printable(p.name)} ({p.image.width}x{p.image.height}) with {where}" for p, where in held]
+    return "\n".join(lines) or "none; /image PATH attaches one"
+
+
+def _clear(chat: Chat, _: str) -> Result:
+    chat.clear()
+    chat.note("a new conversation, without pictures")
+    return None
+
+
+def _undo(chat: Chat, _: str) -> Result:
+    chat.note(f"taken back: {chat.undo()}")
+    return None
+
+
+def _retry(chat: Chat, _: str) -> Result:
+    return chat.retry()
+
+
+def _set(chat: Chat, rest: str) -> Result:
+    name, _, value = (rest if "=" not in rest.partition(" ")[0] else rest.replace("=", " ", 1)).partition(" ")
+    names = [field.name for field in fields(Sampling)]
+    if not name:
+        return "\n".join(f"{name} {getattr(chat.settings, name)}" for name in names)
+    name = name.replace("-", "_")
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise UsageError(f"/set {printable(name)}", f"not one of {', '.join(names)}", f"/set {near[0]}" if near else "")
+    if value := value.strip():
+        default = getattr(Sampling(), name)
+        change: dict[str, Any] = {name: default if value == "default" else value}
+        chat.settings = replace(chat.settings, **change)
+        chat.note(f"{name} {getattr(chat.settings, name)}")
+        return None
+    return f"{name} {getattr(chat.settings, name)}"
+
+
+def _system(chat: Chat, text: str) -> Result:
+    if not text:
+        return chat.conversation.system or "none"
+    chat.set_system(None if text == "none" else text)
+    chat.note(f"system text: {chat.conversation.system or 'none'}")
+    return None
+
+
+def _prompt(chat: Chat, _: str) -> Result:
+    return chat.prompt()
+
+
+def _save(chat: Chat, path: str) -> Result:
+    return _written(chat, path, "/save", save)
+
+
+def _export(chat: Chat, path: str) -> Result:
+    return _written(chat, path, "/export", export)
+
+
+def _written(chat: Chat, path: str, command: str, write: Callable[..., None]) -> Result:
+    if not path:
+        raise UsageError(command, "to which file?", f"{command} FILE")
+    write(chat.conversation, chat.engine.model, Path(os.path.expanduser(path)))
+    chat.note(f"written: {printable(path)}")
+    return None
+
+
+def _stats(chat: Chat, _: str) -> Result:
+    if chat.last is None:
+        return "no answer yet"
+    used = chat.last.prompt_tokens + chat.last.answer_tokens
+    context = f"{used} of {chat.engine.context} tokens of context" if chat.engine.context else f"{used} tokens"
+    return f"{render.stats(chat.last, chat.engine)}\n{context}; {chat.last.cached_tokens} of them were read before"
+
+
+def _help(chat: Chat, _: str) -> Result:
+    wide = max(len(f"{name} {command.takes}") for name, command in COMMANDS.items())
+    return "\n".join(f"/{f'{name} {command.takes}':{wide}}  {command.help}" for name, command in COMMANDS.items())
+
+
+def _exit(chat: Chat, _: str) -> Result:
+    raise Leave
+
+
+COMMANDS = {
+    "image": Command(_image, "PATH", "Attach a picture to the next question."),
+    "images": Command(_images, "", "List the pictures of this conversation."),
+    "clear": Command(_clear, "", "Begin a new conversation."),
+    "undo": Command(_undo, "", "Take back the last question and its answer."),
+    "retry": Command(_retry, "", "Ask the last question again."),
+    "set": Command(_set, "[NAME [VALUE]]", "Show or change how answers are made: /set temperature 0.7"),
+    "system": Command(_system, "[TEXT]", "Show or change the instructions before the conversation; /system none."),
+    "prompt": Command(_prompt, "", "Print the conversation exactly as the model reads it."),
+    "stats": Command(_stats, "", "Print what the last answer took."),
+    "save": Command(_save, "FILE", "Write the conversation as text, or as JSON to a .json file."),
+    "export": Command(_export, "FILE.md", "Write the conversation as Markdown with its pictures."),
+    "help": Command(_help, "", "List these commands."),
+    "exit": Command(_exit, "", "Leave; Ctrl-D does too."),
+}

@@ -1,0 +1,88 @@
+"""A conversation as a file: plain text, JSON, or Markdown with its pictures beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from llava_cli.conversation import Conversation, Picture
+from llava_cli.errors import OutputError, UsageError, brief, printable
+
+
+def save(conversation: Conversation, model: str, path: Path) -> None:
+    """Writes JSON where the file's name ends in `.json`, else text. Raises as `write_new` does."""
+    write_new(path, as_json(conversation, model) if path.suffix == ".json" else as_text(conversation))
+
+
+def export(conversation: Conversation, model: str, path: Path) -> None:
+    """Writes Markdown, and the pictures into a new folder beside it. Raises as `write_new` does."""
+    folder = path.parent / f"{path.stem}_pictures"
+    files = {picture.sha256: _file_name(n, picture) for n, picture in enumerate(conversation.pictures, 1)}
+    links = {sha256: f"{quote(folder.name)}/{name}" for sha256, name in files.items()}
+    if files and folder.exists():
+        raise UsageError(printable(str(folder)), "is there already", "choose another name, or move it")
+    write_new(path, as_markdown(conversation, model, links))
+    with _writing(folder):
+        if files:
+            folder.mkdir()
+        for picture in conversation.pictures:
+            picture.image.save(folder / files[picture.sha256], "PNG")
+
+
+def as_text(conversation: Conversation) -> str:
+    lines: list[str] = []
+    for turn in conversation.turns:
+        lines += [f"[{printable(picture.name)}]" for picture in turn.pictures]
+        lines += [f"> {line}" for line in turn.question.splitlines()]
+        lines += [turn.answer or "", ""]
+    return "\n".join(lines)
+
+
+def as_json(conversation: Conversation, model: str) -> str:
+    turns = [
+        {
+            "question": turn.question,
+            "images": [{"name": picture.name, "sha256": picture.sha256} for picture in turn.pictures],
+            "answer": turn.answer,
+        }
+        for turn in conversation.turns
+    ]
+    return json.dumps({"model": model, "system": conversation.system, "turns": turns}, indent=2) + "\n"
+
+
+def as_markdown(conversation: Conversation, model: str, links: dict[str, str]) -> str:
+    """`links` has each picture's file by its SHA-256."""
+    parts = [f"# A chat with {model}"]
+    for turn in conversation.turns:
+        parts += [f"![{_escaped(picture.name)}]({links[picture.sha256]})" for picture in turn.pictures]
+        parts.append("\n".join(f"> {line}" for line in turn.question.splitlines()))
+        parts.append(turn.answer or "")
+    return "\n\n".join(parts) + "\n"
+
+
+def write_new(path: Path, text: str) -> None:
+    """Raises `UsageError` where the file is there already, `OutputError` where it cannot be written."""
+    with _writing(path), path.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise UsageError(printable(str(path)), "is there already", "choose another name, or move it") from None
+    except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
+        raise OutputError(printable(str(path)), getattr(error, "strerror", None) or brief(error)) from None
+
+
+def _file_name(number: int, picture: Picture) -> str:
+    return f"{number}-{re.sub(r'[^A-Za-z0-9_-]+', '-', Path(picture.name).stem)[:40] or 'picture'}.png"
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([\[\]()!\\])", r"\\\1", printable(name))

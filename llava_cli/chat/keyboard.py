@@ -1,0 +1,97 @@
+"""Lines from a person: prompt_toolkit, or bare `input` where nothing may be redrawn."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
+
+from llava_cli.chat.commands import COMMANDS
+from llava_cli.chat.repl import Read
+from llava_cli.images import SUFFIXES
+from llava_cli.settings import Sampling
+
+
+class Words(Completer):
+    """Commands, pictures after `/image`, files after `/save` and `/export`, settings after `/set`."""
+
+    def __init__(self) -> None:
+        self._pictures = PathCompleter(file_filter=_folder_or_picture, expanduser=True)
+        self._files = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        command, space, rest = document.text_before_cursor.partition(" ")
+        if not command.startswith("/") or "\n" in document.text:
+            return
+        if not space:
+            for name in COMMANDS:
+                if name.startswith(command[1:]):
+                    yield Completion(f"/{name}", -len(command), display_meta=COMMANDS[name].help)
+        elif command == "/set":
+            yield from (Completion(f.name, -len(rest)) for f in fields(Sampling) if f.name.startswith(rest))
+        elif command in ("/image", "/save", "/export"):
+            paths = self._pictures if command == "/image" else self._files
+            yield from paths.get_completions(Document(rest), complete_event)
+
+
+def _folder_or_picture(path: str) -> bool:
+    return os.path.isdir(path) or path.lower().endswith(SUFFIXES)
+
+
+def keyboard(history: Path | None) -> Read:
+    """Reads with editing, completion and history; Alt-Enter begins a new line. None: no history is kept."""
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    kept: History = InMemoryHistory()
+    if history:
+        os.close(os.open(history, os.O_WRONLY | os.O_CREAT, 0o600))  # what is typed is its owner's alone
+        kept = FileHistory(history)
+    # Where stdout goes to a file, the person is on the other stream.
+    output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
+    session: PromptSession[str] = PromptSession(
+        history=kept,
+        completer=Words(),
+        complete_while_typing=False,
+        enable_history_search=True,
+        key_bindings=keys,
+        output=output,
+        prompt_continuation="  ",
+    )
+
+    def read() -> str:
+        while True:
+            try:
+                return session.prompt("> ")
+            except KeyboardInterrupt:
+                if not session.default_buffer.text:
+                    raise
+                session.default_buffer.reset()  # Ctrl-C takes back what was typed before it leaves
+
+    return read
+
+
+def plain_keyboard() -> Read:
+    """Reads with nothing drawn: what is printed stays, in order, as a screen reader wants it."""
+
+    def read() -> str:
+        try:
+            print("Question: ", end="", file=sys.stderr, flush=True)
+            return input()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            raise
+
+    return read

@@ -1,0 +1,75 @@
+"""Reads lines, asks or obeys, shows what comes; at a terminal it survives errors and Ctrl-C, in a pipe it does not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+from llava_cli import render
+from llava_cli.chat.commands import Leave, obey, unattached
+from llava_cli.chat.session import Chat
+from llava_cli.errors import LlavaError
+
+Read = Callable[[], str]
+"""Gives the next line. Raises `EOFError` at the end, and `KeyboardInterrupt` for Ctrl-C where nothing is typed."""
+
+
+def converse(chat: Chat, read: Read, quiet: bool = False, stats: bool = False) -> None:
+    """A person's chat: until Ctrl-D, `/exit` or a second Ctrl-C at an empty prompt."""
+    interrupts = 0
+    while True:
+        try:
+            line = read()
+            interrupts = 0
+        except KeyboardInterrupt:
+            interrupts += 1
+            if interrupts == 2:
+                return
+            chat.note("Ctrl-C again leaves; so does Ctrl-D")
+            continue
+        except EOFError:
+            return
+        try:
+            turn(chat, line, quiet, stats)
+        except Leave:
+            return
+        except KeyboardInterrupt:
+            chat.note("stopped")
+        except LlavaError as error:
+            render.show_error(error)
+
+
+def answer_lines(chat: Chat, lines: Iterator[str], quiet: bool = False, stats: bool = False) -> None:
+    """A pipe's chat: one question or command a line. Ends at the first error, lest what follows be about nothing."""
+    for line in lines:
+        try:
+            turn(chat, line, quiet, stats)
+        except Leave:
+            return
+
+
+def turn(chat: Chat, line: str, quiet: bool = False, stats: bool = False) -> None:
+    """Asks or obeys one line."""
+    line = line.rstrip()
+    if not line:
+        return
+    if line.startswith("/"):
+        result = obey(chat, line)
+    else:
+        if not quiet and (path := unattached(chat, line)):
+            chat.note(f"the model does not see {path}; to show it: /image {path}")
+        result = chat.ask(line)
+    if isinstance(result, str):
+        render.say(result)
+    elif result is not None:
+        with closing(result):
+            answer = render.show(result)
+        if stats:
+            render.note(render.stats(answer, chat.engine))
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of stdin."""
+    for line in sys.stdin.buffer if sys.stdin else ():
+        yield line.decode("utf-8", "surrogateescape")  # a path may be no text

@@ -1,0 +1,235 @@
+"""Chats on disk: one SQLite file in the user's data folder, each turn committed as it happens.
+
+Pictures are kept as the path they came from and the SHA-256 of their bytes. Those that have no
+path to come back to (stdin, a URL) are kept as PNG files beside the database.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from llava_cli.conversation import Conversation, Picture, Turn
+from llava_cli.errors import InputMissing, LlavaError, OutputError, UsageError, brief, printable
+from llava_cli.images import is_url, open_picture
+from llava_cli.registry import is_folder
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS chats (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, started REAL NOT NULL, changed REAL NOT NULL, model TEXT NOT NULL, system TEXT
+);
+CREATE TABLE IF NOT EXISTS turns (
+    chat INTEGER NOT NULL REFERENCES chats ON DELETE CASCADE, number INTEGER NOT NULL,
+    question TEXT NOT NULL, answer TEXT NOT NULL, PRIMARY KEY (chat, number)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pictures (
+    chat INTEGER NOT NULL, turn INTEGER NOT NULL, place INTEGER NOT NULL, name TEXT NOT NULL, path BLOB NOT NULL,
+    sha256 TEXT NOT NULL, PRIMARY KEY (chat, turn, place),
+    FOREIGN KEY (chat, turn) REFERENCES turns ON DELETE CASCADE
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of `llava chats`."""
+
+    number: int
+    changed: float
+    """Seconds since 1970."""
+    model: str
+    turns: int
+    pictures: int
+    title: str
+    """The first question."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a chat in progress has in the store: its number there, None before the first turn, and those turns."""
+
+    number: int | None = None
+    turns: tuple[Turn, ...] = ()
+
+
+@dataclass(frozen=True)
+class Said:
+    """A turn as it is on disk: its pictures by name, not opened."""
+
+    question: str
+    pictures: tuple[str, ...]
+    answer: str
+
+
+def data_folder() -> Path:
+    """Where chats are kept: `LLAVA_DATA` or the user's data folder."""
+    if named := os.environ.get("LLAVA_DATA"):
+        return Path(named)
+    from platformdirs import user_data_path
+
+    return user_data_path("llava")
+
+
+class Store:
+    """The chats of one user. Raises `OutputError` where the file cannot be used."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or data_folder()
+        self.file = self.folder / "chats.db"
+        with self._errors():
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600))
+            self._db = sqlite3.connect(self.file, timeout=10)
+            self._db.create_function("fold", 1, str.casefold, deterministic=True)
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.executescript(_SCHEMA)
+
+    def keep(self, kept: Kept, conversation: Conversation, model: str) -> Kept:
+        """Makes the chat `kept` into this conversation, in one transaction; one without turns is deleted.
+
+        Where the chat is gone, or somebody else has changed it, the conversation becomes a new chat.
+        """
+        turns = conversation.turns
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(kept.turns, turns, strict=False)))
+        with self._errors():
+            paths = {id(picture): os.fsencode(self._path(picture)) for picture in conversation.pictures}
+        with self._writing() as db:
+            number = kept.number
+            if number is None or len(self._turns(number)) != len(kept.turns):
+                number, same = None, 0
+            elif not turns:
+                db.execute("DELETE FROM chats WHERE id = ?", (number,))
+                return Kept()
+            now = time.time()
+            model = os.path.abspath(model) if is_folder(model) else model
+            if number is None:
+                if not turns:
+                    return Kept()
+                begin = "INSERT INTO chats (started, changed, model, system) VALUES (?, ?, ?, ?)"
+                number = db.execute(begin, (now, now, model, conversation.system)).lastrowid
+            db.execute("UPDATE chats SET changed = ?, system = ? WHERE id = ?", (now, conversation.system, number))
+            db.execute("DELETE FROM turns WHERE chat = ? AND number >= ?", (number, same))
+            for i, turn in enumerate(turns[same:], same):
+                db.execute("INSERT INTO turns VALUES (?, ?, ?, ?)", (number, i, turn.question, turn.answer))
+                for place, picture in enumerate(turn.pictures):
+                    row = (number, i, place, printable(picture.name), paths[id(picture)], picture.sha256)
+                    db.execute("INSERT INTO pictures VALUES (?, ?, ?, ?, ?, ?)", row)
+        return Kept(number, turns)
+
+    def last(self) -> int | None:
+        """The chat that was changed last."""
+        row = self._read("SELECT id FROM chats ORDER BY changed DESC, id DESC LIMIT 1")
+        return row[0][0] if row else None
+
+    def model(self, chat: int) -> str:
+        """The model that a chat was held with; `UsageError` where there is no such chat."""
+        if not (row := self._read("SELECT model FROM chats WHERE id = ?", chat)):
+            raise UsageError(f"chat {chat}", "there is none", "llava chats lists them")
+        return str(row[0][0])
+
+    def said(self, chat: int) -> list[Said]:
+        """A chat's turns, in order."""
+        self.model(chat)
+        return [
+            Said(question, tuple(name for name, _, _ in self._pictures(chat, number)), answer)
+            for number, question, answer in self._turns(chat)
+        ]
+
+    def load(self, chat: int) -> Conversation:
+        """A chat with its pictures opened. Raises `InputMissing` for one that is gone or has changed."""
+        self.model(chat)
+        system = self._read("SELECT system FROM chats WHERE id = ?", chat)[0][0]
+        turns = [
+            Turn(question, tuple(self._open(chat, *found) for found in self._pictures(chat, number)), answer)
+            for number, question, answer in self._turns(chat)
+        ]
+        return Conversation(tuple(turns), system)
+
+    def find(self, text: str = "") -> list[Summary]:
+        """Chats in which `text` was said by either side, the last one first."""
+        rows = self._read(
+            """SELECT id, changed, model, (SELECT count(*) FROM turns WHERE chat = id),
+                      (SELECT count(*) FROM pictures WHERE chat = id),
+                      coalesce((SELECT question FROM turns WHERE chat = id AND number = 0), '')
+               FROM chats WHERE ? = '' OR EXISTS (
+                   SELECT 1 FROM turns LEFT JOIN pictures ON pictures.chat = turns.chat AND turn = number
+                   WHERE turns.chat = id AND instr(fold(question || char(10) || answer || char(10)
+                                                        || coalesce(name, '')), fold(?)))
+               ORDER BY changed DESC, id DESC""",
+            text,
+            text,
+        )
+        return [Summary(*row) for row in rows]
+
+    def delete(self, chat: int) -> None:
+        """Deletes a chat, and kept pictures that no other chat has."""
+        self.model(chat)
+        with self._writing() as db:
+            db.execute("DELETE FROM chats WHERE id = ?", (chat,))
+            kept = {os.fsdecode(row[0]) for row in db.execute("SELECT path FROM pictures")}
+            for file in self._pictures_folder().glob("*.png"):
+                if str(file) not in kept:
+                    file.unlink()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _turns(self, chat: int) -> list[tuple[int, str, str]]:
+        return self._read("SELECT number, question, answer FROM turns WHERE chat = ? ORDER BY number", chat)
+
+    def _pictures(self, chat: int, turn: int) -> list[tuple[str, bytes, str]]:
+        return self._read(
+            "SELECT name, path, sha256 FROM pictures WHERE chat = ? AND turn = ? ORDER BY place", chat, turn
+        )
+
+    def _path(self, picture: Picture) -> str:
+        """Where the picture will be found again."""
+        if picture.name != "-" and not is_url(picture.name):
+            return os.path.abspath(picture.name)
+        file = self._pictures_folder() / f"{picture.sha256}.png"
+        if not file.exists():
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            new = file.with_suffix(".new")
+            picture.image.save(new, "PNG")
+            new.replace(file)
+        return str(file)
+
+    def _open(self, chat: int, name: str, place: bytes, sha256: str) -> Picture:
+        path = os.fsdecode(place)
+        kept = Path(path).parent == self._pictures_folder()
+        thing, hint = printable(path), f"llava chats show {chat} prints what was said"
+        try:
+            picture = open_picture(path, allow_truncated=True)
+        except LlavaError as error:
+            raise InputMissing(thing, error.reason, hint) from None
+        if not kept and picture.sha256 != sha256:
+            raise InputMissing(thing, "is not the picture that the chat is about: it has changed", hint)
+        return Picture(name if kept else path, picture.image, sha256, picture.frames, picture.truncated)
+
+    def _pictures_folder(self) -> Path:
+        return self.folder / "pictures"
+
+    def _read(self, query: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]
+        with self._errors():
+            return self._db.execute(query, values).fetchall()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction in which nobody else writes."""
+        with self._errors(), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError, OverflowError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or brief(error)
+            raise OutputError(str(self.file), reason, "--no-save keeps nothing") from None

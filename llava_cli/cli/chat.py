@@ -1,0 +1,134 @@
+"""`llava chat`: a conversation about pictures."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from llava_cli import render
+from llava_cli.cli import app
+from llava_cli.cli.arguments import open_named, say_demo
+from llava_cli.cli.options import (
+    DeviceOpt,
+    FitOpt,
+    MaxTokensOpt,
+    ModelOpt,
+    PrecisionOpt,
+    QuietOpt,
+    SeedOpt,
+    StatsOpt,
+    StopOpt,
+    SystemOpt,
+    TemperatureOpt,
+    TemplateOpt,
+    TopPOpt,
+    TruncatedOpt,
+)
+from llava_cli.errors import UsageError
+from llava_cli.settings import Settings
+
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[IMAGE]...", help="Pictures for the first question: paths or URLs.", show_default=False),
+]
+ContinueOpt = Annotated[bool, typer.Option("--continue", help="Go on with the last chat.")]
+ResumeOpt = Annotated[
+    int | None, typer.Option("--resume", metavar="N", help="Go on with chat N; `llava chats` lists them.")
+]
+NoSaveOpt = Annotated[bool, typer.Option("--no-save", help="Keep nothing of this chat, nor of what is typed.")]
+PlainOpt = Annotated[bool, typer.Option("--plain", help="Draw nothing, redraw nothing: for screen readers.")]
+NoPreviewOpt = Annotated[bool, typer.Option("--no-preview", help="No thumbnails of attached pictures.")]
+
+
+@app.command()
+def chat(
+    images: Images = None,
+    continue_: ContinueOpt = False,
+    resume: ResumeOpt = None,
+    no_save: NoSaveOpt = False,
+    plain: PlainOpt = False,
+    no_preview: NoPreviewOpt = False,
+    model: ModelOpt = None,
+    precision: PrecisionOpt = None,
+    device: DeviceOpt = None,
+    max_tokens: MaxTokensOpt = None,
+    temperature: TemperatureOpt = None,
+    top_p: TopPOpt = None,
+    seed: SeedOpt = None,
+    stop: StopOpt = None,
+    system: SystemOpt = None,
+    template: TemplateOpt = None,
+    fit: FitOpt = None,
+    allow_truncated: TruncatedOpt = False,
+    stats: StatsOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Talk about pictures; /help lists what can be done besides asking.
+
+    llava chat img.jpg
+
+    llava chat --continue
+
+    printf 'what is this?\\nwhat color is it?\\n' | llava chat img.jpg
+    """
+    settings = Settings.resolve(
+        model=model,
+        precision=precision,
+        device=device,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        system=system,
+        template=template,
+        fit=fit,
+    )
+    from llava_cli.chat.repl import answer_lines, converse, piped_lines
+    from llava_cli.chat.session import Chat
+    from llava_cli.chat.store import Store
+
+    store = None if no_save else Store()
+    number, before = None, None
+    if continue_ or resume is not None:
+        if store is None:
+            raise UsageError("--no-save", "does not go with --continue or --resume", "llava chat --continue")
+        number = resume if resume is not None else store.last()
+        if number is None:
+            raise UsageError("--continue", "there is no chat yet", "llava chat img.jpg")
+        before = store.load(number)
+        settings = replace(settings, model=model or store.model(number))
+    if "-" in (images or []):
+        raise UsageError("-", "stdin is where the questions come from", "llava chat img.jpg")
+    pictures = [open_named(source, allow_truncated, quiet) for source in images or []]
+
+    person = sys.stdin is not None and sys.stdin.isatty()
+    draw = not plain and sys.stdout.isatty()
+    with render.spinner("loading the model", quiet or plain):
+        from llava_cli.loader import load_engine
+
+        engine = load_engine(settings)
+    say_demo(settings, engine, quiet)
+    preview = render.thumbnail if draw and person and not no_preview else lambda picture: None
+    talk = Chat(engine, settings, (lambda line: None) if quiet else render.note, preview, store)
+    if number is not None and before is not None:
+        talk.resume(number, before)
+        if system is not None:
+            talk.set_system(system)
+    for picture in pictures:
+        talk.attach(picture)
+    if not person:
+        answer_lines(talk, piped_lines(), quiet, stats)
+        return
+    from llava_cli.chat.keyboard import keyboard, plain_keyboard
+
+    if number is not None:
+        talk.note(f"chat {number} goes on after {len(talk.conversation.turns)} turn(s); llava chats show {number}")
+    talk.note(f"{engine.model}: /help lists commands, Ctrl-D leaves")
+    history = store.folder / "history" if store else None
+    converse(talk, plain_keyboard() if plain else keyboard(history), quiet, stats)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C too many must not spoil the way out

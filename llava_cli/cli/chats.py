@@ -1,0 +1,77 @@
+"""`llava chats`: the chats that were kept."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from llava_cli import render
+from llava_cli.chat.store import Store, Summary
+from llava_cli.cli import Group, app
+from llava_cli.errors import printable
+
+chats = typer.Typer(cls=Group, help="List, search, show and delete kept chats.", rich_markup_mode=None)
+app.add_typer(chats, name="chats")
+
+NumberArg = Annotated[int, typer.Argument(metavar="N", max=2**31, help="The chat's number.")]
+
+
+@chats.callback(invoke_without_command=True)
+def _chats(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_chats()
+
+
+@chats.command("list")
+def list_chats() -> None:
+    """List all chats, the last one first."""
+    _table(Store().find())
+
+
+@chats.command()
+def search(text: Annotated[str, typer.Argument(metavar="TEXT", help="What was said, by either side.")]) -> None:
+    """List the chats in which something was said.
+
+    llava chats search "red circle"
+    """
+    _table(Store().find(text))
+
+
+@chats.command()
+def show(number: NumberArg) -> None:
+    """Print what was said.
+
+    llava chats show 3
+    """
+    for turn in Store().said(number):
+        lines = [f"[{name}]" for name in turn.pictures] + [f"> {line}" for line in turn.question.splitlines()]
+        render.say("\n".join([*lines, turn.answer, ""]))
+
+
+@chats.command()
+def delete(numbers: Annotated[list[int], typer.Argument(metavar="N...", help="The chats' numbers.")]) -> None:
+    """Delete chats.
+
+    llava chats delete 3 4
+    """
+    store = Store()
+    for number in numbers:
+        store.delete(number)
+        render.note(f"deleted: chat {number}; what was typed is in {store.folder / 'history'} still")
+
+
+def _table(found: list[Summary]) -> None:
+    rows = [
+        [
+            str(chat.number),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(chat.changed)),
+            chat.model,
+            str(chat.turns),
+            str(chat.pictures),
+            printable(" ".join(chat.title.split()))[:60],
+        ]
+        for chat in found
+    ]
+    render.table(["N", "last", "model", "turns", "pictures", "first question"], rows)
