@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from random import Random
 
 import samples
@@ -41,6 +42,7 @@ def image_processor() -> LlavaImageProcessorPil:
     )
 
 
+@cache
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of 640 tokens, trained on what the generator asks."""
     rng, lines = Random(0), []
