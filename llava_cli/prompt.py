@@ -6,6 +6,7 @@ Templates are data: the checkpoint's chat template, a file of `templates/`, or t
 from __future__ import annotations
 
 import re
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,9 @@ class Prompter:
     """
 
     def __init__(self, processor: Any, template: str | None = None, fit: Fit = "auto") -> None:
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        processor.image_processor = _Once(processor.image_processor)
+        # A copy, for what it remembers is this prompter's alone.
+        self.processor, self.tokenizer = copy(processor), processor.tokenizer
+        self.processor.image_processor = _Once(processor.image_processor)
         self._views: dict[int, tuple[Image, Image]] = {}
         self.template, self.fit = template, fit
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"

@@ -9,12 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner, Result
 
 from llava_cli.cli import app
+
+if TYPE_CHECKING:
+    from llava_cli.engine.local import LocalEngine
 
 Run = Callable[..., Result]
 Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -86,5 +90,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         if family not in made:
             made[family] = families.save(family, tmp_path_factory.mktemp(family))
         return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def engines(checkpoint: Callable[[str], Path]) -> Callable[[str], LocalEngine]:
+    """The engine over a family's tiny checkpoint in fp32, loaded once: `engines("llava-llama")`."""
+    from llava_cli import load
+
+    loaded: dict[str, LocalEngine] = {}
+
+    def get(family: str) -> LocalEngine:
+        if family not in loaded:
+            loaded[family] = load(str(checkpoint(family)), precision="fp32", device="cpu")
+        return loaded[family]
 
     return get

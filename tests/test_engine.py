@@ -37,18 +37,6 @@ CONVERSATIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def engines(checkpoint: Get) -> Callable[[str], LocalEngine]:
-    loaded: dict[str, LocalEngine] = {}
-
-    def get(family: str) -> LocalEngine:
-        if family not in loaded:
-            loaded[family] = load(str(checkpoint(family)), precision="fp32", device="cpu")
-        return loaded[family]
-
-    return get
-
-
 _MODELS: dict[Path, Any] = {}
 
 

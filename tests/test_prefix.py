@@ -20,15 +20,12 @@ Get = Callable[[str], Path]
 SAMPLING = Sampling(max_tokens=12)
 
 
-@pytest.fixture(scope="module")
-def engines(checkpoint: Get) -> Callable[[str], LocalEngine]:
-    loaded: dict[str, LocalEngine] = {}
+@pytest.fixture
+def engines(engines: Callable[[str], LocalEngine]) -> Callable[[str], LocalEngine]:
+    """Each time a new engine, that has read nothing yet, over the model that is loaded once."""
 
     def get(family: str) -> LocalEngine:
-        """A new engine, that has read nothing yet, over a model that is loaded once."""
-        if family not in loaded:
-            loaded[family] = load(str(checkpoint(family)), precision="fp32", device="cpu")
-        one = loaded[family]
+        one = engines(family)
         return LocalEngine(one.model, one._model, one.prompter, one.precision, 0)
 
     return get

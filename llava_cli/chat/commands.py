@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shlex
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import Any
 from llava_cli import render
 from llava_cli.chat.export import export, save
 from llava_cli.chat.session import Chat
+from llava_cli.conversation import Picture
 from llava_cli.engine import Chunk
 from llava_cli.errors import UsageError, printable
 from llava_cli.images import SUFFIXES, open_picture
@@ -71,15 +73,18 @@ def _image(chat: Chat, typed: str) -> Result:
         raise UsageError("/image", "which one?", "/image PATH")
     picture = open_picture(_path(typed))
     chat.attach(picture)
-    chat.note(f"{printable(picture.name)} ({picture.image.width}x{picture.image.height}) goes with the next question")
+    chat.note(f"{_named(picture)} goes with the next question")
     return None
 
 
 def _images(chat: Chat, _: str) -> Result:
     held = [(p, f"question {n}") for n, turn in enumerate(chat.conversation.turns, 1) for p in turn.pictures]
     held += [(p, "the next question") for p in chat.attached]
-    lines = [f"{printable(p.name)} ({p.image.width}x{p.image.height}) with {where}" for p, where in held]
-    return "\n".join(lines) or "none; /image PATH attaches one"
+    return "\n".join(f"{_named(picture)} with {where}" for picture, where in held) or "none; /image PATH attaches one"
+
+
+def _named(picture: Picture) -> str:
+    return f"{printable(picture.name)} ({picture.image.width}x{picture.image.height})"
 
 
 def _clear(chat: Chat, _: str) -> Result:
@@ -98,7 +103,7 @@ def _retry(chat: Chat, _: str) -> Result:
 
 
 def _set(chat: Chat, rest: str) -> Result:
-    name, _, value = (rest if "=" not in rest.partition(" ")[0] else rest.replace("=", " ", 1)).partition(" ")
+    name, *values = re.split("[ =]", rest, maxsplit=1)
     names = [field.name for field in fields(Sampling)]
     if not name:
         return "\n".join(f"{name} {getattr(chat.settings, name)}" for name in names)
@@ -106,7 +111,7 @@ def _set(chat: Chat, rest: str) -> Result:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         raise UsageError(f"/set {printable(name)}", f"not one of {', '.join(names)}", f"/set {near[0]}" if near else "")
-    if value := value.strip():
+    if value := "".join(values).strip():
         default = getattr(Sampling(), name)
         change: dict[str, Any] = {name: default if value == "default" else value}
         chat.settings = replace(chat.settings, **change)

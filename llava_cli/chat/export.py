@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -34,12 +34,19 @@ def export(conversation: Conversation, model: str, path: Path) -> None:
 
 
 def as_text(conversation: Conversation) -> str:
-    lines: list[str] = []
-    for turn in conversation.turns:
-        lines += [f"[{printable(picture.name)}]" for picture in turn.pictures]
-        lines += [f"> {line}" for line in turn.question.splitlines()]
-        lines += [turn.answer or "", ""]
-    return "\n".join(lines)
+    return "\n".join(
+        turn_as_text([printable(picture.name) for picture in turn.pictures], turn.question, turn.answer or "")
+        for turn in conversation.turns
+    )
+
+
+def turn_as_text(pictures: Iterable[str], question: str, answer: str) -> str:
+    """The pictures' names, the question and the answer, a line each or more."""
+    return "\n".join([*(f"[{name}]" for name in pictures), _quoted(question), answer, ""])
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines())
 
 
 def as_json(conversation: Conversation, model: str) -> str:
@@ -59,7 +66,7 @@ def as_markdown(conversation: Conversation, model: str, links: dict[str, str]) -
     parts = [f"# A chat with {model}"]
     for turn in conversation.turns:
         parts += [f"![{_escaped(picture.name)}]({links[picture.sha256]})" for picture in turn.pictures]
-        parts.append("\n".join(f"> {line}" for line in turn.question.splitlines()))
+        parts.append(_quoted(turn.question))
         parts.append(turn.answer or "")
     return "\n\n".join(parts) + "\n"
 

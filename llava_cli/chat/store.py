@@ -177,9 +177,6 @@ class Store:
                 if str(file) not in kept:
                     file.unlink()
 
-    def close(self) -> None:
-        self._db.close()
-
     def _turns(self, chat: int) -> list[tuple[int, str, str]]:
         return self._read("SELECT number, question, answer FROM turns WHERE chat = ? ORDER BY number", chat)
 

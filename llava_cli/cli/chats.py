@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llava_cli import render
+from llava_cli.chat.export import turn_as_text
 from llava_cli.chat.store import Store, Summary
 from llava_cli.cli import Group, app
 from llava_cli.errors import printable
@@ -46,8 +47,7 @@ def show(number: NumberArg) -> None:
     llava chats show 3
     """
     for turn in Store().said(number):
-        lines = [f"[{name}]" for name in turn.pictures] + [f"> {line}" for line in turn.question.splitlines()]
-        render.say("\n".join([*lines, turn.answer, ""]))
+        render.say(turn_as_text(turn.pictures, turn.question, turn.answer))
 
 
 @chats.command()
