@@ -43,6 +43,9 @@ PHOTOS_TRAIN = [
 PHOTOS_TEST = ["chelsea.png", "coffee.png", "rocket.jpg", "brick.png", "gravel.png", "moon.png", "text.png"]
 
 
+SIDE = 96  # of a texture, in pixels
+
+
 def load_photos(names: list[str]) -> list[Image.Image]:
     import skimage.data
 
@@ -87,69 +90,89 @@ def disguise(part: Image.Image, rng: Random) -> Image.Image:
     return part
 
 
+def _clouds(rng: Random, noise: np.random.Generator, tint: np.ndarray) -> np.ndarray:
+    """Clouds with the spectrum of natural pictures, in two colours or in all."""
+    f = np.hypot(*np.meshgrid(np.fft.fftfreq(SIDE), np.fft.fftfreq(SIDE)))
+    f[0, 0] = 1 / SIDE
+    bands = 3 if rng.random() < 0.4 else 1
+    spectrum = np.fft.fft2(noise.standard_normal((bands, SIDE, SIDE))) / f ** rng.uniform(0.6, 1.7)
+    value = np.fft.ifft2(spectrum).real
+    value = (value - value.mean()) / (value.std() * 4) + 0.5
+    if rng.random() < 0.3:
+        value = np.abs(value - 0.5) * 2
+    return tint[0] + (tint[1] - tint[0]) * value.transpose(1, 2, 0) if bands == 1 else 255 * value.transpose(1, 2, 0)
+
+
+def _noise(rng: Random, noise: np.random.Generator, tint: np.ndarray) -> np.ndarray:
+    """Noise about one colour."""
+    return tint[0] + noise.standard_normal((SIDE, SIDE, rng.choice((1, 3)))) * rng.uniform(15, 90)
+
+
+def _waves(rng: Random, noise: np.random.Generator, tint: np.ndarray) -> np.ndarray:
+    """Stripes, checks and waves."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+    turn, rate = rng.uniform(0, math.pi), rng.uniform(2, 24)
+    wave = np.sin(rate * 2 * math.pi * (x * math.cos(turn) + y * math.sin(turn)))
+    if rng.random() < 0.5:
+        wave = wave * np.sin(rate * 2 * math.pi * (y * math.cos(turn) - x * math.sin(turn)))
+    if rng.random() < 0.5:
+        wave = np.sign(wave)
+    return tint[0] + (tint[1] - tint[0]) * (wave[..., None] + 1) / 2
+
+
+def _leaves(rng: Random, noise: np.random.Generator, tint: np.ndarray) -> np.ndarray:
+    """A heap of overlapping leaves, often under noise, as in photographs of clutter."""
+    heap = Image.new("RGB", (SIDE, SIDE))
+    pen = ImageDraw.Draw(heap)
+    for _ in range(rng.randint(40, 160)):
+        x, y, r = rng.uniform(0, SIDE), rng.uniform(0, SIDE), SIDE / rng.uniform(3, 24)
+        color = tuple(int(c) for c in tint[0] + (tint[1] - tint[0]) * rng.random() + noise.integers(-40, 40, 3))
+        sides = rng.randint(3, 9)
+        angles = [2 * math.pi * (i + rng.random()) / sides for i in range(sides)]
+        pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a in angles], fill=color)
+    if rng.random() < 0.5:
+        heap = heap.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
+    return np.asarray(heap) + noise.standard_normal((SIDE, SIDE, 1)) * rng.uniform(0, 20)
+
+
+def _soft_things(rng: Random, noise: np.random.Generator, tint: np.ndarray) -> np.ndarray:
+    """Soft things with light and shade before a gradient, as on a table."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+    pixels = tint[0] + (tint[1] - tint[0]) * (x * rng.uniform(-1, 1) + y * rng.uniform(0.2, 1))[..., None]
+    for _ in range(rng.randint(1, 6)):
+        u, v, a, b = rng.random(), rng.random(), rng.uniform(0.05, 0.4), rng.uniform(0.05, 0.4)
+        inside = (((x - u) / a) ** 2 + ((y - v) / b) ** 2)[..., None]
+        light = 0.3 + 0.7 * np.clip(1 + (x - u) / a * rng.uniform(-1, 1) + (y - v) / b * rng.uniform(-1, 1), 0, 2)
+        paint = np.array([rng.randint(20, 255) for _ in range(3)]) * light[..., None]
+        cover = 1 / (1 + np.exp(np.clip((inside - 1) * rng.uniform(3, 15), -50, 50)))
+        pixels = pixels * (1 - cover) + paint * cover
+    return pixels + noise.standard_normal((SIDE, SIDE, 1)) * rng.uniform(2, 16)
+
+
+def _writing(rng: Random, noise: np.random.Generator, tint: np.ndarray) -> np.ndarray:
+    """Lines of writing, too small to read."""
+    page = Image.fromarray(np.broadcast_to(tint[0], (SIDE, SIDE, 3)).astype(np.uint8))
+    pen, size = ImageDraw.Draw(page), rng.uniform(6, 14)
+    font = ImageFont.load_default(size)
+    for line in range(int(SIDE / size / 1.2) + 1):
+        letters = "".join(rng.choice("abcdefghij klmnopqrs tuvwxyz, EIRT.") for _ in range(40))
+        pen.text((rng.uniform(-20, 4), line * size * 1.2), letters, fill=tuple(map(int, tint[1])), font=font)
+    page = page.rotate(rng.choice((0, 0, rng.uniform(-20, 20))))
+    return np.asarray(page) + noise.standard_normal((SIDE, SIDE, 1)) * rng.uniform(0, 25)
+
+
+# Each kind with the upper end of its share of all textures.
+TEXTURES = ((0.45, _clouds), (0.60, _noise), (0.75, _waves), (0.85, _leaves), (0.95, _soft_things), (1.0, _writing))
+
+
 def texture(rng: Random) -> Image.Image:
     """Noise, clouds, stripes, checks, gradients and heaps of leaves: no drawing of shapes."""
     noise = np.random.default_rng(rng.getrandbits(32))
-    n = 96
     tint = np.array([[rng.randint(0, 255) for _ in range(3)] for _ in range(2)], dtype=float)
     kind = rng.random()
-    if kind < 0.45:  # clouds with the spectrum of natural pictures, in two colours or in all
-        f = np.hypot(*np.meshgrid(np.fft.fftfreq(n), np.fft.fftfreq(n)))
-        f[0, 0] = 1 / n
-        bands = 3 if rng.random() < 0.4 else 1
-        spectrum = np.fft.fft2(noise.standard_normal((bands, n, n))) / f ** rng.uniform(0.6, 1.7)
-        value = np.fft.ifft2(spectrum).real
-        value = (value - value.mean()) / (value.std() * 4) + 0.5
-        if rng.random() < 0.3:
-            value = np.abs(value - 0.5) * 2
-        pixels = (
-            tint[0] + (tint[1] - tint[0]) * value.transpose(1, 2, 0) if bands == 1 else 255 * value.transpose(1, 2, 0)
-        )
-    elif kind < 0.60:
-        pixels = tint[0] + noise.standard_normal((n, n, rng.choice((1, 3)))) * rng.uniform(15, 90)
-    elif kind < 0.75:
-        y, x = np.mgrid[0:n, 0:n] / n
-        turn, rate = rng.uniform(0, math.pi), rng.uniform(2, 24)
-        wave = np.sin(rate * 2 * math.pi * (x * math.cos(turn) + y * math.sin(turn)))
-        if rng.random() < 0.5:
-            wave = wave * np.sin(rate * 2 * math.pi * (y * math.cos(turn) - x * math.sin(turn)))
-        if rng.random() < 0.5:
-            wave = np.sign(wave)
-        pixels = tint[0] + (tint[1] - tint[0]) * (wave[..., None] + 1) / 2
-    elif kind < 0.85:  # a heap of overlapping leaves, often under noise, as in photographs of clutter
-        heap = Image.new("RGB", (n, n))
-        pen = ImageDraw.Draw(heap)
-        for _ in range(rng.randint(40, 160)):
-            x, y, r = rng.uniform(0, n), rng.uniform(0, n), n / rng.uniform(3, 24)
-            color = tuple(int(c) for c in tint[0] + (tint[1] - tint[0]) * rng.random() + noise.integers(-40, 40, 3))
-            sides = rng.randint(3, 9)
-            angles = [2 * math.pi * (i + rng.random()) / sides for i in range(sides)]
-            pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a in angles], fill=color)
-        if rng.random() < 0.5:
-            heap = heap.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
-        pixels = np.asarray(heap) + noise.standard_normal((n, n, 1)) * rng.uniform(0, 20)
-    elif kind < 0.95:  # soft things with light and shade before a gradient, as on a table
-        y, x = np.mgrid[0:n, 0:n] / n
-        pixels = tint[0] + (tint[1] - tint[0]) * (x * rng.uniform(-1, 1) + y * rng.uniform(0.2, 1))[..., None]
-        for _ in range(rng.randint(1, 6)):
-            u, v, a, b = rng.random(), rng.random(), rng.uniform(0.05, 0.4), rng.uniform(0.05, 0.4)
-            inside = (((x - u) / a) ** 2 + ((y - v) / b) ** 2)[..., None]
-            light = 0.3 + 0.7 * np.clip(1 + (x - u) / a * rng.uniform(-1, 1) + (y - v) / b * rng.uniform(-1, 1), 0, 2)
-            paint = np.array([rng.randint(20, 255) for _ in range(3)]) * light[..., None]
-            cover = 1 / (1 + np.exp(np.clip((inside - 1) * rng.uniform(3, 15), -50, 50)))
-            pixels = pixels * (1 - cover) + paint * cover
-        pixels = pixels + noise.standard_normal((n, n, 1)) * rng.uniform(2, 16)
-    else:  # lines of writing, too small to read
-        page = Image.fromarray(np.broadcast_to(tint[0], (n, n, 3)).astype(np.uint8))
-        pen, size = ImageDraw.Draw(page), rng.uniform(6, 14)
-        font = ImageFont.load_default(size)
-        for line in range(int(n / size / 1.2) + 1):
-            letters = "".join(rng.choice("abcdefghij klmnopqrs tuvwxyz, EIRT.") for _ in range(40))
-            pen.text((rng.uniform(-20, 4), line * size * 1.2), letters, fill=tuple(map(int, tint[1])), font=font)
-        page = page.rotate(rng.choice((0, 0, rng.uniform(-20, 20))))
-        pixels = np.asarray(page) + noise.standard_normal((n, n, 1)) * rng.uniform(0, 25)
-    image = Image.fromarray(np.broadcast_to(pixels, (n, n, 3)).clip(0, 255).astype(np.uint8))
-    return image.resize((round(n * rng.uniform(0.5, 1.5)), n)) if rng.random() < 0.4 else image
+    pixels = next(make for upto, make in TEXTURES if kind < upto)(rng, noise, tint)
+    image = Image.fromarray(np.broadcast_to(pixels, (SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8))
+    return image.resize((round(SIDE * rng.uniform(0.5, 1.5)), SIDE)) if rng.random() < 0.4 else image
 
 
 def no_drawing(photos: list[Image.Image], count: int, rng: Random) -> Sample:
