@@ -4,8 +4,9 @@ Every question goes the way `llava ask` goes: a picture file, `load`, `engine.as
 
 - easy-VQA's test half, 9,673 questions; answering without looking gets 67.0 %.
 - drawings of up to five shapes by the generator, with seeds that training never used, 200 questions of each
-  kind alone, and as many as third and later turns of a conversation in which the earlier answers are the
-  model's own; besides, to know its limits, drawings of six to nine shapes, and of numbers.
+  kind alone, as many as third and later turns of a conversation in which the earlier answers are the
+  model's own, and as many about a second picture that joins after two turns; besides, to know its limits,
+  drawings of six to nine shapes, and of numbers.
 - photographs that training never saw, whole and in part: right is to decline.
 
 An answer is right when it is the expected one to the letter.
@@ -76,18 +77,27 @@ def run_scenes(engine: LocalEngine, each: int, folder: Path) -> None:
     kinds = [kind for kind in questions.KINDS if kind != "number"]
     for kind in kinds:
         alone(kind, [kind], **FEW)
-    number = 0
-    while asked["later turns"] < each:
-        number += 1
-        picture = samples.drawing(Random(f"test/turns/{number}"), 6, kinds=kinds, **FEW)
-        pictures = [open_picture(on_disk(picture.image, folder))]
-        talk = Conversation()
-        for turn, (_, question, answer) in enumerate(picture.turns):
-            talk = talk.ask(question, [] if turn else pictures)
-            said = engine.answer(talk).text
-            talk = talk.answered(said)
-            if turn >= 2 and asked["later turns"] < each:
-                count("later turns", question, answer, said)
+
+    def talk(name: str, seed: str, first: int) -> None:
+        """Questions as turns: about one picture from turn `first` on, or all of them about a second one."""
+        number = 0
+        while asked[name] < each:
+            number += 1
+            one, two = (samples.drawing(Random(f"test/{seed}/{number}{n}"), 6, kinds=kinds, **FEW) for n in ("", "/2"))
+            said = Conversation()
+            shown = [(one, one.turns)] if first else [(one, one.turns[:2]), (two, two.turns[:2])]
+            for sample, turns in shown:
+                picture = open_picture(on_disk(sample.image, folder))
+                for turn, (_, question, answer) in enumerate(turns):
+                    said = said.ask(question, [] if turn else [picture])
+                    text = engine.answer(said).text
+                    said = said.answered(text)
+                    counts = turn >= first if first else sample is two
+                    if counts and asked[name] < each:
+                        count(name, question, answer, text)
+
+    talk("later turns", "turns", 2)
+    talk("a second picture", "second", 0)
     inside = list(asked)
     alone("six to nine shapes", kinds, least=6, most=9, crowded=0, numbers=0)
     alone("one digit or two", ["number"], numbers=1)

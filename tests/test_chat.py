@@ -38,12 +38,12 @@ def test_questions_and_answers_line_by_line(run: Run, drawing: Path) -> None:
 
 
 def test_second_picture_joins(run: Run, drawing: Path, other: Path) -> None:
-    lines = ["what is this?", f"/image {other}", "what color is the rectangle?", "/images"]
+    lines = ["what is this?", f"/image {other}", "what is this?", "/images"]
     result = run("chat", drawing, input="\n".join(lines))
     assert result.exit_code == 0
     _, second, *listed = result.stdout.splitlines()
     assert f"{other} (200x200) goes with the next question\n" in result.stderr
-    assert second == "yellow"
+    assert second == "a yellow rectangle on a black background"
     assert listed == [f"{drawing} (300x200) with question 1", f"{other} (200x200) with question 2"]
 
 
@@ -57,6 +57,8 @@ def test_questions_about_two_pictures(run: Run, drawing: Path, other: Path) -> N
     second = {
         "what color is the rectangle?": "yellow",
         "where is the rectangle?": "center",
+        "how many shapes are there?": "1",
+        "is there a circle?": "no",
     }
     result = run("chat", drawing, "-q", input="\n".join([*first, f"/image {other}", *second]))
     assert result.stdout.splitlines() == [*first.values(), *second.values()]

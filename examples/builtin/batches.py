@@ -91,10 +91,10 @@ class ModelBatch:
     """Conversations: pixels, rows as `pack` makes them, and what `Patches` asks of the pictures.
 
     In most rows each question stands alone after its picture and sees nothing of the others, as in
-    `llava ask`; the rest are turns of one conversation. Now and then half as many rows of twice the
-    length hold two pictures each. The first third of `steps` has two to five shapes a picture, and begins
-    with few kinds of questions: what is hard to learn is to look up the thing a question is about, and
-    pictures of one thing teach a model to answer without.
+    `llava ask`; the rest are turns of one conversation. Now and then, and at last in every second batch,
+    half as many rows of twice the length hold two pictures each. The first third of `steps` has two to
+    five shapes a picture, and begins with few kinds of questions: what is hard to learn is to look up the
+    thing a question is about, and pictures of one thing teach a model to answer without.
     """
 
     def __init__(self, size: int, easy: list[tuple[Path, Turns]], steps: int) -> None:
@@ -118,19 +118,21 @@ class ModelBatch:
         if done >= 1 and rng.random() < 0.4:  # to name each colour once is harder still
             return samples.drawing(rng, count, most=4, least=3, crowded=0, numbers=0, kinds=["colors", "shapes"])
         if done >= 9 / 11:  # at last what it is for: few shapes, and to name them all
-            often = ["describe", "colors", "colors", "shapes", "count", "count"]
+            often = ["describe", "colors", "colors", "shapes", "count", "count", "count some", "yes/no"]
             kinds = [*questions.KINDS, *often]
             return samples.drawing(rng, count, most=5, crowded=0.05, numbers=0.03, kinds=kinds)
         return samples.drawing(rng, count, numbers=0.2 if done >= 6 / 11 else 0.06)
 
     def __call__(self, rng: Random, step: int) -> Batch:
-        pictures = 2 if rng.random() < 0.12 else 1
+        done = step / self.steps
+        pictures = 2 if rng.random() < (0.12 if done < 1 else 0.5) else 1
         taken, rows = [], []
         for _ in range(self.size // pictures):
-            row = Row(self.tokenizer, apart=pictures == 1 and rng.random() < 0.65)
+            row = Row(self.tokenizer)
             for number in range(1, pictures + 1):
-                sample = self.sample(rng, MOST, step / self.steps)
-                row.add(sample.turns, most=WIDTH * number)
+                last = number == pictures
+                sample = self.sample(rng, MOST if last else rng.randint(1, 4), done)
+                row.add(sample.turns, apart=last and rng.random() < 0.65, most=WIDTH * number)
                 taken.append(sample)
             rows.append(row)
         images, drawn = [s.image for s in taken], [s.scene for s in taken]
@@ -141,26 +143,28 @@ class Row:
     """A sequence in the format of `TEMPLATE`, token by token as the command would make it.
 
     `labels` are the answers and their `</s>`, else -100. A token sees those before it whose part is its
-    own or 0, and its position counts only these: where questions stand `apart`, the picture is part 0
-    and each question is a part of its own.
+    own or 0, and its position counts only these.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, apart: bool = False) -> None:
-        self.tokenizer, self.apart = tokenizer, apart
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
         self.ids, self.labels, self.parts, self.positions = [tokenizer.bos_token_id], [-100], [0], [0]
 
-    def add(self, asked: Turns, most: int = sys.maxsize) -> None:
-        """Appends the turns about one picture, as many as there is room for in `most` tokens."""
+    def add(self, asked: Turns, apart: bool = False, most: int = sys.maxsize) -> None:
+        """Appends the turns about one picture, as many as there is room for in `most` tokens.
+
+        They are one conversation (part 0); or each stands `apart` after what there was, a part of its own.
+        """
         image = self.tokenizer.convert_tokens_to_ids("<image>")
         self._append(self._tokens("USER: ") + [image] * (GRID * GRID), [], 0)
         for number, (_, question, answer) in enumerate(asked):
             # The text between `<image>` or `</s>` and the answer's end is one piece to the command's tokenizer.
-            first = number == 0 or self.apart
+            first = number == 0 or apart
             ask = self._tokens(("\n" if first else "USER: ") + f"{question} ASSISTANT:")
             say = [*self._tokens(f" {answer}"), self.tokenizer.eos_token_id]
             if len(self.ids) + len(ask) + len(say) > most:
                 break
-            self._append(ask, say, number + 1 if self.apart else 0)
+            self._append(ask, say, number + 1 if apart else 0)
 
     def _append(self, ask: list[int], say: list[int], part: int) -> None:
         new = ask + say
