@@ -362,21 +362,20 @@ def test_no_template(folder: Path, refused: Refused) -> None:
     ids=["config", "known type", "processor", "image processor", "old image processor", "tokenizer"],
 )
 def test_code_of_a_checkpoint_is_never_run_nor_offered(
-    shell: Shell, folder: Path, drawing: Path, tmp_path: Path, damage: Damage
+    run: Run, folder: Path, drawing: Path, tmp_path: Path, damage: Damage
 ) -> None:
     damage(folder)
     put(folder / "evil.py", f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    done = shell("ask", "-m", folder, drawing, "what is this?", "--max-tokens", "1", input=b"y\ny\ny\n")
-    said = done.stderr.decode()
+    done = run("ask", "-m", folder, drawing, "what is this?", "--max-tokens", "1", input="y\ny\ny\n")
     assert not (tmp_path / "ran").exists(), "code of the checkpoint was run"
-    assert b"custom code" not in done.stdout and "[y/N]" not in said
-    if done.returncode:
-        first, *hints = said.splitlines()
-        assert (done.returncode, done.stdout) == (69, b""), said
+    assert "custom code" not in done.stdout and "[y/N]" not in done.stderr
+    if done.exit_code:
+        first, *hints = done.stderr.splitlines()
+        assert (done.exit_code, done.stdout) == (69, ""), done.stderr
         assert first.startswith(f"llava: {folder}: ")
         assert all(hint.startswith("  ") for hint in hints)
     else:
-        assert said == ""
+        assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import pexpect
 import pytest
 from conftest import Run, Shell
 from hub import Hub, serving, shard
+from typer.testing import Result
 
 from llava_cli.registry import builtin_folder, find
 
@@ -46,26 +48,38 @@ def hub(repo: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     shutil.rmtree(home, ignore_errors=True)  # some 10 MB a test
 
 
-def lines(text: bytes) -> list[str]:
-    return text.decode().splitlines()
+@pytest.fixture
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """`run`, with huggingface_hub silent as in `main`, and its constants, set on import, read anew each time."""
+    from huggingface_hub import constants, logging
+
+    logging.set_verbosity(logging.CRITICAL)
+
+    def invoke(*args: str | Path) -> Result:
+        importlib.reload(constants)
+        return run(*args)
+
+    yield invoke
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    importlib.reload(constants)
 
 
-def fails(done: subprocess.CompletedProcess[bytes], code: int, *says: str) -> None:
+def fails(done: Result, code: int, *says: str) -> None:
     """One line about the model and at most one hint, nothing else; `says` is in them."""
-    first, *hint = lines(done.stderr)
-    assert done.returncode == code, done.stderr.decode()
-    assert done.stdout == b""
+    first, *hint = done.stderr.splitlines()
+    assert done.exit_code == code, done.stderr
+    assert done.stdout == ""
     assert first.startswith("llava: ")
-    assert len(hint) <= 1 and all(line.startswith("  ") for line in hint), done.stderr.decode()
+    assert len(hint) <= 1 and all(line.startswith("  ") for line in hint), done.stderr
     for words in says:
-        assert words in done.stderr.decode()
+        assert words in done.stderr
 
 
 def test_a_pulled_model_answers_without_the_hub(shell: Shell, hub: Hub, home: Path, drawing: Path) -> None:
     done = shell("models", "pull", NAME)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout == b""
-    where, next_command = lines(done.stderr)
+    where, next_command = done.stderr.decode().splitlines()
     folder = home / "hub/hub/models--owner--tiny-llava/snapshots" / hub.commit
     assert where == f"{NAME} is in {folder}"
     assert next_command == f'  llava ask -m {NAME} img.jpg "what is this?"'
@@ -80,12 +94,12 @@ def test_a_pulled_model_answers_without_the_hub(shell: Shell, hub: Hub, home: Pa
     assert asked.stderr == b""
 
 
-def test_a_pulled_model_is_the_default_until_another_is_set(shell: Shell, run: Run, hub: Hub, home: Path) -> None:
+def test_a_pulled_model_is_the_default_until_another_is_set(run: Run, hub: Hub, home: Path) -> None:
     assert run("models", "default").stdout == "builtin\n"
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     assert run("models", "default").stdout == f"{NAME}\n"
     hub.repos["owner/second"] = hub.repos[NAME]
-    assert shell("models", "pull", "owner/second").returncode == 0
+    assert run("models", "pull", "owner/second").exit_code == 0
     assert run("models", "default").stdout == f"{NAME}\n"
     listed = [line.split("\t") for line in run("models").stdout.splitlines()]
     assert [row[:2] + row[3:4] for row in listed if "/" in row[1]] == [
@@ -98,11 +112,9 @@ def test_a_pulled_model_is_the_default_until_another_is_set(shell: Shell, run: R
     assert (home / "config.toml").read_text() == '# mine\nseed = 7  # lucky\nmodel = "owner/second"\n'
 
 
-def test_a_broken_pull_says_so_and_the_next_one_goes_on(
-    shell: Shell, run: Run, hub: Hub, repo: Path, drawing: Path
-) -> None:
+def test_a_broken_pull_says_so_and_the_next_one_goes_on(run: Run, hub: Hub, repo: Path, drawing: Path) -> None:
     hub.breaks_after = HALF
-    fails(shell("models", "pull", NAME), 69, f"llava: {NAME}: the download broke off (", AGAIN)
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the download broke off (", AGAIN)
 
     assert run("models", "default").stdout == "builtin\n"
     assert NAME not in run("models").stdout
@@ -112,7 +124,7 @@ def test_a_broken_pull_says_so_and_the_next_one_goes_on(
 
     before = len(hub.requests)
     hub.breaks_after, hub.down = None, False
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     again = [r for r in hub.requests[before:] if r.sent and not r.path.startswith("/api/")]
     assert [r.path.rsplit("/", 1)[1] for r in again] == ["model.safetensors"], "small files were fetched twice"
     assert again[0].begins_at == 10 * 2**20
@@ -120,11 +132,11 @@ def test_a_broken_pull_says_so_and_the_next_one_goes_on(
     assert run("models", "default").stdout == f"{NAME}\n"
 
 
-def test_a_hub_that_cannot_resume_sends_it_all_again(shell: Shell, run: Run, hub: Hub) -> None:
+def test_a_hub_that_cannot_resume_sends_it_all_again(run: Run, hub: Hub) -> None:
     hub.breaks_after = HALF
-    assert shell("models", "pull", NAME).returncode == 69
+    assert run("models", "pull", NAME).exit_code == 69
     hub.breaks_after, hub.down, hub.knows_ranges = None, False, False
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     assert run("models", "default").stdout == f"{NAME}\n"
 
 
@@ -132,12 +144,12 @@ def test_one_pull_outlives_a_hiccup(shell: Shell, hub: Hub) -> None:
     hub.hiccups_after = HALF
     done = shell("models", "pull", NAME)
     assert done.returncode == 0
-    assert len(lines(done.stderr)) == 2
+    assert len(done.stderr.splitlines()) == 2
     assert [r.begins_at for r in hub.fetched("model.safetensors")] == [0, 10 * 2**20]
 
 
 @pytest.mark.parametrize("by, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_an_interrupted_pull_goes_on(shell: Shell, hub: Hub, home: Path, by: signal.Signals, code: int) -> None:
+def test_an_interrupted_pull_goes_on(run: Run, hub: Hub, home: Path, by: signal.Signals, code: int) -> None:
     hub.hangs_after = HALF
     command = [sys.executable, "-m", "llava_cli", "models", "pull", NAME]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as pulling:
@@ -150,22 +162,22 @@ def test_an_interrupted_pull_goes_on(shell: Shell, hub: Hub, home: Path, by: sig
     hub.hangs_after = None
     assert pulling.returncode == code, said
     assert "Traceback" not in said
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     assert hub.fetched("model.safetensors")[-1].begins_at == 10 * 2**20
 
 
-def test_pulling_again_fetches_nothing(shell: Shell, hub: Hub) -> None:
-    assert shell("models", "pull", NAME).returncode == 0
+def test_pulling_again_fetches_nothing(run: Run, hub: Hub) -> None:
+    assert run("models", "pull", NAME).exit_code == 0
     hub.requests.clear()
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     assert hub.files() == set()
 
 
 @pytest.mark.parametrize("file, damage", [("model.safetensors", b""), ("config.json", b"{}"), ("tokenizer.json", b"x")])
 def test_pulling_again_mends_what_was_damaged_on_disk(
-    shell: Shell, run: Run, hub: Hub, repo: Path, drawing: Path, file: str, damage: bytes
+    run: Run, hub: Hub, repo: Path, drawing: Path, file: str, damage: bytes
 ) -> None:
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     cache = Path(os.environ["HF_HOME"], "hub/models--owner--tiny-llava/snapshots", hub.commit)
     blob = (cache / file).resolve()
     blob.write_bytes(damage + blob.read_bytes()[len(damage) + 1 :])
@@ -173,38 +185,38 @@ def test_pulling_again_mends_what_was_damaged_on_disk(
     assert (broken.exit_code, broken.stdout) == (69, "")
     assert broken.stderr.endswith(AGAIN)
     hub.requests.clear()
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     assert hub.files() == {file}
     assert (cache / file).read_bytes() == (repo / file).read_bytes()
 
 
-def test_what_arrives_damaged_is_not_kept(shell: Shell, run: Run, hub: Hub) -> None:
+def test_what_arrives_damaged_is_not_kept(run: Run, hub: Hub) -> None:
     hub.garbles = True
-    fails(shell("models", "pull", NAME), 69, "model.safetensors arrived damaged", AGAIN)
+    fails(run("models", "pull", NAME), 69, "model.safetensors arrived damaged", AGAIN)
     assert NAME not in run("models").stdout
     hub.garbles = False
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
 
 
-def test_a_mirror_that_tells_no_hashes(shell: Shell, run: Run, hub: Hub) -> None:
+def test_a_mirror_that_tells_no_hashes(run: Run, hub: Hub) -> None:
     hub.tells_hashes = False
-    done = shell("models", "pull", NAME)
-    assert done.returncode == 0
-    assert len(lines(done.stderr)) == 2
+    done = run("models", "pull", NAME)
+    assert done.exit_code == 0
+    assert len(done.stderr.splitlines()) == 2
     assert run("models", "default").stdout == f"{NAME}\n"
     hub.requests.clear()
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     assert hub.files() == set()
 
 
-def test_a_part_that_is_longer_than_the_file_is_thrown_away(shell: Shell, hub: Hub, home: Path) -> None:
+def test_a_part_that_is_longer_than_the_file_is_thrown_away(run: Run, hub: Hub, home: Path) -> None:
     hub.breaks_after = HALF
-    assert shell("models", "pull", NAME).returncode == 69
+    assert run("models", "pull", NAME).exit_code == 69
     (part,) = home.rglob("*.incomplete")
     part.write_bytes(bytes(20_000_000))
     hub.breaks_after, hub.down = None, False
-    fails(shell("models", "pull", NAME), 69, "model.safetensors arrived damaged", AGAIN)
-    assert shell("models", "pull", NAME).returncode == 0
+    fails(run("models", "pull", NAME), 69, "model.safetensors arrived damaged", AGAIN)
+    assert run("models", "pull", NAME).exit_code == 0
 
 
 def test_a_terminal_gets_one_bar(hub: Hub, home: Path) -> None:
@@ -216,62 +228,62 @@ def test_a_terminal_gets_one_bar(hub: Hub, home: Path) -> None:
     assert "model.safetensors" not in said
 
 
-def test_an_update_that_breaks_leaves_the_old_model_usable(shell: Shell, run: Run, hub: Hub, repo: Path) -> None:
-    assert shell("models", "pull", NAME).returncode == 0
+def test_an_update_that_breaks_leaves_the_old_model_usable(run: Run, hub: Hub, repo: Path) -> None:
+    assert run("models", "pull", NAME).exit_code == 0
     weights = repo / "model.safetensors"
     new = weights.read_bytes()[:-1] + b"\x01"
     weights.unlink()
     weights.write_bytes(new)
     hub.commit, hub.breaks_after = "d0d0" * 10, HALF
-    assert shell("models", "pull", NAME).returncode == 69
+    assert run("models", "pull", NAME).exit_code == 69
     assert run("models", "default").stdout == f"{NAME}\n"
     hub.breaks_after, hub.down = None, False
-    done = shell("models", "pull", NAME)
-    assert lines(done.stderr)[0].endswith(hub.commit)
+    done = run("models", "pull", NAME)
+    assert done.stderr.splitlines()[0].endswith(hub.commit)
 
 
-def test_the_users_token_goes_to_the_hub_alone(shell: Shell, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_token_goes_to_the_hub_alone(run: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     assert {r.token for r in hub.requests if NAME in r.path and "/cdn/" not in r.path} == {"Bearer hf_secret"}
     assert {r.token for r in hub.requests if r.path.startswith("/cdn/")} == {None}
 
 
-def test_shards_are_pulled(shell: Shell, run: Run, hub: Hub, repo: Path) -> None:
+def test_shards_are_pulled(run: Run, hub: Hub, repo: Path) -> None:
     from llava_cli.checkpoint import check_weights
 
     shard(repo)
     hub.breaks_after = 1000
-    assert shell("models", "pull", NAME).returncode == 69
+    assert run("models", "pull", NAME).exit_code == 69
     assert NAME not in run("models").stdout
     hub.breaks_after, hub.down = None, False
-    assert shell("models", "pull", NAME).returncode == 0
+    assert run("models", "pull", NAME).exit_code == 0
     assert len(check_weights(find(NAME))) == 3
 
 
 # ---------------------------------------------------------------- what cannot be pulled
 
 
-def test_only_pickles_are_refused_before_any_download(shell: Shell, hub: Hub, repo: Path) -> None:
+def test_only_pickles_are_refused_before_any_download(run: Run, hub: Hub, repo: Path) -> None:
     (repo / "model.safetensors").unlink()
-    fails(shell("models", "pull", NAME), 69, f"llava: {NAME}: ", "safetensors", "pickle")
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: ", "safetensors", "pickle")
     assert hub.files() == set()
 
 
-def test_an_unknown_repo(shell: Shell, hub: Hub) -> None:
-    fails(shell("models", "pull", "owner/nothing"), 69, "llava: owner/nothing: the Hub has no such model")
+def test_an_unknown_repo(run: Run, hub: Hub) -> None:
+    fails(run("models", "pull", "owner/nothing"), 69, "llava: owner/nothing: the Hub has no such model")
 
 
-def test_a_gated_repo(shell: Shell, hub: Hub) -> None:
+def test_a_gated_repo(run: Run, hub: Hub) -> None:
     hub.gated = True
-    fails(shell("models", "pull", NAME), 69, f"llava: {NAME}: needs its owner's leave", "hf auth login")
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: needs its owner's leave", "hf auth login")
     assert hub.files() == set()
 
 
-def test_a_hub_that_is_broken(shell: Shell, hub: Hub) -> None:
+def test_a_hub_that_is_broken(run: Run, hub: Hub) -> None:
     hub.down = True
     fails(
-        shell("models", "pull", NAME),
+        run("models", "pull", NAME),
         69,
         f"llava: {NAME}: the Hub cannot be reached (",
         "503",
@@ -282,22 +294,20 @@ def test_a_hub_that_is_broken(shell: Shell, hub: Hub) -> None:
 @pytest.mark.parametrize(
     "variable, value", [("HF_ENDPOINT", "http://127.0.0.1:9"), ("HF_ENDPOINT", "nonsense"), ("HF_HUB_OFFLINE", "1")]
 )
-def test_no_hub_at_all(shell: Shell, hub: Hub, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+def test_no_hub_at_all(run: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
-    fails(
-        shell("models", "pull", NAME), 69, f"llava: {NAME}: the Hub cannot be reached (", f"  llava models pull {NAME}"
-    )
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub cannot be reached (", f"  llava models pull {NAME}")
 
 
-def test_what_answers_is_no_hub(shell: Shell, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_answers_is_no_hub(run: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log-in page of a hotel's network answers everything with 200 and HTML."""
     hub.page = b"<html>Welcome! Log in to go online.</html>"
-    fails(shell("models", "pull", NAME), 69, f"llava: {NAME}: the Hub cannot be reached (")
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub cannot be reached (")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "owner/na me", "owner/..", "https://huggingface.co/" + NAME])
-def test_names_that_no_repo_can_have(shell: Shell, hub: Hub, name: str) -> None:
-    fails(shell("models", "pull", name), 69, f"llava: {name}: ")
+def test_names_that_no_repo_can_have(run: Run, hub: Hub, name: str) -> None:
+    fails(run("models", "pull", name), 69, f"llava: {name}: ")
 
 
 def test_an_unknown_name_gives_close_ones(run: Run) -> None:
@@ -311,45 +321,48 @@ def test_an_unknown_name_gives_close_ones(run: Run) -> None:
 
 @pytest.mark.parametrize("name", ["builtin", "repo"])
 def test_what_is_here_already_is_not_asked_for(
-    shell: Shell, hub: Hub, repo: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    run: Run, hub: Hub, repo: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(repo.parent)
-    done = shell("models", "pull", name)
-    assert done.returncode == 0, done.stderr.decode()
-    assert f"llava ask -m {name} " in done.stderr.decode()
+    done = run("models", "pull", name)
+    assert done.exit_code == 0, done.stderr
+    assert f"llava ask -m {name} " in done.stderr
     assert hub.requests == []
 
 
 # ---------------------------------------------------------------- disks
 
 
-def test_a_cache_that_is_a_file(shell: Shell, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_a_file(run: Run, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file"))
-    fails(shell("models", "pull", NAME), 74, str(tmp_path / "file"))
+    fails(run("models", "pull", NAME), 74, str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("in_the_way", ["blobs", "snapshots", "refs"])
-def test_a_file_where_a_folder_should_be(shell: Shell, hub: Hub, home: Path, in_the_way: str) -> None:
+def test_a_file_where_a_folder_should_be(run: Run, hub: Hub, home: Path, in_the_way: str) -> None:
     cache = home / "hub/hub/models--owner--tiny-llava"
     cache.mkdir(parents=True)
     (cache / in_the_way).touch()
-    fails(shell("models", "pull", NAME), 74, str(cache))
+    fails(run("models", "pull", NAME), 74, str(cache))
 
 
-def test_a_list_of_models_that_cannot_be_written(shell: Shell, hub: Hub, home: Path) -> None:
+def test_a_list_of_models_that_cannot_be_written(run: Run, hub: Hub, home: Path) -> None:
     (home / "data").touch()
-    fails(shell("models", "pull", NAME), 74, str(home / "data"))
+    fails(run("models", "pull", NAME), 74, str(home / "data"))
 
 
-def test_a_disk_that_fills_up(shell: Shell, hub: Hub, home: Path) -> None:
-    def small_files_only() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+def test_a_disk_that_fills_up(run: Run, hub: Hub, home: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))
+    try:
+        done = run("models", "pull", NAME)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    fails(done, 74, str(home), AGAIN)
 
-    fails(shell("models", "pull", NAME, preexec_fn=small_files_only), 74, str(home), AGAIN)
 
-
-def test_a_model_that_the_disk_has_no_room_for(shell: Shell, hub: Hub, home: Path) -> None:
+def test_a_model_that_the_disk_has_no_room_for(run: Run, hub: Hub, home: Path) -> None:
     hub.claims["model.safetensors"] = 10**17
-    fails(shell("models", "pull", NAME), 74, str(home), "needs 100000000.0 GB")
+    fails(run("models", "pull", NAME), 74, str(home), "needs 100000000.0 GB")
     assert hub.files() == set()
