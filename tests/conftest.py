@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from llava_cli.cli import app
 
 if TYPE_CHECKING:
     from llava_cli.engine.local import LocalEngine
+
+# Whoever runs the tests in the background may have had SIGINT ignored, and every process started here would ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., Result]
 Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]

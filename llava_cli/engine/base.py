@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
 
 from llava_cli.conversation import Conversation
+from llava_cli.errors import LlavaError
 from llava_cli.images import open_picture
 from llava_cli.settings import Sampling
 
@@ -39,6 +40,14 @@ class Chunk:
 
     text: str
     answer: Answer | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation whose last question is to be answered, among others."""
+
+    conversation: Conversation
+    sampling: Sampling
 
 
 class Engine(ABC):
@@ -78,6 +87,22 @@ class Engine(ABC):
         *_, last = self.stream(conversation, sampling or Sampling())
         assert last.answer is not None
         return last.answer
+
+    def answer_many(
+        self, requests: Iterable[Request], size: int | None = None, go_on: Callable[[], bool] = lambda: True
+    ) -> Iterator[tuple[int, Answer | LlavaError]]:
+        """Answers many conversations, up to `size` at a time (None: as many as suit the memory).
+
+        Yields a request's number, counted from 0, and its answer or what prevents one, in the order in which they
+        get done. Requests are drawn as they are needed; once `go_on()` is false, no more of them are begun.
+        """
+        for number, request in enumerate(requests):
+            if not go_on():
+                return
+            try:
+                yield number, self.answer(request.conversation, request.sampling)
+            except LlavaError as error:
+                yield number, error
 
     def ask(self, images: Source | Sequence[Source], question: str, system: str | None = None, **sampling: Any) -> str:
         """The answer to one question about one or more pictures (paths, URLs).

@@ -68,6 +68,11 @@ class Chooser:
             else:
                 self._random.manual_seed(sampling.seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it takes the likeliest token, whatever came before."""
+        return self._random is None and not self._processors
+
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """ids [1, tokens so far], logits [1, vocabulary] -> the next token id, a scalar."""
         import torch

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.conversation import Conversation
-from llava_cli.engine.base import Answer, Chunk, Engine, FinishReason
-from llava_cli.engine.decode import decode, end_tokens
+from llava_cli.engine.ahead import Ahead
+from llava_cli.engine.base import Answer, Chunk, Engine, Request
+from llava_cli.engine.decode import Chooser, decode, end_tokens
+from llava_cli.engine.many import Row, can_batch
 from llava_cli.engine.prefix import PrefixCache
-from llava_cli.engine.text import TextStream
-from llava_cli.errors import PromptTooLong, model_errors
+from llava_cli.engine.reply import Reply
+from llava_cli.engine.schedule import Schedule
+from llava_cli.errors import LlavaError, PromptTooLong, model_errors
 from llava_cli.prompt import Prompter
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
     import torch
+
+
+AHEAD = 32
+"""Prompts that are prepared while the model runs."""
+GATHER = 0.05
+"""Seconds to wait for one more prompt before an idle model begins with those that are there."""
 
 
 class LocalEngine(Engine):
@@ -33,37 +43,42 @@ class LocalEngine(Engine):
         self._ends = end_tokens(model)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
-        begin = first = time.perf_counter()
-        tokens: list[int] = []
-        text, parts = TextStream(self.prompter.tokenizer, sampling.stop), []
+        begin = time.perf_counter()
         with model_errors(self.model, "fails while answering"):
             inputs = self._inputs(conversation)
             length = inputs["input_ids"].shape[1]
             most = self._most(length, sampling.max_tokens)
+            reply = Reply(self.prompter.tokenizer, sampling.stop, self._ends, most, begin)
             for token in decode(self._prefix, inputs, sampling, most):
-                tokens.append(token)
-                if len(tokens) == 1:
-                    first = time.perf_counter()
-                if token in self._ends:
-                    break
-                if piece := text.put(token):
-                    parts.append(piece)
+                if piece := reply.put(token):
                     yield Chunk(piece)
-                if text.stopped:
+                if reply.done:
                     break
-        parts.append(text.end())
-        stopped = text.stopped or (bool(tokens) and tokens[-1] in self._ends)
-        reason: FinishReason = "stop" if stopped else "length"
-        answer = Answer(
-            text="".join(parts),
-            finish_reason=reason,
-            prompt_tokens=length,
-            cached_tokens=self._prefix.found,
-            answer_tokens=len(tokens),
-            first_token_seconds=first - begin,
-            total_seconds=time.perf_counter() - begin,
-        )
-        yield Chunk(parts[-1], answer)
+        last = reply.end()
+        yield Chunk(last, reply.answer(length, self._prefix.found))
+
+    def answer_many(
+        self, requests: Iterable[Request], size: int | None = None, go_on: Callable[[], bool] = lambda: True
+    ) -> Iterator[tuple[int, Answer | LlavaError]]:
+        schedule, source = Schedule(self._model, size), Ahead(self._rows(requests), AHEAD)
+        try:
+            while True:
+                more = go_on()
+                while more and schedule.room:
+                    wait = 0 if schedule.running else GATHER if schedule.waiting else None
+                    if (item := source.get(wait)) is None:
+                        break
+                    if isinstance(item, Row):
+                        schedule.waiting.append(item)
+                    else:
+                        yield item[0], item[1] if isinstance(item[1], LlavaError) else self._alone(item[1])
+                if not schedule.running and not (more and schedule.waiting):
+                    return
+                with model_errors(self.model, "fails while answering"):
+                    done = schedule.step(admit=more)
+                yield from done
+        finally:
+            source.close()
 
     def prompt(self, conversation: Conversation) -> str:
         return self.prompter.render(conversation)
@@ -82,6 +97,32 @@ class LocalEngine(Engine):
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def _rows(self, requests: Iterable[Request]) -> Iterator[Row | tuple[int, Request | LlavaError]]:
+        """Each request ready to be answered; as it is where it cannot stand in a batch, or why it cannot at all."""
+        for number, request in enumerate(requests):
+            try:
+                with model_errors(self.model, "fails while reading the prompt"):
+                    inputs = self._inputs(request.conversation)
+                    most = self._most(inputs["input_ids"].shape[1], request.sampling.max_tokens)
+            except LlavaError as error:
+                yield number, error
+                continue
+            if can_batch(self._model, inputs):
+                pictures = tuple(id(picture.image) for picture in request.conversation.pictures)
+                yield Row(number, inputs, pictures, most, partial(self._start, request.sampling, most))
+            else:
+                yield number, request
+
+    def _start(self, sampling: Sampling, most: int) -> tuple[Chooser, Reply]:
+        reply = Reply(self.prompter.tokenizer, sampling.stop, self._ends, most, time.perf_counter())
+        return Chooser(self._model, sampling), reply
+
+    def _alone(self, request: Request) -> Answer | LlavaError:
+        try:
+            return self.answer(request.conversation, request.sampling)
+        except LlavaError as error:
+            return error
 
     def _inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The prompt's tensors on the model's device, pixels in the vision tower's dtype."""

@@ -11,9 +11,24 @@ if TYPE_CHECKING:
 # What may come beside `input_ids`, and still the rest of a prompt can be read alone: pixels and sizes
 # with one row a picture, and what is about all pictures together. Other inputs say something about every
 # token or carry positions of their own; such a model reads each prompt from its beginning.
-_ROWS = ("pixel_values", "image_sizes")
-_WHOLE = ("batch_num_images",)
+ROWS = ("pixel_values", "image_sizes")
+WHOLE = ("batch_num_images",)
 _ALL_ONES = "attention_mask"
+
+
+def plain_cache(model: Any) -> bool:
+    """Whether a model's KV cache is keys and values for each token and nothing else."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = DynamicCache(config=model.config).layers
+    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return known and getattr(model.config, "image_token_id", None) is not None
+
+
+def alike(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class PrefixCache:
@@ -28,25 +43,21 @@ class PrefixCache:
         self.found = 0  # how many tokens of the last prompt did not have to be read
         self._reader: object = None
         self._image: int | None = getattr(model.config, "image_token_id", None)
+        self._cuttable = plain_cache(model)
         self._forget()
 
     def _forget(self) -> None:
         from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
         self._read: tuple[list[int], dict[str, torch.Tensor]] = [], {}
-        self._cache = DynamicCache(config=self.model.config)
-        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers)
-        self._cuttable = plain and self._image is not None
-        if self._cuttable:
-            # Without the config a layer with a sliding window keeps what has slid out of it, for the mask
-            # to hide, and can be cut like any other.
-            self._cache = DynamicCache()
+        # Without the config a layer with a sliding window keeps what has slid out of it, for the mask
+        # to hide, and can be cut like any other.
+        self._cache = DynamicCache() if self._cuttable else DynamicCache(config=self.model.config)
 
     def prefill(self, inputs: dict[str, torch.Tensor], reader: object) -> torch.Tensor:
         """One prompt as its processor makes it, `input_ids` [1, tokens] -> logits after its end [1, vocabulary]."""
         ids: list[int] = inputs["input_ids"][0].tolist()
-        rows = {name: inputs[name] for name in _ROWS if name in inputs}
+        rows = {name: inputs[name] for name in ROWS if name in inputs}
         kept, seen = self._shared(ids, rows, inputs)
         self._reader = reader
         if kept:
@@ -58,7 +69,7 @@ class PrefixCache:
             step = {"input_ids": inputs["input_ids"][:, kept:]}
             if self._image in ids[kept:]:
                 step |= {name: row[seen:] for name, row in rows.items()}
-                step |= {name: inputs[name] for name in _WHOLE if name in inputs}
+                step |= {name: inputs[name] for name in WHOLE if name in inputs}
         else:
             self._forget()
             step = inputs
@@ -88,11 +99,10 @@ class PrefixCache:
         self, ids: list[int], rows: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
     ) -> tuple[int, int]:
         """How many leading tokens of `ids` need not be read again, and how many pictures are among them."""
-        if set(inputs) - {"input_ids", _ALL_ONES, *_ROWS, *_WHOLE} or not self._cuttable:
+        if set(inputs) - {"input_ids", _ALL_ONES, *ROWS, *WHOLE} or not self._cuttable:
             return 0, 0
         tokens, old_rows = self._read
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, tokens, strict=False))
-        kept = min(sum(1 for _ in same), len(ids) - 1)  # the last one has to be read for its logits
+        kept = alike(ids[:-1], tokens)  # the last one has to be read for its logits
         before, after = tokens.count(self._image), ids.count(self._image)  # type: ignore[arg-type]
         within = ids[:kept].count(self._image)  # type: ignore[arg-type]
         if within not in (before, after):

@@ -1,0 +1,223 @@
+"""Many answers at once: rows of one KV cache, which join it and leave it between two steps.
+
+A row's tokens stand at the cache's right end; on its left, and where rows that share their pictures have
+questions of different lengths, there is padding that the attention mask hides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llava_cli.engine.base import Answer
+from llava_cli.engine.decode import Chooser
+from llava_cli.engine.prefix import ROWS, WHOLE, alike, plain_cache
+from llava_cli.engine.reply import Reply
+
+if TYPE_CHECKING:
+    import torch
+
+PREFILL = 8192
+"""Tokens, padding included, that one forward pass reads: more gain no speed, and would take memory."""
+
+
+class Row:
+    """Request number `number`: its prompt, the tensors of its pictures, and the answer that it gets.
+
+    `pictures` is equal for rows with the same ones, which then are read only once. `start` makes what chooses and
+    what takes the answer's tokens, of which there may be `most`.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        inputs: dict[str, torch.Tensor],
+        pictures: tuple[int, ...],
+        most: int,
+        start: Callable[[], tuple[Chooser, Reply]],
+    ) -> None:
+        self.number, self.inputs, self.pictures = number, inputs, pictures
+        self.prompt: list[int] = inputs["input_ids"][0].tolist()
+        self.most_tokens = len(self.prompt) + most
+        self._start = start
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts the answer, anew if need be."""
+        self.ids = list(self.prompt)  # and then the answer's
+        self.choose, self.reply = self._start()
+
+    def answer(self) -> Answer:
+        """The whole answer, once its `reply` is done."""
+        self.reply.end()
+        return self.reply.answer(len(self.prompt))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows whose first `head` tokens, all their pictures among them, are the same."""
+
+    rows: list[Row]
+    head: int
+
+
+class Batch:
+    """The rows that are being answered together by one model."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.rows: list[Row] = []
+        self._image: int | None = getattr(model.config, "image_token_id", None)
+        # A sliding window counts columns: with padding in their midst it would hide too much.
+        self._shares = not getattr(model.config.get_text_config(), "sliding_window", None)
+        self._cache: Any = None
+        self._mask: torch.Tensor = None  # type: ignore[assignment]  # [rows, columns], 1 where a token is
+
+    def join(self, rows: Sequence[Row]) -> None:
+        """Reads the rows' prompts, all but their last tokens, and puts them to those that are being answered."""
+        groups: list[_Group] = []
+        for row in rows:
+            if groups and (head := self._shared(groups[-1], row)):
+                groups[-1] = _Group([*groups[-1].rows, row], head)
+            else:
+                groups.append(_Group([row], len(row.ids) - 1))
+        first, widest = 0, 0
+        for last, group in enumerate(groups):
+            widest = max(widest, group.head)
+            if (last - first + 1) * widest > PREFILL and last > first:
+                self._read(groups[first:last])
+                first, widest = last, group.head
+        self._read(groups[first:])
+
+    def step(self) -> list[Row]:
+        """One more token for every row; returns those whose `reply` is then done, which have left."""
+        import torch
+
+        ones = self._mask.new_ones(len(self.rows), 1)
+        self._mask = torch.cat([self._mask, ones], dim=1)
+        ids = torch.tensor([row.ids[-1:] for row in self.rows], device=self._mask.device)
+        logits = self._forward({"input_ids": ids}, self._cache, self._mask).float()
+        tokens: list[int]
+        if all(row.choose.greedy for row in self.rows):
+            tokens = logits.argmax(-1).tolist()
+        else:
+            tokens = [
+                int(row.choose(torch.tensor([row.ids], device=logits.device), logits[i : i + 1]))
+                for i, row in enumerate(self.rows)
+            ]
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.ids.append(token)
+            row.reply.put(token)
+        done = [row for row in self.rows if row.reply.done]
+        if done:
+            self._keep([i for i, row in enumerate(self.rows) if not row.reply.done])
+        return done
+
+    def _shared(self, group: _Group, row: Row) -> int:
+        """How many tokens the group and a row begin with alike, if all their pictures are among them; else 0."""
+        first = group.rows[0]
+        if not self._shares or first.pictures != row.pictures:
+            return 0
+        head = alike(first.ids[: group.head], row.ids[:-1])
+        # In the midst of pictures, where one ends is the family's own business.
+        return head if self._image not in first.ids[head:] and self._image not in row.ids[head:] else 0
+
+    def _read(self, groups: Sequence[_Group]) -> None:
+        """Reads what the rows of each group have in common once, then each row's rest but for its last token."""
+        import torch
+        from transformers import DynamicCache
+
+        rows = [row for group in groups for row in group.rows]
+        cache = DynamicCache()
+        ids, mask = self._left_padded([group.rows[0].ids[: group.head] for group in groups])
+        self._forward({"input_ids": ids, **_stacked([group.rows[0].inputs for group in groups])}, cache, mask)
+        if len(rows) > len(groups):
+            index = torch.tensor([i for i, group in enumerate(groups) for _ in group.rows], device=mask.device)
+            cache.batch_select_indices(index)
+            ids, tail = self._left_padded([row.ids[group.head : -1] for group in groups for row in group.rows])
+            mask = torch.cat([mask[index], tail], dim=1)
+            if ids.shape[1]:
+                self._forward({"input_ids": ids}, cache, mask)
+        self._append(rows, cache, mask)
+
+    def _append(self, rows: list[Row], cache: Any, mask: torch.Tensor) -> None:
+        """Puts freshly read rows below those that are being answered."""
+        import torch
+        from torch.nn.functional import pad
+
+        if not self.rows:
+            self.rows, self._cache, self._mask = rows, cache, mask
+            return
+        width = max(self._mask.shape[1], mask.shape[1])
+        for layer, new in zip(self._cache.layers, cache.layers, strict=True):
+            for name in ("keys", "values"):
+                parts = [getattr(layer, name), getattr(new, name)]
+                setattr(layer, name, torch.cat([pad(part, (0, 0, width - part.shape[-2], 0)) for part in parts]))
+        self._mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in (self._mask, mask)])
+        self.rows = self.rows + rows
+
+    def _keep(self, staying: list[int]) -> None:
+        """Lets the other rows go, and the columns on the left that were theirs alone."""
+        import torch
+
+        self.rows = [self.rows[i] for i in staying]
+        if not staying:
+            self._cache = None
+            return
+        index = torch.tensor(staying, device=self._mask.device)
+        self._mask = self._mask[index]
+        first = int(self._mask.any(0).int().argmax())
+        self._mask = self._mask[:, first:]
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[index, :, first:], layer.values[index, :, first:]
+
+    def _forward(self, inputs: dict[str, Any], cache: Any, mask: torch.Tensor) -> torch.Tensor:
+        """Reads the last columns of `mask` [rows, columns] -> logits after the last [rows, vocabulary]."""
+        import torch
+
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
+        with torch.inference_mode():
+            out = self.model(
+                **inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+    def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [rows, longest] with padding on their left, and the mask that is 1 where they are."""
+        import torch
+
+        width, padding = max(map(len, rows)), int(self._image == 0)  # any token that is no picture: it is never seen
+        ids = [[padding] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        device = self.model.device
+        shape = len(rows), width
+        return torch.tensor(ids, device=device).view(shape).long(), torch.tensor(mask, device=device).view(shape).long()
+
+
+def can_batch(model: Any, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether prompts with such inputs can stand in rows: nothing beside tokens but pixels and their sizes."""
+    known = {"input_ids", "attention_mask", *ROWS, *WHOLE}
+    return plain_cache(model) and set(inputs) <= known and inputs["input_ids"].shape[1] > 1
+
+
+def _stacked(inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The pictures of several prompts as those of one: rows one after another, tiles padded to the most there are."""
+    import torch
+    from torch.nn.functional import pad
+
+    stacked = {}
+    for name in (*ROWS, *WHOLE):
+        parts = [one[name] for one in inputs if name in one]
+        if name == "pixel_values" and parts and parts[0].dim() == 5:
+            most = max(part.shape[1] for part in parts)
+            parts = [pad(part, (0, 0, 0, 0, 0, 0, 0, most - part.shape[1])) for part in parts]
+        if parts:
+            stacked[name] = torch.cat(parts)
+    return stacked

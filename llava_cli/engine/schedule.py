@@ -1,0 +1,85 @@
+"""Who is answered next: rows wait, join the batch by their length, and wait again where memory runs out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_cli.engine.base import Answer
+from llava_cli.engine.many import Batch, Row
+from llava_cli.errors import LlavaError, OutOfMemory, is_out_of_memory
+from llava_cli.machine import free_memory
+
+MOST = 64
+"""Rows at a time; more gain no speed."""
+_SHARE = 0.6  # of the free memory is for the KV cache
+
+
+class Schedule:
+    """The rows that wait for a model, and the batch of at most `size` that it answers (None: what memory allows)."""
+
+    def __init__(self, model: Any, size: int | None = None) -> None:
+        self.model, self.size = model, size
+        self.waiting: list[Row] = []
+        self._batch = Batch(model)
+
+    @property
+    def running(self) -> int:
+        """How many rows are being answered."""
+        return len(self._batch.rows)
+
+    @property
+    def room(self) -> int:
+        """How many more rows should be put to `waiting`: none before half of the batch has left."""
+        size = self.size or MOST
+        return size - len(self.waiting) if self.running * 2 <= size else 0
+
+    def step(self, admit: bool = True) -> list[tuple[int, Answer | LlavaError]]:
+        """One more token for each row, of those that wait too if there is room: the numbers that are done, and how."""
+        joining = self._joining() if admit else []
+        try:
+            if joining:
+                self._batch.join(joining)
+            done = self._batch.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return [(row.number, row.answer()) for row in done]
+        # The error is let go first, for it holds what did not fit.
+        return self._fewer({row.number: row for row in [*self._batch.rows, *joining]})
+
+    def _joining(self) -> list[Row]:
+        """Takes the next rows out of those that wait, the shortest first and those about one picture together."""
+        if not self.waiting or self.running * 2 > (self.size or MOST):
+            return []
+        self.size = self.size or _fitting(self.model, max(self.waiting, key=lambda row: row.most_tokens))
+        place: dict[tuple[int, ...], tuple[int, int]] = {}
+        for row in self.waiting:
+            length, number = place.get(row.pictures, (0, row.number))
+            place[row.pictures] = max(length, len(row.prompt)), number
+        self.waiting.sort(key=lambda row: place[row.pictures])
+        count = self.size - self.running
+        joining, self.waiting = self.waiting[:count], self.waiting[count:]
+        return joining
+
+    def _fewer(self, rows: dict[int, Row]) -> list[tuple[int, Answer | LlavaError]]:
+        """After memory ran out: all of them wait again, for batches of half the size."""
+        self._batch = Batch(self.model)
+        if len(rows) == 1:
+            hint = "llava batch --retry-errors asks again"
+            return [(number, OutOfMemory("memory", "not enough for this prompt", hint)) for number in rows]
+        self.size = len(rows) // 2
+        for row in rows.values():
+            row.begin()
+        self.waiting[:0] = rows.values()
+        return []
+
+
+def _fitting(model: Any, row: Row) -> int:
+    """How many rows of this length have room in memory, by the size of their keys and values."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    room = free_memory(model.device.type) * _SHARE / (a_token * row.most_tokens)
+    return int(min(max(room, 1), MOST))

@@ -1,0 +1,169 @@
+"""Many answers at once are the answers that each prompt gets alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from test_engine import picture
+
+from llava_cli import Answer, Conversation, Sampling
+from llava_cli.engine import Request
+from llava_cli.engine.local import LocalEngine
+from llava_cli.engine.many import Batch
+from llava_cli.errors import LlavaError, PromptTooLong
+
+Engines = Callable[[str], LocalEngine]
+SAMPLING = Sampling(max_tokens=12)
+
+
+def requests(sampling: Sampling = SAMPLING) -> list[Request]:
+    """Pictures of several shapes with questions of several lengths, some about the same picture, some in turns."""
+    same, wide = picture(60, 60, 1), picture(200, 50, 2)
+    asked = [
+        Conversation().ask("what is this?", [same]),
+        Conversation().ask("what color is the thing on the left of the picture?", [same]),
+        Conversation().ask("what?", [same]),
+        Conversation().ask("what is this?", [wide]),
+        Conversation().ask("what is this?", [picture(50, 200, 3)]),
+        Conversation().ask("what changed?", [same, wide]),
+        Conversation().ask("what is this?", [picture(60, 60, 4)]).answered("a cat").ask("what color is it?"),
+        Conversation(system="Be brief.").ask("hm?", [picture(90, 90, 5)]),
+        Conversation().ask("no picture?"),
+    ]
+    return [Request(conversation, sampling) for conversation in asked]
+
+
+def same_as_alone(engine: LocalEngine, asked: list[Request], size: int | None) -> None:
+    alone = [engine.answer(request.conversation, request.sampling) for request in asked]
+    found = dict(engine.answer_many(iter(asked), size))
+    assert sorted(found) == list(range(len(asked)))
+    for number, expected in enumerate(alone):
+        answer = found[number]
+        assert isinstance(answer, Answer)
+        assert (answer.text, answer.answer_tokens, answer.prompt_tokens, answer.finish_reason) == (
+            expected.text,
+            expected.answer_tokens,
+            expected.prompt_tokens,
+            expected.finish_reason,
+        )
+
+
+@pytest.mark.parametrize("size", [1, 3, None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_alone(family: str, size: int | None, engines: Engines) -> None:
+    same_as_alone(engines(family), requests(), size)
+
+
+def test_answers_of_different_lengths(engines: Engines) -> None:
+    asked = [Request(r.conversation, Sampling(max_tokens=n)) for n, r in enumerate(requests(), 1)]
+    same_as_alone(engines("llava-llama"), asked, 4)
+
+
+def test_sampling_with_a_seed_and_stop_texts(engines: Engines) -> None:
+    engine = engines("llava-llama")
+    text = engine.answer(requests()[0].conversation, SAMPLING).text
+    for sampling in (Sampling(max_tokens=8, temperature=1.0, seed=7), Sampling(max_tokens=12, stop=(text[3:5],))):
+        same_as_alone(engine, requests(sampling), 3)
+
+
+def test_repetition_penalty(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engines("llava-llama")
+    monkeypatch.setattr(engine._model.generation_config, "repetition_penalty", 1.5)
+    same_as_alone(engine, requests(), 4)
+
+
+def test_a_picture_is_read_once(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, seen = engines("llava-llama"), []
+    forward = Batch._forward
+
+    def counting(self: Batch, inputs: dict[str, Any], cache: Any, mask: torch.Tensor) -> torch.Tensor:
+        seen.append(len(inputs.get("pixel_values", ())))
+        return forward(self, inputs, cache, mask)
+
+    monkeypatch.setattr(Batch, "_forward", counting)
+    one = picture(60, 60)
+    asked = [Request(Conversation().ask(f"what is {n}?", [one]), SAMPLING) for n in range(10)]
+    assert len(dict(engine.answer_many(asked))) == 10
+    assert sum(seen) == 1
+
+
+def test_what_cannot_be_answered_is_said_and_the_rest_goes_on(engines: Engines) -> None:
+    asked = requests()
+    asked[2] = Request(Conversation().ask("why? " * 9000), SAMPLING)
+    found = dict(engines("llava-llama").answer_many(asked, 3))
+    assert isinstance(found.pop(2), PromptTooLong)
+    assert all(isinstance(answer, Answer) for answer in found.values()) and len(found) == len(asked) - 1
+
+
+@pytest.mark.parametrize("most", [5, 2, 1])
+def test_out_of_memory_halves_the_batch_and_loses_no_row(
+    most: int, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device with room for so many rows; torch says so as a CPU does."""
+    engine, forward, sizes = engines("llava-llama"), Batch._forward, []
+    alone = [engine.answer(request.conversation, request.sampling).text for request in requests()]
+
+    def small(self: Batch, inputs: dict[str, Any], cache: Any, mask: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(mask))
+        if len(mask) > most:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return forward(self, inputs, cache, mask)
+
+    monkeypatch.setattr(Batch, "_forward", small)
+    found = dict(engine.answer_many(requests(), 8))
+    assert [found[n].text for n in range(len(alone))] == alone  # type: ignore[union-attr]
+    assert max(sizes) > most
+
+
+def test_memory_for_not_even_one_row_is_that_rows_error(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: Batch, *args: Any) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Batch, "_forward", none)
+    found = dict(engines("llava-llama").answer_many(requests(), 4))
+    assert len(found) == len(requests())
+    assert {type(error).__name__ for error in found.values()} == {"OutOfMemory"}
+
+
+def test_no_more_are_begun_once_it_should_stop(engines: Engines) -> None:
+    begun: list[int] = []
+
+    def endless() -> Iterator[Request]:
+        while True:
+            begun.append(len(begun))
+            yield requests()[0]
+
+    done: list[int] = []
+    for number, _ in engines("llava-llama").answer_many(endless(), 4, go_on=lambda: not done):
+        done.append(number)
+    assert done == [0, 1, 2, 3]  # those that had been begun
+    assert len(begun) < 100
+
+
+def test_an_error_of_the_requests_is_not_swallowed(engines: Engines) -> None:
+    def broken() -> Iterator[Request]:
+        yield requests()[0]
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        list(engines("llava-llama").answer_many(broken()))
+
+
+def test_families_that_cannot_stand_in_rows_answer_one_by_one(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_cli.engine.local.can_batch", lambda model, inputs: False)
+    same_as_alone(engines("llava-llama"), requests(), 4)
+
+
+def test_errors_reach_the_caller_as_ours(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(self: Batch, *args: Any) -> torch.Tensor:
+        raise RuntimeError("a matrix of the wrong shape")
+
+    monkeypatch.setattr(Batch, "_forward", breaks)
+    with pytest.raises(LlavaError, match="fails while answering"):
+        list(engines("llava-llama").answer_many(requests()))
