@@ -111,6 +111,8 @@ def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], 
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from llava_cli.engine.attention import use_plain_attention
+
     name = checkpoint.name
     with model_errors(name, "its weights cannot be loaded", again(name)):
         if stored := getattr(config, "quantization_config", None):
@@ -135,6 +137,8 @@ def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], 
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
+    if how.device == "cpu" and model.config._attn_implementation == "sdpa":
+        use_plain_attention(model)
     return model.eval(), how
 
 

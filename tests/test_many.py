@@ -91,6 +91,19 @@ def test_a_picture_is_read_once(engines: Engines, monkeypatch: pytest.MonkeyPatc
     assert sum(seen) == 1
 
 
+def test_pictures_come_and_go(engines: Engines) -> None:
+    """Each lives only as long as it is wanted, and the next one may stand where it stood in memory."""
+    engine = engines("llava-llama")
+
+    def asked() -> Iterator[Request]:
+        for seed in range(40):
+            yield Request(Conversation().ask("what is this?", [picture(60, 60, seed)]), SAMPLING)
+
+    alone = [engine.answer(request.conversation, request.sampling).text for request in asked()]
+    found = dict(engine.answer_many(asked(), 8))
+    assert [found[n].text for n in range(40)] == alone  # type: ignore[union-attr]
+
+
 def test_what_cannot_be_answered_is_said_and_the_rest_goes_on(engines: Engines) -> None:
     asked = requests()
     asked[2] = Request(Conversation().ask("why? " * 9000), SAMPLING)

@@ -97,15 +97,15 @@ def test_answer_broken_off_between_tokens(after: int, engines: Callable[[str], L
 def test_ctrl_c_in_the_midst_of_a_forward_pass(
     step: int, layer: int, engines: Callable[[str], LocalEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.cache_utils import DynamicLayer
+    from llava_cli.engine.cache import RoomyLayer
 
     engine = engines("llava-llama")
     first = Conversation().ask("what is this?", [picture(60, 60)])
     said = same(engine, engines("llava-llama"), first).text
     talk = first.answered(said).ask("and now?")
-    calls, update = 0, DynamicLayer.update
+    calls, update = 0, RoomyLayer.update
 
-    def torn(self: DynamicLayer, keys: Any, values: Any, *args: Any, **extra: Any) -> Any:
+    def torn(self: RoomyLayer, keys: Any, values: Any, *args: Any, **extra: Any) -> Any:
         """Ctrl-C once its keys have grown and its values have not."""
         nonlocal calls
         calls += 1
@@ -117,7 +117,7 @@ def test_ctrl_c_in_the_midst_of_a_forward_pass(
         return update(self, keys, values, *args, **extra)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DynamicLayer, "update", torn)
+        patch.setattr(RoomyLayer, "update", torn)
         with pytest.raises(KeyboardInterrupt):
             engine.answer(talk, SAMPLING)
     answer = same(engine, engines("llava-llama"), talk)

@@ -25,12 +25,12 @@ class Ahead(Generic[T]):
         """Whether the last item has been taken."""
         threading.Thread(target=self._fill, args=(items,), daemon=True).start()
 
-    def get(self, wait: float | None) -> T | None:
-        """The next item; None where there is none for `wait` seconds (None: as long as it takes), or no more."""
+    def get(self, wait: float) -> T | None:
+        """The next item; None where there is none for `wait` seconds, or no more."""
         if self.ended:
             return None
         try:
-            item = self._queue.get(wait != 0, wait)
+            item = self._queue.get(timeout=wait) if wait else self._queue.get_nowait()
         except queue.Empty:
             return None
         if item is not _END:

@@ -50,6 +50,11 @@ class Request:
     sampling: Sampling
 
 
+def always() -> bool:
+    """What is never asked to stop."""
+    return True
+
+
 class Engine(ABC):
     """A loaded model. It never prints."""
 
@@ -89,20 +94,27 @@ class Engine(ABC):
         return last.answer
 
     def answer_many(
-        self, requests: Iterable[Request], size: int | None = None, go_on: Callable[[], bool] = lambda: True
+        self,
+        requests: Iterable[Request | LlavaError],
+        size: int | None = None,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
         """Answers many conversations, up to `size` at a time (None: as many as suit the memory).
 
         Yields a request's number, counted from 0, and its answer or what prevents one, in the order in which they
-        get done. Requests are drawn as they are needed; once `go_on()` is false, no more of them are begun.
+        get done; an error that stands in a request's place is passed on. Requests are drawn as they are needed;
+        once `go_on()` is false, no more of them are begun.
         """
         for number, request in enumerate(requests):
             if not go_on():
                 return
-            try:
-                yield number, self.answer(request.conversation, request.sampling)
-            except LlavaError as error:
-                yield number, error
+            yield number, request if isinstance(request, LlavaError) else self._outcome(request)
+
+    def _outcome(self, request: Request) -> Answer | LlavaError:
+        try:
+            return self.answer(request.conversation, request.sampling)
+        except LlavaError as error:
+            return error
 
     def ask(self, images: Source | Sequence[Source], question: str, system: str | None = None, **sampling: Any) -> str:
         """The answer to one question about one or more pictures (paths, URLs).

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.conversation import Conversation
+from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.ahead import Ahead
 from llava_cli.engine.base import Answer, Chunk, Engine, Request
 from llava_cli.engine.decode import Chooser, decode, end_tokens
@@ -58,22 +58,26 @@ class LocalEngine(Engine):
         yield Chunk(last, reply.answer(length, self._prefix.found))
 
     def answer_many(
-        self, requests: Iterable[Request], size: int | None = None, go_on: Callable[[], bool] = lambda: True
+        self,
+        requests: Iterable[Request | LlavaError],
+        size: int | None = None,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
         schedule, source = Schedule(self._model, size), Ahead(self._rows(requests), AHEAD)
         try:
             while True:
                 more = go_on()
                 while more and schedule.room:
-                    wait = 0 if schedule.running else GATHER if schedule.waiting else None
-                    if (item := source.get(wait)) is None:
+                    if (item := source.get(0 if schedule.running else GATHER)) is None:
                         break
                     if isinstance(item, Row):
                         schedule.waiting.append(item)
                     else:
-                        yield item[0], item[1] if isinstance(item[1], LlavaError) else self._alone(item[1])
+                        yield item[0], item[1] if isinstance(item[1], LlavaError) else self._outcome(item[1])
                 if not schedule.running and not (more and schedule.waiting):
-                    return
+                    if not more or source.ended:
+                        return
+                    continue
                 with model_errors(self.model, "fails while answering"):
                     done = schedule.step(admit=more)
                 yield from done
@@ -98,9 +102,13 @@ class LocalEngine(Engine):
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def _rows(self, requests: Iterable[Request]) -> Iterator[Row | tuple[int, Request | LlavaError]]:
+    def _rows(self, requests: Iterable[Request | LlavaError]) -> Iterator[Row | tuple[int, Request | LlavaError]]:
         """Each request ready to be answered; as it is where it cannot stand in a batch, or why it cannot at all."""
+        group, before = 0, tuple[Picture, ...]()
         for number, request in enumerate(requests):
+            if isinstance(request, LlavaError):
+                yield number, request
+                continue
             try:
                 with model_errors(self.model, "fails while reading the prompt"):
                     inputs = self._inputs(request.conversation)
@@ -108,21 +116,19 @@ class LocalEngine(Engine):
             except LlavaError as error:
                 yield number, error
                 continue
+            pictures = request.conversation.pictures
+            if len(pictures) != len(before) or any(
+                a.image is not b.image for a, b in zip(pictures, before, strict=True)
+            ):
+                group, before = number, pictures
             if can_batch(self._model, inputs):
-                pictures = tuple(id(picture.image) for picture in request.conversation.pictures)
-                yield Row(number, inputs, pictures, most, partial(self._start, request.sampling, most))
+                yield Row(number, inputs, group, most, partial(self._start, request.sampling, most))
             else:
                 yield number, request
 
     def _start(self, sampling: Sampling, most: int) -> tuple[Chooser, Reply]:
         reply = Reply(self.prompter.tokenizer, sampling.stop, self._ends, most, time.perf_counter())
         return Chooser(self._model, sampling), reply
-
-    def _alone(self, request: Request) -> Answer | LlavaError:
-        try:
-            return self.answer(request.conversation, request.sampling)
-        except LlavaError as error:
-            return error
 
     def _inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The prompt's tensors on the model's device, pixels in the vision tower's dtype."""

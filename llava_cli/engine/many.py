@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.base import Answer
+from llava_cli.engine.cache import new_cache, plain_cache
 from llava_cli.engine.decode import Chooser
-from llava_cli.engine.prefix import ROWS, WHOLE, alike, plain_cache
+from llava_cli.engine.prefix import ROWS, WHOLE, alike
 from llava_cli.engine.reply import Reply
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ PREFILL = 8192
 class Row:
     """Request number `number`: its prompt, the tensors of its pictures, and the answer that it gets.
 
-    `pictures` is equal for rows with the same ones, which then are read only once. `start` makes what chooses and
+    `group` is equal for rows with the same pictures, which then are read only once. `start` makes what chooses and
     what takes the answer's tokens, of which there may be `most`.
     """
 
@@ -33,11 +34,11 @@ class Row:
         self,
         number: int,
         inputs: dict[str, torch.Tensor],
-        pictures: tuple[int, ...],
+        group: int,
         most: int,
         start: Callable[[], tuple[Chooser, Reply]],
     ) -> None:
-        self.number, self.inputs, self.pictures = number, inputs, pictures
+        self.number, self.inputs, self.group = number, inputs, group
         self.prompt: list[int] = inputs["input_ids"][0].tolist()
         self.most_tokens = len(self.prompt) + most
         self._start = start
@@ -108,16 +109,16 @@ class Batch:
             ]
         for row, token in zip(self.rows, tokens, strict=True):
             row.ids.append(token)
-            row.reply.put(token)
+            row.reply.put(token, show=False)
         done = [row for row in self.rows if row.reply.done]
         if done:
-            self._keep([i for i, row in enumerate(self.rows) if not row.reply.done])
+            self._drop([i for i, row in enumerate(self.rows) if row.reply.done])
         return done
 
     def _shared(self, group: _Group, row: Row) -> int:
         """How many tokens the group and a row begin with alike, if all their pictures are among them; else 0."""
         first = group.rows[0]
-        if not self._shares or first.pictures != row.pictures:
+        if not self._shares or first.group != row.group:
             return 0
         head = alike(first.ids[: group.head], row.ids[:-1])
         # In the midst of pictures, where one ends is the family's own business.
@@ -126,10 +127,9 @@ class Batch:
     def _read(self, groups: Sequence[_Group]) -> None:
         """Reads what the rows of each group have in common once, then each row's rest but for its last token."""
         import torch
-        from transformers import DynamicCache
 
         rows = [row for group in groups for row in group.rows]
-        cache = DynamicCache()
+        cache = new_cache()
         ids, mask = self._left_padded([group.rows[0].ids[: group.head] for group in groups])
         self._forward({"input_ids": ids, **_stacked([group.rows[0].inputs for group in groups])}, cache, mask)
         if len(rows) > len(groups):
@@ -149,28 +149,29 @@ class Batch:
         if not self.rows:
             self.rows, self._cache, self._mask = rows, cache, mask
             return
-        width = max(self._mask.shape[1], mask.shape[1])
+        # Columns on the left that only rows had which have left go with them.
+        width = max(self._mask.shape[1] - int(self._mask.any(0).int().argmax()), mask.shape[1])
         for layer, new in zip(self._cache.layers, cache.layers, strict=True):
             for name in ("keys", "values"):
-                parts = [getattr(layer, name), getattr(new, name)]
+                parts = [getattr(one, name)[:, :, -width:] for one in (layer, new)]
                 setattr(layer, name, torch.cat([pad(part, (0, 0, width - part.shape[-2], 0)) for part in parts]))
-        self._mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in (self._mask, mask)])
+        parts = [part[:, -width:] for part in (self._mask, mask)]
+        self._mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in parts])
         self.rows = self.rows + rows
 
-    def _keep(self, staying: list[int]) -> None:
-        """Lets the other rows go, and the columns on the left that were theirs alone."""
+    def _drop(self, done: list[int]) -> None:
+        """Lets rows go."""
         import torch
 
-        self.rows = [self.rows[i] for i in staying]
-        if not staying:
-            self._cache = None
+        if len(done) == len(self.rows):
+            self.rows, self._cache = [], None
             return
-        index = torch.tensor(staying, device=self._mask.device)
-        self._mask = self._mask[index]
-        first = int(self._mask.any(0).int().argmax())
-        self._mask = self._mask[:, first:]
-        for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[index, :, first:], layer.values[index, :, first:]
+        with torch.inference_mode():
+            for i in reversed(done):  # as the cache's layers do it: the last row takes its place
+                self.rows[i], self._mask[i] = self.rows[-1], self._mask[-1]
+                self.rows, self._mask = self.rows[:-1], self._mask[:-1]
+            for layer in self._cache.layers:
+                layer.drop(done[::-1])
 
     def _forward(self, inputs: dict[str, Any], cache: Any, mask: torch.Tensor) -> torch.Tensor:
         """Reads the last columns of `mask` [rows, columns] -> logits after the last [rows, vocabulary]."""

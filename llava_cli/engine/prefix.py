@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.cache import new_cache, plain_cache
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,16 +16,6 @@ if TYPE_CHECKING:
 ROWS = ("pixel_values", "image_sizes")
 WHOLE = ("batch_num_images",)
 _ALL_ONES = "attention_mask"
-
-
-def plain_cache(model: Any) -> bool:
-    """Whether a model's KV cache is keys and values for each token and nothing else."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    layers = DynamicCache(config=model.config).layers
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    return known and getattr(model.config, "image_token_id", None) is not None
 
 
 def alike(one: list[int], other: list[int]) -> int:
@@ -50,9 +42,7 @@ class PrefixCache:
         from transformers import DynamicCache
 
         self._read: tuple[list[int], dict[str, torch.Tensor]] = [], {}
-        # Without the config a layer with a sliding window keeps what has slid out of it, for the mask
-        # to hide, and can be cut like any other.
-        self._cache = DynamicCache() if self._cuttable else DynamicCache(config=self.model.config)
+        self._cache = new_cache() if self._cuttable else DynamicCache(config=self.model.config)
 
     def prefill(self, inputs: dict[str, torch.Tensor], reader: object) -> torch.Tensor:
         """One prompt as its processor makes it, `input_ids` [1, tokens] -> logits after its end [1, vocabulary]."""

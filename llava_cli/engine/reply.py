@@ -23,13 +23,13 @@ class Reply:
         self._parts: list[str] = []
         self._tokens, self._ended = 0, False
 
-    def put(self, token: int) -> str:
-        """One more token -> the text that has become certain."""
+    def put(self, token: int, show: bool = True) -> str:
+        """One more token -> the text that has become certain; none where nobody is to be shown it yet."""
         self._tokens += 1
         if self._tokens == 1:
             self._first = time.perf_counter()
         self._ended = token in self._ends
-        return "" if self._ended else self._keep(self._text.put(token))
+        return "" if self._ended else self._keep(self._text.put(token, show))
 
     @property
     def done(self) -> bool:

@@ -53,11 +53,10 @@ class Schedule:
         if not self.waiting or self.running * 2 > (self.size or MOST):
             return []
         self.size = self.size or _fitting(self.model, max(self.waiting, key=lambda row: row.most_tokens))
-        place: dict[tuple[int, ...], tuple[int, int]] = {}
+        longest: dict[int, int] = {}
         for row in self.waiting:
-            length, number = place.get(row.pictures, (0, row.number))
-            place[row.pictures] = max(length, len(row.prompt)), number
-        self.waiting.sort(key=lambda row: place[row.pictures])
+            longest[row.group] = max(longest.get(row.group, 0), len(row.prompt))
+        self.waiting.sort(key=lambda row: (longest[row.group], row.group))
         count = self.size - self.running
         joining, self.waiting = self.waiting[:count], self.waiting[count:]
         return joining

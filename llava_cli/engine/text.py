@@ -22,9 +22,11 @@ class TextStream:
         self._begun = False
         self.stopped = False
 
-    def put(self, token: int) -> str:
-        """The text that has become certain with one more token."""
+    def put(self, token: int, show: bool = True) -> str:
+        """The text that has become certain with one more token; without `show` only where a stop text may come."""
         self._ids.append(token)
+        if not show and not self._stop:
+            return ""  # decoding takes longer than a small model
         text = self._decode()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""  # bytes of an unfinished character

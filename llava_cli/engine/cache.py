@@ -1,0 +1,71 @@
+"""The KV cache that all answers are read into: what it holds, and room beside it for what comes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    import torch
+
+ROOM = 64
+"""Tokens that are made room for at a time."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [rows, heads, tokens, width], the beginning of tensors that have room, zeros, for more.
+
+    A token is written where it belongs; transformers' own layer copies all there is for each one, which takes a
+    fifth of a step at 64 rows of 80 tokens, and a twelfth at 7B.
+    """
+
+    _stores: tuple[Any, Any] = (None, None)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        key_store, keys = _put(self._stores[0], self.keys, key_states)
+        value_store, values = _put(self._stores[1], self.values, value_states)
+        self._stores, self.keys, self.values = (key_store, value_store), keys, values
+        return keys, values
+
+    def drop(self, rows: list[int]) -> None:
+        """Lets go of rows, in descending order; the last row takes the place of each."""
+        keys: Any = self.keys
+        values: Any = self.values
+        for row in rows:
+            last = len(keys) - 1
+            keys[row], values[row] = keys[last], values[last]
+            keys, values = keys[:last], values[:last]
+        self.keys, self.values = keys, values
+
+
+def _put(store: Any, old: Any, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes new tokens behind the old ones: (the tensor with room, its part that is in use)."""
+    begin = old.shape[-2] if old.numel() else 0
+    rows, end = len(new), begin + new.shape[-2]
+    fits = store is not None and store.data_ptr() == old.data_ptr() and len(store) >= rows and store.shape[-2] >= end
+    if not fits:
+        store = new.new_zeros(rows, new.shape[1], end + ROOM, new.shape[3])
+        if begin:
+            store[:, :, :begin] = old
+    store[:rows, :, begin:end] = new
+    return store, store[:rows, :, :end]
+
+
+def plain_cache(model: Any) -> bool:
+    """Whether a model's KV cache is keys and values for each token and nothing else."""
+    layers = DynamicCache(config=model.config).layers
+    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return known and getattr(model.config, "image_token_id", None) is not None
+
+
+def new_cache() -> Cache:
+    """An empty cache for a model with a `plain_cache`.
+
+    A layer with a sliding window keeps what has slid out of it, for the mask to hide, and can be cut like any other.
+    """
+    return Cache(layer_class_to_replicate=RoomyLayer)
