@@ -5,6 +5,7 @@ A folder that is no LLaVA, lacks a shard or holds pickles is refused at once, by
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,25 @@ def stored_bytes(path: Path) -> float:
     """Bytes a weight takes in the file."""
     kinds = {t.get("dtype") for k, t in _header(path)[0].items() if k != "__metadata__"}
     return 4.0 if kinds == {"F32"} else 2.0
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """What tells a checkpoint from another: the Hub's commit, else a hash of its files and of its weights' ends."""
+    if checkpoint.folder.parent.name == "snapshots":
+        return checkpoint.folder.name
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors"):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(_END))
+                file.seek(max(size - _END, 0))
+                digest.update(file.read(_END))
+    return digest.hexdigest()[:40]
+
+
+_END = 1 << 22
 
 
 def read_json(checkpoint: Checkpoint, file: str) -> dict[str, Any]:

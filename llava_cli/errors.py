@@ -4,9 +4,11 @@
     ├── UsageError           2   the command line, an environment variable or the config file
     ├── BadImage            65   bytes that are no picture we take
     ├── PromptTooLong       65   the prompt does not fit the model's context
+    ├── BadData             65   a file of questions or of answers that is not what it should be
     ├── InputMissing        66   a file or URL that is not there, or cannot be read
     ├── ModelUnusable       69   unknown, absent, damaged or unsuitable checkpoint
     ├── OutOfMemory         71   this machine has too little memory for what was asked
+    ├── OutputTaken         73   the output is another run's, or cannot be written
     └── OutputError         74   writing an answer or a download failed
 
 Each has the `thing` it is about, the `reason` in a few words, and a `hint`: the next command to
@@ -42,6 +44,10 @@ class PromptTooLong(LlavaError):
     exit_code = 65
 
 
+class BadData(LlavaError):
+    exit_code = 65
+
+
 class InputMissing(LlavaError):
     exit_code = 66
 
@@ -52,6 +58,10 @@ class ModelUnusable(LlavaError):
 
 class OutOfMemory(LlavaError):
     exit_code = 71
+
+
+class OutputTaken(LlavaError):
+    exit_code = 73
 
 
 class OutputError(LlavaError):

@@ -20,8 +20,8 @@ MAX_SECONDS = 10.0
 MAX_REDIRECTS = 5
 
 
-def fetch(url: str) -> bytes:
-    """The bytes behind an http(s) URL.
+def fetch(url: str, public: bool = False) -> bytes:
+    """The bytes behind an http(s) URL; with `public` only from addresses on the open Internet, at every hop.
 
     Raises `InputMissing` where they cannot be had in time, `BadImage` where they are too many.
     """
@@ -30,7 +30,7 @@ def fetch(url: str) -> bytes:
 
     def work() -> None:
         try:
-            outcome.put(_follow(url, name))
+            outcome.put(_follow(url, name, public))
         except Exception as error:  # raised again below
             outcome.put(error)
 
@@ -46,11 +46,11 @@ def fetch(url: str) -> bytes:
     return result
 
 
-def _follow(url: str, name: str) -> bytes:
+def _follow(url: str, name: str, came_from_public: bool) -> bytes:
     import httpx
 
     deadline = time.monotonic() + MAX_SECONDS
-    came_from_public, at = False, url
+    at = url
     # Not compressed: a picture already is, and a small answer could unpack to any size.
     headers = {"user-agent": "llava", "accept-encoding": "identity"}
     try:
@@ -64,7 +64,9 @@ def _follow(url: str, name: str) -> bytes:
                 address = _resolve(host, target.port or 443 if target.scheme == "https" else target.port or 80)
                 public = ipaddress.ip_address(address).is_global
                 if came_from_public and not public:
-                    raise InputMissing(name, "a public address redirects to a private one")
+                    raise InputMissing(
+                        name, "a public address redirects to a private one" if at != url else "not a public address"
+                    )
                 came_from_public = public
                 request = client.build_request(
                     "GET",

@@ -40,8 +40,8 @@ def looks_like_picture(text: str) -> bool:
     return text == "-" or is_url(text) or os.path.lexists(text) or text.lower().endswith(SUFFIXES)
 
 
-def open_picture(source: str, allow_truncated: bool = False) -> Picture:
-    """Opens a path, an http(s) URL that the user typed, or "-" for stdin.
+def open_picture(source: str, allow_truncated: bool = False, public: bool = False) -> Picture:
+    """Opens a path, an http(s) URL that the user typed, or "-" for stdin; with `public` no URL of a private network.
 
     Raises `InputMissing` where there is nothing to read and `BadImage` where it is no picture for us.
     """
@@ -51,7 +51,7 @@ def open_picture(source: str, allow_truncated: bool = False) -> Picture:
     elif is_url(source):
         from llava_cli.fetch import fetch
 
-        data = fetch(source)
+        data = fetch(source, public)
     else:
         data = _read_file(source, name)
     if len(data) > MAX_BYTES:

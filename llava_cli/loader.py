@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.checkpoint import again, check_files, check_weights, stored_bytes
+from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, stored_bytes
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
 from llava_cli.registry import Checkpoint, default_name, find
 from llava_cli.settings import Device, Fit, Precision, Settings
@@ -55,6 +55,24 @@ def load_engine(settings: Settings) -> LocalEngine:
         prompter = _prompter(checkpoint, kind, config, settings)
         model, how = _model(checkpoint, config, how, weights, settings.precision)
     return LocalEngine(checkpoint.name, model, prompter, how.precision, time.perf_counter() - begin)
+
+
+def identify(settings: Settings) -> dict[str, str]:
+    """What answers will depend on besides what is asked: the very model, and how it is run here. Loads no weights."""
+    from llava_cli.machine import plan
+    from llava_cli.prompt import read_template
+
+    checkpoint = find(default_name(settings))
+    check_files(checkpoint)
+    how = plan(settings.device, settings.precision)
+    template = read_template(settings.template) if settings.template else ""
+    return {
+        "model": checkpoint.name,
+        "checkpoint": fingerprint(checkpoint),
+        "precision": how.precision,
+        "device": how.device,
+        "template": template,
+    }
 
 
 def load_prompter(settings: Settings) -> Prompter:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Chunk, Engine
 from llava_cli.errors import LlavaError
+from llava_cli.registry import BUILTIN
+from llava_cli.settings import Settings
 
 THUMBNAIL_ROWS = 10
 
@@ -116,6 +119,12 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def say_demo(settings: Settings, engine: Engine) -> None:
+    """Where nobody chose a model, says that the built-in one is for demonstration."""
+    if settings.model is None and engine.model == BUILTIN:
+        note("demonstration model: knows only drawings of colored shapes. A real one: llava models pull llava-1.5-7b")
+
+
 def show_error(error: LlavaError) -> None:
     """`llava: THING: reason`, then the next command to type."""
     clean = SafeText()
@@ -149,6 +158,28 @@ def progress(words: str) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(words, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def counting(total: int | None, quiet: bool = False) -> Iterator[Any]:
+    """A bar of rows on stderr: yields a function of (done, failed, pictures, tokens). Silent without a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, failed, pictures, tokens: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    begin = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+
+        def show(done: int, failed: int, pictures: int, tokens: int) -> None:
+            seconds = max(time.monotonic() - begin, 1e-6)
+            words = f"{failed} failed · {pictures / seconds:.1f} pictures/s · {tokens / seconds:.1f} tokens/s · left"
+            bar.update(task, completed=done, description=words)
+
+        yield show
 
 
 def thumbnail(picture: Picture) -> None:

@@ -57,6 +57,10 @@ class Settings(Sampling):
     system: str | None = None
 
     @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
+
+    @classmethod
     def resolve(cls, **flags: Any) -> Settings:
         """Merges flags (None or an empty list is "not given") over the environment over the config file.
 

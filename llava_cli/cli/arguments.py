@@ -7,10 +7,8 @@ import sys
 
 from llava_cli import render
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.engine import Engine
 from llava_cli.errors import UsageError, printable
 from llava_cli.images import looks_like_picture, open_picture
-from llava_cli.registry import BUILTIN
 from llava_cli.settings import Settings
 
 _MOST = 10_000_000  # bytes of a question; no model reads as much
@@ -51,11 +49,3 @@ def open_named(source: str, allow_truncated: bool, quiet: bool) -> Picture:
     if picture.truncated and not quiet:
         render.note(f"llava: {printable(source)}: truncated; the answer is about what is there")
     return picture
-
-
-def say_demo(settings: Settings, engine: Engine, quiet: bool) -> None:
-    """Where nobody chose a model, says that the built-in one is for demonstration."""
-    if not quiet and settings.model is None and engine.model == BUILTIN:
-        render.note(
-            "demonstration model: knows only drawings of colored shapes. A real one: llava models pull llava-1.5-7b"
-        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import typer
+
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.arguments import conversation_from, say_demo
+from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
     DeviceOpt,
     FitOpt,
@@ -22,12 +24,13 @@ from llava_cli.cli.options import (
     TemplateOpt,
     TopPOpt,
     TruncatedOpt,
+    settings_of,
 )
-from llava_cli.settings import Settings
 
 
 @app.command()
 def ask(
+    context: typer.Context,
     args: PicturesAndQuestion = None,
     model: ModelOpt = None,
     precision: PrecisionOpt = None,
@@ -53,25 +56,14 @@ def ask(
 
     llava ask - "how many people are there?" < img.jpg
     """
-    settings = Settings.resolve(
-        model=model,
-        precision=precision,
-        device=device,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-        system=system,
-        template=template,
-        fit=fit,
-    )
+    settings = settings_of(context)
     conversation = conversation_from(args, settings, allow_truncated, quiet)
     with render.spinner("loading the model", quiet):
         from llava_cli.loader import load_engine
 
         engine = load_engine(settings)
-    say_demo(settings, engine, quiet)
+    if not quiet:
+        render.say_demo(settings, engine)
     if json:
         answer = engine.answer(conversation, settings)
         render.show_json(render.answer_object(answer, conversation, engine))

@@ -11,7 +11,7 @@ import typer
 
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.arguments import open_named, say_demo
+from llava_cli.cli.arguments import open_named
 from llava_cli.cli.options import (
     DeviceOpt,
     FitOpt,
@@ -27,9 +27,9 @@ from llava_cli.cli.options import (
     TemplateOpt,
     TopPOpt,
     TruncatedOpt,
+    settings_of,
 )
 from llava_cli.errors import UsageError
-from llava_cli.settings import Settings
 
 Images = Annotated[
     list[str] | None,
@@ -46,6 +46,7 @@ NoPreviewOpt = Annotated[bool, typer.Option("--no-preview", help="No thumbnails 
 
 @app.command()
 def chat(
+    context: typer.Context,
     images: Images = None,
     continue_: ContinueOpt = False,
     resume: ResumeOpt = None,
@@ -75,19 +76,7 @@ def chat(
 
     printf 'what is this?\\nwhat color is it?\\n' | llava chat img.jpg
     """
-    settings = Settings.resolve(
-        model=model,
-        precision=precision,
-        device=device,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-        system=system,
-        template=template,
-        fit=fit,
-    )
+    settings = settings_of(context)
     from llava_cli.chat.repl import answer_lines, converse, piped_lines
     from llava_cli.chat.session import Chat
     from llava_cli.chat.store import Store
@@ -112,7 +101,8 @@ def chat(
         from llava_cli.loader import load_engine
 
         engine = load_engine(settings)
-    say_demo(settings, engine, quiet)
+    if not quiet:
+        render.say_demo(settings, engine)
     preview = render.thumbnail if draw and person and not no_preview else lambda picture: None
     talk = Chat(engine, settings, (lambda line: None) if quiet else render.note, preview, store)
     if number is not None and before is not None:

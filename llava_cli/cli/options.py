@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llava_cli.settings import Device, Fit, Precision
+from llava_cli.settings import Device, Fit, Precision, Settings
 
 ModelOpt = Annotated[
     str | None, typer.Option("-m", "--model", metavar="NAME|REPO|FOLDER", help="The model; `llava models` lists them.")
@@ -46,3 +46,8 @@ PicturesAndQuestion = Annotated[
         show_default=False,
     ),
 ]
+
+
+def settings_of(context: typer.Context) -> Settings:
+    """What the command line says, over the environment, over the config file."""
+    return Settings.resolve(**{name: context.params[name] for name in Settings.names() if name in context.params})

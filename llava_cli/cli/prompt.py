@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 from llava_cli import render
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
@@ -14,12 +16,13 @@ from llava_cli.cli.options import (
     SystemOpt,
     TemplateOpt,
     TruncatedOpt,
+    settings_of,
 )
-from llava_cli.settings import Settings
 
 
 @app.command()
 def prompt(
+    context: typer.Context,
     args: PicturesAndQuestion = None,
     model: ModelOpt = None,
     system: SystemOpt = None,
@@ -33,7 +36,7 @@ def prompt(
 
     llava prompt img.jpg "what is this?"
     """
-    settings = Settings.resolve(model=model, system=system, template=template, fit=fit)
+    settings = settings_of(context)
     conversation = conversation_from(args, settings, allow_truncated, quiet)
     with render.spinner("loading the tokenizer", quiet):
         from llava_cli.loader import load_prompter
