@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import torch
 from transformers import (
     AutoProcessor,
@@ -13,7 +15,10 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava_cli import load
+from llava_cli.engine.local import LocalEngine
 from llava_cli.registry import builtin_folder
+from llava_cli.settings import Precision
 
 DECODERS = {
     "1B": {"num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32},
@@ -67,3 +72,13 @@ def random_llava(size: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGene
         num_additional_image_tokens=1,
         chat_template=processor.chat_template,
     )
+
+
+def loaded(size: str, precision: Precision) -> LocalEngine:
+    """The engine that `llava` would use for such a checkpoint; it is written to a folder and loaded from there."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, processor = random_llava(size, torch.bfloat16)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        del model
+        return load(folder, precision=precision, device="cpu")

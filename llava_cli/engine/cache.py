@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 if TYPE_CHECKING:
     import torch
 
-ROOM = 64
+ROOM = 32
 """Tokens that are made room for at a time."""
 
 

@@ -178,10 +178,11 @@ class Batch:
         import torch
 
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
+        padded = not bool(mask.all())  # without, the model makes no mask of its own for every step
         with torch.inference_mode():
             out = self.model(
                 **inputs,
-                attention_mask=mask,
+                attention_mask=mask if padded else None,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
