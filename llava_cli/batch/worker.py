@@ -37,7 +37,9 @@ def main() -> None:
 def _opened(path: str, options: dict[str, Any]) -> tuple[Any, ...]:
     """What a picture is made of, or the class, thing, reason and hint of the error."""
     try:
-        picture = open_picture(path, **options)
+        picture = open_picture(path, options["allow_truncated"], options["public"])
+        if options["shrink"]:  # here, for a large picture takes long to send
+            picture.image.thumbnail((options["shrink"],) * 2)
     except LlavaError as error:
         return type(error), error.thing, error.reason, error.hint
     except MemoryError:
