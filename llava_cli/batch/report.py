@@ -79,7 +79,7 @@ class Rows:
         try:
             with open(self.path, "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it is read twice
-                    raise InputMissing(printable(str(self.path)), "not a regular file")
+                    raise InputMissing(printable(str(self.path)), "not a regular file", _RUN)
                 yield from enumerate(iter(lambda: file.readline(LINE), b""), 1)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -121,7 +121,7 @@ def report(source: Path, output: Path, first: int = 1, quiet: bool = False) -> N
     rows.check()
     _check_output(output, source)
     if first > max(rows.total, 1):
-        raise UsageError("--from", f"there are {rows.total:,} rows", "llava report --help")
+        raise UsageError("--from", f"the last row is {rows.total:,}", "llava report --help")
     if rows.torn and not quiet:
         render.note(f"{printable(str(source))}: its last line is not whole and left out; the batch will go on there")
     seen = Counts()
