@@ -28,17 +28,25 @@ def cut(descriptor: int, size: int) -> None:
 
 
 def put(path: Path, chunks: Iterable[bytes]) -> None:
-    """A file with this content in the place of whatever was there: readers see one or the other."""
+    """A file with this content in the place of whatever was there: readers see one or the other.
+
+    On an error what was there stays, and nothing of the new one.
+    """
     new = path.with_name(path.name + ".new")
     with open(new, "wb", buffering=0) as file:
-        waiting = bytearray()
-        for chunk in chunks:
-            waiting += chunk
-            if len(waiting) > 1_000_000:
-                write(file.fileno(), bytes(waiting))
-                waiting.clear()
-        write(file.fileno(), bytes(waiting))
-        os.fsync(file.fileno())
+        try:
+            waiting = bytearray()
+            for chunk in chunks:
+                waiting += chunk
+                if len(waiting) > 1_000_000:
+                    write(file.fileno(), bytes(waiting))
+                    waiting.clear()
+            write(file.fileno(), bytes(waiting))
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                new.unlink()
+            raise
     os.replace(new, path)
     sync_folder(path.parent)
 

@@ -28,11 +28,16 @@ AHEAD = 4
 
 
 class Opener:
-    """`root` is where relative paths begin; `urls` are opened only where that is allowed."""
+    """`root` is where relative paths begin; `urls` are opened only where that is allowed.
 
-    def __init__(self, root: str = "", allow_truncated: bool = False, allow_urls: bool = False) -> None:
+    With `shrink` pictures come no larger than that many pixels a side.
+    """
+
+    def __init__(
+        self, root: str = "", allow_truncated: bool = False, allow_urls: bool = False, shrink: int | None = None
+    ) -> None:
         self.root, self.allow_urls = root, allow_urls
-        self._options = {"allow_truncated": allow_truncated, "public": True}
+        self._options = {"allow_truncated": allow_truncated, "public": True, "shrink": shrink}
         self._count = max(1, min(4, os.cpu_count() or 1))
         self._threads = ThreadPoolExecutor(self._count)
         self._own = threading.local()
@@ -92,7 +97,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
-    def open(self, path: str, options: dict[str, bool]) -> Picture | LlavaError:
+    def open(self, path: str, options: dict[str, Any]) -> Picture | LlavaError:
         from PIL import Image
 
         try:

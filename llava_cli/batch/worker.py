@@ -31,13 +31,15 @@ def main() -> None:
         except EOFError:
             return
         _limit(resource.RLIMIT_CPU, int(time.process_time()) + SECONDS)
-        asked.send(_opened(path, options))
+        asked.send(_opened(path, **options))
 
 
-def _opened(path: str, options: dict[str, Any]) -> tuple[Any, ...]:
+def _opened(path: str, shrink: int | None = None, **options: bool) -> tuple[Any, ...]:
     """What a picture is made of, or the class, thing, reason and hint of the error."""
     try:
         picture = open_picture(path, **options)
+        if shrink:  # here, for a large picture takes long to send
+            picture.image.thumbnail((shrink, shrink))
     except LlavaError as error:
         return type(error), error.thing, error.reason, error.hint
     except MemoryError:

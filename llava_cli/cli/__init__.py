@@ -105,4 +105,4 @@ def main() -> None:
     app(prog_name="llava")
 
 
-from llava_cli.cli import ask, batch, chat, chats, doctor, models, prompt  # noqa: E402, F401  the commands register themselves
+from llava_cli.cli import ask, batch, chat, chats, doctor, models, prompt, report  # noqa: E402, F401  the commands register themselves
