@@ -6,6 +6,7 @@ safetensors only; code of a checkpoint is never run.
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -129,8 +130,6 @@ def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], 
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from llava_cli.engine.attention import use_plain_attention
-
     name = checkpoint.name
     with model_errors(name, "its weights cannot be loaded", again(name)):
         if stored := getattr(config, "quantization_config", None):
@@ -155,9 +154,20 @@ def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], 
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
-    if how.device == "cpu" and model.config._attn_implementation == "sdpa":
-        use_plain_attention(model)
+    if how.device == "cpu" and os.environ.get("LLAVA_FAST") != "0":
+        _speed_up(model, how.precision)
     return model.eval(), how
+
+
+def _speed_up(model: Any, precision: str) -> None:
+    """What a CPU does faster than transformers would let it."""
+    from llava_cli.engine.attention import use_plain_attention
+    from llava_cli.engine.int8 import use_int8_products
+
+    if model.config._attn_implementation == "sdpa":
+        use_plain_attention(model)
+    if precision == "4bit":
+        use_int8_products(model)
 
 
 def _check_memory(name: str, how: Plan, weights: list[Path]) -> bool:
