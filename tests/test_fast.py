@@ -55,7 +55,7 @@ def test_greedy_text_in_fp32_is_the_same(
         )
 
 
-@pytest.mark.parametrize("precision, bound", [("bf16", 0.03), ("4bit", 0.12)])
+@pytest.mark.parametrize("precision, bound", [("bf16", 0.01), ("4bit", 0.15)])
 def test_logits_are_within_bounds(precision: str, bound: float, plainly: Plainly, drawing: Path) -> None:
     """Of their own norm: bf16 rounds to 0.4 %, 8-bit activations to 1.2 % a layer."""
     from llava_cli import open_picture
@@ -106,15 +106,10 @@ def test_plain_products_are_attention(
     seen = torch.ones(rows, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
     seen[2, :, :, :4] = False
     given = {"none": None, "true": seen, "numbers": torch.zeros(seen.shape).masked_fill(~seen, -1e9)}[mask]
-    expected_mask = (
-        seen if given is not None else torch.ones_like(seen).tril(keys - queries) if causal and queries > 1 else None
-    )
-    groups = heads // key_heads
+    by_itself = torch.ones_like(seen).tril(keys - queries) if causal and queries > 1 else None
+    key_of, value_of = (part.repeat_interleave(heads // key_heads, 1) for part in (key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key.repeat_interleave(groups, 1),
-        value.repeat_interleave(groups, 1),
-        attn_mask=by_itself if given is None else seen,
+        query, key_of, value_of, attn_mask=by_itself if given is None else seen
     )
     found, _ = attend(Module(causal), query, key, value, given)
     assert torch.allclose(found, expected.transpose(1, 2), atol=1e-5)
