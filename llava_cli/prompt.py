@@ -56,6 +56,7 @@ class Prompter:
         self.processor, self.tokenizer = copy(processor), processor.tokenizer
         self.processor.image_processor = _Once(processor.image_processor)
         self._views: dict[int, tuple[Image, Image]] = {}
+        self._last: tuple[object, dict[str, torch.Tensor]] | None = None  # what was asked, and the model's inputs
         self.template, self.fit = template, fit
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
@@ -75,12 +76,18 @@ class Prompter:
         """The model's inputs: `input_ids` [1, tokens] with image tokens expanded, `pixel_values`, …"""
         text = self._render(conversation)
         images = self._views_of([picture.image for picture in conversation.pictures])
+        same = text, [image.size for image in images]
+        if self._last and self._last[0] == same:
+            # A batch asks one thing about many pictures: of all that the processor does, only pixels are new.
+            return {**self._last[1], **self.processor.image_processor.again(images)}
         if stand_ins := set(self._stand_in.values()) & set(text):
             self.tokenizer.add_tokens(sorted(stand_ins))
         # A template that begins with BOS has placed it already.
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
-        return self._spell_out(inputs, stand_ins) if stand_ins else inputs
+        inputs = self._spell_out(inputs, stand_ins) if stand_ins else inputs
+        self._last = (same, inputs) if images else None
+        return dict(inputs)
 
     def count(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
         """How many tokens there are, and how many of them stand for pictures."""
@@ -166,6 +173,11 @@ class _Once:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+    def again(self, images: list[Image]) -> Any:
+        """As the last ones were processed."""
+        assert self._last is not None
+        return self(images, **self._last[1])
 
     def __call__(self, images: list[Image], **options: Any) -> Any:
         from transformers import BatchFeature

@@ -9,8 +9,9 @@ from llava_cli.engine.many import Batch, Row
 from llava_cli.errors import LlavaError, OutOfMemory, is_out_of_memory
 from llava_cli.machine import free_memory
 
-MOST = 64
-"""Rows at a time; more gain no speed."""
+MOST = 256
+"""Rows at a time: of a model so small that what is not products counts."""
+_LARGE = 100_000_000, 16  # weights, and rows at a time on a CPU, which gains little from more and shows them late
 _SHARE = 0.6  # of the free memory is for the KV cache
 
 
@@ -81,4 +82,5 @@ def _fitting(model: Any, row: Row) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     a_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     room = free_memory(model.device.type) * _SHARE / (a_token * row.most_tokens)
-    return int(min(max(room, 1), MOST))
+    large = model.device.type == "cpu" and model.num_parameters() > _LARGE[0]
+    return int(min(max(room, 1), _LARGE[1] if large else MOST))
