@@ -18,9 +18,9 @@ from llava_cli.batch.opener import Opener
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.runner import answered, conversation_of, sampling_of
 from llava_cli.batch.tally import Tally
-from llava_cli.batch.tasks import Source, Task
+from llava_cli.batch.tasks import STDIN, Source, Task
 from llava_cli.engine import Engine
-from llava_cli.errors import LlavaError, printable
+from llava_cli.errors import InputMissing, LlavaError, printable
 from llava_cli.loader import identify, load_engine
 from llava_cli.settings import Settings
 
@@ -115,6 +115,8 @@ def _answer(job: Job, journal: Journal | None, tally: Tally, engine: Engine, ope
                 journal.replace(rows(journal.tasks_again()))
             for row in rows(journal.tasks()) if stopping.go_on() else ():
                 journal.append(row)
+    if not before:
+        return "nothing left to do"
     seconds = time.monotonic() - begin
     rates = f"{pictures / seconds:.1f} pictures/s · {(tally.tokens - tokens) / seconds:.1f} tokens/s"
     return f"{rates} · {seconds:.1f} s"
@@ -138,6 +140,9 @@ def _verify(job: Job, tally: Tally, engine: Engine, opener: Opener) -> None:
 
 def _end(job: Job, tally: Tally, stopping: Stopping, speed: str) -> int:
     """The summary, and how to go on where there is more to do."""
+    if not tally.rows and not stopping.signal and job.source.name != STDIN:
+        hint = "--include takes files by name" if job.source.is_folder else ""
+        raise InputMissing(printable(job.source.name), "there is nothing to ask about in it", hint)
     if not job.quiet:
         render.note(f"{tally.summary()} · {speed}")
     if stopping.signal:
