@@ -204,7 +204,7 @@ def test_power_fails_at_any_moment(stage: Stage) -> None:
 def test_killed_again_while_it_mends_what_the_first_time_left(stage: Stage) -> None:
     count = stage.moments()
     for first in range(count):
-        for second in range(first % 5, count, 5):
+        for second in range(first % 7, count, 7):
             assert attempt(stage.set(), Faults(first), **stage.options) == KILLED
             code = attempt(stage.folder, Faults(second), **stage.options)
             assert code == KILLED or (code == 0 and output(stage.folder) == stage.wanted)
