@@ -128,7 +128,6 @@ def test_a_link_to_itself_in_a_folder_is_an_error_row(run: Run, told: type[Told]
         (["*.txt"], ["a/two.txt", "one.txt"]),
         (["a/*"], ["a/three.png", "a/two.txt"]),
         (["o*", "three.*"], ["a/three.png", "one.txt"]),
-        (["*.gif"], []),
     ],
 )
 def test_include(patterns: list[str], found: list[str], run: Run, told: type[Told]) -> None:
@@ -338,11 +337,17 @@ def test_batch_sizes_that_are_taken(size: str, run: Run, told: type[Told]) -> No
     assert len(rows_of(run("batch", "photos", QUESTION, "--batch-size", size))) == 1
 
 
-def test_an_empty_folder_has_no_rows(run: Run, here: Path, told: type[Told]) -> None:
+def test_a_source_that_was_empty_and_is_no_more(run: Run, here: Path, told: type[Told]) -> None:
     (here / "photos").mkdir()
-    assert rows_of(run("batch", "photos", QUESTION)) == []
-    assert rows_of(run("batch", "photos", QUESTION, "-o", "out.jsonl")) == []
-    assert Path("out.jsonl").read_bytes() == b""
+    for options in ([], ["-o", "out.jsonl"]):
+        result = run("batch", "photos", QUESTION, *options)
+        assert rows_of(result, 66) == []
+        assert result.stderr.startswith("llava: photos: there is nothing to ask about in it\n")
+    assert rows_of(run("batch", "-", QUESTION, input="")) == []
+    draw("photos/a.png")
+    result = run("batch", "photos", QUESTION, "-o", "out.jsonl")
+    assert (result.exit_code, result.stderr.count("\n")) == (0, 1)
+    assert len(rows_in(Path("out.jsonl").read_bytes())) == 1
 
 
 # Rows.

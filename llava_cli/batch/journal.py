@@ -80,7 +80,7 @@ class Journal:
         are taken in.
         """
         path = self.folder / "settings.json"
-        if not path.exists() or not self._manifest.exists():
+        if not path.exists() or not self._manifest.exists() or not self._manifest.stat().st_size:
             if os.fstat(self._file).st_size:
                 reason = "it has rows already, and no folder .run beside it that says what made them"
                 raise BadData(str(self.output), reason, "give another file to -o")
