@@ -30,11 +30,14 @@ def cut(descriptor: int, size: int) -> None:
 def put(path: Path, chunks: Iterable[bytes]) -> None:
     """A file with this content in the place of whatever was there: readers see one or the other.
 
-    On an error what was there stays, and nothing of the new one.
+    Who may read it stays the same, and a link to a file stays one.
     """
+    path = Path(os.path.realpath(path))
     new = path.with_name(path.name + ".new")
-    with open(new, "wb", buffering=0) as file:
-        try:
+    try:
+        with open(new, "wb", buffering=0) as file:
+            with suppress(OSError):
+                os.fchmod(file.fileno(), os.stat(path).st_mode & 0o777)
             waiting = bytearray()
             for chunk in chunks:
                 waiting += chunk
@@ -43,11 +46,11 @@ def put(path: Path, chunks: Iterable[bytes]) -> None:
                     waiting.clear()
             write(file.fileno(), bytes(waiting))
             os.fsync(file.fileno())
-        except BaseException:
-            with suppress(OSError):
-                new.unlink()
-            raise
-    os.replace(new, path)
+        os.replace(new, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new)
+        raise
     sync_folder(path.parent)
 
 

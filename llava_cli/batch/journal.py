@@ -14,12 +14,13 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llava_cli.batch import files
-from llava_cli.batch.rows import to_line
+from llava_cli.batch.rows import is_whole, to_line
 from llava_cli.batch.tasks import Task, merged
 from llava_cli.errors import BadData, OutputError, OutputTaken
 
@@ -31,7 +32,9 @@ class Journal:
     """The rows of one run, for one writer at a time."""
 
     def __init__(self, output: Path) -> None:
-        self.output, self.folder = output, output.with_name(output.name + ".run")
+        self.output = output
+        real = os.path.realpath(output)  # who comes by a link, too, has to find the lock
+        self.folder = Path(real + ".run")
         self.done = 0
         """How many rows are written."""
         self.total = 0
@@ -45,7 +48,9 @@ class Journal:
     def lock(self) -> None:
         """Takes the output for this process. Raises `OutputTaken` where another one has it, or nobody can write it."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.output.exists() and not self.output.is_file():
+                raise OutputTaken(str(self.output), "not a regular file", "without -o rows go to stdout")
+            self.folder.mkdir(exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file = os.open(self.output, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -58,12 +63,15 @@ class Journal:
 
     def close(self) -> None:
         """Brings what was written to the disk and lets others have the output."""
-        if self._file >= 0:
-            self.sync()
-            os.close(self._file)
-        if self._lock >= 0:
-            os.close(self._lock)
-        self._file = self._lock = -1
+        descriptors = [descriptor for descriptor in (self._file, self._lock) if descriptor >= 0]
+        try:
+            if self._file >= 0:
+                with self._writing():
+                    self.sync()
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self._file = self._lock = -1
 
     def begin(self, settings: dict[str, Any], tasks: Iterable[Task], extend: bool = False) -> tuple[int, int]:
         """Starts the run, or goes on with it: how many tasks were added to the source since, and how many are gone.
@@ -72,15 +80,19 @@ class Journal:
         are taken in.
         """
         path = self.folder / "settings.json"
-        if not path.exists():
+        if not path.exists() or not self._manifest.exists() or not self._manifest.stat().st_size:
             if os.fstat(self._file).st_size:
                 reason = "it has rows already, and no folder .run beside it that says what made them"
                 raise BadData(str(self.output), reason, "give another file to -o")
-            files.put(self._manifest, (line for line, _ in merged((), tasks)))
-            files.put(path, [json.dumps(settings, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"])
+            # What is no UTF-8 in it becomes an escape of JSON's.
+            text = json.dumps(settings, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
+            with self._writing():
+                files.put(self._manifest, (line for line, _ in merged((), tasks)))
+                files.put(path, [text + b"\n"])
+                files.sync_folder(self.folder.parent)
             self.total = _count(self._manifest)
             return 0, 0
-        self._compare(json.loads(path.read_bytes()), json.loads(json.dumps(settings)))
+        self._compare(_settings(path), json.loads(json.dumps(settings)))
         before, kept, after = _count(self._manifest), 0, 0
 
         def counted() -> Iterator[bytes]:
@@ -91,7 +103,8 @@ class Journal:
                 yield line
 
         if extend:
-            files.put(self._manifest, counted())
+            with self._writing():
+                files.put(self._manifest, counted())
         else:
             deque(counted(), maxlen=0)
         self.total = after if extend else before
@@ -123,13 +136,11 @@ class Journal:
                     self.again.append(number)
                 else:
                     see(Task.from_line(task), row)
-        try:
+        with self._writing():
             if damaged or end < size:
                 self._keep(bytes(damaged) + os.pread(self._file, size - end, end))
             if end < size:
                 files.cut(self._file, end)
-        except OSError as error:
-            raise self._failed(error) from None
         self._size = end
 
     def tasks(self) -> Iterator[Task]:
@@ -151,18 +162,15 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row, whole or not at all. Raises `OutputError`, or `OutputTaken` where somebody else wrote."""
-        if os.fstat(self._file).st_size != self._size:
-            raise OutputTaken(str(self.output), "somebody else has written to it")
+        self._check_alone()
         line = to_line(row)
-        try:
+        with self._writing():
             files.write(self._file, line)
             self._size += len(line)
             self.done += 1
             self._unsynced += 1
             if self._unsynced >= SYNC_ROWS or time.monotonic() - self._synced > SYNC_SECONDS:
                 self.sync()
-        except OSError as error:
-            raise self._failed(error) from None
 
     def sync(self) -> None:
         os.fsync(self._file)
@@ -186,14 +194,21 @@ class Journal:
                         number = next(wanted, None)
                     else:
                         yield line
+            self._check_alone()
 
-        try:
+        with self._writing():
             files.put(self.output, lines())
-        except OSError as error:
-            raise self._failed(error) from None
-        os.close(self._file)
-        self._file = os.open(self.output, os.O_RDWR | os.O_APPEND)
-        self._size = os.fstat(self._file).st_size
+            before, self._file = self._file, os.open(self.output, os.O_RDWR | os.O_APPEND)
+            os.close(before)
+            self._size = os.fstat(self._file).st_size
+
+    def _check_alone(self) -> None:
+        """Raises `OutputTaken` where the file is not what this run has made of it."""
+        ours = os.fstat(self._file)
+        with self._writing():
+            there = self.output.exists() and os.path.samestat(os.stat(self.output), ours)
+        if not there or ours.st_size != self._size:
+            raise OutputTaken(str(self.output), "somebody else has written to it, or taken it away")
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -208,18 +223,34 @@ class Journal:
             number += 1
         files.put(torn, [data])
 
-    def _failed(self, error: OSError) -> OutputError:
-        return OutputError(str(self.output), error.strerror or str(error), "the same command goes on")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Translates what a disk says."""
+        try:
+            yield
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OutputError(str(self.output), reason, "the same command goes on") from None
 
 
 def _row(line: bytes, task: Task) -> dict[str, Any] | None:
     """A line's row; None where it is none, or about something else."""
     try:
         row = json.loads(line)
-        same = (row["image"], row["question"], row.get("id")) == task.key and row["status"] in ("ok", "error")
-    except (ValueError, KeyError, TypeError):
+        same = (row["image"], row["question"], row.get("id")) == task.key and is_whole(row)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return row if same else None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise BadData(str(path), "damaged", "give another file to -o")
+    return settings
 
 
 def _lines(path: Path) -> Iterator[bytes]:

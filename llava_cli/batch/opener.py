@@ -42,6 +42,7 @@ class Opener:
         self._threads = ThreadPoolExecutor(self._count)
         self._own = threading.local()
         self._workers: list[_Worker] = []
+        self._closed = False
 
     def opened(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Picture | LlavaError]]:
         """The tasks in order, each with its picture: the same object for all that follow each other about one."""
@@ -68,12 +69,13 @@ class Opener:
             found = self._worker().open(path, self._options)
             if isinstance(found, Picture):
                 return replace(found, name=image)
-            if not isinstance(found, (InputMissing, _Crash)):
+            if self._closed or not isinstance(found, (InputMissing, _Crash)):
                 break
         return BadImage(printable(path), found.reason) if isinstance(found, _Crash) else found
 
     def close(self) -> None:
         """Ends the processes, whatever they are at."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.end()
@@ -129,6 +131,9 @@ class _Worker:
         if self._pipe is None:
             self._pipe, theirs = Pipe()
             command = [sys.executable, "-m", "llava_cli.batch.worker", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            # In a session of its own: what a terminal sends (Ctrl-C) is for us to deal with.
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
             theirs.close()
         return self._pipe

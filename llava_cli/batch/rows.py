@@ -14,6 +14,8 @@ from llava_cli.conversation import Picture
 from llava_cli.engine import Answer
 from llava_cli.errors import LlavaError
 
+_KEYS = ("image", "question", "answer", "status", "error", "model", "finish_reason", "answer_tokens", "sha256")
+
 # Left as they are, a terminal would obey some of these, and some readers of lines take others for an end.
 _NOT_PLAIN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _REPEATED = re.compile(r"(?<!\S)(\S.{0,150}?\s)\1{3,}|(\S)\2{30,}", re.DOTALL)
@@ -33,7 +35,7 @@ class Seen:
 
 
 def make_row(task: Task, seen: Seen | None, outcome: Answer | LlavaError, model: str) -> dict[str, Any]:
-    """One row. Every row has the first nine keys; the others are there where they say something."""
+    """One row. Every row has the nine of `_KEYS`; the others are there where they say something."""
     answer = outcome if isinstance(outcome, Answer) else None
     error = {"type": type(outcome).__name__, "message": outcome.reason} if isinstance(outcome, LlavaError) else None
     row: dict[str, Any] = {
@@ -65,9 +67,24 @@ def make_row(task: Task, seen: Seen | None, outcome: Answer | LlavaError, model:
     return row
 
 
-def to_line(row: dict[str, Any]) -> bytes:
+def is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row that was read has all that is told of rows."""
+    if not row.keys() >= set(_KEYS):
+        return False
+    answered = isinstance(row["answer"], str) and type(row["answer_tokens"]) is int
+    failed = isinstance(row["error"], dict) and isinstance(row["error"].get("type"), str)
+    flags = row.get("flags", [])
+    return (
+        (answered if row["status"] == "ok" else failed and row["status"] == "error")
+        and isinstance(flags, list)
+        and all(isinstance(flag, str) for flag in flags)
+        and isinstance(row.get("right", False), bool)
+    )
+
+
+def to_line(row: dict[str, Any], ascii_only: bool = False) -> bytes:
     """A row as its line: UTF-8, with what is not plain text escaped."""
-    text = json.dumps(row, ensure_ascii=False)
+    text = json.dumps(row, ensure_ascii=ascii_only)
     return (_NOT_PLAIN.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n").encode()
 
 

@@ -18,7 +18,7 @@ from llava_cli.batch.opener import Opener
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.runner import answered, conversation_of, sampling_of
 from llava_cli.batch.tally import Tally
-from llava_cli.batch.tasks import STDIN, Source, Task
+from llava_cli.batch.tasks import STDIN, Source, Task, distinct
 from llava_cli.engine import Engine
 from llava_cli.errors import InputMissing, LlavaError, printable
 from llava_cli.loader import identify, load_engine
@@ -63,7 +63,7 @@ def run(job: Job) -> int:
         stack.enter_context(stopping)
         speed = _answer(job, journal, tally, engine, opener, stopping)
         if job.verify and not stopping.signal:
-            _verify(job, tally, engine, opener)
+            _verify(job, tally, engine, opener, stopping)
     return _end(job, tally, stopping, speed)
 
 
@@ -107,8 +107,9 @@ def _answer(job: Job, journal: Journal | None, tally: Tally, engine: Engine, ope
 
     with render.counting(journal.total if journal else None, job.quiet) as show:
         if journal is None:
-            for row in rows(job.source.tasks()):
-                sys.stdout.write(to_line(row).decode())
+            ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+            for row in rows(distinct(job.source.tasks())):
+                sys.stdout.write(to_line(row, ascii_only).decode())
                 sys.stdout.flush()
         else:
             if journal.again:
@@ -122,18 +123,19 @@ def _answer(job: Job, journal: Journal | None, tally: Tally, engine: Engine, ope
     return f"{rates} · {seconds:.1f} s"
 
 
-def _verify(job: Job, tally: Tally, engine: Engine, opener: Opener) -> None:
+def _verify(job: Job, tally: Tally, engine: Engine, opener: Opener, stopping: Stopping) -> None:
     """Asks some rows again, one by one, and says which answers differ."""
-    flips = []
+    flips, asked = [], 0
     with render.spinner("verifying", job.quiet):
         for task, text in tally.drawn:
-            picture = opener.open(task.image)
-            if isinstance(picture, LlavaError):
+            picture = opener.open(task.image) if stopping.go_on() else None
+            if picture is None or isinstance(picture, LlavaError):
                 continue
+            asked += 1
             alone = engine.answer(conversation_of(task, picture, job.settings), sampling_of(task, job.settings)).text
             if alone != text:
                 flips.append(f"  {printable(task.image)}: {text!r}, alone {alone!r}")
-    render.note(f"verified {len(tally.drawn)} rows, asked alone: {len(flips)} differ ({engine.precision})")
+    render.note(f"verified {asked} rows, asked alone: {len(flips)} differ ({engine.precision})")
     for line in flips:
         render.note(line)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
-from llava_cli.errors import BadData, InputMissing, UsageError, printable
+from llava_cli.errors import BadData, InputMissing, OutputError, UsageError, printable
 from llava_cli.images import SUFFIXES
 
 STDIN = "-"
@@ -41,10 +43,14 @@ class Task:
 
     @classmethod
     def from_line(cls, line: bytes) -> Task:
-        values = json.loads(line)
-        if isinstance(values.get("answer"), list):
-            values["answer"] = tuple(values["answer"])
-        return cls(**values)
+        """Raises `BadData` for what is no line of a manifest."""
+        try:
+            values = json.loads(line)
+            if isinstance(values.get("answer"), list):
+                values["answer"] = tuple(values["answer"])
+            return cls(**values)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise BadData("manifest", "damaged", "give another file to -o") from None
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Source:
     def _row(self, line: bytes, where: str) -> Iterator[Task]:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadData(where, "not JSON", _EXAMPLE) from None
         if not isinstance(row, dict):
             raise BadData(where, "not a JSON object", _EXAMPLE)
@@ -134,12 +140,17 @@ class Source:
             yield Task(question=question, **known)
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that has a UTF-8 form: JSON can write halves of characters."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
+
+
 _EXAMPLE = '{"image": "a.jpg", "question": "what is this?"}'
-_FIT = {
-    "image": lambda value: isinstance(value, str) and value != "" and "\0" not in value,
-    "question": lambda value: isinstance(value, str) and value.strip() != "",
-    "id": lambda value: isinstance(value, (str, int, float)),
-    "system": lambda value: isinstance(value, str),
+_FIT: dict[str, Callable[[Any], bool]] = {
+    "image": lambda value: _is_text(value) and value != "" and "\0" not in value,
+    "question": lambda value: _is_text(value) and value.strip() != "",
+    "id": lambda value: isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)),
+    "system": lambda value: _is_text(value),
     "max_tokens": lambda value: type(value) is int and 1 <= value <= 1_000_000,
     "answer": lambda value: isinstance(value, (str, tuple)),
 }
@@ -152,9 +163,9 @@ def _gold(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (int, float)) else value
 
 
-def _opened(name: str) -> IO[bytes]:
+def _opened(name: str) -> AbstractContextManager[IO[bytes]]:
     if name == STDIN:
-        return open(sys.stdin.fileno(), "rb", closefd=False) if hasattr(sys.stdin, "fileno") else sys.stdin.buffer
+        return nullcontext(sys.stdin.buffer)
     try:
         return open(name, "rb")
     except OSError as error:
@@ -194,7 +205,7 @@ def walk(folder: str, include: Sequence[str] = ()) -> Iterator[str]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(path)
-                elif _included(path, include) and not entry.is_dir():
+                elif _included(path, include) and not os.path.isdir(entry.path):  # is_dir() raises for a link to itself
                     yield path
 
 
@@ -227,15 +238,22 @@ def merged(old: Iterable[bytes], new: Iterable[Task]) -> Iterator[tuple[bytes, b
             yield line, bool(found)
 
 
-class _scratch:  # noqa: N801  a context manager, used like a function
+def distinct(tasks: Iterable[Task]) -> Iterator[Task]:
+    """No task twice, as they come."""
+    with _scratch() as base:
+        base.execute("create table task (key text primary key) without rowid")
+        for task in tasks:
+            if base.execute("insert or ignore into task values (?)", (repr(task.key),)).rowcount:
+                yield task
+
+
+@contextmanager
+def _scratch() -> Iterator[sqlite3.Connection]:
     """A database of which no more than a few MB are in memory, gone in the end."""
-
-    def __enter__(self) -> sqlite3.Connection:
-        self._folder = tempfile.TemporaryDirectory(prefix="llava-")
-        self._base = sqlite3.connect(Path(self._folder.name) / "scratch.db", check_same_thread=False)
-        self._base.executescript("pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -8000")
-        return self._base
-
-    def __exit__(self, *error: object) -> None:
-        self._base.close()
-        self._folder.cleanup()
+    with tempfile.TemporaryDirectory(prefix="llava-") as folder:
+        try:
+            with closing(sqlite3.connect(Path(folder) / "scratch.db", check_same_thread=False)) as base:
+                base.executescript("pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -8000")
+                yield base
+        except sqlite3.Error as error:
+            raise OutputError(folder, str(error), "TMPDIR=FOLDER llava … puts it elsewhere") from None

@@ -6,9 +6,9 @@ python -m llava_cli.batch.worker DESCRIPTOR
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,16 +22,13 @@ SECONDS = 60
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that we work for
     _limit(resource.RLIMIT_AS, MEMORY)
     asked = Connection(int(sys.argv[1]))
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # whoever asked is gone
+        while True:
             path, options = asked.recv()
-        except EOFError:
-            return
-        _limit(resource.RLIMIT_CPU, int(time.process_time()) + SECONDS)
-        asked.send(_opened(path, **options))
+            _limit(resource.RLIMIT_CPU, int(time.process_time()) + SECONDS)
+            asked.send(_opened(path, **options))
 
 
 def _opened(path: str, shrink: int | None = None, **options: bool) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def batch(
     asked = (*([question] if question is not None else []), *(questions or []))
     given = Source(source, asked, tuple(include or ()), null, root)
     given.check()
-    command = shlex.join(["llava", *sys.argv[1:]])
+    command = " ".join(["llava", *map(_typed, sys.argv[1:])])
     job = Job(
         source=given,
         settings=settings_of(context),
@@ -121,6 +122,14 @@ def batch(
     )
     if code := run(job):
         raise typer.Exit(code)
+
+
+def _typed(word: str) -> str:
+    """A word as it can be typed again, and printed on any terminal."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(word))
+    return f"$'{''.join(plain)}'"
 
 
 def _size(text: str) -> int | None:

@@ -1,0 +1,183 @@
+"""What the tests of `llava batch` run with: an engine and pictures that cost nothing, and disks that fail anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+from PIL import Image
+
+from llava_cli.batch import files, journal
+from llava_cli.batch.tasks import Task
+from llava_cli.conversation import Conversation, Picture
+from llava_cli.engine import Answer, Chunk, Engine
+from llava_cli.errors import InputMissing, LlavaError
+from llava_cli.settings import Sampling
+
+
+class Told(Engine):
+    """Says what `say` says about a question and a picture's name."""
+
+    model, precision, device = "told", "fp32", "cpu"
+
+    def say(self, question: str, name: str) -> str:
+        return f"{name} ist schön \u202e\x1b[1m " + "x" * (len(name) * 7 % 23)
+
+    def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
+        turn = conversation.turns[-1]
+        text = self.say(turn.question, turn.pictures[0].name)
+        yield Chunk(text, Answer(text, "stop", 5, 0, len(text.split()), 0.0, 0.0))
+
+    def prompt(self, conversation: Conversation) -> str:
+        return conversation.turns[-1].question
+
+    def count(self, conversation: Conversation) -> int:
+        return 5
+
+    def peak_memory(self) -> int:
+        return 0
+
+
+class Pictures:
+    """An `Opener` of pictures that need no file; those that are `missing` are errors."""
+
+    missing: frozenset[str] = frozenset()
+
+    def __init__(self, *options: Any) -> None:
+        pass
+
+    def open(self, image: str) -> Picture | LlavaError:
+        if image in self.missing:
+            return InputMissing(image, "no such file or directory")
+        return Picture(image, Image.new("RGB", (2, 2)), hashlib.sha256(image.encode()).hexdigest())
+
+    def opened(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Picture | LlavaError]]:
+        return ((task, self.open(task.image)) for task in tasks)
+
+    def close(self) -> None:
+        pass
+
+
+class Died(BaseException):
+    """The process was killed: what the code would still do is not done."""
+
+
+class Faults:
+    """Stands in for `os` where output is written, and counts the moments around all that changes a disk.
+
+    At moment `at` the process dies, or gets the error number `error`, at all later ones too if it is `lasting`; what
+    is written at that moment is written in part. `power` says that what was not synced goes with the process.
+    `most` is how many bytes one write takes.
+    """
+
+    def __init__(
+        self,
+        at: int | None = None,
+        error: int = 0,
+        lasting: bool = False,
+        power: bool = False,
+        most: int | None = None,
+    ) -> None:
+        self.at, self.error, self.lasting, self.power, self.most = at, error, lasting, power, most
+        self.moments: list[str] = []
+        self.dead = False
+        self._descriptors: set[int] = set()
+        self._certain: dict[int, int] = {}  # by inode: how many bytes a power cut would leave
+
+    @contextmanager
+    def __call__(self, folder: Path) -> Iterator[None]:
+        """While the disk fails; `folder` is where all of the output is."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "os", self)
+            patch.setattr(journal, "os", self)
+            patch.setattr(files, "open", self.create, raising=False)
+            try:
+                yield
+            finally:
+                for descriptor in self._descriptors:  # as the kernel does it
+                    os.close(descriptor)
+                if self.dead and self.power:
+                    self._cut_power(folder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)  # what only reads
+
+    def _moment(self, what: str) -> None:
+        if self.dead:
+            raise Died
+        self.moments.append(what)
+        now = len(self.moments) - 1
+        if now == self.at or (self.at is not None and now > self.at and self.lasting):
+            if self.error:
+                raise OSError(self.error, os.strerror(self.error))
+            self.dead = True
+            raise Died
+
+    def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            self._moment("open")
+        descriptor = os.open(path, flags, mode)
+        self._descriptors.add(descriptor)
+        if flags & os.O_CREAT:
+            self._moment("opened")
+        return descriptor
+
+    def create(self, path: Any, mode: str, **options: Any) -> BinaryIO:
+        self._moment("open")
+        file = open(path, mode, **options)  # noqa: SIM115  whoever asked closes it
+        self._moment("opened")
+        return file  # type: ignore[return-value]
+
+    def close(self, descriptor: int) -> None:
+        if not self.dead:
+            self._descriptors.discard(descriptor)
+            os.close(descriptor)
+
+    def write(self, descriptor: int, data: Any) -> int:
+        data = bytes(data)[: self.most]
+        for part in sorted({0, 1, len(data) // 2, len(data) - 1}):
+            alive = not self.dead
+            try:
+                self._moment("write")
+            except BaseException:
+                if alive:
+                    self._put(descriptor, data[:part])
+                raise
+        count = self._put(descriptor, data)
+        self._moment("wrote")
+        return count
+
+    def _put(self, descriptor: int, data: bytes) -> int:
+        status = os.fstat(descriptor)
+        self._certain.setdefault(status.st_ino, status.st_size)
+        return os.write(descriptor, data)
+
+    def fsync(self, descriptor: int) -> None:
+        self._moment("fsync")
+        self._certain.pop(os.fstat(descriptor).st_ino, None)
+        self._moment("fsynced")
+
+    def ftruncate(self, descriptor: int, size: int) -> None:
+        self._moment("truncate")
+        os.ftruncate(descriptor, size)
+        self._moment("truncated")
+
+    def replace(self, old: Any, new: Any) -> None:
+        self._moment("rename")
+        os.replace(old, new)
+        self._moment("renamed")
+
+    def unlink(self, path: Any) -> None:
+        self._moment("unlink")
+        os.unlink(path)
+        self._moment("unlinked")
+
+    def _cut_power(self, folder: Path) -> None:
+        for path in folder.rglob("*"):
+            with suppress(KeyError):
+                os.truncate(path, min(path.stat().st_size, self._certain[path.stat().st_ino]))
