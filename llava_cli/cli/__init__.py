@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import warnings
 from typing import Annotated, Any
 
@@ -105,8 +106,16 @@ def main() -> None:
     # many, that is 300 MB. A step needs a dozen.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "32")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _end)
     app(prog_name="llava")
+
+
+def _end(*_: object) -> None:
+    """Ends the process in order; if that is caught on the way (libraries do while they are imported), anyway."""
+    anyway = threading.Timer(2, os._exit, (143,))
+    anyway.daemon = True
+    anyway.start()
+    sys.exit(143)
 
 
 from llava_cli.cli import ask, batch, chat, chats, doctor, models, prompt, report  # noqa: E402, F401  the commands register themselves

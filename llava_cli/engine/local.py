@@ -71,7 +71,7 @@ class LocalEngine(Engine):
                     if (item := source.get(0 if schedule.running else GATHER)) is None:
                         break
                     if isinstance(item, Row):
-                        schedule.waiting.append(item)
+                        schedule.put(item)
                     else:
                         yield item[0], item[1] if isinstance(item[1], LlavaError) else self._outcome(item[1])
                 if not schedule.running and not (more and schedule.waiting):

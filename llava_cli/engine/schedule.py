@@ -30,9 +30,14 @@ class Schedule:
 
     @property
     def room(self) -> int:
-        """How many more rows should be put to `waiting`: none before half of the batch has left."""
-        size = self.size or MOST
+        """How many more rows it should be given: none before half of the batch has left."""
+        size = self.size or 1
         return size - len(self.waiting) if self.running * 2 <= size else 0
+
+    def put(self, row: Row) -> None:
+        """One more row that waits."""
+        self.waiting.append(row)
+        self.size = self.size or _fitting(self.model, row)
 
     def step(self, admit: bool = True) -> list[tuple[int, Answer | LlavaError]]:
         """One more token for each row, of those that wait too if there is room: the numbers that are done, and how."""
@@ -51,9 +56,8 @@ class Schedule:
 
     def _joining(self) -> list[Row]:
         """Takes the next rows out of those that wait, the shortest first and those about one picture together."""
-        if not self.waiting or self.running * 2 > (self.size or MOST):
+        if self.size is None or self.running * 2 > self.size:
             return []
-        self.size = self.size or _fitting(self.model, max(self.waiting, key=lambda row: row.most_tokens))
         longest: dict[int, int] = {}
         for row in self.waiting:
             longest[row.group] = max(longest.get(row.group, 0), len(row.prompt))
