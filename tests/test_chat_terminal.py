@@ -80,7 +80,10 @@ def test_keys(terminal: Open, drawing: Path, run: Run) -> None:
 
 
 def test_history_is_there_the_next_time(terminal: Open, drawing: Path) -> None:
-    child = terminal(drawing, "--no-preview")
+    child = terminal("--no-preview")
+    child.send(f"/image {drawing}{ENTER}")
+    child.expect("goes with the next question")
+    assert "▀" not in (child.before or "")
     child.send(f"what color is the circle?{ENTER}")
     child.expect(r"\[\?2004lred\r\n")
     child.send(f"/exit{ENTER}")
@@ -88,14 +91,6 @@ def test_history_is_there_the_next_time(terminal: Open, drawing: Path) -> None:
     child = terminal("--continue")
     child.send(f"\x1b[A\x1b[A{ENTER}")  # up, over /exit
     child.expect(r"\[\?2004lred\r\n")
-
-
-def test_path_is_completed_after_image(terminal: Open, drawing: Path) -> None:
-    child = terminal("--no-preview")
-    child.send(f"/image {drawing.parent}/draw\t")
-    child.expect(re.escape("ing.png"))
-    child.send(ENTER)
-    child.expect(re.escape("(300x200) goes with the next question"))
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_it(terminal: Open, endless: Path, drawing: Path, run: Run) -> None:
@@ -134,15 +129,13 @@ def test_kill_loses_only_the_turn_in_progress(terminal: Open, endless: Path, dra
     assert run("chats", "show", "1").stdout.count("> ") == 1
 
 
-def test_thumbnail_unless_it_is_not_wanted(terminal: Open, drawing: Path) -> None:
-    child = terminal("--no-preview")
-    child.send(f"/image {drawing}{ENTER}")
-    child.expect("goes with the next question")
-    assert "▀" not in (child.before or "")
+def test_path_is_completed_and_the_picture_shown(terminal: Open, drawing: Path) -> None:
     child = terminal()
-    child.send(f"/image {drawing}{ENTER}")
+    child.send(f"/image {drawing.parent}/draw\t")
+    child.expect(re.escape("ing.png"))
+    child.send(ENTER)
     child.expect("▀")
-    child.expect("goes with the next question")
+    child.expect(re.escape("(300x200) goes with the next question"))
 
 
 def test_model_gives_the_terminal_no_orders(terminal: Open, checkpoint: Callable[[str], Path], drawing: Path) -> None:

@@ -14,10 +14,14 @@ from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation
 from llava_cli.engine import Answer, Engine, Request
 from llava_cli.errors import LlavaError
+from llava_cli.machine import give_back_memory
 from llava_cli.settings import Sampling, Settings
 
 WINDOW = 512
 """Tasks that may be begun and not yet written: a slow first one does not let the others pile up."""
+
+TIDY = 1000
+"""Rows after which memory is given back."""
 
 
 def sampling_of(task: Task, settings: Sampling) -> Sampling:
@@ -65,3 +69,5 @@ def answered(
                 yield task, make_row(task, seen, ready.pop(first), engine.model)
                 gate.release()
                 first += 1
+                if first % TIDY == 0:
+                    give_back_memory()
