@@ -21,6 +21,8 @@ from llava_cli.cli import app
 if TYPE_CHECKING:
     from llava_cli.engine.local import LocalEngine
 
+# Two workers whose torch takes two threads each spend most of their time waiting for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Whoever runs the tests in the background may have had SIGINT ignored, and every process started here would ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
