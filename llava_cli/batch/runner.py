@@ -17,7 +17,7 @@ from llava_cli.errors import LlavaError
 from llava_cli.machine import give_back_memory
 from llava_cli.settings import Sampling, Settings
 
-WINDOW = 512
+WINDOW = 1024
 """Tasks that may be begun and not yet written: a slow first one does not let the others pile up."""
 
 TIDY = 1000

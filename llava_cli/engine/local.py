@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 
-AHEAD = 32
-"""Prompts that are prepared while the model runs."""
 GATHER = 0.05
 """Seconds to wait for one more prompt before an idle model begins with those that are there."""
 
@@ -63,7 +61,8 @@ class LocalEngine(Engine):
         size: int | None = None,
         go_on: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
-        schedule, source = Schedule(self._model, size), Ahead(self._rows(requests), AHEAD)
+        schedule = Schedule(self._model, size)
+        source = Ahead(self._rows(requests), schedule.ahead)
         try:
             while True:
                 more = go_on()

@@ -24,6 +24,11 @@ class Schedule:
         self._batch = Batch(model)
 
     @property
+    def ahead(self) -> int:
+        """How many prompts should be prepared while the model runs: the next batch of a small one, a few of a large."""
+        return MOST if self.model.num_parameters() < _LARGE[0] else 2 * _LARGE[1]
+
+    @property
     def running(self) -> int:
         """How many rows are being answered."""
         return len(self._batch.rows)
