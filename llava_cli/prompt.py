@@ -182,10 +182,11 @@ class _Once:
     def __call__(self, images: list[Image], **options: Any) -> Any:
         from transformers import BatchFeature
 
-        if self._last is None or not _same(self._last[0], images) or self._last[1] != options:
+        if self._last is None or not same_images(self._last[0], images) or self._last[1] != options:
             self._last = images, options, dict(self._inner(images, **options))
         return BatchFeature(dict(self._last[2]))  # a copy: some processors take things out of it
 
 
-def _same(before: list[Image], now: list[Image]) -> bool:
+def same_images(before: list[Image], now: list[Image]) -> bool:
+    """Whether these are the very same pictures, in the same order."""
     return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))

@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.conversation import Conversation, Picture
+from llava_cli.conversation import Conversation
 from llava_cli.engine.ahead import Ahead
 from llava_cli.engine.base import Answer, Chunk, Engine, Request
 from llava_cli.engine.decode import Chooser, decode, end_tokens
-from llava_cli.engine.many import Row, can_batch
+from llava_cli.engine.many import Row
 from llava_cli.engine.prefix import PrefixCache
 from llava_cli.engine.reply import Reply
 from llava_cli.engine.schedule import Schedule
 from llava_cli.errors import LlavaError, PromptTooLong, model_errors
-from llava_cli.prompt import Prompter
+from llava_cli.prompt import Prompter, same_images
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
     import torch
-
+    from PIL.Image import Image
 
 GATHER = 0.05
 """Seconds to wait for one more prompt before an idle model begins with those that are there."""
@@ -103,7 +103,8 @@ class LocalEngine(Engine):
 
     def _rows(self, requests: Iterable[Request | LlavaError]) -> Iterator[Row | tuple[int, Request | LlavaError]]:
         """Each request ready to be answered; as it is where it cannot stand in a batch, or why it cannot at all."""
-        group, before = 0, tuple[Picture, ...]()
+        group = 0
+        before: list[Image] = []
         for number, request in enumerate(requests):
             if isinstance(request, LlavaError):
                 yield number, request
@@ -115,12 +116,10 @@ class LocalEngine(Engine):
             except LlavaError as error:
                 yield number, error
                 continue
-            pictures = request.conversation.pictures
-            if len(pictures) != len(before) or any(
-                a.image is not b.image for a, b in zip(pictures, before, strict=True)
-            ):
+            pictures = [picture.image for picture in request.conversation.pictures]
+            if not same_images(before, pictures):
                 group, before = number, pictures
-            if can_batch(self._model, inputs):
+            if self._prefix.can_part(inputs) and inputs["input_ids"].shape[1] > 1:
                 yield Row(number, inputs, group, most, partial(self._start, request.sampling, most))
             else:
                 yield number, request

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.base import Answer
-from llava_cli.engine.cache import new_cache, plain_cache
+from llava_cli.engine.cache import new_cache
 from llava_cli.engine.decode import Chooser
 from llava_cli.engine.prefix import ROWS, WHOLE, alike
 from llava_cli.engine.reply import Reply
@@ -110,10 +110,11 @@ class Batch:
         for row, token in zip(self.rows, tokens, strict=True):
             row.ids.append(token)
             row.reply.put(token, show=False)
-        done = [row for row in self.rows if row.reply.done]
+        done = [i for i, row in enumerate(self.rows) if row.reply.done]
+        leaving = [self.rows[i] for i in done]
         if done:
-            self._drop([i for i, row in enumerate(self.rows) if row.reply.done])
-        return done
+            self._drop(done)
+        return leaving
 
     def _shared(self, group: _Group, row: Row) -> int:
         """How many tokens the group and a row begin with alike, if all their pictures are among them; else 0."""
@@ -201,12 +202,6 @@ class Batch:
         device = self.model.device
         shape = len(rows), width
         return torch.tensor(ids, device=device).view(shape).long(), torch.tensor(mask, device=device).view(shape).long()
-
-
-def can_batch(model: Any, inputs: dict[str, torch.Tensor]) -> bool:
-    """Whether prompts with such inputs can stand in rows: nothing beside tokens but pixels and their sizes."""
-    known = {"input_ids", "attention_mask", *ROWS, *WHOLE}
-    return plain_cache(model) and set(inputs) <= known and inputs["input_ids"].shape[1] > 1
 
 
 def _stacked(inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 # token or carry positions of their own; such a model reads each prompt from its beginning.
 ROWS = ("pixel_values", "image_sizes")
 WHOLE = ("batch_num_images",)
-_ALL_ONES = "attention_mask"
+_KNOWN = {"input_ids", "attention_mask", *ROWS, *WHOLE}
 
 
 def alike(one: list[int], other: list[int]) -> int:
@@ -43,6 +44,10 @@ class PrefixCache:
 
         self._read: tuple[list[int], dict[str, torch.Tensor]] = [], {}
         self._cache = new_cache() if self._cuttable else DynamicCache(config=self.model.config)
+
+    def can_part(self, inputs: Collection[str]) -> bool:
+        """Whether prompts with inputs of these names can be read a part at a time, or as rows beside others."""
+        return self._cuttable and _KNOWN.issuperset(inputs)
 
     def prefill(self, inputs: dict[str, torch.Tensor], reader: object) -> torch.Tensor:
         """One prompt as its processor makes it, `input_ids` [1, tokens] -> logits after its end [1, vocabulary]."""
@@ -89,7 +94,7 @@ class PrefixCache:
         self, ids: list[int], rows: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
     ) -> tuple[int, int]:
         """How many leading tokens of `ids` need not be read again, and how many pictures are among them."""
-        if set(inputs) - {"input_ids", _ALL_ONES, *ROWS, *WHOLE} or not self._cuttable:
+        if not self.can_part(inputs):
             return 0, 0
         tokens, old_rows = self._read
         kept = alike(ids[:-1], tokens)  # the last one has to be read for its logits
