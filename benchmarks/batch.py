@@ -121,7 +121,6 @@ def main() -> None:
                 compare("easy-VQA", engine, tasks, tasks[:100], 16, args.runs)
         if args.only in (None, "1B"):
             engine = loaded("1B", "4bit")
-            path = Path(folder) / "photo.png"
             noise = Image.effect_noise((640, 480), 90).convert("RGB")
             tasks = []
             for number in range(8):

@@ -11,7 +11,7 @@ from typing import Any
 from llava_cli.batch.opener import Opener
 from llava_cli.batch.rows import Seen, make_row
 from llava_cli.batch.tasks import Task
-from llava_cli.conversation import Conversation
+from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Engine, Request
 from llava_cli.errors import LlavaError
 from llava_cli.machine import give_back_memory
@@ -28,7 +28,7 @@ def sampling_of(task: Task, settings: Sampling) -> Sampling:
     return replace(settings, max_tokens=task.max_tokens) if task.max_tokens else settings
 
 
-def conversation_of(task: Task, picture: Any, settings: Settings) -> Conversation:
+def conversation_of(task: Task, picture: Picture, settings: Settings) -> Conversation:
     system = task.system if task.system is not None else settings.system
     return Conversation(system=system).ask(task.question, [picture])
 

@@ -19,6 +19,7 @@ from llava_cli.errors import BadData, InputMissing, OutputError, UsageError, pri
 from llava_cli.images import SUFFIXES
 
 STDIN = "-"
+_USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,16 @@ class Source:
     def check(self) -> None:
         """Raises what would go wrong, before anything is loaded or written."""
         if not self.name:
-            raise UsageError("SOURCE", "there is none", 'llava batch photos/ "describe the photo" -o out.jsonl')
+            raise UsageError("SOURCE", "there is none", _USAGE)
         if self.name == STDIN:
             if sys.stdin is None or sys.stdin.isatty():
                 raise UsageError(STDIN, "no paths on stdin", 'find . -name "*.jpg" | llava batch - "what is this?"')
         elif not os.path.exists(self.name):
             raise InputMissing(printable(self.name), "no such file or folder")
         if not self.is_questions and not any(self.questions):
-            raise UsageError("QUESTION", "there is none", 'llava batch photos/ "describe the photo" -o out.jsonl')
+            raise UsageError("QUESTION", "there is none", _USAGE)
         if any(not question.strip() for question in self.questions):
-            raise UsageError("QUESTION", "it is empty", 'llava batch photos/ "describe the photo" -o out.jsonl')
+            raise UsageError("QUESTION", "it is empty", _USAGE)
 
     def tasks(self) -> Iterator[Task]:
         """In the source's order, a folder's by path; raises `BadData` for a line of questions that is none."""
