@@ -2,7 +2,8 @@
 
 The loop asks one at a time in one process, `engine.ask(picture, question)`, and so does its model's own
 `generate`; the batch is what `llava batch` does once its model is loaded: pictures opened by processes of their
-own, prompts prepared ahead, many answered at once. All of them in one run, in turn, median of `--runs`.
+own, prompts prepared ahead, many answered at once. Each has a process, that waits while another one has its turn;
+all of them in one run, median of `--runs`, ratios turn by turn.
 
 - builtin: drawings on disk, "what is this?" (an answer has a dozen tokens).
 - easy-VQA: pictures of its test half, each with all of its questions (about ten; an answer is a word).
@@ -12,11 +13,14 @@ own, prompts prepared ahead, many answered at once. All of them in one run, in t
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
@@ -40,7 +44,7 @@ Way = Callable[[list[Task]], list[str]]
 
 
 def ways(engine: LocalEngine, max_tokens: int) -> dict[str, Way]:
-    """How the same tasks are done, each way once before it is timed: the first pass is slow."""
+    """How the same tasks are done."""
     settings = Settings(max_tokens=max_tokens)
 
     def loop(tasks: list[Task]) -> list[str]:
@@ -68,30 +72,49 @@ def ways(engine: LocalEngine, max_tokens: int) -> dict[str, Way]:
     return {"loop": loop, "generate": generate, "batch": batch}
 
 
-def compare(name: str, engine: LocalEngine, tasks: list[Task], few: list[Task], max_tokens: int, runs: int) -> None:
+def work(way: str, model: str, tasks: list[Task], few: list[Task], max_tokens: int, turns: Connection) -> None:
+    """One way in a process of its own: does its tasks at each turn, and sends the seconds and the answers."""
+    engine = loaded("1B", "4bit") if model == "1B" else load(model)
+    do = ways(engine, max_tokens)[way]
+    do(few[:2])  # the first pass is slow
+    turns.send(engine.precision)
+    while turns.recv():
+        begin = time.perf_counter()
+        said = do(tasks)
+        turns.send((time.perf_counter() - begin, said))
+
+
+def compare(name: str, model: str, tasks: list[Task], few: list[Task], max_tokens: int, runs: int) -> None:
     """Prints a line for each way. The slow ones do only the first `few` of the tasks; a rate is a rate."""
-    seconds: dict[str, list[float]] = {}
+    todo = {"loop": few, "generate": few, "batch": tasks}
+    turns: dict[str, Connection] = {}
+    spawn = get_context("spawn")
+    for way, its in todo.items():
+        turns[way], theirs = spawn.Pipe()
+        if way == "batch":  # as the command itself has it
+            os.environ["GOMP_SPINCOUNT"] = "10000"
+        spawn.Process(target=work, args=(way, model, its, few, max_tokens, theirs), daemon=True).start()
+    precision = [pipe.recv() for pipe in turns.values()]
+    seconds: dict[str, list[float]] = {way: [] for way in todo}
     said: dict[str, list[str]] = {}
-    table = ways(engine, max_tokens)
-    for way in table.values():
-        way(few[:2])
     for _ in range(runs):
-        for way, do in table.items():
-            work = tasks if way == "batch" else few
-            begin = time.perf_counter()
-            said[way] = do(work)
-            pictures = len({task.image for task in work})
-            seconds.setdefault(way, []).append((time.perf_counter() - begin) / pictures)
+        for way, pipe in turns.items():
+            pipe.send(True)
+            took, said[way] = pipe.recv()
+            seconds[way].append(took / len({task.image for task in todo[way]}))
+    for pipe in turns.values():
+        pipe.send(False)
     rates = {way: 1 / statistics.median(times) for way, times in seconds.items()}
     same = sum(a == b for a, b in zip(said["loop"], said["batch"], strict=False))
-    print(f"{name}, {len(tasks) / len({t.image for t in tasks}):.1f} questions a picture, {engine.precision}:")
+    print(f"{name}, {len(tasks) / len({t.image for t in tasks}):.1f} questions a picture, {precision[0]}:")
     print(f"  a loop over llava's own ask    {rates['loop']:8.2f} pictures/s")
     print(f"  a loop over generate           {rates['generate']:8.2f} pictures/s")
     print(f"  llava batch                    {rates['batch']:8.2f} pictures/s")
-    print(
-        f"  ratio {rates['batch'] / rates['loop']:.2f} to ask, {rates['batch'] / rates['generate']:.2f} to generate;",
-        end=" ",
-    )
+    ratios = [
+        statistics.median(a / b for a, b in zip(seconds[way], seconds["batch"], strict=True))
+        for way in ("loop", "generate")
+    ]
+    print(f"  ratio {ratios[0]:.2f} to ask, {ratios[1]:.2f} to generate;", end=" ")
     print(f"{same} of {len(few)} answers are those of ask", flush=True)
 
 
@@ -110,23 +133,20 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if args.only in (None, "builtin", "easy-vqa"):
-            engine = load("builtin")
-            if args.only != "easy-vqa":
-                tasks = drawings(Path(folder), 512, "what is this?")
-                compare("builtin", engine, tasks, tasks[:64], 64, args.runs)
-            if args.only != "builtin":
-                pictures = easy_vqa("test")[:100]
-                tasks = [Task(str(path), question) for path, turns in pictures for _, question, _ in turns]
-                compare("easy-VQA", engine, tasks, tasks[:100], 16, args.runs)
+        if args.only in (None, "builtin"):
+            tasks = drawings(Path(folder), 1024, "what is this?")
+            compare("builtin", "builtin", tasks, tasks[:64], 64, args.runs)
+        if args.only in (None, "easy-vqa"):
+            pictures = easy_vqa("test")[:100]
+            tasks = [Task(str(path), question) for path, turns in pictures for _, question, _ in turns]
+            compare("easy-VQA", "builtin", tasks, tasks[:100], 16, args.runs)
         if args.only in (None, "1B"):
-            engine = loaded("1B", "4bit")
             noise = Image.effect_noise((640, 480), 90).convert("RGB")
             tasks = []
             for number in range(8):
                 noise.rotate(number * 7).save(path := Path(folder) / f"photo-{number}.png")
                 tasks.append(Task(str(path), "what is in this picture?"))
-            compare("1B", engine, tasks, tasks[:4], 32, args.runs)
+            compare("1B", "1B", tasks, tasks[:4], 32, args.runs)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from llava_cli.images import reduce, square
 from llava_cli.settings import Fit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import torch
     from PIL.Image import Image
@@ -56,7 +56,8 @@ class Prompter:
         self.processor, self.tokenizer = copy(processor), processor.tokenizer
         self.processor.image_processor = _Once(processor.image_processor)
         self._views: dict[int, tuple[Image, Image]] = {}
-        self._last: tuple[object, dict[str, torch.Tensor]] | None = None  # what was asked, and the model's inputs
+        # The last prompt with pictures: its text, their layout, the model's inputs.
+        self._last: tuple[str, list[object], dict[str, torch.Tensor]] | None = None
         self.template, self.fit = template, fit
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
@@ -76,18 +77,30 @@ class Prompter:
         """The model's inputs: `input_ids` [1, tokens] with image tokens expanded, `pixel_values`, …"""
         text = self._render(conversation)
         images = self._views_of([picture.image for picture in conversation.pictures])
-        same = text, [image.size for image in images]
-        if self._last and self._last[0] == same:
+        if images and self._last and self._last[0] == text:
             # A batch asks one thing about many pictures: of all that the processor does, only pixels are new.
-            return {**self._last[1], **self.processor.image_processor.again(images)}
+            seen = self.processor.image_processor.again(images)
+            if self._layout(images, seen) == self._last[1]:
+                return {name: seen.get(name, value) for name, value in self._last[2].items()}
         if stand_ins := set(self._stand_in.values()) & set(text):
             self.tokenizer.add_tokens(sorted(stand_ins))
         # A template that begins with BOS has placed it already.
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
         inputs = self._spell_out(inputs, stand_ins) if stand_ins else inputs
-        self._last = (same, inputs) if images else None
+        self._last = (
+            (text, self._layout(images, self.processor.image_processor.again(images)), inputs) if images else None
+        )
         return dict(inputs)
+
+    def _layout(self, images: list[Image], seen: Mapping[str, Any]) -> list[object]:
+        """What a prompt's tokens can depend on of its pictures: all that is known of them but the pixels."""
+        from transformers import ProcessorMixin
+
+        # A processor that does not leave the text to transformers might look at more.
+        usual = type(self.processor).__call__ is ProcessorMixin.__call__
+        count: object = len(images) if usual else [image.size for image in images]
+        return [count, *((name, _known(value)) for name, value in seen.items())]
 
     def count(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
         """How many tokens there are, and how many of them stand for pictures."""
@@ -162,6 +175,15 @@ class Prompter:
         ids = [token for i in inputs["input_ids"][0].tolist() for token in spelled.get(i, [i])]
         grown = {k: v.repeat_interleave(lengths, dim=1) for k, v in inputs.items() if v.shape == shape}
         return {**inputs, **grown, "input_ids": torch.tensor([ids])}
+
+
+def _known(value: Any) -> object:
+    """What is not pixels, and of pixels how many there are."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.shape if value.is_floating_point() else value.tolist()
 
 
 class _Once:

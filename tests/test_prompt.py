@@ -139,3 +139,16 @@ def test_fit_shows_all_of_a_wide_picture_or_its_middle() -> None:
     assert padded[0, 0, 0, 0].item() == pytest.approx(0, abs=0.01)  # grey above the picture
     assert padded[0, 1, 32, 1].item() == pytest.approx(-1, abs=0.01)  # the red edge
     assert cropped.min().item() == pytest.approx(1, abs=0.01)  # white all over
+
+
+@pytest.mark.parametrize("family", ["builtin", *FAMILIES])
+def test_pictures_of_any_size_after_one_another(family: str, checkpoint: Callable[[str], Path]) -> None:
+    """The tokens of the prompt before are used again only where this picture has as many."""
+    settings = Settings(model=family if family == "builtin" else str(checkpoint(family)))
+    sizes = [(40, 30), (41, 30), (300, 40), (40, 300), (300, 41), (40, 30)]
+    talks = [Conversation().ask("what?", [Picture("", Image.new("RGB", size, "red"), sha256="")]) for size in sizes]
+    prompter = load_prompter(settings)
+    for talk in talks:
+        before, alone = prompter.encode(talk), load_prompter(settings).encode(talk)
+        assert before.keys() == alone.keys()
+        assert all(before[name].tolist() == alone[name].tolist() for name in alone)

@@ -35,9 +35,15 @@ class Schedule:
 
     @property
     def room(self) -> int:
-        """How many more rows it should be given: none before half of the batch has left."""
+        """How many more rows it should be given: none before half of the batch has left.
+
+        A large batch begins with the first quarter, while the others are prepared.
+        """
         size = self.size or 1
-        return size - len(self.waiting) if self.running * 2 <= size else 0
+        if self.running * 2 > size:
+            return 0
+        wanted = size if self.running else min(size, max(_LARGE[1], size // 4))
+        return max(0, wanted - len(self.waiting))
 
     def put(self, row: Row) -> None:
         """One more row that waits."""
