@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, stored_bytes
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
-from llava_cli.registry import Checkpoint, default_name, find
+from llava_cli.families import Family, named, recognise
+from llava_cli.registry import BUILTIN, Checkpoint, default_name, find
 from llava_cli.settings import Device, Fit, Precision, Settings
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def identify(settings: Settings) -> dict[str, str]:
     checkpoint = find(default_name(settings))
     check_files(checkpoint)
     how = plan(settings.device, settings.precision)
-    template = read_template(settings.template) if settings.template else ""
+    template = settings.template or ""
+    if template not in ("", "hub", "native"):  # which the checkpoint decides
+        template = read_template(template)
     return {
         "model": checkpoint.name,
         "checkpoint": fingerprint(checkpoint),
@@ -92,9 +95,8 @@ def _config(checkpoint: Checkpoint) -> Any:
 
 
 def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings) -> Prompter:
-    from llava_cli.prompt import Prompter, read_template
+    from llava_cli.prompt import Prompter
 
-    template = read_template(settings.template) if settings.template else None
     with model_errors(checkpoint.name, "its processor cannot be loaded", again(checkpoint.name)):
         # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
         processor = _processor_class(kind).from_pretrained(
@@ -103,7 +105,13 @@ def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings
         _agree(processor, config)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelUnusable(checkpoint.name, "its processor does not take pictures and text")
-    return Prompter(processor, template, settings.fit)
+    return Prompter(processor, settings.template, settings.fit, _family(checkpoint, config, processor.tokenizer))
+
+
+def _family(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> Family | None:
+    if checkpoint.name == BUILTIN:
+        return named(BUILTIN)
+    return recognise(config.model_type, config.get_text_config().model_type, tokenizer.get_added_vocab())
 
 
 def _processor_class(kind: str) -> Any:

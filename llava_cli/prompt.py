@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cli.conversation import Conversation
 from llava_cli.errors import LlavaError, ModelUnusable, UsageError, brief
+from llava_cli.families import Family
 from llava_cli.images import reduce, square
 from llava_cli.settings import Fit
 
@@ -35,33 +36,39 @@ def read_template(name: str) -> str:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such template" if isinstance(error, FileNotFoundError) else brief(error)
-        raise UsageError(name, reason, f"--template takes a .jinja file or one of: {_named()}") from None
+        raise UsageError(name, reason, _hint()) from None
 
 
-def _named() -> str:
-    return ", ".join(named_templates())
+def _hint() -> str:
+    return f"--template takes hub, native, a .jinja file or one of: {', '.join(named_templates())}"
 
 
 class Prompter:
     """Renders and tokenises conversations for one checkpoint.
 
-    `processor` is the checkpoint's transformers processor; `template` a Jinja text to use instead of
-    its own; `fit` "pad" or "crop" makes every picture square before the processor sees it. What a
-    user writes stays text: special tokens in it ("<image>", "</s>") become neither control tokens
-    nor pictures.
+    `processor` is the checkpoint's transformers processor, `family` what it was trained with, if that is known.
+    `template` names the format: "hub" is the checkpoint's own, "native" the family's, None the first of them that
+    there is; else a named template or a .jinja file. `fit` "pad" or "crop" makes every picture square before the
+    processor sees it, "auto" does what the family was trained with. What a user writes stays text: special tokens
+    in it ("<image>", "</s>") become neither control tokens nor pictures.
     """
 
-    def __init__(self, processor: Any, template: str | None = None, fit: Fit = "auto") -> None:
+    def __init__(
+        self, processor: Any, template: str | None = None, fit: Fit = "auto", family: Family | None = None
+    ) -> None:
         # A copy, for what it remembers is this prompter's alone.
         self.processor, self.tokenizer = copy(processor), processor.tokenizer
         self.processor.image_processor = _Once(processor.image_processor)
         self._views: dict[int, tuple[Image, Image]] = {}
         # The last prompt with pictures: its text, their layout, the model's inputs.
         self._last: tuple[str, list[object], dict[str, torch.Tensor]] | None = None
-        self.template, self.fit = template, fit
+        self.family = family
+        self.template, self._text = template, self._text_of(template)
+        self.fit: Fit = family.fit if family and family.fit and fit == "auto" else fit
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
-        special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        words = sorted(special | {self.image_token}, key=len, reverse=True)
+        # Those that are not marked as special are control tokens too, but for runs of spaces.
+        added = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip()}
+        words = sorted(added | {self.image_token}, key=len, reverse=True)
         # Each special token has a stand-in, a private-use character, for the places where it is only text.
         self._stand_in = {word: chr(0xF0000 + i) for i, word in enumerate(words)}
         self._special = re.compile("|".join(map(re.escape, words)))
@@ -117,14 +124,27 @@ class Prompter:
         red, green, blue = (int(255 * m) for m in mean)
         return reduce(image) if self.fit == "auto" else square(image, self.fit, (red, green, blue))
 
+    def _text_of(self, name: str | None) -> str | None:
+        """The Jinja text that a template's name stands for here; None where there is none at all."""
+        own: str | None = self.processor.chat_template or self.tokenizer.chat_template
+        native = read_template(self.family.template) if self.family and self.family.template else None
+        if name == "hub":
+            if not own:
+                raise UsageError("--template hub", "the checkpoint has none", _hint())
+            return own
+        if name == "native":
+            if not self.family:
+                raise UsageError("--template native", "the model is of no family that is known", _hint())
+            return native or own
+        return read_template(name) if name else own or native
+
     def _render(self, conversation: Conversation) -> str:
-        template = self.template or self.processor.chat_template or self.tokenizer.chat_template
-        if not template:
+        if not self._text:
             raise self._bad_template("there is none")
         asks = not conversation.turns or conversation.turns[-1].answer is None
         try:
             text: str = self.processor.apply_chat_template(
-                list(self._messages(conversation)), chat_template=template, add_generation_prompt=asks, tokenize=False
+                list(self._messages(conversation)), chat_template=self._text, add_generation_prompt=asks, tokenize=False
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises
             raise self._bad_template(brief(error)) from None
@@ -135,9 +155,9 @@ class Prompter:
         return text
 
     def _bad_template(self, reason: str) -> LlavaError:
-        if self.template:
-            return UsageError("--template", reason, f"--template takes a .jinja file or one of: {_named()}")
-        return ModelUnusable("the checkpoint's chat template", reason, f"--template FILE.jinja, or one of: {_named()}")
+        if self.template not in (None, "hub", "native"):
+            return UsageError("--template", reason, _hint())
+        return ModelUnusable("the checkpoint's chat template", reason, _hint())
 
     def _messages(self, conversation: Conversation) -> Iterator[dict[str, Any]]:
         def says(role: str, text: str, pictures: int = 0) -> dict[str, Any]:
@@ -166,15 +186,23 @@ class Prompter:
         import torch
 
         words = {self.tokenizer.convert_tokens_to_ids(s): w for w, s in self._stand_in.items() if s in stand_ins}
-        spelled = {
-            i: self.tokenizer.encode(word, add_special_tokens=False, split_special_tokens=True)
-            for i, word in words.items()
-        }
+        spelled = {i: self._as_text(word) for i, word in words.items()}
         lengths = torch.tensor([len(spelled.get(i, [i])) for i in inputs["input_ids"][0].tolist()])
         shape = inputs["input_ids"].shape
         ids = [token for i in inputs["input_ids"][0].tolist() for token in spelled.get(i, [i])]
         grown = {k: v.repeat_interleave(lengths, dim=1) for k, v in inputs.items() if v.shape == shape}
         return {**inputs, **grown, "input_ids": torch.tensor([ids])}
+
+    def _as_text(self, word: str) -> list[int]:
+        """A control token's word as the tokens of mere text."""
+
+        def tokens(text: str) -> list[int]:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            return ids
+
+        whole = tokens(word)
+        # Tokens that are not marked as special are found all the same: then its first letter is apart.
+        return whole if self.tokenizer.convert_tokens_to_ids(word) not in whole else tokens(word[0]) + tokens(word[1:])
 
 
 def _known(value: Any) -> object:

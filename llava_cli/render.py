@@ -9,13 +9,19 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Chunk, Engine
-from llava_cli.errors import LlavaError
+from llava_cli.errors import LlavaError, OutputError, brief
+from llava_cli.families import Family
 from llava_cli.registry import BUILTIN
 from llava_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 THUMBNAIL_ROWS = 10
 
@@ -123,6 +129,35 @@ def say_demo(settings: Settings, engine: Engine) -> None:
     """Where nobody chose a model, says that the built-in one is for demonstration."""
     if settings.model is None and engine.model == BUILTIN:
         note("demonstration model: knows only drawings of colored shapes. A real one: llava models pull llava-1.5-7b")
+
+
+def say_pictures(family: Family | None, conversation: Conversation) -> None:
+    """Where a conversation has more pictures than its model's family was trained with, says so."""
+    if family and (words := family.doubt(len(conversation.pictures))):
+        note(words)
+
+
+def show_difference(prompts: dict[str, str], as_json: bool) -> None:
+    """Two prompts as one text: `[-only in the first-]{+only in the second+}`."""
+    (first, one), (second, two) = prompts.items()
+    if as_json:
+        show_json({**prompts, "same": one == two})
+        return
+    parts = []
+    words, others = (re.findall(r"\w+|\W", text) for text in (one, two))
+    for tag, a, b, c, d in SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
+        gone, new = "".join(words[a:b]), "".join(others[c:d])
+        parts.append(gone if tag == "equal" else (f"[-{gone}-]" if gone else "") + (f"{{+{new}+}}" if new else ""))
+    say("".join(parts))
+    note(f"{first} and {second} are the same" if one == two else f"[-only in {first}-] {{+only in {second}+}}")
+
+
+def save_picture(image: Image, path: Path) -> None:
+    """Writes a picture where the user wants it; `OutputError` where that cannot be."""
+    try:
+        image.save(path)
+    except (OSError, ValueError) as error:  # ValueError: an ending of no format
+        raise OutputError(str(path), getattr(error, "strerror", None) or brief(error)) from None
 
 
 def show_error(error: LlavaError) -> None:

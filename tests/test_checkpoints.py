@@ -316,7 +316,6 @@ TEMPLATES: dict[str, str] = {
     "endless": "{% for i in range(10 ** 9) %}x{% endfor %}",
     "drops the picture": "{{ messages[0].content[1].text }}",
     "one picture too many": "<image><image>{{ messages[0].content[1].text }}",
-    "empty": "",
 }
 
 
@@ -331,9 +330,22 @@ def test_a_template_that_is_no_text(folder: Path, refused: Refused) -> None:
     refused()
 
 
-def test_no_template(folder: Path, refused: Refused) -> None:
+def test_no_template_but_a_family_that_has_one(folder: Path, run: Run, drawing: Path) -> None:
     (folder / "chat_template.jinja").unlink()
-    assert "--template" in refused(69, "the checkpoint's chat template").stderr
+    result = run("prompt", "-m", folder, drawing, "what is this?")
+    assert result.stdout.endswith("user's questions. USER: <image>\nwhat is this? ASSISTANT:\n")
+    assert run("prompt", "-m", folder, drawing, "what?", "--template", "hub").exit_code == 2
+
+
+def test_no_template_and_no_family(folder: Path, run: Run, drawing: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["model_type"] = "gpt_neox"
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run("prompt", "-m", folder, drawing, "what is this?")
+    assert (result.exit_code, "--template" in result.stderr) == (69, True)
+    assert run("prompt", "-m", folder, drawing, "what?", "--template", "native").exit_code == 2
+    assert run("prompt", "-m", folder, drawing, "what?", "--template", "qwen").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,9 @@ class Chat:
         """Goes with the next question."""
         self.attached.append(picture)
         self.preview(picture)
+        pictures = len(self.conversation.pictures) + len(self.attached)
+        if pictures == 2 and self.engine.family and (words := self.engine.family.doubt(pictures)):
+            self.note(words)
 
     def ask(self, question: str) -> Generator[Chunk, None, None]:
         """Answers about the conversation so far and the attached pictures.

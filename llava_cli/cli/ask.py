@@ -64,6 +64,7 @@ def ask(
         engine = load_engine(settings)
     if not quiet:
         render.say_demo(settings, engine)
+        render.say_pictures(engine.family, conversation)
     if json:
         answer = engine.answer(conversation, settings)
         render.show_json(render.answer_object(answer, conversation, engine))

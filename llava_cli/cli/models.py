@@ -9,6 +9,7 @@ import typer
 
 from llava_cli import render
 from llava_cli.cli import Group, app
+from llava_cli.cli.options import JsonOpt
 from llava_cli.registry import ALIASES, BUILTIN, builtin_folder, default_name, find, is_folder, on_disk, pulled
 from llava_cli.settings import Settings, set_default_model
 
@@ -51,7 +52,56 @@ def _row(name: str, chosen: str, *cells: str) -> list[str]:
 
 def _size(folder: Path) -> str:
     size = sum(f.stat().st_size for f in folder.iterdir() if f.exists())
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return _gigabytes(size) if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+@models.command()
+def show(name: NameArg, json: JsonOpt = False) -> None:
+    """Show what is known of a model: where it comes from, what it takes, what it was trained with.
+
+    llava models show llava-1.5-7b
+    """
+    from llava_cli.families import Family, named
+    from llava_cli.machine import BYTES_PER_WEIGHT
+
+    facts: dict[str, str] = {"model": name}
+    if name in ALIASES:
+        alias = ALIASES[name]
+        family: Family | None = named(alias.family)
+        facts |= {
+            "repository": alias.repo,
+            "weights": f"{alias.parameters} billion",
+            "download": _gigabytes(alias.bytes),
+        }
+        facts |= {
+            f"memory in {precision}": _gigabytes(alias.parameters * 1e9 * BYTES_PER_WEIGHT[precision])
+            for precision in ("bf16", "8bit", "4bit")
+        }
+        facts |= {"language model": alias.languages, "note": alias.note}
+    else:
+        checkpoint = find(name)
+        facts |= {"folder": str(checkpoint.folder), "on disk": _size(checkpoint.folder)}
+        from llava_cli.loader import load_prompter
+
+        with render.spinner("reading the checkpoint"):
+            family = load_prompter(Settings(model=name)).family
+    if family:
+        facts |= {
+            "family": family.name,
+            "context": f"{family.context} tokens",
+            "pictures": f"{family.pictures} in a prompt, {family.view}",
+            "trained format": family.template or "the checkpoint's own",
+        }
+    facts["here"] = "yes" if name not in ALIASES or on_disk(name) else f"no; llava models pull {name}"
+    facts = {fact: words for fact, words in facts.items() if words}
+    if json:
+        render.show_json(facts)
+    else:
+        render.table(["", ""], list(facts.items()))
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 @models.command()

@@ -26,11 +26,16 @@ SystemOpt = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="Instructions before the conversation.")
 ]
 TemplateOpt = Annotated[
-    str | None, typer.Option("--template", metavar="NAME|FILE", help="Prompt format instead of the checkpoint's own.")
+    str | None,
+    typer.Option(
+        "--template",
+        metavar="hub|native|NAME|FILE",
+        help="Prompt format: the checkpoint's own, that of its training, a named one or a .jinja file. [hub]",
+    ),
 ]
 FitOpt = Annotated[
     Fit | None,
-    typer.Option("--fit", help="All of a picture that is not square, or its middle; auto: as the checkpoint does."),
+    typer.Option("--fit", help="All of a picture that is not square, or its middle; auto: as in training."),
 ]
 TruncatedOpt = Annotated[
     bool, typer.Option("--allow-truncated", help="Take what there is of a picture whose end is missing.")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from llava_cli import render
@@ -19,6 +23,11 @@ from llava_cli.cli.options import (
     settings_of,
 )
 
+DiffOpt = Annotated[bool, typer.Option("--diff", help="Compare the checkpoint's own format with that of its training.")]
+ViewOpt = Annotated[
+    Path | None, typer.Option("--save-view", metavar="FILE", help="Write the pictures there as the model sees them.")
+]
+
 
 @app.command()
 def prompt(
@@ -29,12 +38,18 @@ def prompt(
     template: TemplateOpt = None,
     fit: FitOpt = None,
     allow_truncated: TruncatedOpt = False,
+    diff: DiffOpt = False,
+    save_view: ViewOpt = None,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
     """Print the exact prompt that `ask` would give the model, and count its tokens.
 
     llava prompt img.jpg "what is this?"
+
+    llava prompt img.jpg "what is this?" --save-view view.png
+
+    llava prompt "what is this?" --diff -m llava-1.5-7b
     """
     settings = settings_of(context)
     conversation = conversation_from(args, settings, allow_truncated, quiet)
@@ -42,10 +57,20 @@ def prompt(
         from llava_cli.loader import load_prompter
 
         prompter = load_prompter(settings)
-    text, (tokens, image_tokens) = prompter.render(conversation), prompter.count(prompter.encode(conversation))
+    if diff:
+        formats = {name: load_prompter(replace(settings, template=name)) for name in ("hub", "native")}
+        render.show_difference({name: one.render(conversation) for name, one in formats.items()}, json)
+        return
+    inputs = prompter.encode(conversation)
+    text, (tokens, image_tokens) = prompter.render(conversation), prompter.count(inputs)
+    if save_view:
+        from llava_cli.view import as_seen
+
+        render.save_picture(as_seen(inputs, prompter.processor.image_processor), save_view)
     if json:
         render.show_json({"prompt": text, "tokens": tokens, "image_tokens": image_tokens})
         return
     print(text)
     if not quiet:
+        render.say_pictures(prompter.family, conversation)
         render.note(f"{tokens} tokens, {image_tokens} of them for {len(conversation.pictures)} picture(s)")

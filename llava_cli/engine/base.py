@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from llava_cli.conversation import Conversation
 from llava_cli.errors import LlavaError
+from llava_cli.families import Family
 from llava_cli.images import open_picture
 from llava_cli.settings import Sampling
 
@@ -62,6 +63,8 @@ class Engine(ABC):
     precision: str
     device: str
     load_seconds: float = 0.0
+    family: Family | None = None
+    """What the model was trained with, where that is known."""
     context: int | None = None
     """How many tokens prompt and answer may have in all; None where that is not known."""
 

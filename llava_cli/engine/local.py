@@ -34,7 +34,7 @@ class LocalEngine(Engine):
     def __init__(self, name: str, model: Any, prompter: Prompter, precision: str, load_seconds: float) -> None:
         self.model, self.precision, self.device = name, precision, model.device.type
         self.load_seconds = load_seconds
-        self.prompter = prompter
+        self.prompter, self.family = prompter, prompter.family
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._model = model
         self._prefix = PrefixCache(model)
