@@ -6,7 +6,6 @@ safetensors only; code of a checkpoint is never run.
 from __future__ import annotations
 
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -55,7 +54,7 @@ def load_engine(settings: Settings) -> LocalEngine:
     with quiet():
         config = _config(checkpoint)
         prompter = _prompter(checkpoint, kind, config, settings)
-        model, how = _model(checkpoint, config, how, weights, settings.precision)
+        model, how = _model(checkpoint, config, how, weights, settings)
     return LocalEngine(checkpoint.name, model, prompter, how.precision, time.perf_counter() - begin)
 
 
@@ -73,7 +72,7 @@ def identify(settings: Settings) -> dict[str, str]:
     return {
         "model": checkpoint.name,
         "checkpoint": fingerprint(checkpoint),
-        "precision": how.precision,
+        "precision": how.precision + ", double quantised" * settings.double_quant * (how.precision == "4bit"),
         "device": how.device,
         "template": template,
     }
@@ -134,14 +133,16 @@ def _agree(processor: Any, config: Any) -> None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
-def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], asked: Precision) -> tuple[Any, Plan]:
+def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings) -> tuple[Any, Plan]:
     import torch
     from transformers import AutoModelForImageTextToText
+
+    from llava_cli.engine.fast import speed_up
 
     name = checkpoint.name
     with model_errors(name, "its weights cannot be loaded", again(name)):
         if stored := getattr(config, "quantization_config", None):
-            how = replace(how, precision=_stored_precision(name, stored, asked))
+            how = replace(how, precision=_stored_precision(name, stored, settings.precision))
         spread = _check_memory(name, how, weights)
         dtypes = {"fp32": torch.float32, "fp16": torch.float16}
         options: dict[str, Any] = {
@@ -156,26 +157,14 @@ def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], 
         if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
             options["attn_implementation"] = how.attention
         if how.precision in ("8bit", "4bit") and not stored:
-            options["quantization_config"] = _quantization(name, how, config)
+            options["quantization_config"] = _quantization(name, how, config, settings.double_quant)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
-    if how.device == "cpu" and os.environ.get("LLAVA_FAST") != "0":
-        _speed_up(model, how.precision)
+    speed_up(model, how.precision)
     return model.eval(), how
-
-
-def _speed_up(model: Any, precision: str) -> None:
-    """What a CPU does faster than transformers would let it."""
-    from llava_cli.engine.attention import use_plain_attention
-    from llava_cli.engine.int8 import use_int8_products
-
-    if model.config._attn_implementation == "sdpa":
-        use_plain_attention(model)
-    if precision == "4bit":
-        use_int8_products(model)
 
 
 def _check_memory(name: str, how: Plan, weights: list[Path]) -> bool:
@@ -203,7 +192,7 @@ def _stored_precision(name: str, stored: Any, asked: Precision) -> str:
     return precision
 
 
-def _quantization(name: str, how: Plan, config: Any) -> Any:
+def _quantization(name: str, how: Plan, config: Any, double: bool) -> Any:
     """bitsandbytes on the language model's inner layers alone.
 
     The vision tower, the projector and the output head lose more than they save; naming modules drops
@@ -234,6 +223,7 @@ def _quantization(name: str, how: Plan, config: Any) -> Any:
         load_in_4bit=how.precision == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=double,
         llm_int8_skip_modules=kept,
     )
 

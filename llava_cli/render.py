@@ -8,14 +8,14 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Chunk, Engine
-from llava_cli.errors import LlavaError, OutputError, brief
+from llava_cli.errors import LlavaError, OutputError, brief, printable
 from llava_cli.families import Family
 from llava_cli.registry import BUILTIN
 from llava_cli.settings import Settings
@@ -150,6 +150,27 @@ def show_difference(prompts: dict[str, str], as_json: bool) -> None:
         parts.append(gone if tag == "equal" else (f"[-{gone}-]" if gone else "") + (f"{{+{new}+}}" if new else ""))
     say("".join(parts))
     note(f"{first} and {second} are the same" if one == two else f"[-only in {first}-] {{+only in {second}+}}")
+
+
+def show_checks(checks: Iterable[tuple[str, bool, str]], as_json: bool) -> bool:
+    """A line for each check as it is done, green or red on a terminal: (name, good, words). Whether all are good."""
+    done = []
+    with spinner("loading the model") if not as_json else nullcontext():
+        for name, good, words in checks:
+            done.append({"check": name, "good": good, "words": words})
+            if as_json:
+                continue
+            if sys.stdout.isatty():
+                from rich.console import Console
+                from rich.text import Text
+
+                mark = Text("ok " if good else "BAD", "green" if good else "bold red")
+                Console().print(mark, Text(f"{name:14}"), Text(printable(words)))
+            else:
+                print("ok" if good else "BAD", name, printable(words), sep="\t", flush=True)
+    if as_json:
+        show_json(done)
+    return all(check["good"] for check in done)
 
 
 def save_picture(image: Image, path: Path) -> None:

@@ -13,7 +13,7 @@ from test_engine import CONVERSATIONS
 from llava_cli import Conversation, Sampling, load
 from llava_cli.engine import attention
 from llava_cli.engine.attention import NAME, attend
-from llava_cli.engine.int8 import _Products
+from llava_cli.engine.int8 import Products
 from llava_cli.engine.local import LocalEngine
 
 Plainly = Callable[..., LocalEngine]
@@ -71,7 +71,7 @@ def test_prompts_are_read_in_8_bits_only_where_weights_have_4(plainly: Plainly) 
     def ways(engine: LocalEngine) -> set[type]:
         return {type(m.__dict__.get("forward")) for m in engine._model.modules()} - {type(None)}
 
-    assert ways(load("builtin", precision="4bit", device="cpu")) == {_Products}
+    assert ways(load("builtin", precision="4bit", device="cpu")) == {Products}
     assert ways(load("builtin", precision="bf16", device="cpu")) == set()
     assert ways(plainly("builtin", "4bit")) == set()
 
@@ -79,7 +79,7 @@ def test_prompts_are_read_in_8_bits_only_where_weights_have_4(plainly: Plainly) 
 def test_no_8_bits_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, drawing: Path) -> None:
     monkeypatch.setattr("llava_cli.engine.int8.free_memory", lambda device: 1_000_000)
     engine = load("builtin", precision="4bit", device="cpu")
-    assert not any(isinstance(m.__dict__.get("forward"), _Products) for m in engine._model.modules())
+    assert not any(isinstance(m.__dict__.get("forward"), Products) for m in engine._model.modules())
     assert engine.ask(str(drawing), "what color is the circle?") == "red"
 
 

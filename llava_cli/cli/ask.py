@@ -9,6 +9,7 @@ from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
     DeviceOpt,
+    DoubleOpt,
     FitOpt,
     JsonOpt,
     MaxTokensOpt,
@@ -34,6 +35,7 @@ def ask(
     args: PicturesAndQuestion = None,
     model: ModelOpt = None,
     precision: PrecisionOpt = None,
+    double_quant: DoubleOpt = None,
     device: DeviceOpt = None,
     max_tokens: MaxTokensOpt = None,
     temperature: TemperatureOpt = None,

@@ -13,6 +13,7 @@ import typer
 from llava_cli.cli import app
 from llava_cli.cli.options import (
     DeviceOpt,
+    DoubleOpt,
     FitOpt,
     MaxTokensOpt,
     ModelOpt,
@@ -77,6 +78,7 @@ def batch(
     verify: VerifyOpt = 0,
     model: ModelOpt = None,
     precision: PrecisionOpt = None,
+    double_quant: DoubleOpt = None,
     device: DeviceOpt = None,
     max_tokens: MaxTokensOpt = None,
     temperature: TemperatureOpt = None,

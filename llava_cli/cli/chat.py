@@ -14,6 +14,7 @@ from llava_cli.cli import app
 from llava_cli.cli.arguments import open_named
 from llava_cli.cli.options import (
     DeviceOpt,
+    DoubleOpt,
     FitOpt,
     MaxTokensOpt,
     ModelOpt,
@@ -55,6 +56,7 @@ def chat(
     no_preview: NoPreviewOpt = False,
     model: ModelOpt = None,
     precision: PrecisionOpt = None,
+    double_quant: DoubleOpt = None,
     device: DeviceOpt = None,
     max_tokens: MaxTokensOpt = None,
     temperature: TemperatureOpt = None,

@@ -1,19 +1,49 @@
-"""`llava doctor`: what this machine can run."""
+"""`llava doctor`: what this machine can run, and whether a checkpoint is right on it."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.options import DeviceOpt, JsonOpt, PrecisionOpt
-from llava_cli.settings import Settings
+from llava_cli.cli.options import DeviceOpt, DoubleOpt, JsonOpt, PrecisionOpt, settings_of
+from llava_cli.errors import ModelUnusable
+
+NameArg = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="A name, Hub repo or folder to load and check.", show_default=False),
+]
 
 
 @app.command()
-def doctor(device: DeviceOpt = None, precision: PrecisionOpt = None, json: JsonOpt = False) -> None:
-    """Show device and memory, and the precision that would be chosen and why."""
+def doctor(
+    context: typer.Context,
+    model: NameArg = None,
+    device: DeviceOpt = None,
+    precision: PrecisionOpt = None,
+    double_quant: DoubleOpt = None,
+    json: JsonOpt = False,
+) -> None:
+    """Show device and memory, and the precision that would be chosen and why; with MODEL, load and check that.
+
+    llava doctor
+
+    llava doctor llava-1.5-7b -p 4bit
+
+    A model's template is rendered, its image tokens are counted against its features, its precision is looked at,
+    its logits are compared with transformers' own, and it gives one answer. Exit code 69 where one of these fails.
+    """
+    settings = settings_of(context)
+    if model is not None:
+        from llava_cli.checkup import checkup
+
+        if not render.show_checks(checkup(settings), json):
+            raise typer.Exit(ModelUnusable.exit_code)
+        return
     from llava_cli.machine import report
 
-    settings = Settings.resolve(device=device, precision=precision)
     with render.spinner("looking at this machine"):
         found = report(settings)
     if json:

@@ -32,18 +32,18 @@ def use_int8_products(model: Any) -> bool:
     activations = _Activations()
     with torch.inference_mode():
         for layer in layers:
-            layer.forward = _Products(layer, activations)
+            layer.forward = Products(layer, activations)
     return True
 
 
-class _Products:
+class Products:
     """A layer's forward pass: in 8 bits for many tokens, as it was for few."""
 
     def __init__(self, layer: Any, activations: _Activations) -> None:
         import torch
         from bitsandbytes.functional import dequantize_4bit
 
-        self._layer, self._few, self._activations = layer, layer.forward, activations
+        self._layer, self.few, self._activations = layer, layer.forward, activations
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()  # [outputs, inputs]
         self._scale = weight.abs().amax(1).clamp(min=1e-12) / 127
         whole = (weight / self._scale[:, None]).round().to(torch.int8)
@@ -54,7 +54,7 @@ class _Products:
         import torch
 
         if x.numel() < TOKENS * x.shape[-1]:
-            few: torch.Tensor = self._few(x)
+            few: torch.Tensor = self.few(x)
             return few
         whole, size = self._activations(x)
         # Unsigned about 128: with signed activations this operator does not return.

@@ -134,6 +134,10 @@ class LocalEngine(Engine):
         device, dtype = self._model.device, self._model.dtype
         return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
 
+    def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What comes after a prompt, [1, vocabulary], read as for an answer."""
+        return self._prefix.prefill(inputs, object())
+
     def _most(self, length: int, wanted: int) -> int:
         """How many tokens an answer to a prompt of `length` may have."""
         if self.context is None:

@@ -1,0 +1,130 @@
+"""Is this checkpoint right, on this machine? Loads it and compares what it does with transformers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llava_cli.checkpoint import check_files, check_weights
+from llava_cli.conversation import Conversation, Picture
+from llava_cli.errors import LlavaError, brief
+from llava_cli.loader import load_engine
+from llava_cli.registry import default_name, find
+from llava_cli.settings import Sampling, Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava_cli.engine.local import LocalEngine
+
+BOUNDS = {"fp32": 1e-3, "bf16": 0.06, "fp16": 0.03, "8bit": 0.1, "4bit": 0.2}
+"""How far logits may be from transformers' own, as a share of their norm: what rounding alone can do."""
+
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    good: bool
+    words: str
+
+
+def checkup(settings: Settings) -> Iterator[Check]:
+    """Each check as it is done; the first that makes the next ones impossible is the last."""
+    try:
+        checkpoint = find(default_name(settings))
+        kind, weights = check_files(checkpoint), check_weights(checkpoint)
+        size = sum(path.stat().st_size for path in weights) / 1e9
+        yield Check("files", True, f"{kind}, {len(weights)} weight file(s), {size:.2f} GB, whole")
+        engine = load_engine(settings)
+        yield Check(
+            "family", True, engine.family.name if engine.family else "not known; what it was trained with neither"
+        )
+    except LlavaError as error:
+        yield Check("load", False, f"{error}; {error.hint}" if error.hint else str(error))
+        return
+    for name, look in (
+        ("template", _template),
+        ("image tokens", _image_tokens),
+        ("precision", _precision),
+        ("forward pass", _forward),
+        ("answer", _answer),
+    ):
+        try:
+            good, words = look(engine)
+        except Exception as error:  # whatever a damaged or unusual checkpoint makes of it is the finding
+            good, words = False, brief(error)
+        yield Check(name, good, words)
+
+
+def _talk() -> Conversation:
+    """A question about a picture that is not square and of no one color."""
+    from PIL import Image
+
+    image = Image.linear_gradient("L").resize((320, 200)).convert("RGB")
+    image.paste("red", (20, 60, 120, 160))
+    return Conversation().ask("what is this?", [Picture("a red square", image, sha256="")])
+
+
+def _template(engine: LocalEngine) -> tuple[bool, str]:
+    talk = _talk()
+    first, later = engine.prompt(talk), engine.prompt(talk.answered("a square").ask("what color?"))
+    words = "one turn and two render"
+    return first != later and "what is this?" in first and "what color?" in later, words
+
+
+def _image_tokens(engine: LocalEngine) -> tuple[bool, str]:
+    inputs = engine._inputs(_talk())
+    _, tokens = engine.prompter.count(inputs)
+    features = _features(engine._model, inputs)
+    return tokens == features > 0, f"{tokens} in the prompt, {features} features from the vision tower"
+
+
+def _features(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    """How many feature vectors the model makes of the pictures."""
+    import torch
+
+    takes = signature(model.get_image_features).parameters
+    with torch.inference_mode():
+        out = model.get_image_features(**{name: value for name, value in inputs.items() if name in takes})
+    found = getattr(out, "pooler_output", out)
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    return sum(part.numel() // part.shape[-1] for part in parts)
+
+
+def _precision(engine: LocalEngine) -> tuple[bool, str]:
+    import torch
+
+    kinds = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    wanted, model = kinds.get(engine.precision), engine._model
+    quantised = [name for name, layer in model.named_modules() if type(layer).__name__ in kinds.values()]
+    if not wanted:
+        plain = {p.dtype for p in model.parameters()} == {dtypes.get(engine.precision)}
+        return plain and not quantised, f"all weights are {engine.precision}"
+    inner = {id(layer) for layer in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
+    right = all(
+        type(model.get_submodule(name)).__name__ == wanted and id(model.get_submodule(name)) in inner
+        for name in quantised
+    )
+    words = f"{len(quantised)} layers of the language model in {engine.precision}; the others in 16 bits"
+    return bool(quantised) and right, words
+
+
+def _forward(engine: LocalEngine) -> tuple[bool, str]:
+    import torch
+
+    from llava_cli.engine.fast import as_transformers
+
+    inputs, model = engine._inputs(_talk()), engine._model
+    ours = engine.logits(inputs).float()
+    with torch.inference_mode(), as_transformers(model):
+        theirs = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+    far, bound = float((ours - theirs).norm() / theirs.norm()), BOUNDS[engine.precision]
+    return far <= bound, f"logits are {far:.2%} of their norm from transformers' ({bound:.1%} at most)"
+
+
+def _answer(engine: LocalEngine) -> tuple[bool, str]:
+    answer = engine.answer(_talk(), Sampling(max_tokens=16))
+    return bool(answer.text), f"{answer.text!r}, first token after {answer.first_token_seconds:.2f} s"
