@@ -130,6 +130,10 @@ def decode(data: bytes, name: str, allow_truncated: bool = False) -> tuple[Image
             image = _salvage(data, name, formats)
         if image.mode == "P" and not (image.palette and image.palette.palette):
             raise BadImage(name, "damaged")  # its colors are missing; Pillow would take all of them for black
+        key = image.info.get("transparency")
+        if image.format == "PNG" and image.mode == "L" and isinstance(key, int):
+            # Pillow takes grey of 2 or 4 bits to 8, but leaves the transparent level as it was.
+            image.info["transparency"] = key * {2: 85, 4: 17}.get(data[24], 1)  # by the depth
         return _upright_rgb(image), _frames(image), truncated
 
 
@@ -163,9 +167,10 @@ def _upright_rgb(image: Image) -> Image:
         image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.mode.startswith("I"):
         # 16-bit grey: convert("RGB") would clip all but the darkest of 256 levels to white.
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-        if isinstance(key, int):
-            image.info["transparency"] = key // 257
+        levels = image.convert("I")
+        image = levels.point([level // 257 for level in range(65536)], "L")
+        if isinstance(key, int):  # one level of 65536, and not all those that become the same of 256
+            image.putalpha(levels.point([255 * (level != key) for level in range(65536)], "L"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

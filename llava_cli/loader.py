@@ -6,11 +6,13 @@ safetensors only; code of a checkpoint is never run.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,8 +100,9 @@ def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings
 
     with model_errors(checkpoint.name, "its processor cannot be loaded", again(checkpoint.name)):
         # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
-        processor = _processor_class(kind).from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        made, absent = _processor_class(kind)
+        processor = made.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil", **absent
         )
         _agree(processor, config)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
@@ -113,16 +116,23 @@ def _family(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> Family | Non
     return recognise(config.model_type, config.get_text_config().model_type, tokenizer.get_added_vocab())
 
 
-def _processor_class(kind: str) -> Any:
-    """A model type's processor class, less its part for videos: we have none, and it needs torchvision."""
+def _processor_class(kind: str) -> tuple[Any, dict[str, None]]:
+    """A model type's processor class, and what to make it without.
+
+    Its part for videos is left out: we have none, and it needs torchvision.
+    """
     import transformers
     from transformers.models.auto import processing_auto
 
     whole: Any = getattr(transformers, processing_auto.PROCESSOR_MAPPING_NAMES[kind])  # type: ignore[attr-defined]
     parts = [part for part in whole.get_attributes() if part != "video_processor"]
     if len(parts) == len(whole.get_attributes()):
-        return whole
-    return type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
+        return whole, {}
+    module = sys.modules[whole.__module__]
+    if getattr(module, "num2words", str) is None:
+        module.num2words = str  # type: ignore[attr-defined]  # SmolVLM's spells out how many frames a video has
+    still = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
+    return still, {"video_processor": None} if "video_processor" in signature(whole.__init__).parameters else {}
 
 
 def _agree(processor: Any, config: Any) -> None:

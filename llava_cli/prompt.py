@@ -6,6 +6,7 @@ Templates are data: the checkpoint's chat template, a file of `templates/`, or t
 from __future__ import annotations
 
 import re
+import threading
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+_OURS = "\U000f0000"
+"""The first character of a private-use plane, where no tokenizer has words."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -59,6 +62,7 @@ class Prompter:
         # A copy, for what it remembers is this prompter's alone.
         self.processor, self.tokenizer = copy(processor), processor.tokenizer
         self.processor.image_processor = _Once(processor.image_processor)
+        self._lock = threading.Lock()  # a batch prepares prompts in one thread and answers some in another
         self._views: dict[int, tuple[Image, Image]] = {}
         # The last prompt with pictures: its text, their layout, the model's inputs.
         self._last: tuple[str, list[object], dict[str, torch.Tensor]] | None = None
@@ -67,10 +71,14 @@ class Prompter:
         self.fit: Fit = family.fit if family and family.fit and fit == "auto" else fit
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
         # Those that are not marked as special are control tokens too, but for runs of spaces.
-        added = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip()}
+        added = {
+            t.content for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip() and t.content < _OURS
+        }
         words = sorted(added | {self.image_token}, key=len, reverse=True)
-        # Each special token has a stand-in, a private-use character, for the places where it is only text.
-        self._stand_in = {word: chr(0xF0000 + i) for i, word in enumerate(words)}
+        # Each special token has a stand-in, a private-use character, for the places where it is only text. They
+        # are added here, for later on other threads use the tokenizer.
+        self._stand_in = {word: chr(ord(_OURS) + i) for i, word in enumerate(words)}
+        self.tokenizer.add_tokens(list(self._stand_in.values()))
         self._special = re.compile("|".join(map(re.escape, words)))
 
     def render(self, conversation: Conversation) -> str:
@@ -82,6 +90,10 @@ class Prompter:
 
     def encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The model's inputs: `input_ids` [1, tokens] with image tokens expanded, `pixel_values`, …"""
+        with self._lock:
+            return self._encode(conversation)
+
+    def _encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         text = self._render(conversation)
         images = self._views_of([picture.image for picture in conversation.pictures])
         if images and self._last and self._last[0] == text:
@@ -89,8 +101,7 @@ class Prompter:
             seen = self.processor.image_processor.again(images)
             if self._layout(images, seen) == self._last[1]:
                 return {name: seen.get(name, value) for name, value in self._last[2].items()}
-        if stand_ins := set(self._stand_in.values()) & set(text):
-            self.tokenizer.add_tokens(sorted(stand_ins))
+        stand_ins = set(self._stand_in.values()) & set(text)
         # A template that begins with BOS has placed it already.
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
@@ -143,7 +154,7 @@ class Prompter:
             raise self._bad_template("there is none")
         asks = not conversation.turns or conversation.turns[-1].answer is None
         try:
-            text: str = self.processor.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 list(self._messages(conversation)), chat_template=self._text, add_generation_prompt=asks, tokenize=False
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises
@@ -232,8 +243,10 @@ class _Once:
     def __call__(self, images: list[Image], **options: Any) -> Any:
         from transformers import BatchFeature
 
+        images = images[0] if isinstance(images[0], list) else images
         if self._last is None or not same_images(self._last[0], images) or self._last[1] != options:
-            self._last = images, options, dict(self._inner(images, **options))
+            # In a list of their own: several pictures of one prompt, which OneVision's does not cut into tiles.
+            self._last = images, options, dict(self._inner([images], **options))
         return BatchFeature(dict(self._last[2]))  # a copy: some processors take things out of it
 
 

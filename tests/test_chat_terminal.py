@@ -139,7 +139,7 @@ def test_path_is_completed_and_the_picture_shown(terminal: Open, drawing: Path) 
 
 
 def test_model_gives_the_terminal_no_orders(terminal: Open, checkpoint: Callable[[str], Path], drawing: Path) -> None:
-    child = terminal(drawing, "--plain", "-m", checkpoint("llava-full"), "--no-save", "-q")
+    child = terminal(drawing, "--plain", "-m", checkpoint("vip-llava"), "--no-save", "-q")
     child.sendline("what is this?")
     child.expect("Question: ")
     said = (child.before or "").replace("\r\n", "\n")

@@ -44,9 +44,9 @@ def reference(engine: LocalEngine, folder: Path, conversation: Conversation, **o
     """The new tokens by transformers alone, from the same prompt string."""
     if folder not in _MODELS:
         _MODELS[folder] = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    images = [p.image for p in conversation.pictures]
+    images = [[engine.prompter._view(p.image) for p in conversation.pictures]]  # padded where training padded
     text = engine.prompter.render(conversation)
-    inputs = engine.prompter.processor(text=text, images=images, return_tensors="pt")
+    inputs = engine.prompter.processor(text=text, images=images if images[0] else None, return_tensors="pt")
     tokens = _MODELS[folder].generate(**inputs, max_new_tokens=24, **options)
     return list(tokens[0, inputs["input_ids"].shape[1] :].tolist())
 

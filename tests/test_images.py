@@ -412,6 +412,25 @@ def test_exif_orientation(orientation: int) -> None:
             assert near(turned[32 * y + 16][32 * x + 16], wanted, 4)
 
 
+@pytest.mark.parametrize(
+    ("chunks", "wanted"),
+    [
+        (
+            [header(2, 1, 8, 3), (b"PLTE", bytes([*RED, *BLUE])), (b"tRNS", b"\xff\0"), idat(b"\0\1"), END],
+            [[RED], [WHITE]],
+        ),
+        ([header(2, 1, 16, 0), idat(b"\0\0\xff\xff"), END], [[BLACK], [WHITE]]),
+        ([header(2, 1, 1, 0), idat(b"\x40"), END], [[BLACK], [WHITE]]),
+        ([header(2, 1, 8, 4), idat(b"\0\xff\0\x80"), END], [[BLACK], [(127, 127, 127)]]),
+        ([header(2, 1), (b"tRNS", b"\0\0\0\0\0\xff"), idat(bytes([*BLUE, *RED])), END], [[WHITE], [RED]]),
+    ],
+    ids=["palette", "16-bit grey", "1 bit", "LA", "one transparent color"],
+)
+def test_exif_orientation_of_every_kind_of_png(chunks: list[tuple[bytes, bytes]], wanted: list[list[Pixel]]) -> None:
+    turn = b"eXIf", tiff_exif(TURN).removeprefix(b"Exif\0\0")
+    assert pixels(opened(png(chunks[0], turn, *chunks[1:]))) == wanted
+
+
 def tiff_exif(*entries: bytes, count: int | None = None) -> bytes:
     number = struct.pack(">H", len(entries) if count is None else count)
     return b"Exif\0\0MM\0*\0\0\0\x08" + number + b"".join(entries) + bytes(4)
@@ -464,9 +483,15 @@ def test_16_bit_grey_keeps_its_levels() -> None:
     assert (row[0], row[-1], len(set(row))) == (BLACK, WHITE, 256)
 
 
+def test_8_bit_grey_comes_back_from_16() -> None:
+    row = struct.pack(">256H", *range(0, 65536, 257))
+    assert pixels(opened(png(header(256, 2, 16, 0), idat(row, row), END)))[1] == [(n, n, n) for n in range(256)]
+
+
 def test_16_bit_grey_has_one_transparent_level() -> None:
-    data = png(header(3, 1, 16, 0), (b"tRNS", b"\x80\0"), idat(struct.pack(">3H", 0, 0x8000, 0xC000)), END)
-    assert pixels(opened(data))[0] == [BLACK, WHITE, (191, 191, 191)]
+    """Levels that become the same of 256 are not transparent with it."""
+    data = png(header(4, 1, 16, 0), (b"tRNS", b"\x80\0"), idat(struct.pack(">4H", 0, 0x8000, 0x7FF0, 0xC000)), END)
+    assert pixels(opened(data))[0] == [BLACK, WHITE, (127, 127, 127), (191, 191, 191)]
 
 
 def test_16_bit_colors_have_one_transparent_color() -> None:
@@ -482,9 +507,50 @@ def transparent_palette(kind: str) -> bytes:
     return encoded(image, kind, transparency=1)
 
 
+def opaque_palette(kind: str) -> bytes:
+    image = Image.new("P", (4, 1))
+    image.putpalette([*RED, *F, *BLACK, *WHITE])
+    image.putdata([3, 1, 0, 2])
+    return encoded(image, kind)
+
+
+def few_bits(depth: int, color: int, row: bytes, key: bytes = b"") -> bytes:
+    """A PNG of four pixels; `key` is what of it is transparent."""
+    palette = [(b"PLTE", bytes([*RED, *F, *BLACK, *WHITE]))] if color == 3 else []
+    return png(header(4, 1, depth, color), *palette, *([(b"tRNS", key)] if key else []), idat(row), END)
+
+
 GOLDEN = {
     "palette PNG": (transparent_palette("PNG"), [RED, WHITE, BLACK]),
     "palette GIF": (transparent_palette("GIF"), [RED, WHITE, BLACK]),
+    "opaque palette PNG": (opaque_palette("PNG"), [WHITE, F, RED, BLACK]),
+    "opaque palette GIF": (opaque_palette("GIF"), [WHITE, F, RED, BLACK]),
+    "opaque palette BMP": (opaque_palette("BMP"), [WHITE, F, RED, BLACK]),
+    "1 bit palette": (few_bits(1, 3, b"\x60"), [RED, F, F, RED]),
+    "2 bit palette": (few_bits(2, 3, b"\x1b"), [RED, F, BLACK, WHITE]),
+    "4 bit palette": (few_bits(4, 3, b"\x01\x23"), [RED, F, BLACK, WHITE]),
+    "transparent 2 bit palette": (few_bits(2, 3, b"\x1b", b"\xff\xff\0"), [RED, F, WHITE, WHITE]),
+    "2 bit grey": (few_bits(2, 0, b"\x1b"), [BLACK, (85, 85, 85), (170, 170, 170), WHITE]),
+    "4 bit grey": (few_bits(4, 0, b"\x01\xef"), [BLACK, (17, 17, 17), (238, 238, 238), WHITE]),
+    "one transparent level of 1 bit": (few_bits(1, 0, b"\x60", b"\0\0"), [WHITE, WHITE, WHITE, WHITE]),
+    "one transparent level of 2 bits": (few_bits(2, 0, b"\x1b", b"\0\1"), [BLACK, WHITE, (170, 170, 170), WHITE]),
+    "one transparent level of 4 bits": (few_bits(4, 0, b"\x01\xef", b"\0\x0e"), [BLACK, (17, 17, 17), WHITE, WHITE]),
+    "one transparent level of 8 bits": (
+        few_bits(8, 0, b"\x07\x08\0\xff", b"\0\7"),
+        [WHITE, (8, 8, 8), BLACK, WHITE],
+    ),
+    "16-bit grey": (
+        png(header(6, 1, 16, 0), idat(struct.pack(">6H", 0, 0x0101, 0x1234, 0x7FFF, 0xC0C0, 0xFFFF)), END),
+        [BLACK, (1, 1, 1), (18, 18, 18), (127, 127, 127), (192, 192, 192), WHITE],
+    ),
+    "16-bit RGB": (
+        png(header(3, 1, 16, 2), idat(struct.pack(">9H", 65535, 0, 0, 0x1234, 0x8080, 0xFFF0, 0x0101, 0, 0xFEFE)), END),
+        [RED, (18, 128, 255), (1, 0, 254)],
+    ),
+    "16-bit LA": (
+        png(header(3, 1, 16, 4), idat(struct.pack(">6H", 0x4040, 65535, 0x4040, 0, 0, 0x8080)), END),
+        [(64, 64, 64), WHITE, (127, 127, 127)],
+    ),
     "half transparent palette": (
         png(header(2, 1, color=3), (b"PLTE", bytes([*RED, *BLACK])), (b"tRNS", b"\x80"), idat(b"\0\1"), END),
         [(255, 127, 127), BLACK],
@@ -506,6 +572,10 @@ GOLDEN = {
     "1 bit BMP": (encoded(Image.new("1", (2, 1), 1), "BMP"), [WHITE, WHITE]),
     "8-bit grey": (png(header(2, 1, color=0), idat(b"\x07\xf0"), END), [(7, 7, 7), (240, 240, 240)]),
     "transparent WebP": (encoded(Image.new("RGBA", (2, 1), (255, 0, 0, 0)), "WEBP", lossless=True), [WHITE, WHITE]),
+    "half transparent WebP": (
+        encoded(Image.new("RGBA", (2, 1), (255, 0, 0, 128)), "WEBP", lossless=True),
+        [(255, 127, 127), (255, 127, 127)],
+    ),
 }
 
 
@@ -526,8 +596,35 @@ def test_golden_pixels(name: str) -> None:
     ],
 )
 def test_cmyk_jpeg(ink: tuple[int, int, int, int], wanted: Pixel) -> None:
-    image = opened(encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=95))
-    assert near(pixels(image)[8][8], wanted, 3)
+    """Its ink is stored inverted, as Adobe does it, also where no marker says that Adobe did."""
+    data = encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=95)
+    begin, end = adobe_marker(data)
+    for made in (data, data[:begin] + data[end:]):
+        assert near(pixels(opened(made))[8][8], wanted, 3)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        ((0, 128, 128, 255), WHITE),
+        ((255, 128, 128, 255), BLACK),
+        ((0, 128, 128, 0), BLACK),
+        ((179, 171, 1, 255), RED),
+        ((76, 85, 255, 255), (0, 255, 255)),
+        ((0, 128, 128, 128), (128, 128, 128)),
+    ],
+)
+def test_ycck_jpeg(stored: tuple[int, int, int, int], wanted: Pixel) -> None:
+    """What Photoshop makes of CMYK: inks as brightness and two color differences, and black, inverted."""
+    data = bytearray(encoded(Image.new("CMYK", (16, 16), tuple(255 - value for value in stored)), "JPEG", quality=95))
+    data[adobe_marker(data)[1] - 1] = 2
+    assert near(pixels(opened(bytes(data)))[8][8], wanted, 3)
+
+
+def adobe_marker(data: bytes | bytearray) -> tuple[int, int]:
+    """Where it begins and ends; its last byte tells how the colors are stored."""
+    begin = data.index(b"\xff\xee\0\x0eAdobe")
+    return begin, begin + 16
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "MPO"])
@@ -535,6 +632,28 @@ def test_of_many_frames_the_first(kind: str) -> None:
     image, number, truncated = decode(frames(kind), "x")
     assert (number, truncated, image.size) == (3, False, (8, 6))
     assert near(pixels(image)[3][4], RED, 4)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_an_animation_that_begins_half_transparent(kind: str, folder: Path) -> None:
+    first, second = Image.new("RGBA", (3, 1)), Image.new("RGBA", (3, 1), (*GREEN, 255))
+    first.putdata([(*RED, 255), (0, 0, 0, 0), (*BLUE, 255)])
+    options = {"lossless": True} if kind == "WEBP" else {}
+    (folder / "moving").write_bytes(encoded(first, kind, save_all=True, append_images=[second, first], **options))
+    picture = open_picture("moving")
+    assert (picture.frames, pixels(picture.image)) == (3, [[RED, WHITE, BLUE]])
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG"])
+def test_an_animation_is_turned(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    second = Image.new("RGB", (3, 2), GREEN)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image, number, _ = decode(
+        encoded(asymmetric(), kind, save_all=True, append_images=[second], exif=exif, **options), "x"
+    )
+    assert (number, pixels(image)) == (2, TURNED[6])
 
 
 def test_a_damaged_later_frame_does_not_matter() -> None:

@@ -43,6 +43,9 @@ def same(kept: LocalEngine, fresh: LocalEngine, conversation: Conversation) -> A
     return answer
 
 
+AFRESH = ("llava-onevision", "smolvlm", "smolvlm2")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_turns_and_a_second_picture(family: str, engines: Callable[[str], LocalEngine]) -> None:
     engine = engines(family)
@@ -50,7 +53,9 @@ def test_turns_and_a_second_picture(family: str, engines: Callable[[str], LocalE
     read = 0
     for question, pictures in [("a?", []), ("b?", []), ("and this?", [picture(90, 50, 2)]), ("c?", [])]:
         answer = same(engine, engines(family), talk)
-        assert answer.cached_tokens >= min(read, 1)
+        joined = len(talk.turns[-1].pictures) == 1 < len(talk.turns)
+        # With a second picture theirs looks at the first one in another way: they read everything again.
+        assert answer.cached_tokens >= min(read, 1) or (joined and family in AFRESH)
         read = answer.prompt_tokens
         talk = talk.answered(answer.text).ask(question, pictures)
     answer = same(engine, engines(family), talk)

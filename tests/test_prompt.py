@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,3 +153,38 @@ def test_pictures_of_any_size_after_one_another(family: str, checkpoint: Callabl
         before, alone = prompter.encode(talk), load_prompter(settings).encode(talk)
         assert before.keys() == alone.keys()
         assert all(before[name].tolist() == alone[name].tolist() for name in alone)
+
+
+def test_one_prompt_is_prepared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch prepares prompts in one thread and answers what cannot stand in rows in another."""
+    prompter = load_prompter(Settings(model="builtin"))
+    one, two = (
+        Conversation().ask(f"what?{color}", [Picture("", Image.new("RGB", (30, 30), color), sha256="")])
+        for color in ("red", "blue")
+    )
+    alone = {talk: load_prompter(Settings(model="builtin")).encode(talk) for talk in (one, two)}
+    found: dict[Conversation, object] = {}
+    other = threading.Thread(target=lambda: found.update({two: prompter.encode(two)}))
+    pictures = prompter.processor.image_processor
+    process = pictures._inner
+    overtaken: list[bool] = []
+
+    class Midst:
+        def __getattr__(self, name: str) -> object:
+            return getattr(process, name)
+
+        def __call__(self, *args: object, **options: object) -> object:
+            if not overtaken:
+                overtaken.append(False)
+                other.start()
+                other.join(0.2)  # as long as it is let wait
+                overtaken[0] = not other.is_alive()
+            return process(*args, **options)
+
+    monkeypatch.setattr(pictures, "_inner", Midst())
+    found[one] = prompter.encode(one)
+    other.join()
+    assert overtaken == [False]
+    for talk, inputs in found.items():
+        assert isinstance(inputs, dict)
+        assert all(inputs[name].equal(value) for name, value in alone[talk].items())

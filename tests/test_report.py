@@ -32,7 +32,7 @@ Open = Callable[[Path], Page]
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     found = shutil.which("chromium")
     if not found:
-        pytest.skip("there is no Chromium to open the page in: apt-get install chromium")
+        pytest.fail("there is no Chromium to open the page in: apt-get install -y chromium", pytrace=False)
     environment = {**os.environ, "HOME": str(tmp_path_factory.mktemp("chromium"))}
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=ARGS, env=environment)

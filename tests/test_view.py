@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
+from families import FAMILIES
 from PIL import Image, ImageDraw
+
+from llava_cli.loader import load_prompter
+from llava_cli.settings import Settings
 
 Checkpoint = Callable[[str], Path]
 
@@ -100,3 +104,10 @@ def test_a_view_that_cannot_be_written(run: Run, drawing: Path, tmp_path: Path) 
 def test_a_view_of_no_picture(run: Run, tmp_path: Path) -> None:
     result = run("prompt", "what is this?", "--save-view", tmp_path / "view.png")
     assert (result.exit_code, "--save-view" in result.stderr) == (69, True)
+
+
+@pytest.mark.parametrize("family", ["builtin", *FAMILIES])
+def test_pillow_resizes_whatever_else_is_installed(family: str, checkpoint: Checkpoint) -> None:
+    prompter = load_prompter(Settings(model=family if family == "builtin" else str(checkpoint(family))))
+    assert "Pil" in type(prompter.processor.image_processor._inner).__name__
+    assert prompter.processor.image_processor.backend == "pil"

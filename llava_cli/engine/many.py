@@ -207,6 +207,10 @@ class Batch:
         return torch.tensor(ids, device=device).view(shape).long(), torch.tensor(mask, device=device).view(shape).long()
 
 
+_TILED = {"pixel_values": 5, "pixel_attention_mask": 4}
+"""How many dimensions they have where a row is tiles."""
+
+
 def _stacked(inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The pictures of several prompts as those of one: rows one after another, tiles padded to the most there are."""
     import torch
@@ -215,9 +219,9 @@ def _stacked(inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
     stacked = {}
     for name in (*ROWS, *WHOLE):
         parts = [one[name] for one in inputs if name in one]
-        if name == "pixel_values" and parts and parts[0].dim() == 5:
-            most = max(part.shape[1] for part in parts)
-            parts = [pad(part, (0, 0, 0, 0, 0, 0, 0, most - part.shape[1])) for part in parts]
+        if parts and parts[0].dim() == _TILED.get(name):
+            most, within = max(part.shape[1] for part in parts), (0, 0) * (parts[0].dim() - 2)
+            parts = [pad(part, (*within, 0, most - part.shape[1])) for part in parts]
         if parts:
             stacked[name] = torch.cat(parts)
     return stacked

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # What may come beside `input_ids`, and still the rest of a prompt can be read alone: pixels and sizes
 # with one row a picture, and what is about all pictures together. Other inputs say something about every
 # token or carry positions of their own; such a model reads each prompt from its beginning.
-ROWS = ("pixel_values", "image_sizes")
+ROWS = ("pixel_values", "pixel_attention_mask", "image_sizes")
 WHOLE = ("batch_num_images",)
 _KNOWN = {"input_ids", "attention_mask", *ROWS, *WHOLE}
 
