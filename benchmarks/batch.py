@@ -52,7 +52,7 @@ def ways(engine: LocalEngine, max_tokens: int) -> dict[str, Way]:
 
     def generate(tasks: list[Task]) -> list[str]:
         """As the documentation of transformers has it."""
-        texts, processor, model = [], engine.prompter.processor, engine._model
+        texts, processor, model = [], engine.prompter.processor, engine.network
         for task in tasks:
             picture = open_picture(task.image)
             prompt = engine.prompter.render(Conversation().ask(task.question, [picture]))
@@ -134,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.only in (None, "builtin"):
-            tasks = drawings(Path(folder), 1024, "what is this?")
+            tasks = drawings(Path(folder), 2048, "what is this?")
             compare("builtin", "builtin", tasks, tasks[:64], 64, args.runs)
         if args.only in (None, "easy-vqa"):
             pictures = easy_vqa("test")[:100]

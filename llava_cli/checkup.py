@@ -75,9 +75,9 @@ def _template(engine: LocalEngine) -> tuple[bool, str]:
 
 
 def _image_tokens(engine: LocalEngine) -> tuple[bool, str]:
-    inputs = engine._inputs(_talk())
+    inputs = engine.inputs(_talk())
     _, tokens = engine.prompter.count(inputs)
-    features = _features(engine._model, inputs)
+    features = _features(engine.network, inputs)
     return tokens == features > 0, f"{tokens} in the prompt, {features} features from the vision tower"
 
 
@@ -98,7 +98,7 @@ def _precision(engine: LocalEngine) -> tuple[bool, str]:
 
     kinds = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    wanted, model = kinds.get(engine.precision), engine._model
+    wanted, model = kinds.get(engine.precision), engine.network
     quantised = [name for name, layer in model.named_modules() if type(layer).__name__ in kinds.values()]
     if not wanted:
         plain = {p.dtype for p in model.parameters()} == {dtypes.get(engine.precision)}
@@ -117,7 +117,7 @@ def _forward(engine: LocalEngine) -> tuple[bool, str]:
 
     from llava_cli.engine.fast import as_transformers
 
-    inputs, model = engine._inputs(_talk()), engine._model
+    inputs, model = engine.inputs(_talk()), engine.network
     ours = engine.logits(inputs).float()
     with torch.inference_mode(), as_transformers(model):
         theirs = model(**inputs, logits_to_keep=1).logits[:, -1].float()

@@ -94,6 +94,18 @@ def free_memory(device: str) -> int:
     return max(free, 0)
 
 
+def one_heap() -> None:
+    """Lets all threads take memory from one heap, not each from its own, which would all keep what they once needed.
+
+    To be called before there are threads.
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+_M_ARENA_MAX = -8  # of malloc.h
+
+
 def give_back_memory() -> None:
     """Returns to the system what glibc keeps between what is in use: in a long run that becomes more and more."""
     with suppress(AttributeError, OSError):  # another C library

@@ -82,7 +82,7 @@ def test_double_quantisation(run: Run, drawing: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("LLAVA_DOUBLE_QUANT", "yes")
     nested = {
         layer.weight.quant_state.nested
-        for layer in load("builtin", precision="4bit", device="cpu")._model.modules()
+        for layer in load("builtin", precision="4bit", device="cpu").network.modules()
         if type(layer).__name__ == "Linear4bit"
     }
     assert nested == {True}

@@ -52,7 +52,7 @@ def reference(engine: LocalEngine, folder: Path, conversation: Conversation, **o
 
 
 def ours(engine: LocalEngine, conversation: Conversation, sampling: Sampling) -> list[int]:
-    return list(decode(PrefixCache(engine._model), engine._inputs(conversation), sampling, 24))
+    return list(decode(PrefixCache(engine.network), engine.inputs(conversation), sampling, 24))
 
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
@@ -63,7 +63,7 @@ def test_greedy_tokens_are_those_of_generate(
     engine, conversation = engines(family), CONVERSATIONS[case]
     expected = reference(engine, checkpoint(family), conversation, do_sample=False)
     assert ours(engine, conversation, Sampling()) == expected
-    ended = expected[-1] in end_tokens(engine._model)
+    ended = expected[-1] in end_tokens(engine.network)
     assert ended or len(set(expected)) > 2  # a fixture that says one thing over and over would prove nothing
 
 
@@ -82,7 +82,7 @@ def test_sampled_tokens_are_those_of_generate(
 def test_repetition_penalty_of_the_checkpoint_is_applied(checkpoint: Get) -> None:
     engine, conversation = load(str(checkpoint("llava-llama")), precision="fp32"), CONVERSATIONS["one"]
     plain = ours(engine, conversation, Sampling())
-    engine._model.generation_config.repetition_penalty = 1.8
+    engine.network.generation_config.repetition_penalty = 1.8
     expected = reference(engine, checkpoint("llava-llama"), conversation, do_sample=False, repetition_penalty=1.8)
     assert ours(engine, conversation, Sampling()) == expected != plain
 
@@ -101,8 +101,8 @@ def test_chunks_join_to_the_answer(engines: Callable[[str], LocalEngine]) -> Non
 def test_end_token_ends_the_answer_and_is_not_in_it(checkpoint: Get) -> None:
     engine = load(str(checkpoint("llava-llama")), precision="fp32")
     tokens = ours(engine, CONVERSATIONS["one"], Sampling())
-    engine._model.generation_config.eos_token_id = [tokens[5], 3]
-    ended = LocalEngine("again", engine._model, engine.prompter, "fp32", 0)
+    engine.network.generation_config.eos_token_id = [tokens[5], 3]
+    ended = LocalEngine("again", engine.network, engine.prompter, "fp32", 0)
     answer = ended.answer(CONVERSATIONS["one"], Sampling())
     first = tokens.index(tokens[5])
     assert (answer.finish_reason, answer.answer_tokens) == ("stop", first + 1)

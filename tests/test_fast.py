@@ -23,7 +23,7 @@ SAMPLING = Sampling(max_tokens=12)
 def logits(engine: LocalEngine, conversation: Conversation) -> torch.Tensor:
     """After the prompt's last token."""
     with torch.inference_mode():
-        return engine._model(**engine._inputs(conversation)).logits[0, -1].float()
+        return engine.network(**engine.inputs(conversation)).logits[0, -1].float()
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_greedy_text_in_fp32_is_the_same(
     checkpoint: Callable[[str], Path],
 ) -> None:
     fast, plain = engines(family), plainly(str(checkpoint(family)), "fp32")
-    assert NAME in (fast._model.config._attn_implementation, fast._model.config.text_config._attn_implementation)
-    assert plain._model.config._attn_implementation != NAME
+    assert NAME in (fast.network.config._attn_implementation, fast.network.config.text_config._attn_implementation)
+    assert plain.network.config._attn_implementation != NAME
     for conversation in (CONVERSATIONS["two"], CONVERSATIONS["turns"]):
         assert (
             fast.answer(conversation, Sampling(max_tokens=12)).text
@@ -69,7 +69,7 @@ def test_logits_are_within_bounds(precision: str, bound: float, plainly: Plainly
 
 def test_prompts_are_read_in_8_bits_only_where_weights_have_4(plainly: Plainly) -> None:
     def ways(engine: LocalEngine) -> set[type]:
-        return {type(m.__dict__.get("forward")) for m in engine._model.modules()} - {type(None)}
+        return {type(m.__dict__.get("forward")) for m in engine.network.modules()} - {type(None)}
 
     assert ways(load("builtin", precision="4bit", device="cpu")) == {Products}
     assert ways(load("builtin", precision="bf16", device="cpu")) == set()
@@ -79,7 +79,7 @@ def test_prompts_are_read_in_8_bits_only_where_weights_have_4(plainly: Plainly) 
 def test_no_8_bits_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, drawing: Path) -> None:
     monkeypatch.setattr("llava_cli.engine.int8.free_memory", lambda device: 1_000_000)
     engine = load("builtin", precision="4bit", device="cpu")
-    assert not any(isinstance(m.__dict__.get("forward"), Products) for m in engine._model.modules())
+    assert not any(isinstance(m.__dict__.get("forward"), Products) for m in engine.network.modules())
     assert engine.ask(str(drawing), "what color is the circle?") == "red"
 
 

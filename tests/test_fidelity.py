@@ -105,7 +105,7 @@ def test_inputs_and_greedy_tokens(
     family: str, case: str, engines: Engines, references: Callable[[str], Reference]
 ) -> None:
     engine, by, talk = engines(family), references(family), TALKS[case]
-    same_inputs(engine._inputs(talk), by.inputs(engine, talk))
+    same_inputs(engine.inputs(talk), by.inputs(engine, talk))
     same_answer(engine.answer(talk, SAMPLING), by, same_tokens(engine, by, talk))
 
 
@@ -144,7 +144,7 @@ def test_chat_that_reads_only_what_is_new(
         same_answer(answer, by, by.tokens(engine, talk)[0])
         read = answer.cached_tokens
         talk = talk.answered(answer.text).ask(question, pictures)
-    assert (read > 0) == engine._prefix.can_part(engine._inputs(talk))
+    assert (read > 0) == engine._prefix.can_part(engine.inputs(talk))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

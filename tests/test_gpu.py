@@ -55,21 +55,21 @@ def flash(precision: Precision) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_generate(family: str, case: str, engines: Engines) -> None:
     engine = engines(family)
-    inputs = engine._inputs(CONVERSATIONS[case])
-    expected = engine._model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    inputs = engine.inputs(CONVERSATIONS[case])
+    expected = engine.network.generate(**inputs, do_sample=False, max_new_tokens=24)
     assert ours(engine, CONVERSATIONS[case], Sampling()) == expected[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_second_turn_costs_what_is_new_in_it(family: str, engines: Engines) -> None:
     one = engines(family)
-    kept, *fresh = (LocalEngine(one.model, one._model, one.prompter, one.precision, 0) for _ in range(4))
+    kept, *fresh = (LocalEngine(one.model, one.network, one.prompter, one.precision, 0) for _ in range(4))
     first = CONVERSATIONS["one"]
     second = first.answered(same(kept, fresh[0], first).text).ask("what color is it?")
     third = second.answered("red").ask("and this?", CONVERSATIONS["wide"].pictures)
     for talk, engine in ((second, fresh[1]), (third, fresh[2])):
         found = same(kept, engine, talk).cached_tokens
-        assert (found > 0) == one._prefix.can_part(one._inputs(talk))
+        assert (found > 0) == one._prefix.can_part(one.inputs(talk))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(max_tokens=12), Sampling(max_tokens=8, temperature=1.0, seed=7)])
@@ -99,7 +99,7 @@ def test_rows_of_a_batch_are_what_ask_says(run: Run, drawing: Path, tmp_path: Pa
 def test_every_precision_answers_alone_and_in_a_batch(precision: Precision, drawing: Path) -> None:
     engine = load("builtin", precision=precision, device="cuda")
     assert engine.device == "cuda"
-    assert {p.device.type for p in engine._model.parameters()} == {"cuda"}
+    assert {p.device.type for p in engine.network.parameters()} == {"cuda"}
     talk = Conversation().ask("what color is the circle?", [open_picture(str(drawing))])
     assert engine.answer(talk).text == "red"
     assert engine.peak_memory() > 0
@@ -115,7 +115,7 @@ def test_quantised_is_the_language_model_and_nothing_else(
 ) -> None:
     """All of it: a GPU takes rows of any length."""
     engine = load(family if family == "builtin" else str(checkpoint(family)), precision=precision, device="cuda")
-    found = kinds(engine._model)
+    found = kinds(engine.network)
     inner = {name for name in found if ".language_model." in name}
     assert {found[name] for name in inner} == {layer}
     assert {found[name] for name in found if name not in inner} == {"Linear"}
@@ -135,7 +135,7 @@ def test_auto_takes_the_gpu_and_what_it_is_good_at() -> None:
 def test_attention_is_flash_where_it_is_installed_else_torchs_own(precision: Precision) -> None:
     expected = "flash_attention_2" if flash(precision) else "sdpa"
     assert plan("cuda", precision).attention == expected
-    config = load("builtin", precision=precision, device="cuda")._model.config
+    config = load("builtin", precision=precision, device="cuda").network.config
     for part in (config, config.text_config, config.vision_config):
         assert part._attn_implementation == expected
 
@@ -143,7 +143,7 @@ def test_attention_is_flash_where_it_is_installed_else_torchs_own(precision: Pre
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_attend_by_torchs_own(family: str, engines: Engines) -> None:
     """In fp32, which FlashAttention does not take."""
-    config = engines(family)._model.config
+    config = engines(family).network.config
     assert config.text_config._attn_implementation == "sdpa"
 
 

@@ -72,7 +72,7 @@ def test_sampling_with_a_seed_and_stop_texts(engines: Engines) -> None:
 
 def test_repetition_penalty(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engines("llava-llama")
-    monkeypatch.setattr(engine._model.generation_config, "repetition_penalty", 1.5)
+    monkeypatch.setattr(engine.network.generation_config, "repetition_penalty", 1.5)
     same_as_alone(engine, requests(), 4)
 
 

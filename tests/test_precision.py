@@ -39,7 +39,7 @@ def test_auto_never_chooses_fp16_on_a_cpu() -> None:
 )
 def test_weights_have_the_precision_that_was_asked(precision: str, dtype: torch.dtype, drawing: Path) -> None:
     engine = load("builtin", precision=precision, device="cpu")
-    assert {p.dtype for p in engine._model.parameters()} == {dtype}
+    assert {p.dtype for p in engine.network.parameters()} == {dtype}
     assert engine.precision == precision
     assert engine.ask(str(drawing), "how many shapes are there?", max_tokens=3)
 
@@ -51,8 +51,8 @@ def test_quantised_is_the_decoder_and_nothing_else(
 ) -> None:
     name = family if family == "builtin" else str(checkpoint(family))
     engine = load(name, precision=precision, device="cpu")
-    found = kinds(engine._model)
-    rows = {n: engine._model.get_submodule(n).in_features for n in found}
+    found = kinds(engine.network)
+    rows = {n: engine.network.get_submodule(n).in_features for n in found}
     decoder = {n for n in found if ".language_model." in n or ".text_model." in n}
     inner = {n for n in decoder if rows[n] % 64 == 0 or precision == "8bit"}
     assert inner
@@ -67,7 +67,7 @@ def test_quantised_is_the_decoder_and_nothing_else(
 
 def test_4bit_is_nf4_with_bf16_compute() -> None:
     engine = load("builtin", precision="4bit", device="cpu")
-    layers = [m for m in engine._model.modules() if type(m).__name__ == "Linear4bit"]
+    layers = [m for m in engine.network.modules() if type(m).__name__ == "Linear4bit"]
     assert {m.compute_dtype for m in layers} == {torch.bfloat16}
     assert {m.weight.quant_state.quant_type for m in layers} == {"nf4"}
 
@@ -88,12 +88,12 @@ def test_vision_options_of_the_config_are_respected(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    plain = load(str(checkpoint("llava-llama")), precision="fp32")._model.get_image_features(pixels).pooler_output[0]
+    plain = load(str(checkpoint("llava-llama")), precision="fp32").network.get_image_features(pixels).pooler_output[0]
     if isinstance(change["vision_feature_layer"], list):
         with pytest.raises(Exception, match="cannot be loaded"):
             load(str(folder), precision="fp32")
     else:
-        changed = load(str(folder), precision="fp32")._model.get_image_features(pixels).pooler_output[0]
+        changed = load(str(folder), precision="fp32").network.get_image_features(pixels).pooler_output[0]
         assert changed.shape == plain.shape
         assert not torch.allclose(changed, plain)
 

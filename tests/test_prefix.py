@@ -26,7 +26,7 @@ def engines(engines: Callable[[str], LocalEngine]) -> Callable[[str], LocalEngin
 
     def get(family: str) -> LocalEngine:
         one = engines(family)
-        return LocalEngine(one.model, one._model, one.prompter, one.precision, 0)
+        return LocalEngine(one.model, one.network, one.prompter, one.precision, 0)
 
     return get
 
@@ -140,7 +140,7 @@ def test_sliding_window_hides_what_the_cache_keeps(checkpoint: Get, tmp_path: Pa
     assert ours(fresh, first, Sampling()) == reference(fresh, folder, first, do_sample=False)
     assert ours(fresh, first, Sampling()) != ours(wide, first, Sampling())
     talk = first.answered(same(engine, fresh, first).text).ask("and now?")
-    again = LocalEngine(fresh.model, fresh._model, fresh.prompter, fresh.precision, 0)
+    again = LocalEngine(fresh.model, fresh.network, fresh.prompter, fresh.precision, 0)
     assert same(engine, again, talk).cached_tokens > 8
 
 

@@ -20,7 +20,7 @@ from llava_cli.settings import Sampling, Settings
 WINDOW = 1024
 """Tasks that may be begun and not yet written: a slow first one does not let the others pile up."""
 
-TIDY = 1000
+TIDY = 200
 """Rows after which memory is given back."""
 
 

@@ -105,7 +105,7 @@ def main() -> None:
     # oneDNN and torch each keep a kernel for every shape they have met, 1,000 of them: in a batch, where shapes are
     # many, that is 300 MB. A step needs a dozen.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "32")
+        os.environ.setdefault(cache, "16")
     signal.signal(signal.SIGTERM, _end)
     app(prog_name="llava")
 

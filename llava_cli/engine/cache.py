@@ -34,6 +34,17 @@ class RoomyLayer(DynamicLayer):
         self._stores, self.keys, self.values = (key_store, value_store), keys, values
         return keys, values
 
+    def join(self, other: RoomyLayer, width: int) -> None:
+        """Puts another layer's rows below these, the last `width` tokens of each; behind zeros where one has fewer."""
+        key_store = _below(self.keys, other.keys, width)
+        value_store = _below(self.values, other.values, width)
+        self._stores = key_store, value_store
+        self.keys, self.values = key_store[:, :, :width], value_store[:, :, :width]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._stores = None, None  # of no use any more, and large
+
     def drop(self, rows: list[int]) -> None:
         """Lets go of rows, in descending order; the last row takes the place of each."""
         keys: Any = self.keys
@@ -57,6 +68,18 @@ def _put(store: Any, old: Any, new: torch.Tensor) -> tuple[torch.Tensor, torch.T
             store[:, :, :begin] = old
     store[:rows, :, begin:end] = new
     return store, store[:rows, :, :end]
+
+
+def _below(above: Any, below: Any, width: int) -> torch.Tensor:
+    """One tensor with room for the last `width` tokens of both."""
+    rows, heads, _, size = above.shape
+    store: torch.Tensor = above.new_empty(rows + len(below), heads, width + ROOM, size)
+    store[:, :, width:] = 0
+    for part, place in ((above, store[:rows]), (below, store[rows:])):
+        begin = max(0, width - part.shape[2])
+        place[:, :, :begin] = 0
+        place[:, :, begin:width] = part[:, :, -width:]
+    return store
 
 
 def plain_cache(model: Any) -> bool:

@@ -29,21 +29,21 @@ GATHER = 0.05
 
 
 class LocalEngine(Engine):
-    """One transformers model with its prompter. The loader makes it."""
+    """One transformers model, its `network`, with its prompter. The loader makes it."""
 
     def __init__(self, name: str, model: Any, prompter: Prompter, precision: str, load_seconds: float) -> None:
         self.model, self.precision, self.device = name, precision, model.device.type
         self.load_seconds = load_seconds
         self.prompter, self.family = prompter, prompter.family
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._model = model
+        self.network = model
         self._prefix = PrefixCache(model)
         self._ends = end_tokens(model)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         begin = time.perf_counter()
         with model_errors(self.model, "fails while answering"):
-            inputs = self._inputs(conversation)
+            inputs = self.inputs(conversation)
             length = inputs["input_ids"].shape[1]
             most = self._most(length, sampling.max_tokens)
             reply = Reply(self.prompter.tokenizer, sampling.stop, self._ends, most, begin)
@@ -61,7 +61,7 @@ class LocalEngine(Engine):
         size: int | None = None,
         go_on: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
-        schedule = Schedule(self._model, size)
+        schedule = Schedule(self.network, size)
         source = Ahead(self._rows(requests), schedule.ahead)
         try:
             while True:
@@ -111,7 +111,7 @@ class LocalEngine(Engine):
                 continue
             try:
                 with model_errors(self.model, "fails while reading the prompt"):
-                    inputs = self._inputs(request.conversation)
+                    inputs = self.inputs(request.conversation)
                     most = self._most(inputs["input_ids"].shape[1], request.sampling.max_tokens)
             except LlavaError as error:
                 yield number, error
@@ -126,12 +126,12 @@ class LocalEngine(Engine):
 
     def _start(self, sampling: Sampling, most: int) -> tuple[Chooser, Reply]:
         reply = Reply(self.prompter.tokenizer, sampling.stop, self._ends, most, time.perf_counter())
-        return Chooser(self._model, sampling), reply
+        return Chooser(self.network, sampling), reply
 
-    def _inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:
+    def inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The prompt's tensors on the model's device, pixels in the vision tower's dtype."""
         inputs = self.prompter.encode(conversation)
-        device, dtype = self._model.device, self._model.dtype
+        device, dtype = self.network.device, self.network.dtype
         return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
