@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,23 +154,29 @@ def show_difference(prompts: dict[str, str], as_json: bool) -> None:
 
 def show_checks(checks: Iterable[tuple[str, bool, str]], as_json: bool) -> bool:
     """A line for each check as it is done, green or red on a terminal: (name, good, words). Whether all are good."""
-    done = []
-    with spinner("loading the model") if not as_json else nullcontext():
-        for name, good, words in checks:
-            done.append({"check": name, "good": good, "words": words})
-            if as_json:
-                continue
-            if sys.stdout.isatty():
-                from rich.console import Console
-                from rich.text import Text
-
-                mark = Text("ok " if good else "BAD", "green" if good else "bold red")
-                Console().print(mark, Text(f"{name:14}"), Text(printable(words)))
-            else:
-                print("ok" if good else "BAD", name, printable(words), sep="\t", flush=True)
+    done, coming = [], iter(checks)
+    while True:
+        with spinner("checking", quiet=as_json):  # it is gone before the line is drawn
+            check = next(coming, None)
+        if check is None:
+            break
+        done.append(check)
+        if not as_json:
+            _show_check(*check)
     if as_json:
-        show_json(done)
-    return all(check["good"] for check in done)
+        show_json([{"check": name, "good": good, "words": words} for name, good, words in done])
+    return all(good for _, good, _ in done)
+
+
+def _show_check(name: str, good: bool, words: str) -> None:
+    if not sys.stdout.isatty():
+        print("ok" if good else "BAD", name, printable(words), sep="\t", flush=True)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    mark = Text("ok " if good else "BAD", "green" if good else "bold red")
+    Console().print(mark, Text(f"{name:12}"), Text(printable(words)), soft_wrap=True)
 
 
 def save_picture(image: Image, path: Path) -> None:
