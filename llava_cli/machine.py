@@ -94,16 +94,20 @@ def free_memory(device: str) -> int:
     return max(free, 0)
 
 
-def one_heap() -> None:
-    """Lets all threads take memory from one heap, not each from its own, which would all keep what they once needed.
+def steady_heap() -> None:
+    """Keeps glibc from holding ever more of what a long run once needed; to be called before there are threads.
 
-    To be called before there are threads.
+    One heap for all threads, and none for what is as large as a batch's KV cache: that goes back when it is let go.
+    8,000 pictures took 16 to 54 MB more than 1,000 that way, 70 to 80 without.
     """
     with suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        libc = ctypes.CDLL(None)
+        for parameter, value in _HEAP.items():
+            libc.mallopt(parameter, value)
 
 
-_M_ARENA_MAX = -8  # of malloc.h
+_HEAP = {-8: 1, -3: 8 << 20}
+"""M_ARENA_MAX and M_MMAP_THRESHOLD (bytes) of malloc.h."""
 
 
 def give_back_memory() -> None:

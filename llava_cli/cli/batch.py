@@ -104,9 +104,9 @@ def batch(
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.tasks import Source
-    from llava_cli.machine import one_heap
+    from llava_cli.machine import steady_heap
 
-    one_heap()
+    steady_heap()
     if output is None and (extend or retry_errors or repair):
         raise UsageError("--extend, --retry-errors, --repair", "are about a file of rows", USAGE)
     asked = (*([question] if question is not None else []), *(questions or []))
