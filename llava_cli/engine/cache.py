@@ -100,7 +100,7 @@ class RoomyCache(Cache):
     def filling(self, layers: int) -> Iterator[None]:
         """A forward pass within ends as soon as the last of its `layers` has its keys and values.
 
-        More is not needed of tokens before a prompt's last one: with 4 layers that is a sixth of the reading.
+        More is not needed of tokens before a prompt's last one: with 4 layers a seventh of the reading is saved.
         """
         self._last = layers - 1
         try:
