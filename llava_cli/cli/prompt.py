@@ -56,11 +56,12 @@ def prompt(
     with render.spinner("loading the tokenizer", quiet):
         from llava_cli.loader import load_prompter
 
-        prompter = load_prompter(settings)
+        names = ("hub", "native") if diff else (settings.template,)
+        prompters = {name: load_prompter(replace(settings, template=name)) for name in names}
     if diff:
-        formats = {name: load_prompter(replace(settings, template=name)) for name in ("hub", "native")}
-        render.show_difference({name: one.render(conversation) for name, one in formats.items()}, json)
+        render.show_difference({str(name): one.render(conversation) for name, one in prompters.items()}, json)
         return
+    prompter = prompters[settings.template]
     inputs = prompter.encode(conversation)
     text, (tokens, image_tokens) = prompter.render(conversation), prompter.count(inputs)
     if save_view:
