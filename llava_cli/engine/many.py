@@ -6,12 +6,12 @@ questions of different lengths, there is padding that the attention mask hides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.base import Answer
-from llava_cli.engine.cache import new_cache
+from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.decode import Chooser
 from llava_cli.engine.prefix import ROWS, WHOLE, alike
 from llava_cli.engine.reply import Reply
@@ -19,8 +19,8 @@ from llava_cli.engine.reply import Reply
 if TYPE_CHECKING:
     import torch
 
-PREFILL = 4096
-"""Tokens, padding included, that one forward pass reads: twice as many gain no speed, and take 60 MB more."""
+PREFILL = 2048
+"""Tokens, padding included, that one forward pass reads: twice as many gain no speed, and take 45 MB more."""
 
 
 class Row:
@@ -78,19 +78,30 @@ class Batch:
 
     def join(self, rows: Sequence[Row]) -> None:
         """Reads the rows' prompts, all but their last tokens, and puts them to those that are being answered."""
+        import torch
+
         groups: list[_Group] = []
         for row in rows:
             if groups and (head := self._shared(groups[-1], row)):
                 groups[-1] = _Group([*groups[-1].rows, row], head)
             else:
                 groups.append(_Group([row], len(row.ids) - 1))
-        first, widest = 0, 0
-        for last, group in enumerate(groups):
-            widest = max(widest, group.head)
-            if (last - first + 1) * widest > PREFILL and last > first:
-                self._read(groups[first:last])
-                first, widest = last, group.head
-        self._read(groups[first:])
+        parts, total = list(_parts(groups)), len(self.rows) + len(rows)
+        width = max(_width(part) for part in parts)
+        if self.rows:
+            # Columns on the left that only rows had which have left go with them.
+            width = max(width, self._mask.shape[1] - int(self._mask.any(0).int().argmax()))
+            with torch.inference_mode():
+                self._make_room(total, width)
+        for part in parts:
+            new = [row for group in part for row in group.rows]
+            cache, mask = self._read(part, len(new))
+            with torch.inference_mode():
+                if self.rows:
+                    self._append(new, cache, mask)
+                else:
+                    self.rows, self._cache, self._mask = new, cache, mask
+                    self._make_room(total, width)
 
     def step(self) -> list[Row]:
         """One more token for every row; returns those whose `reply` is then done, which have left."""
@@ -126,16 +137,18 @@ class Batch:
         # In the midst of pictures, where one ends is the family's own business.
         return head if self._image not in first.ids[head:] and self._image not in row.ids[head:] else 0
 
-    def _read(self, groups: Sequence[_Group]) -> None:
-        """Reads what the rows of each group have in common once, then each row's rest but for its last token."""
+    def _read(self, groups: Sequence[_Group], rows: int) -> tuple[RoomyCache, torch.Tensor]:
+        """Reads what the rows of each group have in common once, then each row's rest but for its last token.
+
+        Returns the keys and values of that many rows, and their mask [rows, columns].
+        """
         import torch
 
-        rows = [row for group in groups for row in group.rows]
-        cache = new_cache()
+        cache = RoomyCache()
         ids, mask = self._left_padded([group.rows[0].ids[: group.head] for group in groups])
         with cache.filling(self._layers):
             self._forward({"input_ids": ids, **_stacked([group.rows[0].inputs for group in groups])}, cache, mask)
-        if len(rows) > len(groups):
+        if rows > len(groups):
             index = torch.tensor([i for i, group in enumerate(groups) for _ in group.rows], device=mask.device)
             cache.batch_select_indices(index)
             ids, tail = self._left_padded([row.ids[group.head : -1] for group in groups for row in group.rows])
@@ -143,23 +156,25 @@ class Batch:
             if ids.shape[1]:
                 with cache.filling(self._layers):
                     self._forward({"input_ids": ids}, cache, mask)
-        self._append(rows, cache, mask)
+        return cache, mask
 
-    def _append(self, rows: list[Row], cache: Any, mask: torch.Tensor) -> None:
+    def _make_room(self, rows: int, width: int) -> None:
+        """For so many rows of `width` columns in all."""
+        from torch.nn.functional import pad
+
+        for layer in self._cache.layers:
+            layer.make_room(rows, width)
+        self._mask = pad(self._mask, (width - self._mask.shape[1], 0))  # cuts where that is negative
+
+    def _append(self, rows: list[Row], cache: RoomyCache, mask: torch.Tensor) -> None:
         """Puts freshly read rows below those that are being answered."""
         import torch
         from torch.nn.functional import pad
 
-        if not self.rows:
-            self.rows, self._cache, self._mask = rows, cache, mask
-            return
-        # Columns on the left that only rows had which have left go with them.
-        width = max(self._mask.shape[1] - int(self._mask.any(0).int().argmax()), mask.shape[1])
         for layer, new in zip(self._cache.layers, cache.layers, strict=True):
-            layer.join(new, width)
-        parts = [part[:, -width:] for part in (self._mask, mask)]
-        self._mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in parts])
-        self.rows = self.rows + rows
+            layer.join(new)
+        mask = pad(mask, (self._mask.shape[1] - mask.shape[1], 0))
+        self._mask, self.rows = torch.cat([self._mask, mask]), self.rows + rows
 
     def _drop(self, done: list[int]) -> None:
         """Lets rows go."""
@@ -203,6 +218,23 @@ class Batch:
         device = self.model.device
         shape = len(rows), width
         return torch.tensor(ids, device=device).view(shape).long(), torch.tensor(mask, device=device).view(shape).long()
+
+
+def _parts(groups: Sequence[_Group]) -> Iterator[Sequence[_Group]]:
+    """As many groups at a time as are read in one forward pass."""
+    first, widest = 0, 0
+    for last, group in enumerate(groups):
+        widest = max(widest, group.head)
+        if (last - first + 1) * widest > PREFILL and last > first:
+            yield groups[first:last]
+            first, widest = last, group.head
+    yield groups[first:]
+
+
+def _width(groups: Sequence[_Group]) -> int:
+    """How many columns they have once they are read."""
+    tail = max(len(row.ids) - 1 - group.head for group in groups for row in group.rows)
+    return max(group.head for group in groups) + tail
 
 
 _TILED = {"pixel_values": 5, "pixel_attention_mask": 4}

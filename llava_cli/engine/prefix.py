@@ -6,7 +6,7 @@ from collections.abc import Collection
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.cache import new_cache, plain_cache
+from llava_cli.engine.cache import RoomyCache, plain_cache
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class PrefixCache:
         from transformers import DynamicCache
 
         self._read: tuple[list[int], dict[str, torch.Tensor]] = [], {}
-        self._cache = new_cache() if self._cuttable else DynamicCache(config=self.model.config)
+        self._cache = RoomyCache() if self._cuttable else DynamicCache(config=self.model.config)
 
     def can_part(self, inputs: Collection[str]) -> bool:
         """Whether prompts with inputs of these names can be read a part at a time, or as rows beside others."""
