@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ROOM = 32
 """Tokens that are made room for at a time."""
+_BOTH = "keys", "values"
 
 
 class RoomyLayer(DynamicLayer):
@@ -23,77 +24,75 @@ class RoomyLayer(DynamicLayer):
     they are multiplied by shares of 0.
     """
 
-    _stores: Sequence[Any] = (None, None)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+        self._stores: dict[str, torch.Tensor] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, begin, end = len(key_states), self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        stores = []
-        for store, old, new in zip(self._stores, self._both, (key_states, value_states), strict=True):
-            if not _fits(store, old, rows, end):
-                store = _roomy(old if begin else new[:, :, :0], rows, begin, end)
-            store[:rows, :, begin:end] = new
-            stores.append(store)
-        return self._hold(stores, rows, end)
+        rows, begin = len(key_states), self.get_seq_length()
+        end = begin + key_states.shape[2]
+        for name, new in zip(_BOTH, (key_states, value_states), strict=True):
+            if not self._fits(name, rows, end):
+                self._move(name, getattr(self, name) if begin else new[:, :, :0], rows, begin, end)
+            self._stores[name][:rows, :, begin:end] = new
+            self._hold(name, rows, end)
+        return self.keys, self.values  # type: ignore[return-value]
 
     def make_room(self, rows: int, width: int) -> None:
         """Moves the last `width` tokens to where there is room for `rows` in all; zeros stand before fewer."""
-        stores = []
-        for store, old in zip(self._stores, self._both, strict=True):
-            if not _fits(store, old, rows, width + ROOM // 2):
-                store = _roomy(old, rows, width, width)
-            elif old.shape[2] != width:
-                _to_the_right(store[: len(old), :, :width], old.clone())
-            stores.append(store)
-        self._hold(stores, len(old), width)
+        for name in _BOTH:
+            old = getattr(self, name)
+            if self._fits(name, rows, width + ROOM // 2):
+                if old.shape[2] != width:
+                    _to_the_right(self._stores[name][: len(old), :, :width], old.clone())
+            else:
+                if name in self._stores:  # of which rows have left: not all of it has to stand beside the new one
+                    old = old.clone()
+                    setattr(self, name, old)
+                    del self._stores[name]
+                self._move(name, old, rows, width, width)
+            self._hold(name, len(old), width)
 
     def join(self, other: RoomyLayer) -> None:
         """Puts another layer's rows, of no more tokens, below these, where there is room for them."""
-        rows, tokens = len(self._both[0]), self.get_seq_length()
-        for store, new in zip(self._stores, other._both, strict=True):
-            _to_the_right(store[rows : rows + len(new), :, :tokens], new)
-        self._hold(self._stores, rows + len(new), tokens)
+        for name in _BOTH:
+            (rows, _, tokens, _), new = getattr(self, name).shape, getattr(other, name)
+            _to_the_right(self._stores[name][rows : rows + len(new), :, :tokens], new)
+            self._hold(name, rows + len(new), tokens)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._stores = None, None  # of no use any more, and large
+        self._stores.clear()  # of no use any more, and large
 
     def drop(self, rows: list[int]) -> None:
         """Lets go of rows, in descending order; the last row takes the place of each."""
-        keys, values = self._both
-        for row in rows:
-            last = len(keys) - 1
-            keys[row], values[row] = keys[last], values[last]
-            keys, values = keys[:last], values[:last]
-        self.keys, self.values = keys, values
+        for name in _BOTH:
+            left = getattr(self, name)
+            for row in rows:
+                left[row] = left[-1]
+                left = left[:-1]
+            setattr(self, name, left)
 
-    @property
-    def _both(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.keys, self.values  # type: ignore[return-value]
+    def _fits(self, name: str, rows: int, tokens: int) -> bool:
+        """Whether the tensor that holds the old tokens has room for so many rows and tokens."""
+        store, old = self._stores.get(name), getattr(self, name)
+        if store is None or store.data_ptr() != old.data_ptr():
+            return False
+        return len(store) >= rows and store.shape[2] >= tokens
 
-    def _hold(self, stores: Sequence[torch.Tensor], rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self._stores = stores
-        self.keys, self.values = (store[:rows, :, :tokens] for store in stores)
-        return self._both
+    def _move(self, name: str, old: torch.Tensor, rows: int, width: int, end: int) -> None:
+        """To a tensor for `rows` of `end` tokens and some more, the last `width` of the old ones at its beginning."""
+        self._stores[name] = store = old.new_empty(rows, old.shape[1], end + ROOM, old.shape[3])
+        store[:, :, end:] = 0
+        store[len(old) :] = 0
+        _to_the_right(store[: len(old), :, :width], old)
 
-
-def _fits(store: torch.Tensor | None, old: torch.Tensor, rows: int, tokens: int) -> bool:
-    """Whether what holds the old tokens has room for so many rows and tokens."""
-    if store is None or store.data_ptr() != old.data_ptr():
-        return False
-    return len(store) >= rows and store.shape[2] >= tokens
-
-
-def _roomy(old: torch.Tensor, rows: int, width: int, end: int) -> torch.Tensor:
-    """A tensor for `rows` of `end` tokens and some more, the last `width` of the old ones at its beginning."""
-    store = old.new_empty(rows, old.shape[1], end + ROOM, old.shape[3])
-    store[:, :, end:] = 0
-    store[len(old) :] = 0
-    _to_the_right(store[: len(old), :, :width], old)
-    return store
+    def _hold(self, name: str, rows: int, tokens: int) -> None:
+        setattr(self, name, self._stores[name][:rows, :, :tokens])
 
 
 def _to_the_right(place: torch.Tensor, tokens: torch.Tensor) -> None:
