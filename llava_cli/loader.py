@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, stored_bytes
+from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, read_json, stored_bytes
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
 from llava_cli.families import Family, named, recognise
 from llava_cli.registry import BUILTIN, Checkpoint, default_name, find
@@ -34,6 +34,7 @@ def load(
     device: Device | None = None,
     template: str | None = None,
     fit: Fit | None = None,
+    visual_tokens: int | None = None,
 ) -> LocalEngine:
     """Loads a model: `load("llava-1.5-7b", precision="4bit")`.
 
@@ -41,7 +42,8 @@ def load(
     None comes from the environment, else the config file. Raises `ModelUnusable`, `OutOfMemory` or
     `UsageError`.
     """
-    return load_engine(Settings.resolve(model=model, precision=precision, device=device, template=template, fit=fit))
+    given = {"model": model, "precision": precision, "device": device, "template": template, "fit": fit}
+    return load_engine(Settings.resolve(**given, visual_tokens=visual_tokens))
 
 
 def load_engine(settings: Settings) -> LocalEngine:
@@ -50,6 +52,7 @@ def load_engine(settings: Settings) -> LocalEngine:
     checkpoint = find(default_name(settings))
     kind, weights = check_files(checkpoint), check_weights(checkpoint)
     from llava_cli.engine.local import LocalEngine
+    from llava_cli.engine.visual import choose_tokens
     from llava_cli.machine import plan
 
     how = plan(settings.device, settings.precision)
@@ -57,6 +60,8 @@ def load_engine(settings: Settings) -> LocalEngine:
         config = _config(checkpoint)
         prompter = _prompter(checkpoint, kind, config, settings)
         model, how = _model(checkpoint, config, how, weights, settings)
+    if settings.visual_tokens:
+        choose_tokens(model, settings.visual_tokens)
     return LocalEngine(checkpoint.name, model, prompter, how.precision, time.perf_counter() - begin)
 
 
@@ -66,7 +71,7 @@ def identify(settings: Settings) -> dict[str, str]:
     from llava_cli.prompt import read_template
 
     checkpoint = find(default_name(settings))
-    check_files(checkpoint)
+    _check_visual_tokens(checkpoint, check_files(checkpoint), settings)
     how = plan(settings.device, settings.precision)
     template = settings.template or ""
     if template not in ("", "hub", "native"):  # which the checkpoint decides
@@ -98,6 +103,7 @@ def _config(checkpoint: Checkpoint) -> Any:
 def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings) -> Prompter:
     from llava_cli.prompt import Prompter
 
+    _check_visual_tokens(checkpoint, kind, settings)
     with model_errors(checkpoint.name, "its processor cannot be loaded", again(checkpoint.name)):
         # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
         made, absent = _processor_class(kind)
@@ -107,7 +113,22 @@ def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings
         _agree(processor, config)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelUnusable(checkpoint.name, "its processor does not take pictures and text")
-    return Prompter(processor, settings.template, settings.fit, _family(checkpoint, config, processor.tokenizer))
+    family = _family(checkpoint, config, processor.tokenizer)
+    return Prompter(processor, settings.template, settings.fit, family, settings.visual_tokens)
+
+
+def _check_visual_tokens(checkpoint: Checkpoint, kind: str, settings: Settings) -> None:
+    """Raises `UsageError` where tokens are to be chosen of pictures that are not one list of them, of one length."""
+    if settings.visual_tokens is None:
+        return
+    vision = read_json(checkpoint, "config.json").get("vision_config")
+    if isinstance(vision, dict) and vision.get("model_type") == "pixtral":
+        kind = "pixtral"  # whose pictures have as many tokens as their shape asks for
+    if kind not in ("llava", "vipllava"):
+        name, which = checkpoint.name, "only llava and vipllava models have one list of tokens a picture"
+        raise UsageError(
+            f"--visual-tokens {settings.visual_tokens}", f"{name} is a {kind} model; {which}", f"llava ask -m {name}"
+        )
 
 
 def _family(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> Family | None:

@@ -52,12 +52,18 @@ class Prompter:
     `processor` is the checkpoint's transformers processor, `family` what it was trained with, if that is known.
     `template` names the format: "hub" is the checkpoint's own, "native" the family's, None the first of them that
     there is; else a named template or a .jinja file. `fit` "pad" or "crop" makes every picture square before the
-    processor sees it, "auto" does what the family was trained with. What a user writes stays text: special tokens
-    in it ("<image>", "</s>") become neither control tokens nor pictures.
+    processor sees it, "auto" does what the family was trained with. `visual_tokens` is how many image tokens a picture
+    has at most, of a model that has as many for each picture; None for all. What a user writes stays text: special
+    tokens in it ("<image>", "</s>") become neither control tokens nor pictures.
     """
 
     def __init__(
-        self, processor: Any, template: str | None = None, fit: Fit = "auto", family: Family | None = None
+        self,
+        processor: Any,
+        template: str | None = None,
+        fit: Fit = "auto",
+        family: Family | None = None,
+        visual_tokens: int | None = None,
     ) -> None:
         # A copy, for what it remembers is this prompter's alone.
         self.processor, self.tokenizer = copy(processor), processor.tokenizer
@@ -69,6 +75,7 @@ class Prompter:
         self.family = family
         self.template, self._text = template, self._text_of(template)
         self.fit: Fit = family.fit if family and family.fit and fit == "auto" else fit
+        self.visual_tokens = visual_tokens
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
         # Those that are not marked as special are control tokens too, but for runs of spaces.
         added = {
@@ -106,6 +113,8 @@ class Prompter:
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
         inputs = self._spell_out(inputs, stand_ins) if stand_ins else inputs
+        if images and self.visual_tokens:
+            inputs = self._shorten(inputs, len(images), self.visual_tokens)
         self._last = (
             (text, self._layout(images, self.processor.image_processor.again(images)), inputs) if images else None
         )
@@ -203,6 +212,13 @@ class Prompter:
         ids = [token for i in inputs["input_ids"][0].tolist() for token in spelled.get(i, [i])]
         grown = {k: v.repeat_interleave(lengths, dim=1) for k, v in inputs.items() if v.shape == shape}
         return {**inputs, **grown, "input_ids": torch.tensor([ids])}
+
+    def _shorten(self, inputs: dict[str, torch.Tensor], pictures: int, most: int) -> dict[str, torch.Tensor]:
+        """Leaves the first `most` image tokens of each picture; all pictures have equally many."""
+        image = inputs["input_ids"] == self.tokenizer.convert_tokens_to_ids(self.image_token)
+        each = int(image.sum()) // pictures
+        kept = ~image | ((image.cumsum(1) - 1) % each < most)
+        return {k: v[kept].view(1, -1) if v.shape == image.shape else v for k, v in inputs.items()}
 
     def _as_text(self, word: str) -> list[int]:
         """A control token's word as the tokens of mere text."""

@@ -56,6 +56,8 @@ class Settings(Sampling):
     template: str | None = None
     """A named template or a .jinja file; None for the checkpoint's own."""
     fit: Fit = "auto"
+    visual_tokens: int | None = None
+    """How many tokens the decoder gets of each picture, the most diverse ones; None for all."""
     system: str | None = None
 
     @classmethod
@@ -85,6 +87,7 @@ _RANGES = {
     "max_tokens": (1, 1_000_000),
     "temperature": (0, 10),
     "top_p": (0.0001, 1),
+    "visual_tokens": (1, 1_000_000),
     "seed": (-(2**63), 2**64 - 1),  # what torch takes
 }
 

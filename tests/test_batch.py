@@ -604,6 +604,7 @@ def test_the_hash_is_of_the_bytes_that_were_seen(run: Run, told: type[Told], mon
         (["--stop", "x"], 'stop was [], is ["x"]'),
         (["--system", "Be brief."], 'system was null, is "Be brief."'),
         (["--fit", "pad"], 'fit was "auto", is "pad"'),
+        (["--visual-tokens", "8"], "visual_tokens was null, is 8"),
         (["--precision", "fp32"], 'precision was "bf16", is "fp32"'),
         (["--template", "llava-1.5"], 'template was "", is "'),
         (["--allow-truncated"], "allow_truncated was false, is true"),

@@ -33,6 +33,7 @@ def configure(home: Path) -> Configure:
         ("device", "auto", ('"cpu"', "cpu"), ("cuda", "cuda"), "mps"),
         ("template", None, ('"a"', "a"), ("b.jinja", "b.jinja"), "c"),
         ("fit", "auto", ('"pad"', "pad"), ("crop", "crop"), "auto"),
+        ("visual_tokens", None, ("64", 64), ("32", 32), 8),
         ("system", None, ('"Be brief."', "Be brief."), ("Rhyme.", "Rhyme."), ""),
         ("max_tokens", 512, ("1", 1), ("2", 2), 3),
         ("temperature", 0.0, ("1", 1.0), ("0.5", 0.5), 0.0),
@@ -87,6 +88,7 @@ BAD = [
     ("top_p", "0", "0.0 is not between 0.0001 and 1"),
     ("top_p", "2", "2.0 is not between 0.0001 and 1"),
     ("seed", '"x"', "'x' is not a whole number"),
+    ("visual_tokens", "0", "0 is not between 1 and 1000000"),
 ]
 
 
@@ -133,6 +135,8 @@ def test_a_bad_key_is_named(run: Run, configure: Configure, field: str, value: s
         ("--temperature", "-1", "-1.0 is not between 0 and 10"),
         ("--temperature", "nan", "nan is not between 0 and 10"),
         ("--top-p", "1.5", "1.5 is not between 0.0001 and 1"),
+        ("--visual-tokens", "0", "0 is not between 1 and 1000000"),
+        ("--visual-tokens", "half", "integer"),
         ("--precision", "fp8", "fp8"),
         ("--device", "tpu", "tpu"),
         ("--fit", "squash", "squash"),

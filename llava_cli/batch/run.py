@@ -81,7 +81,7 @@ def _begin(job: Job, journal: Journal, tally: Tally) -> None:
 def _made_by(job: Job) -> dict[str, Any]:
     """What all rows of a run have in common; other rows are another run's."""
     settings, source = job.settings, job.source
-    names = ("system", "max_tokens", "temperature", "top_p", "seed", "stop", "fit")
+    names = ("system", "max_tokens", "temperature", "top_p", "seed", "stop", "fit", "visual_tokens")
     return {
         "llava": ".".join(__version__.split(".")[:2]),
         **identify(settings),

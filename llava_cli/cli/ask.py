@@ -25,6 +25,7 @@ from llava_cli.cli.options import (
     TemplateOpt,
     TopPOpt,
     TruncatedOpt,
+    VisualOpt,
     settings_of,
 )
 
@@ -45,6 +46,7 @@ def ask(
     system: SystemOpt = None,
     template: TemplateOpt = None,
     fit: FitOpt = None,
+    visual_tokens: VisualOpt = None,
     allow_truncated: TruncatedOpt = False,
     json: JsonOpt = False,
     stats: StatsOpt = False,

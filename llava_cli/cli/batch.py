@@ -26,6 +26,7 @@ from llava_cli.cli.options import (
     TemplateOpt,
     TopPOpt,
     TruncatedOpt,
+    VisualOpt,
     settings_of,
 )
 from llava_cli.errors import UsageError
@@ -88,6 +89,7 @@ def batch(
     system: SystemOpt = None,
     template: TemplateOpt = None,
     fit: FitOpt = None,
+    visual_tokens: VisualOpt = None,
     allow_truncated: TruncatedOpt = False,
     quiet: QuietOpt = False,
 ) -> None:

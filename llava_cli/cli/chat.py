@@ -28,6 +28,7 @@ from llava_cli.cli.options import (
     TemplateOpt,
     TopPOpt,
     TruncatedOpt,
+    VisualOpt,
     settings_of,
 )
 from llava_cli.errors import UsageError
@@ -66,6 +67,7 @@ def chat(
     system: SystemOpt = None,
     template: TemplateOpt = None,
     fit: FitOpt = None,
+    visual_tokens: VisualOpt = None,
     allow_truncated: TruncatedOpt = False,
     stats: StatsOpt = False,
     quiet: QuietOpt = False,

@@ -40,6 +40,10 @@ FitOpt = Annotated[
     Fit | None,
     typer.Option("--fit", help="All of a picture that is not square, or its middle; auto: as in training."),
 ]
+VisualOpt = Annotated[
+    int | None,
+    typer.Option("--visual-tokens", metavar="N", help="Read only the N most diverse tokens of each picture. [all]"),
+]
 TruncatedOpt = Annotated[
     bool, typer.Option("--allow-truncated", help="Take what there is of a picture whose end is missing.")
 ]

@@ -20,6 +20,7 @@ from llava_cli.cli.options import (
     SystemOpt,
     TemplateOpt,
     TruncatedOpt,
+    VisualOpt,
     settings_of,
 )
 
@@ -37,6 +38,7 @@ def prompt(
     system: SystemOpt = None,
     template: TemplateOpt = None,
     fit: FitOpt = None,
+    visual_tokens: VisualOpt = None,
     allow_truncated: TruncatedOpt = False,
     diff: DiffOpt = False,
     save_view: ViewOpt = None,
