@@ -168,13 +168,19 @@ def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], 
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from llava_cli import quantised
     from llava_cli.engine.fast import speed_up
 
-    name = checkpoint.name
+    name, copy = checkpoint.name, None
+    stored = getattr(config, "quantization_config", None)
+    if how.precision in ("8bit", "4bit") and not stored:
+        copy = quantised.path_of(checkpoint, _how(how, settings.double_quant))
+        if found := quantised.find(checkpoint, copy):
+            return _model(found, _config(found), how, check_weights(found), settings)
     with model_errors(name, "its weights cannot be loaded", again(name)):
-        if stored := getattr(config, "quantization_config", None):
+        if stored:
             how = replace(how, precision=_stored_precision(name, stored, settings.precision))
-        spread = _check_memory(name, how, weights)
+        spread = _check_memory(name, how, weights, bool(stored))
         dtypes = {"fp32": torch.float32, "fp16": torch.float16}
         options: dict[str, Any] = {
             "config": config,
@@ -187,25 +193,33 @@ def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], 
         }
         if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
             options["attn_implementation"] = how.attention
-        if how.precision in ("8bit", "4bit") and not stored:
+        if copy:
             options["quantization_config"] = _quantization(name, how, config, settings.double_quant)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
+    if copy and not spread:
+        quantised.keep(model, copy)
     speed_up(model, how.precision)
     return model.eval(), how
 
 
-def _check_memory(name: str, how: Plan, weights: list[Path]) -> bool:
+def _how(how: Plan, double: bool) -> str:
+    """What a quantised model depends on besides its weights."""
+    return f"{how.precision}{'-double' * (double and how.precision == '4bit')}-{how.device}"
+
+
+def _check_memory(name: str, how: Plan, weights: list[Path], stored: bool) -> bool:
     """Whether a model must be spread over several GPUs; `OutOfMemory` where it fits nowhere."""
     import torch
 
     from llava_cli.machine import BYTES_PER_WEIGHT, free_memory
 
-    parameters = sum(path.stat().st_size for path in weights) / stored_bytes(weights[0])
-    needed, free = parameters * BYTES_PER_WEIGHT.get(how.precision, 2.0), free_memory(how.device)
+    size, free = sum(path.stat().st_size for path in weights), free_memory(how.device)
+    parameters = size / stored_bytes(weights[0])
+    needed = size if stored else parameters * BYTES_PER_WEIGHT.get(how.precision, 2.0)
     if needed > free:
         smaller = next((p for p in ("bf16", "8bit", "4bit") if parameters * BYTES_PER_WEIGHT[p] <= free), None)
         hint = f"llava ask -m {name} -p {smaller}" if smaller else "llava models lists what fits this machine"

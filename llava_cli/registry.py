@@ -161,6 +161,15 @@ def hub_cache() -> Path:
     return Path(expand(env.get("HF_HUB_CACHE", env.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub")))))
 
 
+def quantised_cache() -> Path:
+    """Where quantised copies of checkpoints are kept."""
+    if cache := os.environ.get("LLAVA_CACHE"):
+        return Path(cache) / "quantised"
+    from platformdirs import user_cache_path
+
+    return user_cache_path("llava") / "quantised"
+
+
 def default_name(settings: Settings) -> str:
     """The model that was asked for or set, else the first that was pulled, else the built-in one."""
     if settings.model:

@@ -40,6 +40,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("LLAVA_CONFIG", str(folder / "config.toml"))
     monkeypatch.setenv("LLAVA_DATA", str(folder / "data"))
+    monkeypatch.setenv("LLAVA_CACHE", str(folder / "cache"))
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port where nobody answers
     connect = socket.socket.connect

@@ -51,7 +51,10 @@ def _row(name: str, chosen: str, *cells: str) -> list[str]:
 
 
 def _size(folder: Path) -> str:
-    size = sum(f.stat().st_size for f in folder.iterdir() if f.exists())
+    return _bytes(sum(f.stat().st_size for f in folder.iterdir() if f.exists()))
+
+
+def _bytes(size: float) -> str:
     return _gigabytes(size) if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
@@ -138,3 +141,18 @@ def default(
         name = str(checkpoint.folder.resolve())  # the next command may be typed somewhere else
     set_default_model(name)
     render.note(f"{name} is the default model")
+
+
+@models.command()
+def prune() -> None:
+    """Delete the quantised copies that 4-bit and 8-bit models start from; the next start makes its own again.
+
+    llava models prune
+    """
+    from llava_cli.quantised import prune as pruned
+
+    freed = 0
+    for name, size in pruned():
+        print(f"{name}  {_bytes(size)}")
+        freed += size
+    render.note(f"{_bytes(freed)} are free again" if freed else "there are no quantised copies")

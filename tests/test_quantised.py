@@ -1,0 +1,112 @@
+"""Quantised copies: made once, found again, as good as new, and gone when that is wanted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from test_engine import CONVERSATIONS
+
+from llava_cli import Sampling, load, quantised
+from llava_cli.registry import quantised_cache
+from llava_cli.settings import Precision
+
+PRECISIONS: tuple[Precision, ...] = ("4bit", "8bit")
+
+
+def kept() -> list[str]:
+    return sorted(path.name for path, _ in quantised.copies())
+
+
+@pytest.fixture
+def quantising(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of each copy that is made."""
+    made: list[str] = []
+    keep = quantised.keep
+
+    def told(model: object, path: Path) -> None:
+        made.append(path.name)
+        keep(model, path)
+
+    monkeypatch.setattr(quantised, "keep", told)
+    return made
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", ["llava-llama", "llava-next-mistral", "llava-onevision", "smolvlm"])
+def test_a_copy_answers_like_what_it_was_made_of(
+    family: str, precision: Precision, checkpoint: Callable[[str], Path], quantising: list[str]
+) -> None:
+    def answer() -> str:
+        engine = load(str(checkpoint(family)), precision=precision, device="cpu")
+        assert engine.precision == precision
+        return engine.answer(CONVERSATIONS["two"], Sampling(max_tokens=12)).text
+
+    first = answer()
+    assert kept() == quantising
+    assert answer() == first
+    assert len(quantising) == 1
+
+
+def test_what_another_copy_is_made_for(
+    checkpoint: Callable[[str], Path], quantising: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llava-llama"), folder)
+    load(str(folder), precision="4bit", device="cpu")
+    load(str(folder), precision="8bit", device="cpu")
+    monkeypatch.setenv("LLAVA_DOUBLE_QUANT", "yes")
+    load(str(folder), precision="4bit", device="cpu")
+    assert len(set(quantising)) == len(kept()) == 3
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    load(str(folder), precision="4bit", device="cpu")
+    assert len(set(quantising)) == 4
+    load(str(folder), precision="bf16", device="cpu")
+    assert len(quantising) == 4
+
+
+def test_a_copy_that_is_cut_off_is_made_again(checkpoint: Callable[[str], Path], quantising: list[str]) -> None:
+    load(str(checkpoint("llava-llama")), precision="4bit", device="cpu")
+    (copy,) = quantised_cache().iterdir()
+    weights = next(copy.glob("*.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    load(str(checkpoint("llava-llama")), precision="4bit", device="cpu")
+    assert len(quantising) == 2
+    assert weights.stat().st_size == len(whole)
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only", "another was first"])
+def test_where_no_copy_can_be_kept_the_model_is_there_all_the_same(
+    trouble: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*args: object, **options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    if trouble == "full":
+        usage = shutil.disk_usage("/")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    elif trouble == "read-only":
+        monkeypatch.setattr(Path, "mkdir", cannot)
+    else:
+        monkeypatch.setattr("os.rename", cannot)
+    engine = load(str(checkpoint("llava-llama")), precision="4bit", device="cpu")
+    assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=3)).answer_tokens
+    assert kept() == []
+
+
+def test_prune(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    assert run("models", "prune").stderr == "there are no quantised copies\n"
+    load(str(checkpoint("llava-llama")), precision="4bit", device="cpu")
+    load("builtin", precision="4bit", device="cpu")
+    (quantised_cache() / ".begun-1").mkdir()
+    names = kept()
+    assert len(names) == 3
+    pruned = run("models", "prune")
+    assert pruned.exit_code == 0
+    assert [line.split()[0] for line in pruned.stdout.splitlines()] == names
+    assert kept() == []
+    assert load("builtin", precision="4bit", device="cpu")
