@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,7 +24,7 @@ from llava_cli.engine.local import LocalEngine
 from llava_cli.registry import builtin_folder
 from llava_cli.settings import Precision
 
-DECODERS = {
+DECODERS: dict[str, dict[str, Any]] = {
     "1B": {"num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32},
     "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
 }
@@ -74,11 +78,20 @@ def random_llava(size: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGene
     )
 
 
+def write(size: str, folder: str | Path) -> None:
+    """A checkpoint in bf16, in shards: at 7B, 14 GB in memory and one shard more."""
+    model, processor = random_llava(size, torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="2GB")
+    processor.save_pretrained(folder)
+
+
 def loaded(size: str, precision: Precision) -> LocalEngine:
     """The engine that `llava` would use for such a checkpoint; it is written to a folder and loaded from there."""
     with tempfile.TemporaryDirectory() as folder:
-        model, processor = random_llava(size, torch.bfloat16)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        del model
+        write(size, folder)
+        os.environ["LLAVA_CACHE"] = folder  # no copy of a model that nobody has is left behind
         return load(folder, precision=precision, device="cpu")
+
+
+if __name__ == "__main__":
+    write(*sys.argv[1:])

@@ -1,0 +1,64 @@
+"""This tool: `load`, then `answer`, as its commands do."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from work import ANSWER_TOKENS, CHAT_TOKENS, LATER, PROMPT_TOKENS, QUESTION, Figures, serve, some_tokens
+
+from llava_cli import Conversation, Sampling, load, open_picture
+
+
+class Ours:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.engine = load(options["model"], precision=options["precision"], device="cpu")
+        self.path = options["picture"]
+        self.numbers = random.Random()
+
+    def first(self) -> None:
+        self.engine.ask(self.path, QUESTION, max_tokens=1)
+
+    def vision(self) -> Figures:
+        import torch
+
+        inputs = self.engine.inputs(Conversation().ask(QUESTION, [open_picture(self.path)]))
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            self.engine.network.get_image_features(pixel_values=inputs["pixel_values"])
+        return {"vision": time.perf_counter() - begin}
+
+    def prefill(self) -> Figures:
+        ids = self._ids(PROMPT_TOKENS)
+        begin = time.perf_counter()
+        self.engine.logits(ids)
+        return {"prefill": PROMPT_TOKENS / (time.perf_counter() - begin)}
+
+    def answer(self) -> Figures:
+        self.engine.logits(self._ids(2))  # the picture of the run before is forgotten
+        begin = time.perf_counter()
+        talk = Conversation().ask(QUESTION, [open_picture(self.path)])
+        opened = time.perf_counter() - begin
+        said = self.engine.answer(talk, Sampling(max_tokens=ANSWER_TOKENS))
+        assert said.answer_tokens == ANSWER_TOKENS
+        assert (said.prompt_tokens, said.cached_tokens) == (PROMPT_TOKENS, 0)
+        rate = (ANSWER_TOKENS - 1) / (said.total_seconds - said.first_token_seconds)
+        return {"first": opened + said.first_token_seconds, "decode": rate}
+
+    def chat(self) -> Figures:
+        sampling = Sampling(max_tokens=CHAT_TOKENS)
+        talk = Conversation().ask(QUESTION, [open_picture(self.path)])
+        for question in LATER:
+            talk = talk.answered(self.engine.answer(talk, sampling).text).ask(question)
+        said = self.engine.answer(talk, sampling)
+        return {"chat": said.first_token_seconds, "chat tokens": said.prompt_tokens - said.cached_tokens}
+
+    def _ids(self, count: int) -> dict[str, Any]:
+        import torch
+
+        return {"input_ids": torch.tensor([some_tokens(count, self.numbers)])}
+
+
+if __name__ == "__main__":
+    serve(Ours)
