@@ -37,14 +37,20 @@ class Contender:
     sizes: tuple[str, ...] = ("1B", "7B")
 
 
+def made(path: Path, make: Callable[[Path], object]) -> Path:
+    """What is at `path`, made there whole if it is not."""
+    if not path.exists():
+        part = path.with_name(f"part-{path.name}")
+        shutil.rmtree(part, ignore_errors=True)
+        make(part)
+        part.rename(path)
+    return path
+
+
 def checkpoint(cache: Path, size: str) -> Path:
     """A LLaVA checkpoint of this size, made by a process that gives its memory back."""
-    if not (folder := cache / size).exists():
-        part = cache / f"{size}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        subprocess.run([sys.executable, Path(__file__).with_name("geometry.py"), size, part], check=True)
-        part.rename(folder)
-    return folder
+    script = Path(__file__).with_name("geometry.py")
+    return made(cache / size, lambda part: subprocess.run([sys.executable, script, size, part], check=True))
 
 
 def picture(cache: Path) -> Path:
@@ -91,17 +97,16 @@ def environment(folder: Path, imports: str, packages: list[str], without: str = 
 
 
 def gguf(cache: Path, size: str) -> Path:
-    if not (path := cache / f"{size}.gguf").exists():
-        config = checkpoint(cache, size) / "config.json"
-        subprocess.run([llama_python(cache), WORKERS / "llama_write.py", config, path], check=True)
-    return path
+    command = [llama_python(cache), WORKERS / "llama_write.py", checkpoint(cache, size) / "config.json"]
+    return made(cache / f"{size}.gguf", lambda part: subprocess.run([*command, part], check=True))
 
 
 def exported(cache: Path, size: str) -> Path:
-    if not (folder := cache / f"{size}-openvino").exists():
-        command = [export_python(cache), WORKERS / "ov_export.py", checkpoint(cache, size), folder]
-        subprocess.run(command, check=True, capture_output=True)  # it has a lot to say
-    return folder
+    command = [export_python(cache), WORKERS / "ov_export.py", checkpoint(cache, size)]
+    # It has a lot to say.
+    return made(
+        cache / f"{size}-openvino", lambda part: subprocess.run([*command, part], check=True, capture_output=True)
+    )
 
 
 OURS = ("torch", "transformers", "bitsandbytes")
