@@ -176,7 +176,8 @@ def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], 
     if how.precision in ("8bit", "4bit") and not stored:
         copy = quantised.path_of(checkpoint, _how(how, settings.double_quant))
         if found := quantised.find(checkpoint, copy):
-            return _model(found, _config(found), how, check_weights(found), settings)
+            quantised_one, its_weights = found
+            return _model(quantised_one, _config(quantised_one), how, its_weights, settings)
     with model_errors(name, "its weights cannot be loaded", again(name)):
         if stored:
             how = replace(how, precision=_stored_precision(name, stored, settings.precision))

@@ -32,17 +32,16 @@ def path_of(checkpoint: Checkpoint, how: str) -> Path:
     return quantised_cache() / f"{name}-{how}-{FORMAT}-{fingerprint(checkpoint)[:16]}"
 
 
-def find(checkpoint: Checkpoint, path: Path) -> Checkpoint | None:
-    """The copy, by the name of what it is one of; None where there is none that is whole."""
+def find(checkpoint: Checkpoint, path: Path) -> tuple[Checkpoint, list[Path]] | None:
+    """The copy, by the name of what it is one of, and its weight files; None where there is none that is whole."""
     copy = Checkpoint(checkpoint.name, path)
     try:
         if not (path / "config.json").exists():
             return None
-        check_weights(copy)
+        return copy, check_weights(copy)
     except ModelUnusable:  # cut off: a disk that lost power
         shutil.rmtree(path, ignore_errors=True)
         return None
-    return copy
 
 
 def keep(model: Any, path: Path) -> None:

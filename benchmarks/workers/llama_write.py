@@ -36,8 +36,7 @@ def main() -> None:
     geometry, path = json.loads(Path(sys.argv[1]).read_text())["text_config"], Path(sys.argv[2])
     width, inner, layers = (geometry[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads, words = geometry["num_attention_heads"], geometry["vocab_size"]
-    part = path.with_name(path.name + ".part")
-    out = gguf.GGUFWriter(part, "llama")
+    out = gguf.GGUFWriter(path, "llama")
     out.add_context_length(4096)
     out.add_embedding_length(width)
     out.add_block_count(layers)
@@ -73,7 +72,6 @@ def main() -> None:
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
-    part.rename(path)
 
 
 if __name__ == "__main__":

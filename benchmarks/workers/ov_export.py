@@ -38,14 +38,12 @@ def as_transformers_4(checkpoint: Path, folder: Path) -> None:
 
 def main() -> None:
     checkpoint, folder = map(Path, sys.argv[1:])
-    part = folder.with_name(folder.name + ".part")
     command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "--task", "image-text-to-text"]
     four = ["--weight-format", "int4", "--sym", "--group-size", "64", "--ratio", "1.0"]
     with tempfile.TemporaryDirectory() as name:
         as_transformers_4(checkpoint, Path(name))
-        subprocess.run([*command, *four, "--model", name, str(part)], check=True)
-        export_tokenizer(AutoTokenizer.from_pretrained(name), part)
-    part.rename(folder)
+        subprocess.run([*command, *four, "--model", name, str(folder)], check=True)
+        export_tokenizer(AutoTokenizer.from_pretrained(name), folder)
 
 
 if __name__ == "__main__":
