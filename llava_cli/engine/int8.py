@@ -65,7 +65,7 @@ class Products:
 
 
 class Head:
-    """The output head in 8 bits for one token: half as much to read, 1.6 to 2.6 times as fast. Error 0.9 %."""
+    """The output head in 8 bits for one token: half as much to read, twice as fast (1B 6.7 -> 3.5 ms). Error 0.9 %."""
 
     def __init__(self, head: torch.nn.Linear) -> None:
         self._plain = head.forward
