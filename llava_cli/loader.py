@@ -164,20 +164,23 @@ def _agree(processor: Any, config: Any) -> None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
-def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings) -> tuple[Any, Plan]:
+def _model(
+    checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings, copy: Path | None = None
+) -> tuple[Any, Plan]:
+    """The model itself, and how it is run; `copy` is where its quantised copy is, if this is one."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     from llava_cli import quantised
     from llava_cli.engine.fast import speed_up
 
-    name, copy = checkpoint.name, None
+    name = checkpoint.name
     stored = getattr(config, "quantization_config", None)
-    if how.precision in ("8bit", "4bit") and not stored:
+    if not copy and (stored or how.precision in ("8bit", "4bit")):
         copy = quantised.path_of(checkpoint, _how(how, settings.double_quant))
-        if found := quantised.find(checkpoint, copy):
+        if not stored and (found := quantised.find(checkpoint, copy)):
             quantised_one, its_weights = found
-            return _model(quantised_one, _config(quantised_one), how, its_weights, settings)
+            return _model(quantised_one, _config(quantised_one), how, its_weights, settings, copy)
     with model_errors(name, "its weights cannot be loaded", again(name)):
         if stored:
             how = replace(how, precision=_stored_precision(name, stored, settings.precision))
@@ -194,16 +197,16 @@ def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], 
         }
         if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
             options["attn_implementation"] = how.attention
-        if copy:
+        if copy and not stored:
             options["quantization_config"] = _quantization(name, how, config, settings.double_quant)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
-    if copy and not spread:
-        quantised.keep(model, copy)
-    speed_up(model, how.precision)
+    if copy and not stored and (spread or not quantised.keep(model, copy)):
+        copy = None
+    speed_up(model, how.precision, quantised.Arranged(copy))
     return model.eval(), how
 
 

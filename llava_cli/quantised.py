@@ -7,17 +7,21 @@ time: it is made again when it is wanted.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_cli.checkpoint import check_weights, fingerprint
 from llava_cli.errors import ModelUnusable
 from llava_cli.registry import Checkpoint, quantised_cache
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 """Changes with which layers are quantised, or how."""
@@ -44,8 +48,8 @@ def find(checkpoint: Checkpoint, path: Path) -> tuple[Checkpoint, list[Path]] | 
         return None
 
 
-def keep(model: Any, path: Path) -> None:
-    """Writes the copy, whole or not at all. Where there is no room for it the next start quantises again.
+def keep(model: Any, path: Path) -> bool:
+    """Writes the copy, whole or not at all, and says whether. Without room for it the next start quantises again.
 
     Before the model's first forward pass: bitsandbytes then arranges weights for the processor, and rounds scales.
     """
@@ -54,23 +58,84 @@ def keep(model: Any, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < size + _SPARE:
-            return
+            return False
         model.save_pretrained(new, max_shard_size=SHARD)
         for file in new.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         os.rename(new, path)
     except OSError:  # no room after all, or another process was first
-        return
+        return path.exists()
     finally:
         shutil.rmtree(new, ignore_errors=True)
+    return True
+
+
+class Arranged:
+    """Tensors in the order in which this processor multiplies them: made once, and then mapped from files.
+
+    They stand in a folder beside a copy's weights, one file for each name; or in memory, without a folder.
+    """
+
+    def __init__(self, copy: Path | None = None) -> None:
+        self._folder = copy and copy / f"arranged-{_processor()}"
+
+    def __call__(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors of that name; `make` makes them where there are none."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not self._folder:
+            return make()
+        path = self._folder / f"{name}.safetensors"
+        with suppress(OSError, SafetensorError):
+            return load_file(path)
+        tensors, new = make(), path.with_suffix(f".{os.getpid()}")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self._folder).free < sum(part.nbytes for part in tensors.values()) + _SPARE:
+                return tensors
+            _write(tensors, new)
+            os.rename(new, path)
+            return load_file(path)  # of which no more is in memory than is used
+        except OSError:
+            return tensors
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """As safetensors, but with all numbers at multiples of 64 bytes: else a processor reads them at half the speed."""
+    import torch
+
+    names = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32"}
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+def _processor() -> str:
+    """What the order of weights depends on."""
+    from importlib.metadata import version
+
+    import torch
+
+    able = {"bf16": torch.cpu._is_avx512_bf16_supported(), "vnni": torch.cpu._is_vnni_supported()}
+    return "-".join([version("bitsandbytes"), *(name for name, has in able.items() if has)])
 
 
 def copies() -> Iterator[tuple[Path, int]]:
     """All that is in the cache, what was begun and never finished too, and how many bytes each takes."""
     with suppress(FileNotFoundError):
         for path in sorted(quantised_cache().iterdir()):
-            yield path, sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else 0
+            yield path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def prune() -> Iterator[tuple[str, int]]:

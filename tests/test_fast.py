@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from test_engine import CONVERSATIONS
 from llava_cli import Conversation, Sampling, load
 from llava_cli.engine import attention
 from llava_cli.engine.attention import NAME, attend
-from llava_cli.engine.fast import as_transformers, unused_layers
-from llava_cli.engine.int8 import Head, Products
+from llava_cli.engine.cache import ROOM
+from llava_cli.engine.decoder import Decoder, suits
+from llava_cli.engine.fast import FourBits, as_transformers, unused_layers
+from llava_cli.engine.int8 import Products, whole_numbers
 from llava_cli.engine.local import LocalEngine
-from llava_cli.engine.nf4 import Kernel, kernel_of
+from llava_cli.engine.nf4 import Head, Kernel, joined_bias
+from llava_cli.engine.step import Step
+from llava_cli.quantised import Arranged
 
 Plainly = Callable[..., LocalEngine]
 SAMPLING = Sampling(max_tokens=12)
@@ -25,8 +30,7 @@ SAMPLING = Sampling(max_tokens=12)
 
 def logits(engine: LocalEngine, conversation: Conversation) -> torch.Tensor:
     """After the prompt's last token."""
-    with torch.inference_mode():
-        return engine.network(**engine.inputs(conversation)).logits[0, -1].float()
+    return engine.logits(engine.inputs(conversation))[0].float()
 
 
 @pytest.fixture
@@ -39,6 +43,21 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> Plainly:
             return load(name, precision=precision, device="cpu")
 
     return get
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[FourBits]:
+    """Those of the models that are loaded."""
+    made: list[FourBits] = []
+    of = FourBits.of
+
+    def told(*args: Any) -> FourBits | None:
+        if product := of(*args):
+            made.append(product)
+        return product
+
+    monkeypatch.setattr(FourBits, "of", told)
+    return made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,64 +89,136 @@ def test_logits_are_within_bounds(precision: str, bound: float, plainly: Plainly
     assert one.argmax() == other.argmax()
 
 
+@pytest.mark.parametrize("precision, bound", [("fp32", 1e-5), ("bf16", 0.02), ("4bit", 0.2), ("8bit", 0.1)])
+@pytest.mark.parametrize("family", ["llava-llama", "llava-next-mistral", "llava-onevision", "smolvlm"])
+def test_a_step_says_what_reading_all_says(
+    family: str, precision: Any, bound: float, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token behind others, far enough for the cache to move."""
+    steps: list[int] = []
+    step = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, *args: steps.append(1) or step(self, *args))
+    engine = load(str(checkpoint(family)), precision=precision, device="cpu")
+    torch.manual_seed(0)
+    ids = torch.randint(3, 40, (1, ROOM + 25))
+    engine.logits({"input_ids": ids[:, :20]})
+    for end in range(21, ids.shape[1] + 1):
+        found = engine.logits({"input_ids": ids[:, :end]})
+    assert len(steps) == ids.shape[1] - 20
+    engine.logits({"input_ids": ids[:, 1:]})  # lets go of the others
+    expected = engine.logits({"input_ids": ids})
+    assert len(steps) == ids.shape[1] - 20
+    assert (found - expected).norm() < bound * expected.norm()
+
+
+def test_a_decoder_of_another_kind_stays_as_it_is(plainly: Plainly) -> None:
+    decoder = plainly("builtin", "fp32").network.get_decoder()
+    assert suits(decoder)
+    decoder.config.hidden_act = "gelu"
+    assert not suits(decoder)
+    assert not suits(torch.nn.Linear(1, 1))
+
+
 def test_prompts_are_read_in_8_bits_only_where_weights_have_4(plainly: Plainly) -> None:
     def ways(engine: LocalEngine) -> set[type]:
         return {type(m.__dict__.get("forward")) for m in engine.network.modules()} - {type(None)}
 
-    assert ways(load("builtin", precision="4bit", device="cpu")) == {Products, Head}
-    assert ways(load("builtin", precision="bf16", device="cpu")) == set()
+    four = load("builtin", precision="4bit", device="cpu")
+    assert ways(four) == {Decoder, Head}
+    assert ways(load("builtin", precision="bf16", device="cpu")) == {Decoder}
     assert ways(plainly("builtin", "4bit")) == set()
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("tokens", [(1, 1), (3,), (2, 40)])
-def test_4_bit_kernel_says_what_bitsandbytes_says(tokens: tuple[int, ...], double: bool, bias: bool) -> None:
+def four_bits(outputs: int, bias: bool, double: bool = False) -> Any:
+    """A layer of 128 inputs with random weights."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    torch.manual_seed(0)
     options = {"compress_statistics": double, "quant_type": "nf4"}
-    layer: Any = Linear4bit(128, 96, bias=bias, compute_dtype=torch.bfloat16, **options).eval()
-    weight = torch.randn(96, 128, dtype=torch.bfloat16)
+    layer: Any = Linear4bit(128, outputs, bias=bias, compute_dtype=torch.bfloat16, **options).eval()
+    weight = torch.randn(outputs, 128, dtype=torch.bfloat16)
     layer.weight = Params4bit(weight, requires_grad=False, module=layer, **options).to("cpu")  # type: ignore[arg-type]
+    return layer
+
+
+@pytest.mark.parametrize("biases", [(True,), (False,), (False, False, False), (True, False)])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("tokens", [(1, 1), (3,), (2, 40)])
+def test_4_bit_kernel_says_what_bitsandbytes_says(
+    tokens: tuple[int, ...], double: bool, biases: tuple[bool, ...]
+) -> None:
+    """Of layers together too, whose weights are not in memory twice."""
+    torch.manual_seed(0)
+    layers = [four_bits(32 * (i + 2), bias, double) for i, bias in enumerate(biases)]
     with torch.inference_mode():
-        kernel = kernel_of(layer)
+        product = FourBits.of(layers, "layer", in_8_bits=False, arranged=Arranged())
         if not torch.cpu._is_avx512_bf16_supported():
-            assert kernel is None
+            assert product is None
             return
-        assert kernel
+        assert product
+        assert isinstance(product.few, Kernel)
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.randn(*tokens, 128, dtype=dtype)
-            assert torch.equal(kernel(x), layer(x))
+            assert torch.equal(product(x), torch.cat([layer(x) for layer in layers], -1))
         turned = torch.randn(128, 5, dtype=torch.bfloat16).t()
-        assert torch.equal(kernel(turned), layer(turned.contiguous()))
+        assert torch.equal(product(turned), torch.cat([layer(turned.contiguous()) for layer in layers], -1))
+    places = [layer.weight.data_ptr() for layer in layers]
+    for i, (one, next_one) in enumerate(pairwise(places)):
+        assert next_one - one == 64 * 32 * (i + 2)
 
 
-def test_head_in_8_bits() -> None:
+@pytest.mark.parametrize("biases", [(False,), (True, False, True)])
+def test_products_in_8_bits(biases: tuple[bool, ...]) -> None:
     torch.manual_seed(0)
-    plain = torch.nn.Linear(128, 500, bias=False, dtype=torch.bfloat16)
-    head = Head(plain)
+    layers = [four_bits(32 * (i + 2), bias) for i, bias in enumerate(biases)]
+    x = torch.randn(2, 40, 128, dtype=torch.bfloat16)
+    x[0, 0] = 0
+    with torch.inference_mode():
+        found = Products(**whole_numbers(layers), bias=joined_bias(layers))(x)
+        expected = torch.cat([layer(x) for layer in layers], -1)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    assert torch.equal(found[0, 0], expected[0, 0])
+
+
+def test_head_in_4_bits_is_exact_about_the_likeliest() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(128, 9600, bias=False, dtype=torch.bfloat16)
+    head = Head.of(plain, Arranged())
+    if not torch.cpu._is_avx512_bf16_supported():
+        assert head is None
+        return
+    assert head
     with torch.inference_mode():
         one, many = (torch.randn(1, n, 128, dtype=torch.bfloat16) for n in (1, 3))
-        assert head(one).shape == (1, 1, 500)
-        assert (head(one) - plain(one)).norm() < 0.02 * plain(one).norm()
+        found, exact = head(one)[0, 0], torch.nn.functional.linear(one.float(), plain.weight.float())[0, 0]
+        assert (found - exact).norm() < 0.15 * exact.norm()
+        best, numbers = exact.topk(10)
+        assert torch.equal(found.topk(10).indices, numbers)
+        assert torch.allclose(found[numbers], best)
         assert torch.equal(head(many), plain(many))
 
 
-def test_4_bit_kernel_is_left_where_weights_are_others(monkeypatch: pytest.MonkeyPatch, drawing: Path) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.nn.Linear(128, 500, bias=False, dtype=torch.bfloat16),
+        torch.nn.Linear(128, 512, dtype=torch.bfloat16),
+        torch.nn.Linear(128, 512, bias=False),
+        torch.nn.Identity(),
+    ],
+)
+def test_other_heads_stay_as_they_are(other: torch.nn.Module) -> None:
+    assert Head.of(other, Arranged()) is None
+
+
+def test_4_bit_kernel_is_left_where_weights_are_others(
+    monkeypatch: pytest.MonkeyPatch, drawing: Path, products: list[FourBits]
+) -> None:
     from bitsandbytes import cextension
 
     monkeypatch.setattr(cextension, "lib", object())
     engine = load("builtin", precision="4bit", device="cpu")
-    assert not any(
-        isinstance(way.few, Kernel) for way in map(vars_forward, engine.network.modules()) if type(way) is Products
-    )
+    assert not any(isinstance(product.few, Kernel) for product in products)
     assert engine.ask(str(drawing), "what color is the circle?") == "red"
-
-
-def vars_forward(module: torch.nn.Module) -> Any:
-    """What stands in a layer's place."""
-    return vars(module).get("forward")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +236,8 @@ def test_vision_layers_that_nobody_sees_are_not_computed(
         norms = [part for layer in layers for part in layer.modules() if part is not layer]
         calls: list[int] = []
         hooks = [norm.register_forward_hook(lambda *_: calls.append(1)) for norm in norms]
-        logits(engines(family), CONVERSATIONS["one"])
+        with torch.inference_mode():
+            network(**engines(family).inputs(CONVERSATIONS["one"]))
         for hook in hooks:
             hook.remove()
         return len(calls)
@@ -156,10 +248,12 @@ def test_vision_layers_that_nobody_sees_are_not_computed(
     assert computed() == 0
 
 
-def test_no_8_bits_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, drawing: Path) -> None:
+def test_no_8_bits_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, drawing: Path, products: list[FourBits]
+) -> None:
     monkeypatch.setattr("llava_cli.engine.int8.free_memory", lambda device: 1_000_000)
     engine = load("builtin", precision="4bit", device="cpu")
-    assert not any(isinstance(m.__dict__.get("forward"), Products) for m in engine.network.modules())
+    assert not any(isinstance(product.many, Products) for product in products)
     assert engine.ask(str(drawing), "what color is the circle?") == "red"
 
 

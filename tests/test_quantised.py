@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run
 from test_engine import CONVERSATIONS
 
@@ -77,6 +78,69 @@ def test_a_copy_that_is_cut_off_is_made_again(checkpoint: Callable[[str], Path],
     load(str(checkpoint("llava-llama")), precision="4bit", device="cpu")
     assert len(quantising) == 2
     assert weights.stat().st_size == len(whole)
+
+
+def arranged() -> dict[str, Path]:
+    return {path.stem: path for path in quantised_cache().rglob("arranged-*/*.safetensors")}
+
+
+def said(folder: Path) -> str:
+    engine = load(str(folder), precision="4bit", device="cpu")
+    return engine.answer(CONVERSATIONS["two"], Sampling(max_tokens=12)).text
+
+
+@pytest.fixture
+def arranging(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of each file that is made."""
+    made: list[str] = []
+    write = quantised._write
+
+    def told(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        made.append(path.stem)
+        write(tensors, path)
+
+    monkeypatch.setattr(quantised, "_write", told)
+    return made
+
+
+def test_weights_are_arranged_once(checkpoint: Callable[[str], Path], arranging: list[str]) -> None:
+    """For the processor, in files whose numbers it can read as they stand."""
+    from safetensors.torch import load_file
+
+    folder = checkpoint("llava-llama")
+    first = said(folder)
+    assert sorted(arranging) == sorted(arranged())
+    if not torch.cpu._is_vnni_supported():
+        return
+    assert [name for name in arranging if name.endswith("-8")]
+    assert said(folder) == first
+    assert len(arranging) == len(arranged())
+    for path in arranged().values():
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in load_file(path).values())
+    name, path = next(iter(arranged().items()))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert said(folder) == first
+    assert arranging[-1] == name
+    assert path.read_bytes() == whole
+
+
+def test_weights_of_a_checkpoint_that_was_quantised_by_others(
+    checkpoint: Callable[[str], Path], arranging: list[str], tmp_path: Path
+) -> None:
+    from llava_cli.engine.fast import as_transformers
+
+    said(checkpoint("llava-llama"))
+    (copy,) = quantised_cache().iterdir()
+    shutil.copytree(checkpoint("llava-llama"), tmp_path / "theirs", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(copy, tmp_path / "theirs", ignore=shutil.ignore_patterns("arranged-*"), dirs_exist_ok=True)
+    arranging.clear()
+    assert said(tmp_path / "theirs") == said(tmp_path / "theirs") == said(checkpoint("llava-llama"))
+    assert len(arranging) == len(set(arranging))
+    assert len(arranged()) == len(arranging)
+    engine = load(str(tmp_path / "theirs"), precision="4bit", device="cpu")
+    with as_transformers(engine.network):  # its own weights are as they were
+        assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=3)).answer_tokens == 3
 
 
 @pytest.mark.parametrize("trouble", ["full", "read-only", "another was first"])

@@ -55,7 +55,9 @@ def attend(
     if queries == 1:
         key, value = _with_room(key), _with_room(value)
     causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    add = _added(attention_mask, queries, keys, causal, query.dtype)
+    if attention_mask is None and causal:
+        attention_mask = torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    add = None if attention_mask is None else added(attention_mask, query.dtype)
     query = query * (width**-0.5 if scaling is None else scaling)
     few = max(1, SCORES // (heads * queries * key.shape[2]))
     parts = [slice(i, i + few) for i in range(0, rows, few)]
@@ -88,14 +90,10 @@ def _products(
     return torch.bmm(shares, value.reshape(together, room, width)).view(rows, heads, queries, width)
 
 
-def _added(mask: torch.Tensor | None, queries: int, keys: int, causal: bool, dtype: torch.dtype) -> torch.Tensor | None:
-    """A mask as what is added to the scores: 0 where a key is seen, else as little as can be; None where all are."""
+def added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as what is added to the scores: 0 where a key is seen, else as little as can be."""
     import torch
 
-    if mask is None:
-        if not causal:
-            return None
-        mask = torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -41,6 +39,21 @@ class RoomyLayer(DynamicLayer):
             self._stores[name][:rows, :, begin:end] = new
             self._hold(name, rows, end)
         return self.keys, self.values  # type: ignore[return-value]
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One more token of the only row: all there is of both and the room behind it [heads, tokens, width].
+
+        `key`, `value` [heads, 1, width].
+        """
+        begin, both = self.get_seq_length(), []
+        for name, new in zip(_BOTH, (key, value), strict=True):
+            if not self._fits(name, 1, begin + 1):
+                self._move(name, getattr(self, name), 1, begin, begin + 1)
+            store = self._stores[name][0]
+            store.narrow(1, begin, 1).copy_(new)
+            self._hold(name, 1, begin + 1)
+            both.append(store)
+        return both[0], both[1]
 
     def make_room(self, rows: int, width: int) -> None:
         """Moves the last `width` tokens to where there is room for `rows` in all; zeros stand before fewer."""
@@ -117,30 +130,3 @@ class RoomyCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=RoomyLayer)
-        self._last: int | None = None
-
-    @contextmanager
-    def filling(self, layers: int) -> Iterator[None]:
-        """A forward pass within ends as soon as the last of its `layers` has its keys and values.
-
-        More is not needed of tokens before a prompt's last one: with 4 layers a seventh of the reading is saved.
-        """
-        self._last = layers - 1
-        try:
-            yield
-        except _Filled:
-            pass
-        finally:
-            self._last = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        both: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **options)
-        if layer_idx == self._last:
-            raise _Filled
-        return both
-
-
-class _Filled(Exception):
-    """All keys and values are there."""

@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.attention import NAME, use_plain_attention
-from llava_cli.engine.int8 import Head, Products, use_int8_products
-from llava_cli.engine.nf4 import Kernel, kernel_of
+from llava_cli.engine.decoder import Decoder, Product, suits
+from llava_cli.engine.int8 import TOKENS, Products, has_room, whole_numbers
+from llava_cli.engine.nf4 import Head, Kernel, each, in_kernel_order, is_arranged, joined_bias
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava_cli.quantised import Arranged
 
 
-def speed_up(model: Any, precision: str) -> None:
-    """Gives a model the fast ways that suit it."""
+def speed_up(model: Any, precision: str, arranged: Arranged) -> None:
+    """Gives a model the fast ways that suit it; what it takes to arrange weights for them is kept in `arranged`."""
     import torch
 
     if os.environ.get("LLAVA_FAST") == "0":
@@ -22,29 +29,60 @@ def speed_up(model: Any, precision: str) -> None:
         layer.forward = _passed_on
     if model.device.type != "cpu":
         return
-    if model.config._attn_implementation == "sdpa":
+    if attends := model.config._attn_implementation == "sdpa":
         use_plain_attention(model)
+    layers: dict[Any, str] = {}
     if precision == "4bit":
-        use_int8_products(model)
-        _use_kernels(model)
-        head = model.get_output_embeddings()
-        if type(head) is torch.nn.Linear and head.bias is None and head.weight.dtype == torch.bfloat16:
-            vars(head)["forward"] = Head(head)
+        from bitsandbytes.nn.modules import Linear4bit
 
+        layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+    in_8_bits = bool(layers) and has_room(layers)
 
-def _use_kernels(model: Any) -> None:
-    """For few tokens; those of `Products` stay for many."""
-    import torch
-    from bitsandbytes.nn.modules import Linear4bit
+    def join(some: list[Any]) -> Product | None:
+        if not all(layer in layers for layer in some):
+            return None
+        return FourBits.of(some, layers[some[0]], in_8_bits, arranged)
 
+    decoder, output = model.get_decoder(), model.get_output_embeddings()
     with torch.inference_mode():
-        for layer in model.modules():
-            if isinstance(layer, Linear4bit) and (kernel := kernel_of(layer)):
-                way: Any = layer.forward
-                if isinstance(way, Products):
-                    way.few = kernel
-                else:
-                    vars(layer)["forward"] = kernel
+        if attends and suits(decoder):
+            vars(decoder)["forward"] = Decoder(decoder, join)
+        else:
+            for layer in layers:
+                vars(layer)["forward"] = join([layer]) or layer.forward
+        if layers and (head := Head.of(output, arranged)):
+            vars(output)["forward"] = head
+
+
+class FourBits:
+    """Layers with 4-bit weights that multiply the same input: in 4 bits for few tokens, in 8 for many."""
+
+    def __init__(self, few: Product, many: Product) -> None:
+        self.few, self.many = few, many
+
+    @classmethod
+    def of(cls, layers: list[Any], name: str, in_8_bits: bool, arranged: Arranged) -> FourBits | None:
+        """None where there is nothing better than the layers themselves."""
+        bias, many, few = joined_bias(layers), None, None
+        import torch
+
+        # Before bitsandbytes arranges the weights: it then has lost how to make numbers of them.
+        if in_8_bits:
+            many = Products(**arranged(f"{name}-8", partial(whole_numbers, layers)), bias=bias)
+        if tensors := arranged(f"{name}-4", partial(in_kernel_order, layers)):
+            few = Kernel(**tensors, bias=bias)
+            for layer, its in zip(
+                layers, torch.split(tensors["weights"], [one.out_features for one in layers]), strict=True
+            ):
+                if is_arranged(layer):
+                    layer.weight.data = its  # not twice
+        if not many and not few:
+            return None
+        plain: Product = few or partial(each, layers)
+        return cls(plain, many or plain)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.few(x) if x.numel() < TOKENS * x.shape[-1] else self.many(x)
 
 
 def unused_layers(model: Any) -> list[Any]:
@@ -76,7 +114,7 @@ def as_transformers(model: Any) -> Iterator[None]:
     ways = {layer: vars(layer)["forward"] for layer in model.modules() if "forward" in vars(layer)}
     if attends:
         model.set_attn_implementation("sdpa")
-    ours = [layer for layer, way in ways.items() if way is _passed_on or isinstance(way, (Products, Kernel, Head))]
+    ours = [layer for layer, way in ways.items() if way is _passed_on or isinstance(way, (Decoder, FourBits, Head))]
     for layer in ours:
         del layer.forward
     try:

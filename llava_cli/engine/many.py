@@ -72,7 +72,6 @@ class Batch:
         self._image: int | None = getattr(model.config, "image_token_id", None)
         # A sliding window counts columns: with padding in their midst it would hide too much.
         self._shares = not getattr(model.config.get_text_config(), "sliding_window", None)
-        self._layers: int = model.config.get_text_config().num_hidden_layers
         self._cache: Any = None
         self._mask: torch.Tensor = None  # type: ignore[assignment]  # [rows, columns], 1 where a token is
 
@@ -146,16 +145,14 @@ class Batch:
 
         cache = RoomyCache()
         ids, mask = self._left_padded([group.rows[0].ids[: group.head] for group in groups])
-        with cache.filling(self._layers):
-            self._forward({"input_ids": ids, **_stacked([group.rows[0].inputs for group in groups])}, cache, mask)
+        self._forward({"input_ids": ids, **_stacked([group.rows[0].inputs for group in groups])}, cache, mask)
         if rows > len(groups):
             index = torch.tensor([i for i, group in enumerate(groups) for _ in group.rows], device=mask.device)
             cache.batch_select_indices(index)
             ids, tail = self._left_padded([row.ids[group.head : -1] for group in groups for row in group.rows])
             mask = torch.cat([mask[index], tail], dim=1)
             if ids.shape[1]:
-                with cache.filling(self._layers):
-                    self._forward({"input_ids": ids}, cache, mask)
+                self._forward({"input_ids": ids}, cache, mask)
         return cache, mask
 
     def _make_room(self, rows: int, width: int) -> None:
