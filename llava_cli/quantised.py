@@ -119,6 +119,8 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())  # a file that lost power would be whole by its size, and full of zeros
 
 
 def _processor() -> str:
