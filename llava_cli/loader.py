@@ -176,9 +176,10 @@ def _model(
 
     name = checkpoint.name
     stored = getattr(config, "quantization_config", None)
-    if not copy and (stored or how.precision in ("8bit", "4bit")):
+    quantise = not stored and how.precision in ("8bit", "4bit")
+    if not copy and (stored or quantise):
         copy = quantised.path_of(checkpoint, _how(how, settings.double_quant))
-        if not stored and (found := quantised.find(checkpoint, copy)):
+        if quantise and (found := quantised.find(checkpoint, copy)):
             quantised_one, its_weights = found
             return _model(quantised_one, _config(quantised_one), how, its_weights, settings, copy)
     with model_errors(name, "its weights cannot be loaded", again(name)):
@@ -197,14 +198,14 @@ def _model(
         }
         if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
             options["attn_implementation"] = how.attention
-        if copy and not stored:
+        if quantise:
             options["quantization_config"] = _quantization(name, how, config, settings.double_quant)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
-    if copy and not stored and (spread or not quantised.keep(model, copy)):
+    if quantise and copy and (spread or not quantised.keep(model, copy)):
         copy = None
     speed_up(model, how.precision, quantised.Arranged(copy))
     return model.eval(), how

@@ -63,17 +63,16 @@ class FourBits:
     @classmethod
     def of(cls, layers: list[Any], name: str, in_8_bits: bool, arranged: Arranged) -> FourBits | None:
         """None where there is nothing better than the layers themselves."""
-        bias, many, few = joined_bias(layers), None, None
         import torch
 
+        bias, many, few = joined_bias(layers), None, None
         # Before bitsandbytes arranges the weights: it then has lost how to make numbers of them.
         if in_8_bits:
             many = Products(**arranged(f"{name}-8", partial(whole_numbers, layers)), bias=bias)
         if tensors := arranged(f"{name}-4", partial(in_kernel_order, layers)):
             few = Kernel(**tensors, bias=bias)
-            for layer, its in zip(
-                layers, torch.split(tensors["weights"], [one.out_features for one in layers]), strict=True
-            ):
+            parts = torch.split(tensors["weights"], [layer.out_features for layer in layers])
+            for layer, its in zip(layers, parts, strict=True):
                 if is_arranged(layer):
                     layer.weight.data = its  # not twice
         if not many and not few:

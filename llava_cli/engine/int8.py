@@ -53,8 +53,8 @@ def whole_numbers(layers: list[Any]) -> dict[str, torch.Tensor]:
 class Products:
     """What 4-bit layers make of many tokens: x [..., inputs] -> [..., outputs of all layers]."""
 
-    _room: ClassVar[dict[int, torch.Tensor]] = {}
-    """For sums, by their width: new memory for each product takes a tenth of its time."""
+    _room: ClassVar[torch.Tensor | None] = None
+    """For sums, of the widest product so far: new memory for each one takes a tenth of its time."""
 
     def __init__(self, whole: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._whole, self._scale, self._bias = whole, scale, bias
@@ -75,9 +75,9 @@ class Products:
     def _multiply(self, numbers: torch.Tensor, size: torch.Tensor, out: torch.Tensor) -> None:
         import torch
 
-        outputs = len(self._scale)
-        if outputs not in self._room:
-            self._room[outputs] = torch.empty(_AT_ONCE, outputs, dtype=torch.int32)
-        sums = torch._int_mm(numbers, self._whole, out=self._room[outputs][: len(numbers)])
+        room = Products._room
+        if room is None or room.numel() < _AT_ONCE * len(self._scale):
+            room = Products._room = torch.empty(_AT_ONCE * len(self._scale), dtype=torch.int32)
+        sums = torch._int_mm(numbers, self._whole, out=room[: out.numel()].view(out.shape))
         for place, part, its in zip(*(torch.split(rows, _ROWS) for rows in (out, sums, size)), strict=True):
             place.copy_(torch.mul(part, self._scale).mul_(its))

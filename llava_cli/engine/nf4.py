@@ -67,13 +67,19 @@ def in_kernel_order(layers: list[Any]) -> dict[str, torch.Tensor]:
     }
 
 
+def in_turn(calls: list[Callable[[], object]]) -> None:
+    """One call after the other."""
+    for call in calls:
+        call()
+
+
 class Kernel:
     """Products with weights in kernel order: x [..., inputs] -> [..., outputs]."""
 
     def __init__(self, weights: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         from bitsandbytes.cextension import lib
 
-        self._kernel, self.bias = getattr(lib, _KERNEL), bias
+        self._kernel, self._bias = getattr(lib, _KERNEL), bias
         self._tensors = weights, scales  # held here, for the kernel is only told where they are
         self._outputs, self._inputs = len(weights), 2 * weights.shape[1]
         n, k = c_int64(self._outputs), c_int64(self._inputs)
@@ -82,9 +88,10 @@ class Kernel:
         self._after = c_int64(self._inputs // len(scales)), k, n
 
     def bound(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
-        """Writes to `out` what becomes of `x`, the bias left out, at the time that it is called; both in bf16."""
+        """Writes to `out` what becomes of `x` at the time that it is called; both in bf16 and in one piece."""
         tokens, begin, end = c_int64(x.numel() // self._inputs), c_void_p(x.data_ptr()), c_void_p(out.data_ptr())
-        return partial(self._kernel, tokens, *self._before, begin, *self._places, end, *self._after)
+        multiply = partial(self._kernel, tokens, *self._before, begin, *self._places, end, *self._after)
+        return multiply if self._bias is None else partial(in_turn, [multiply, partial(out.add_, self._bias)])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         import torch
@@ -92,7 +99,7 @@ class Kernel:
         given = x.to(torch.bfloat16).contiguous()
         out = given.new_empty(*x.shape[:-1], self._outputs)
         self.bound(given, out)()
-        return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+        return out.to(x.dtype)
 
 
 class Head:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.cache import RoomyCache
-from llava_cli.engine.nf4 import Kernel
+from llava_cli.engine.nf4 import Kernel, in_turn
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ class Step:
             turned_first.addcmul_(second, sin, value=-1)
             turned_second.addcmul_(first, sin)
             keys, values = cache.layers[layer.number].append(self._key, self._value)
-            if scores.shape[2] != keys.shape[1]:  # for the first layer
+            if scores.shape[2] != keys.shape[1]:  # Ctrl-C may have left layers with other room than the first
                 scores, shares = (stream.new_empty(*self._query.shape[:2], keys.shape[1]) for _ in range(2))
             torch.bmm(self._query.mul_(layer.scaling), keys.transpose(1, 2), out=scores)
             scores[:, :, tokens:] = least
@@ -113,8 +113,7 @@ def bound(group: Group, x: torch.Tensor, out: torch.Tensor) -> Call:
 
     few = getattr(group.joined, "few", None)
     if isinstance(few, Kernel):
-        product = few.bound(x, out)
-        return product if few.bias is None else partial(_all, [product, partial(out.add_, few.bias)])
+        return few.bound(x, out)
     calls: list[Call] = []
     for layer, part in zip(group.layers, torch.split(out, group.outputs, -1), strict=True):
         if type(layer) is not torch.nn.Linear:
@@ -123,13 +122,8 @@ def bound(group: Group, x: torch.Tensor, out: torch.Tensor) -> Call:
             calls.append(partial(torch.mm, x, layer.weight.t(), out=part))
         else:
             calls.append(partial(torch.addmm, layer.bias, x, layer.weight.t(), out=part))
-    return calls[0] if len(calls) == 1 else partial(_all, calls)
+    return calls[0] if len(calls) == 1 else partial(in_turn, calls)
 
 
 def _copied(layer: Any, x: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(layer(x))
-
-
-def _all(calls: list[Call]) -> None:
-    for call in calls:
-        call()
