@@ -1,9 +1,10 @@
 """What answering many at once brings: `python benchmarks/batch.py`. Pictures a second, against a loop.
 
-The loop asks one at a time in one process, `engine.ask(picture, question)`, and so does its model's own
-`generate`; the batch is what `llava batch` does once its model is loaded: pictures opened by processes of their
-own, prompts prepared ahead, many answered at once. Each has a process, that waits while another one has its turn;
-all of them in one run, median of `--runs`, ratios turn by turn.
+Two loops ask one at a time in one process: over transformers' `generate`, as its documentation has it
+(`LLAVA_FAST=0`: the model is untouched), and over `engine.ask(picture, question)`, which has all of this tool's own
+speed. The batch is what `llava batch` does once its model is loaded: pictures opened by processes of their own,
+prompts prepared ahead, many answered at once. Each has a process, that waits while another one has its turn; all of
+them in one run, median of `--runs`, ratios turn by turn.
 
 - builtin: drawings on disk, "what is this?" (an answer has a dozen tokens).
 - easy-VQA: pictures of its test half, each with all of its questions (about ten; an answer is a word).
@@ -34,11 +35,15 @@ from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation
 from llava_cli.engine.local import LocalEngine
 from llava_cli.images import open_picture
+from llava_cli.machine import steady_heap
 from llava_cli.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
 import samples
 from batches import easy_vqa
+
+ENVIRONMENT = {"loop": {}, "generate": {"LLAVA_FAST": "0"}, "batch": {"LLAVA_FAST": "1", "GOMP_SPINCOUNT": "10000"}}
+"""What each way's process is started with; `llava batch` sets the last for itself."""
 
 Way = Callable[[list[Task]], list[str]]
 
@@ -74,6 +79,8 @@ def ways(engine: LocalEngine, max_tokens: int) -> dict[str, Way]:
 
 def work(way: str, model: str, tasks: list[Task], few: list[Task], max_tokens: int, turns: Connection) -> None:
     """One way in a process of its own: does its tasks at each turn, and sends the seconds and the answers."""
+    if way == "batch":
+        steady_heap()
     engine = loaded("1B", "4bit") if model == "1B" else load(model)
     do = ways(engine, max_tokens)[way]
     do(few[:2])  # the first pass is slow
@@ -91,8 +98,7 @@ def compare(name: str, model: str, tasks: list[Task], few: list[Task], max_token
     spawn = get_context("spawn")
     for way, its in todo.items():
         turns[way], theirs = spawn.Pipe()
-        if way == "batch":  # as the command itself has it
-            os.environ["GOMP_SPINCOUNT"] = "10000"
+        os.environ |= ENVIRONMENT[way]
         spawn.Process(target=work, args=(way, model, its, few, max_tokens, theirs), daemon=True).start()
     precision = [pipe.recv() for pipe in turns.values()]
     seconds: dict[str, list[float]] = {way: [] for way in todo}

@@ -106,7 +106,7 @@ def steady_heap() -> None:
             libc.mallopt(parameter, value)
 
 
-_HEAP = {-8: 1, -3: 8 << 20}
+_HEAP = {-8: 1, -3: 1 << 20}
 """M_ARENA_MAX and M_MMAP_THRESHOLD (bytes) of malloc.h."""
 
 
