@@ -55,6 +55,7 @@ def test_a_fast_way_that_is_wrong_is_found(run: Run, monkeypatch: pytest.MonkeyP
     from llava_cli.engine import attention
 
     right = attention._products
+    monkeypatch.setattr(attention, "torchs_is_faster", lambda: False)
     monkeypatch.setattr(attention, "_products", lambda *args: right(*args) * 1.5)
     assert failed(run, "builtin", "-p", "fp32", "--device", "cpu") == ["forward pass"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,18 @@ FEW = 512
 """Keys of all rows together up to which a step's attention is faster as torch's own."""
 SCORES = 1 << 24
 """Numbers that are computed at a time, for they should stay in the processor's cache: 32 MB in bf16."""
+
+
+@cache
+def torchs_is_faster() -> bool:
+    """Whether torch's own attention is: on a CPU with AMX it leaves plain products behind at every shape.
+
+    A layer of 1B for 620 tokens takes 5 ms, where plain products take 16, and for one token after them 0.12 and 0.41;
+    27 pictures of 65 patches take 0.7 and 2.2.
+    """
+    import torch
+
+    return torch.cpu._is_amx_tile_supported()
 
 
 def use_plain_attention(model: Any) -> None:
@@ -48,7 +61,8 @@ def attend(
 
     rows, heads, queries, width = query.shape
     keys = key.shape[2]
-    if (queries == 1 and rows * keys < FEW) or any(options.get(name) is not None for name in _UNUSUAL):
+    few = queries == 1 and rows * keys < FEW
+    if few or torchs_is_faster() or any(options.get(name) is not None for name in _UNUSUAL):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **options
         )
@@ -88,6 +102,34 @@ def _products(
         scores[..., keys:] = torch.finfo(scores.dtype).min
     shares = scores.softmax(-1).view(together, -1, room)
     return torch.bmm(shares, value.reshape(together, room, width)).view(rows, heads, queries, width)
+
+
+class OneQuery:
+    """The attention of one row's newest token, layer after layer, in buffers that are made once.
+
+    Reads `query` [key heads, query heads of each, width], writes to `out`, which is like it.
+    """
+
+    def __init__(self, query: torch.Tensor, out: torch.Tensor) -> None:
+        self._query, self._out = query, out
+        self._scores = self._shares = query.new_empty(0, 0, 0)
+
+    def __call__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int, scaling: float) -> None:
+        """To the first `tokens` of keys and values [key heads, room, width]."""
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+
+        query = self._query
+        if torchs_is_faster():
+            keys, values = keys[None, :, :tokens], values[None, :, :tokens]
+            self._out.copy_(scaled_dot_product_attention(query[None], keys, values, scale=scaling)[0])
+            return
+        if self._scores.shape[2] != keys.shape[1]:
+            self._scores, self._shares = (query.new_empty(*query.shape[:2], keys.shape[1]) for _ in range(2))
+        torch.bmm(query.mul_(scaling), keys.transpose(1, 2), out=self._scores)
+        self._scores[:, :, tokens:] = torch.finfo(query.dtype).min
+        torch.softmax(self._scores, -1, out=self._shares)
+        torch.bmm(self._shares, values, out=self._out)
 
 
 def added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.attention import added, attend
+from llava_cli.engine.attention import added, attend, torchs_is_faster
 from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.step import Step
 
@@ -73,7 +73,8 @@ class Decoder:
         if position_ids is None:
             position_ids = torch.arange(keys - tokens, keys)[None]
         seen = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        if tokens > 1:
+        # Torch's own has a way for prompts that are read at once, without a mask: by a third faster.
+        if tokens > 1 and not (seen is None and tokens == keys and torchs_is_faster()):
             causal = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
             seen = causal[None, None] if seen is None else seen & causal
         add = None if seen is None else added(seen, x.dtype)
@@ -140,7 +141,7 @@ class Layer:
         keys, values = cache.update(key, value, self.number)
         if last and tokens > 1:
             x, query, add = x[:, -1:], query[:, :, -1:], None if add is None else add[:, :, -1:]
-        found, _ = attend(self._attention, query, keys, values, add, self.scaling, is_causal=False)
+        found, _ = attend(self._attention, query, keys, values, add, self.scaling, is_causal=True)
         (out,) = self.out(found.reshape(rows, x.shape[1], -1))
         x = out.add_(x)
         gate, up = self.gated(self.norms[1](x))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.attention import OneQuery
 from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.nf4 import Kernel, in_turn
 
@@ -48,9 +49,8 @@ class Step:
         self._halves = [both.view(-1, 2, width // 2), turned.view(-1, 2, width // 2)]
         self._first, self._second = (tuple(part[:, i] for part in self._halves) for i in (0, 1))
         query, key = torch.split(turned.view(-1, width), [heads, key_heads])
-        self._query = query.view(key_heads, -1, width)
+        self._attend = OneQuery(query.view(key_heads, -1, width), found.view(key_heads, -1, width))
         self._key, self._value = key.view(-1, 1, width), value.view(-1, 1, width)
-        self._found = found.view(key_heads, -1, width)
         self._gate, self._up = gated.view(2, 1, -1)
         self._layers = [
             (
@@ -73,8 +73,7 @@ class Step:
         stream, out = self._x, self._out
         stream.copy_(x[0])
         (both, turned), (first, turned_first), (second, turned_second) = self._halves, self._first, self._second
-        tokens, least = cache.get_seq_length() + 1, torch.finfo(stream.dtype).min
-        scores = shares = stream.new_empty(0, 0, 0)
+        tokens = cache.get_seq_length() + 1
         for layer, (to_sources, to_out, to_gated, to_down) in self._layers:
             self._norm(layer.norms[0])
             to_sources()
@@ -82,12 +81,7 @@ class Step:
             turned_first.addcmul_(second, sin, value=-1)
             turned_second.addcmul_(first, sin)
             keys, values = cache.layers[layer.number].append(self._key, self._value)
-            if scores.shape[2] != keys.shape[1]:  # Ctrl-C may have left layers with other room than the first
-                scores, shares = (stream.new_empty(*self._query.shape[:2], keys.shape[1]) for _ in range(2))
-            torch.bmm(self._query.mul_(layer.scaling), keys.transpose(1, 2), out=scores)
-            scores[:, :, tokens:] = least
-            torch.softmax(scores, -1, out=shares)
-            torch.bmm(shares, values, out=self._found)
+            self._attend(keys, values, tokens, layer.scaling)
             to_out()
             stream.add_(out)
             self._norm(layer.norms[1])
