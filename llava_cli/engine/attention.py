@@ -61,8 +61,8 @@ def attend(
 
     rows, heads, queries, width = query.shape
     keys = key.shape[2]
-    few = queries == 1 and rows * keys < FEW
-    if few or torchs_is_faster() or any(options.get(name) is not None for name in _UNUSUAL):
+    torchs = torchs_is_faster() or (queries == 1 and rows * keys < FEW)
+    if torchs or any(options.get(name) is not None for name in _UNUSUAL):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **options
         )
