@@ -18,7 +18,7 @@ from llava_cli.engine import attention, decoder
 from llava_cli.engine.attention import NAME, attend
 from llava_cli.engine.cache import ROOM
 from llava_cli.engine.decoder import Decoder, suits
-from llava_cli.engine.fast import FourBits, as_transformers, unused_layers
+from llava_cli.engine.fast import FourBits, _quick_gelu, as_transformers, unused_layers
 from llava_cli.engine.int8 import Products, whole_numbers
 from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.nf4 import Head, Kernel, joined_bias
@@ -125,6 +125,14 @@ def test_a_step_says_what_reading_all_says(
     expected = engine.logits({"input_ids": ids})
     assert len(steps) == ids.shape[1] - 20
     assert (found - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clips_activation_is_the_same_to_the_bit(dtype: torch.dtype) -> None:
+    from transformers.activations import QuickGELUActivation
+
+    x = 4 * torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(_quick_gelu(x), QuickGELUActivation()(x))
 
 
 def test_a_decoder_of_another_kind_stays_as_it_is(plainly: Plainly) -> None:
