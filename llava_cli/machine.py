@@ -97,9 +97,9 @@ def free_memory(device: str) -> int:
 def steady_heap() -> None:
     """Keeps glibc from holding ever more of what a long run once needed; to be called before there are threads.
 
-    One heap for the thread that computes and one for all others, whose tensors would stand between what it lets go;
-    none for what is large, which goes back at once. What is free at a heap's end stays for the next pass: to take and
-    give it for every one costs a tenth of a batch's time.
+    One heap for all threads, and none for what is as large as a batch's activations, which goes back when it is let
+    go: 11,000 pictures took 20 MB more than 1,000 that way, 55 where only tensors of 4 MB went back. What is free at
+    the heap's end stays for the next pass, for to take and give it every time is a tenth of a batch's time.
     """
     with suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
@@ -107,7 +107,7 @@ def steady_heap() -> None:
             libc.mallopt(parameter, value)
 
 
-_HEAP = {-8: 2, -3: 4 << 20, -1: 64 << 20}
+_HEAP = {-8: 1, -3: 1 << 20, -1: 16 << 20}
 """M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD (bytes) of malloc.h."""
 
 
