@@ -43,7 +43,7 @@ import samples
 from batches import easy_vqa
 
 ENVIRONMENT = {
-    "loop": {},
+    "loop": {"LLAVA_FAST": "1"},
     "generate": {"LLAVA_FAST": "0"},
     "batch": {
         "LLAVA_FAST": "1",
@@ -52,7 +52,8 @@ ENVIRONMENT = {
         "LRU_CACHE_CAPACITY": "16",
     },
 }
-"""What each way's process is started with; the last is what `llava batch` sets for itself."""
+"""What each way's process is started with. All say whether the fast ways are on, for one is started after the other in
+the same environment; the rest of the last is what `llava batch` sets for itself."""
 
 Way = Callable[[list[Task]], list[str]]
 
