@@ -23,6 +23,8 @@ from llava_cli.registry import BUILTIN, Checkpoint, default_name, find
 from llava_cli.settings import Device, Fit, Precision, Settings
 
 if TYPE_CHECKING:
+    import torch
+
     from llava_cli.engine.local import LocalEngine
     from llava_cli.machine import Plan
     from llava_cli.prompt import Prompter
@@ -173,6 +175,7 @@ def _model(
 
     from llava_cli import quantised
     from llava_cli.engine.fast import speed_up
+    from llava_cli.machine import native
 
     name = checkpoint.name
     stored = getattr(config, "quantization_config", None)
@@ -186,10 +189,11 @@ def _model(
         if stored:
             how = replace(how, precision=_stored_precision(name, stored, settings.precision))
         spread = _check_memory(name, how, weights, bool(stored))
-        dtypes = {"fp32": torch.float32, "fp16": torch.float16}
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
         options: dict[str, Any] = {
             "config": config,
-            "dtype": dtypes.get(how.precision, torch.bfloat16),
+            "dtype": dtype,
             "device_map": "auto" if spread else {"": how.device},
             "use_safetensors": True,
             "local_files_only": True,
@@ -199,15 +203,18 @@ def _model(
         if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
             options["attn_implementation"] = how.attention
         if quantise:
-            options["quantization_config"] = _quantization(name, how, config, settings.double_quant)
+            options["quantization_config"] = _quantization(name, how, config, dtype, settings.double_quant)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
+    for weight in model.parameters():  # of a quantised one transformers leaves some as they were saved elsewhere
+        if weight.is_floating_point() and weight.dtype != dtype and how.precision in ("8bit", "4bit"):
+            weight.data = weight.data.to(dtype)
     if quantise and copy and (spread or not quantised.keep(model, copy)):
         copy = None
-    speed_up(model, how.precision, quantised.Arranged(copy))
+    speed_up(model, quantised.Arranged(copy))
     return model.eval(), how
 
 
@@ -242,7 +249,7 @@ def _stored_precision(name: str, stored: Any, asked: Precision) -> str:
     return precision
 
 
-def _quantization(name: str, how: Plan, config: Any, double: bool) -> Any:
+def _quantization(name: str, how: Plan, config: Any, dtype: torch.dtype, double: bool) -> Any:
     """bitsandbytes on the language model's inner layers alone.
 
     The vision tower, the projector and the output head lose more than they save; naming modules drops
@@ -272,7 +279,7 @@ def _quantization(name: str, how: Plan, config: Any, double: bool) -> Any:
         load_in_8bit=how.precision == "8bit",
         load_in_4bit=how.precision == "4bit",
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=double,
         llm_int8_skip_modules=kept,
     )

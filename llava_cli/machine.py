@@ -33,7 +33,7 @@ def plan(device: Device, precision: Precision) -> Plan:
     elif not here[device]:
         raise UsageError(f"--device {device}", "this machine has none", "llava doctor shows what it has")
     if precision == "auto":
-        chosen, why = _precision(device)
+        chosen, why = native(device)
     else:
         chosen, why = precision, "as asked"
         if precision in ("8bit", "4bit") and importlib.util.find_spec("bitsandbytes") is None:
@@ -41,7 +41,8 @@ def plan(device: Device, precision: Precision) -> Plan:
     return Plan(device, chosen, _attention(device, chosen), why)
 
 
-def _precision(device: str) -> tuple[str, str]:
+def native(device: str) -> tuple[str, str]:
+    """The 16 or 32 bits that a device is fast and exact enough in, and why: what quantised models compute in too."""
     import torch
 
     if device == "cuda":

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine import packed
 from llava_cli.engine.attention import NAME, use_plain_attention
 from llava_cli.engine.decoder import Decoder, Product, suits
+from llava_cli.engine.head import Head
 from llava_cli.engine.int8 import TOKENS, Products, has_room, whole_numbers
-from llava_cli.engine.nf4 import Head, Kernel, each, in_kernel_order, is_arranged, joined_bias
+from llava_cli.engine.nf4 import Kernel, each, in_kernel_order, is_arranged, joined_bias
+from llava_cli.engine.packed import Packed, in_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from llava_cli.quantised import Arranged
 
 
-def speed_up(model: Any, precision: str, arranged: Arranged) -> None:
+def speed_up(model: Any, arranged: Arranged) -> None:
     """Gives a model the fast ways that suit it; what it takes to arrange weights for them is kept in `arranged`."""
     import torch
 
@@ -34,17 +37,13 @@ def speed_up(model: Any, precision: str, arranged: Arranged) -> None:
             activation.forward = _quick_gelu
     if attends := model.config._attn_implementation == "sdpa":
         use_plain_attention(model)
-    layers: dict[Any, str] = {}
-    if precision == "4bit":
-        from bitsandbytes.nn.modules import Linear4bit
-
-        layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-    in_8_bits = bool(layers) and has_room(layers)
+    layers = {layer: name for name, layer in model.named_modules() if type(layer).__name__ in _quantised_kinds()}
+    in_8_bits = bool(layers) and (packed.suits_here() or torch.cpu._is_vnni_supported()) and has_room(layers)
 
     def join(some: list[Any]) -> Product | None:
         if not all(layer in layers for layer in some):
             return None
-        return FourBits.of(some, layers[some[0]], in_8_bits, arranged)
+        return Joined.of(some, layers[some[0]], in_8_bits, arranged)
 
     decoder, output = model.get_decoder(), model.get_output_embeddings()
     with torch.inference_mode():
@@ -55,20 +54,29 @@ def speed_up(model: Any, precision: str, arranged: Arranged) -> None:
                 vars(layer)["forward"] = join([layer]) or layer.forward
         if layers and (head := Head.of(output, arranged)):
             vars(output)["forward"] = head
+    packed.finish()
 
 
-class FourBits:
-    """Layers with 4-bit weights that multiply the same input: in 4 bits for few tokens, in 8 for many."""
+def _quantised_kinds() -> set[str]:
+    """The names of bitsandbytes' layers that there are faster products for on this CPU."""
+    return {"Linear4bit", "Linear8bitLt"} if packed.suits_here() else {"Linear4bit"}
+
+
+class Joined:
+    """Quantised layers that multiply the same input: one way for few tokens, and one for many."""
 
     def __init__(self, few: Product, many: Product) -> None:
         self.few, self.many = few, many
 
     @classmethod
-    def of(cls, layers: list[Any], name: str, in_8_bits: bool, arranged: Arranged) -> FourBits | None:
+    def of(cls, layers: list[Any], name: str, in_8_bits: bool, arranged: Arranged) -> Joined | None:
         """None where there is nothing better than the layers themselves."""
         import torch
 
         bias, many, few = joined_bias(layers), None, None
+        if in_8_bits and packed.suits_here():
+            both = Packed(**arranged(f"{name}-rows", partial(in_pairs, layers)), bias=bias)
+            return cls(both, both)
         # Before bitsandbytes arranges the weights: it then has lost how to make numbers of them.
         if in_8_bits:
             many = Products(**arranged(f"{name}-8", partial(whole_numbers, layers)), bias=bias)
@@ -122,7 +130,7 @@ def as_transformers(model: Any) -> Iterator[None]:
     if attends:
         model.set_attn_implementation("sdpa")
     own = _passed_on, _quick_gelu
-    ours = [layer for layer, way in ways.items() if way in own or isinstance(way, (Decoder, FourBits, Head))]
+    ours = [layer for layer, way in ways.items() if way in own or isinstance(way, (Decoder, Joined, Head))]
     for layer in ours:
         del layer.forward
     try:

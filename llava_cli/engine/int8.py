@@ -7,7 +7,7 @@ a product's norm, where that of nf4 weights is 9 %. It takes a byte a weight mor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava_cli.machine import free_memory
@@ -25,29 +25,40 @@ _SHARE = 0.5  # of the memory that is free may go
 
 
 def has_room(layers: Iterable[Any]) -> bool:
-    """Whether this machine has the memory for 8-bit copies of these layers' weights, and the means to multiply them."""
-    import torch
-
-    size = sum(layer.in_features * layer.out_features for layer in layers)
-    return size <= free_memory("cpu") * _SHARE and torch.cpu._is_vnni_supported()
+    """Whether this machine has the memory for 8-bit copies of these layers' weights."""
+    size: int = sum(layer.in_features * layer.out_features for layer in layers)
+    return size <= free_memory("cpu") * _SHARE
 
 
 def whole_numbers(layers: list[Any]) -> dict[str, torch.Tensor]:
     """What `Products` multiplies by: weights [inputs, outputs of all layers] and what one is worth [outputs]."""
     import torch
-    from bitsandbytes.functional import dequantize_4bit
 
     outputs = sum(layer.out_features for layer in layers)
     whole, scale = torch.empty(layers[0].in_features, outputs, dtype=torch.int8), torch.empty(outputs)
     begin = 0
-    for layer in layers:
-        weight: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        for rows in torch.split(weight, _ROWS):
-            part, end = rows.float(), begin + len(rows)
-            size = part.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(127)
-            whole[:, begin:end], scale[begin:end] = part.div_(size).round_().to(torch.int8).t(), size[:, 0]
-            begin = end
+    for rows in weights_of(layers):
+        end = begin + len(rows)
+        scale[begin:end] = its = rows.abs().amax(1).clamp_(min=1e-12).div_(127)
+        whole[:, begin:end] = (rows / its[:, None]).round_().to(torch.int8).t()
+        begin = end
     return {"whole": whole, "scale": scale}
+
+
+def weights_of(layers: list[Any]) -> Iterator[torch.Tensor]:
+    """A few rows at a time, the weights [outputs, inputs] in fp32, be they numbers or bitsandbytes' 4 or 8 bits."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    for layer in layers:
+        weight = layer.weight
+        if weight.dtype == torch.int8:
+            parts = zip(torch.split(weight.data, _ROWS), torch.split(weight.SCB, _ROWS), strict=True)
+            yield from (rows * its[:, None].div(127) for rows, its in parts)
+        else:
+            state = getattr(weight, "quant_state", None)
+            numbers: torch.Tensor = dequantize_4bit(weight.data, state) if state else weight.data
+            yield from (rows.float() for rows in torch.split(numbers, _ROWS))
 
 
 class Products:

@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from llava_cli.quantised import Arranged
-
 _KERNEL = "gemv_4bit_inference_cpu_nf4_bf16"
-_ROWS = 4096
-"""Of the output head are quantised at a time: they stand in memory several times on the way."""
 
 
 def each(layers: list[Any], x: torch.Tensor) -> torch.Tensor:
@@ -29,13 +25,12 @@ def each(layers: list[Any], x: torch.Tensor) -> torch.Tensor:
 
 
 def joined_bias(layers: list[Any]) -> torch.Tensor | None:
-    """Their biases side by side, in bf16; None where none has one."""
+    """Their biases side by side; None where none has one."""
     import torch
 
     if all(layer.bias is None for layer in layers):
         return None
-    biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
-    return torch.cat(biases).to(torch.bfloat16)
+    return torch.cat([torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
 
 
 def is_arranged(layer: Any) -> bool:
@@ -77,9 +72,10 @@ class Kernel:
     """Products with weights in kernel order: x [..., inputs] -> [..., outputs]."""
 
     def __init__(self, weights: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        import torch
         from bitsandbytes.cextension import lib
 
-        self._kernel, self._bias = getattr(lib, _KERNEL), bias
+        self._kernel, self._bias = getattr(lib, _KERNEL), None if bias is None else bias.to(torch.bfloat16)
         self._tensors = weights, scales  # held here, for the kernel is only told where they are
         self._outputs, self._inputs = len(weights), 2 * weights.shape[1]
         n, k = c_int64(self._outputs), c_int64(self._inputs)
@@ -100,52 +96,3 @@ class Kernel:
         out = given.new_empty(*x.shape[:-1], self._outputs)
         self.bound(given, out)()
         return out.to(x.dtype)
-
-
-class Head:
-    """The output head for one token: in 4 bits, a quarter to read (1B 6.7 -> 1.6 ms), and exact where it counts.
-
-    What 4 bits find likeliest is computed once more as it should be; the others are as exact as the layers are.
-    """
-
-    LIKELIEST = 64
-
-    def __init__(self, head: torch.nn.Linear, kernel: Kernel) -> None:
-        self._plain, self._weight, self._kernel = head.forward, head.weight.data, kernel
-
-    @classmethod
-    def of(cls, head: Any, arranged: Arranged) -> Head | None:
-        """None where the head is of another kind, or there is no kernel for it."""
-        import torch
-
-        if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.dtype != torch.bfloat16:
-            return None
-        if head.out_features % 32 or head.in_features % 64:
-            return None
-        tensors = arranged("head", partial(_head_in_kernel_order, head.weight.data))
-        return cls(head, Kernel(**tensors)) if tensors else None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden size] -> logits [..., vocabulary], those of one token in fp32."""
-        import torch
-
-        if x.numel() != x.shape[-1]:
-            plain: torch.Tensor = self._plain(x)
-            return plain
-        logits = self._kernel(x).float()
-        likeliest = logits.view(-1).topk(min(self.LIKELIEST, logits.numel())).indices
-        logits.view(-1)[likeliest] = torch.mv(self._weight[likeliest].float(), x.view(-1).float())
-        return logits
-
-
-def _head_in_kernel_order(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    import torch
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
-
-    layers = []
-    for part in torch.split(weight, _ROWS):
-        layer: Any = Linear4bit(weight.shape[1], len(part), bias=False, compute_dtype=torch.bfloat16, device="meta")
-        weights: Any = Params4bit(part, requires_grad=False, quant_type="nf4", module=layer)
-        layer.weight = weights.to("cpu")
-        layers.append(layer.eval())
-    return in_kernel_order(layers)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli.engine.attention import OneQuery
 from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.nf4 import Kernel, in_turn
+from llava_cli.engine.packed import Packed
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ def bound(group: Group, x: torch.Tensor, out: torch.Tensor) -> Call:
     import torch
 
     few = getattr(group.joined, "few", None)
-    if isinstance(few, Kernel):
+    if isinstance(few, (Kernel, Packed)):
         return few.bound(x, out)
     calls: list[Call] = []
     for layer, part in zip(group.layers, torch.split(out, group.outputs, -1), strict=True):

@@ -1,0 +1,69 @@
+"""The output head for one token, with fewer bits a weight, and exact where it counts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from llava_cli.engine import packed
+from llava_cli.engine.nf4 import Kernel, in_kernel_order
+from llava_cli.engine.packed import Packed, in_pairs
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava_cli.quantised import Arranged
+
+_ROWS = 4096
+"""Of its weights are quantised at a time: they stand in memory several times on the way."""
+
+
+class Head:
+    """In 4 bits a quarter to read (1B 6.7 -> 1.6 ms), without bf16 instructions in 8.
+
+    What that finds likeliest is computed once more as it should be; the others are as exact as the layers are.
+    """
+
+    LIKELIEST = 64
+
+    def __init__(self, head: torch.nn.Linear, roughly: Kernel | Packed) -> None:
+        self._plain, self._weight, self._roughly = head.forward, head.weight.data, roughly
+
+    @classmethod
+    def of(cls, head: Any, arranged: Arranged) -> Head | None:
+        """None where the head is of another kind, or there is no kernel for it."""
+        import torch
+
+        if type(head) is not torch.nn.Linear or head.bias is not None:
+            return None
+        if packed.suits_here():
+            return cls(head, Packed(**arranged("head-rows", partial(in_pairs, [head]))))
+        if head.weight.dtype != torch.bfloat16 or head.out_features % 32 or head.in_features % 64:
+            return None
+        tensors = arranged("head", partial(_head_in_kernel_order, head.weight.data))
+        return cls(head, Kernel(**tensors)) if tensors else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden size] -> logits [..., vocabulary], those of one token in fp32."""
+        import torch
+
+        if x.numel() != x.shape[-1]:
+            plain: torch.Tensor = self._plain(x)
+            return plain
+        logits = self._roughly(x).float()
+        likeliest = logits.view(-1).topk(min(self.LIKELIEST, logits.numel())).indices
+        logits.view(-1)[likeliest] = torch.mv(self._weight[likeliest].float(), x.view(-1).float())
+        return logits
+
+
+def _head_in_kernel_order(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    layers = []
+    for part in torch.split(weight, _ROWS):
+        layer: Any = Linear4bit(weight.shape[1], len(part), bias=False, compute_dtype=torch.bfloat16, device="meta")
+        weights: Any = Params4bit(part, requires_grad=False, quant_type="nf4", module=layer)
+        layer.weight = weights.to("cpu")
+        layers.append(layer.eval())
+    return in_kernel_order(layers)
