@@ -119,4 +119,4 @@ def _end(*_: object) -> None:
     sys.exit(143)
 
 
-from llava_cli.cli import ask, batch, chat, chats, doctor, models, prompt, report  # noqa: E402, F401  the commands register themselves
+from llava_cli.cli import ask, batch, chat, chats, doctor, models, prompt, report, serve  # noqa: E402, F401  the commands register themselves

@@ -109,20 +109,25 @@ class LocalEngine(Engine):
             if isinstance(request, LlavaError):
                 yield number, request
                 continue
-            try:
-                with model_errors(self.model, "fails while reading the prompt"):
-                    inputs = self.inputs(request.conversation)
-                    most = self._most(inputs["input_ids"].shape[1], request.sampling.max_tokens)
-            except LlavaError as error:
-                yield number, error
-                continue
             pictures = [picture.image for picture in request.conversation.pictures]
             if not same_images(before, pictures):
                 group, before = number, pictures
-            if self._prefix.can_part(inputs) and inputs["input_ids"].shape[1] > 1:
-                yield Row(number, inputs, group, most, partial(self._start, request.sampling, most))
-            else:
-                yield number, request
+            try:
+                yield self.row(number, request, group) or (number, request)
+            except LlavaError as error:
+                yield number, error
+
+    def row(self, number: int, request: Request, group: Any) -> Row | None:
+        """A request ready to stand in a batch; None where its model reads each prompt by itself.
+
+        Raises `PromptTooLong` where it does not fit the model's context.
+        """
+        with model_errors(self.model, "fails while reading the prompt"):
+            inputs = self.inputs(request.conversation)
+            most = self._most(inputs["input_ids"].shape[1], request.sampling.max_tokens)
+        if not self._prefix.can_part(inputs) or inputs["input_ids"].shape[1] == 1:
+            return None
+        return Row(number, inputs, group, most, partial(self._start, request.sampling, most))
 
     def _start(self, sampling: Sampling, most: int) -> tuple[Chooser, Reply]:
         reply = Reply(self.prompter.tokenizer, sampling.stop, self._ends, most, time.perf_counter())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli.engine.base import Answer
 from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.decode import Chooser
+from llava_cli.engine.kept import Beginning, Kept
 from llava_cli.engine.prefix import ROWS, WHOLE, alike
 from llava_cli.engine.reply import Reply
 
@@ -27,14 +28,22 @@ class Row:
     """Request number `number`: its prompt, the tensors of its pictures, and the answer that it gets.
 
     `group` is equal for rows with the same pictures, which then are read only once. `start` makes what chooses and
-    what takes the answer's tokens, of which there may be `most`.
+    what takes the answer's tokens, of which there may be `most`. `show`, where there is one, gets each token as it
+    comes, and the text that is certain with it; with `top`, also what was likeliest in its place.
     """
+
+    pictures: tuple[str, ...] = ()
+    """Their SHA-256, where what was read of them may serve others."""
+    show: Callable[[Token], None] | None = None
+    top: int | None = None
+    read: Beginning | None = None
+    """What need not be read of it."""
 
     def __init__(
         self,
         number: int,
         inputs: dict[str, torch.Tensor],
-        group: int,
+        group: Any,
         most: int,
         start: Callable[[], tuple[Chooser, Reply]],
     ) -> None:
@@ -51,8 +60,41 @@ class Row:
 
     def answer(self) -> Answer:
         """The whole answer, once its `reply` is done."""
-        self.reply.end()
-        return self.reply.answer(len(self.prompt))
+        last = self.reply.end()
+        if self.show and last:
+            self.show(Token(last))
+        return self.reply.answer(len(self.prompt), self.read.tokens if self.read else 0)
+
+    def take(self, token: int, logits: torch.Tensor) -> None:
+        """One more token, chosen by `logits` [vocabulary]."""
+        self.ids.append(token)
+        text = self.reply.put(token, show=self.show is not None)
+        if self.show and (text or self.top is not None):
+            self.show(Token(text, None if self.top is None else Likelihood.of(token, logits, self.top)))
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token, the logarithm of its probability, and as much of those that were likeliest in its place."""
+
+    token: int
+    logarithm: float
+    likeliest: list[tuple[int, float]]
+
+    @classmethod
+    def of(cls, token: int, logits: torch.Tensor, top: int) -> Likelihood:
+        logarithms = logits.float().log_softmax(-1)
+        best, which = logarithms.topk(min(top, len(logarithms)))
+        likeliest = list(zip(which.tolist(), best.tolist(), strict=True))
+        return cls(token, float(logarithms[token]), likeliest)
+
+
+@dataclass(frozen=True)
+class Token:
+    """The text that became certain with one more token."""
+
+    text: str
+    likelihood: Likelihood | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +108,8 @@ class _Group:
 class Batch:
     """The rows that are being answered together by one model."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, kept: Kept | None = None) -> None:
+        self.model, self._kept = model, kept
         self.rows: list[Row] = []
         self._image: int | None = getattr(model.config, "image_token_id", None)
         # A sliding window counts columns: with padding in their midst it would hide too much.
@@ -81,6 +123,8 @@ class Batch:
 
         groups: list[_Group] = []
         for row in rows:
+            if self._kept is not None:
+                row.read = self._kept.begin(row)
             if groups and (head := self._shared(groups[-1], row)):
                 groups[-1] = _Group([*groups[-1].rows, row], head)
             else:
@@ -118,9 +162,8 @@ class Batch:
                 int(row.choose(torch.tensor([row.ids], device=logits.device), logits[i : i + 1]))
                 for i, row in enumerate(self.rows)
             ]
-        for row, token in zip(self.rows, tokens, strict=True):
-            row.ids.append(token)
-            row.reply.put(token, show=False)
+        for row, token, its in zip(self.rows, tokens, logits, strict=True):
+            row.take(token, its)
         done = [i for i, row in enumerate(self.rows) if row.reply.done]
         leaving = [self.rows[i] for i in done]
         if done:
@@ -130,7 +173,7 @@ class Batch:
     def _shared(self, group: _Group, row: Row) -> int:
         """How many tokens the group and a row begin with alike, if all their pictures are among them; else 0."""
         first = group.rows[0]
-        if not self._shares or first.group != row.group:
+        if not self._shares or first.group != row.group or first.read or row.read:
             return 0
         head = alike(first.ids[: group.head], row.ids[:-1])
         # In the midst of pictures, where one ends is the family's own business.
@@ -143,6 +186,8 @@ class Batch:
         """
         import torch
 
+        if begun := groups[0].rows[0].read:
+            return self._read_on(groups[0].rows[0], begun)
         cache = RoomyCache()
         ids, mask = self._left_padded([group.rows[0].ids[: group.head] for group in groups])
         self._forward({"input_ids": ids, **_stacked([group.rows[0].inputs for group in groups])}, cache, mask)
@@ -153,6 +198,20 @@ class Batch:
             mask = torch.cat([mask[index], tail], dim=1)
             if ids.shape[1]:
                 self._forward({"input_ids": ids}, cache, mask)
+        return cache, mask
+
+    def _read_on(self, row: Row, begun: Beginning) -> tuple[RoomyCache, torch.Tensor]:
+        """Reads what is left of one row, but for its last token, behind what was read of it before."""
+        cache = RoomyCache()
+        for number, (keys, values) in enumerate(begun.layers):
+            cache.update(keys, values, number)
+        ids, mask = self._left_padded([row.ids[:-1]])
+        inputs = {"input_ids": ids[:, begun.tokens :]}
+        if self._image in row.ids[begun.tokens :]:
+            inputs |= {name: row.inputs[name][begun.pictures :] for name in ROWS if name in row.inputs}
+            inputs |= {name: row.inputs[name] for name in WHOLE if name in row.inputs}
+        if inputs["input_ids"].shape[1]:
+            self._forward(inputs, cache, mask)
         return cache, mask
 
     def _make_room(self, rows: int, width: int) -> None:
@@ -173,10 +232,18 @@ class Batch:
         mask = pad(mask, (self._mask.shape[1] - mask.shape[1], 0))
         self._mask, self.rows = torch.cat([self._mask, mask]), self.rows + rows
 
+    def leave(self, row: Row) -> None:
+        """Lets a row go before it is done."""
+        self._drop([self.rows.index(row)])
+
     def _drop(self, done: list[int]) -> None:
         """Lets rows go."""
         import torch
 
+        if self._kept is not None:
+            with torch.inference_mode():
+                for i in done:
+                    self._kept.put(self.rows[i], self._cache, i, self._mask[i])
         if len(done) == len(self.rows):
             self.rows, self._cache = [], None
             return
@@ -218,11 +285,12 @@ class Batch:
 
 
 def _parts(groups: Sequence[_Group]) -> Iterator[Sequence[_Group]]:
-    """As many groups at a time as are read in one forward pass."""
+    """As many groups at a time as are read in one forward pass; a row that was begun before alone."""
     first, widest = 0, 0
     for last, group in enumerate(groups):
         widest = max(widest, group.head)
-        if (last - first + 1) * widest > PREFILL and last > first:
+        alone = bool(group.rows[0].read or groups[first].rows[0].read)
+        if (alone or (last - first + 1) * widest > PREFILL) and last > first:
             yield groups[first:last]
             first, widest = last, group.head
     yield groups[first:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llava_cli.engine.base import Answer
+from llava_cli.engine.kept import Kept
 from llava_cli.engine.many import Batch, Row
 from llava_cli.errors import LlavaError, OutOfMemory, is_out_of_memory
 from llava_cli.machine import free_memory
@@ -16,12 +17,16 @@ _SHARE = 0.6  # of the free memory is for the KV cache
 
 
 class Schedule:
-    """The rows that wait for a model, and the batch of at most `size` that it answers (None: what memory allows)."""
+    """The rows that wait for a model, and the batch of at most `size` that it answers (None: what memory allows).
 
-    def __init__(self, model: Any, size: int | None = None) -> None:
-        self.model, self.size = model, size
+    A row joins when half of the batch has left, which is the least work for all; with `kept`, of what was read before,
+    at the next step, which is the least wait for each.
+    """
+
+    def __init__(self, model: Any, size: int | None = None, kept: Kept | None = None) -> None:
+        self.model, self.size, self._kept = model, size, kept
         self.waiting: list[Row] = []
-        self._batch = Batch(model)
+        self._batch = Batch(model, kept)
 
     @property
     def ahead(self) -> int:
@@ -50,6 +55,13 @@ class Schedule:
         self.waiting.append(row)
         self.size = self.size or _fitting(self.model, row)
 
+    def leave(self, row: Row) -> None:
+        """Lets a row go, whether it waits or is being answered."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        elif row in self._batch.rows:
+            self._batch.leave(row)
+
     def step(self, admit: bool = True) -> list[tuple[int, Answer | LlavaError]]:
         """One more token for each row, of those that wait too if there is room: the numbers that are done, and how."""
         joining = self._joining() if admit else []
@@ -66,26 +78,33 @@ class Schedule:
         return self._fewer({row.number: row for row in [*self._batch.rows, *joining]})
 
     def _joining(self) -> list[Row]:
-        """Takes the next rows out of those that wait, the shortest first and those about one picture together."""
-        if self.size is None or self.running * 2 > self.size:
+        """Takes the next rows out of those that wait: in their order where somebody waits for each.
+
+        Else when half of the batch has left, the shortest first and those about one picture together.
+        """
+        if self.size is None or (self._kept is None and self.running * 2 > self.size):
             return []
-        longest: dict[int, int] = {}
-        for row in self.waiting:
-            longest[row.group] = max(longest.get(row.group, 0), len(row.prompt))
-        self.waiting.sort(key=lambda row: (longest[row.group], row.group))
+        if self._kept is None:
+            longest: dict[Any, int] = {}
+            for row in self.waiting:
+                longest[row.group] = max(longest.get(row.group, 0), len(row.prompt))
+            self.waiting.sort(key=lambda row: (longest[row.group], row.group))
         count = self.size - self.running
         joining, self.waiting = self.waiting[:count], self.waiting[count:]
         return joining
 
     def _fewer(self, rows: dict[int, Row]) -> list[tuple[int, Answer | LlavaError]]:
         """After memory ran out: all of them wait again, for batches of half the size."""
-        self._batch = Batch(self.model)
+        if self._kept is not None:
+            self._kept.clear()
+        self._batch = Batch(self.model, self._kept)
         if len(rows) == 1:
             hint = "llava batch --retry-errors asks again"
             return [(number, OutOfMemory("memory", "not enough for this prompt", hint)) for number in rows]
         self.size = len(rows) // 2
         for row in rows.values():
-            row.begin()
+            if row.show is None:  # else somebody has seen its beginning, and it goes on
+                row.begin()
         self.waiting[:0] = rows.values()
         return []
 

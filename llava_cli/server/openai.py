@@ -1,0 +1,241 @@
+"""OpenAI's chat completions: their requests as conversations, answers and errors in their shapes.
+
+https://platform.openai.com/docs/api-reference/chat. What is asked for and not known here is refused, not left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llava_cli.conversation import Conversation, Picture, Turn
+from llava_cli.engine import Answer
+from llava_cli.engine.many import Likelihood
+from llava_cli.errors import BadImage, LlavaError, OutOfMemory, PromptTooLong, UsageError
+from llava_cli.images import decode, is_url, open_picture
+from llava_cli.settings import Sampling
+
+PICTURE_BYTES = 20_000_000
+PICTURES = 64
+_DATA = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
+_UNKNOWN = (
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "logit_bias",
+    "audio",
+    "prediction",
+    "response_format",
+)
+
+
+class Refusal(Exception):
+    """What a client is told: an HTTP status and an error of OpenAI's shape."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+
+    @classmethod
+    def of(cls, error: LlavaError) -> Refusal:
+        """What an engine's error is to a client; what lies within this machine stays there."""
+        if isinstance(error, PromptTooLong):
+            return cls(400, str(error), "messages", "context_length_exceeded")
+        if isinstance(error, OutOfMemory):
+            return cls(503, "not enough memory for this request", code="out_of_memory", retry=5)
+        if isinstance(error, (BadImage, UsageError)):
+            return cls(400, str(error), "messages")
+        return cls(500, "the model failed while answering", code="model_failed")
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry is None else {"Retry-After": str(self.retry)}
+
+
+class ImageUrl(BaseModel):
+    url: str
+
+
+class Part(BaseModel):
+    type: Literal["text", "image_url"]
+    text: str = ""
+    image_url: ImageUrl | None = None
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content if part.type == "text")
+        return self.content or ""
+
+    def urls(self) -> list[str]:
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url if part.image_url else "" for part in parts if part.type == "image_url"]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """The body of `POST /v1/chat/completions`. What is None is as the server was started with."""
+
+    model_config = ConfigDict(extra="allow")
+
+    messages: list[Message] = Field(min_length=1)
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    n: int | None = 1
+
+    def check(self) -> None:
+        """Raises `Refusal` for what is not done here."""
+        asked = [name for name in _UNKNOWN if (self.model_extra or {}).get(name)]
+        if asked:
+            raise Refusal(400, f"{asked[0]} is not supported", asked[0], "unsupported_parameter")
+        if self.n not in (None, 1):
+            raise Refusal(400, "n: one answer at a time", "n", "unsupported_parameter")
+
+    def sampling(self, usual: Sampling) -> Sampling:
+        """How to answer; `usual` where the request does not say."""
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        given = {"max_tokens": most, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()) or None
+        said: dict[str, Any] = {name: value for name, value in {**given, "stop": stop}.items() if value is not None}
+        try:
+            return Sampling(**{**{field.name: getattr(usual, field.name) for field in fields(Sampling)}, **said})
+        except UsageError as error:
+            raise Refusal(400, str(error), error.thing) from None
+
+    def conversation(self, usual: str | None, open_url: Callable[[str, str], Picture]) -> Conversation:
+        """Its messages as a conversation; `usual` is the system text of one that has none."""
+        system = "\n".join(m.text() for m in self.messages if m.role in ("system", "developer")) or usual
+        turns: list[Turn] = []
+        pictures = 0
+        for message in (m for m in self.messages if m.role not in ("system", "developer")):
+            if message.role == "assistant":
+                if not turns or turns[-1].answer is not None or message.urls():
+                    raise Refusal(400, "an assistant's message answers a user's, with text", "messages")
+                turns[-1] = replace(turns[-1], answer=message.text())
+                continue
+            pictures += len(message.urls())
+            if pictures > PICTURES:
+                raise Refusal(400, f"at most {PICTURES} pictures", "messages")
+            before = pictures - len(message.urls())
+            shown = tuple(open_url(url, f"picture {before + i}") for i, url in enumerate(message.urls(), 1))
+            if turns and turns[-1].answer is None:  # two messages of a user's are one question
+                last = turns.pop()
+                text = "\n".join(filter(None, (last.question, message.text())))
+                turns.append(Turn(text, (*last.pictures, *shown)))
+            else:
+                turns.append(Turn(message.text(), shown))
+        if not turns or turns[-1].answer is not None:
+            raise Refusal(400, "the last message has to be a user's", "messages")
+        if not turns[-1].question.strip():
+            raise Refusal(400, "there is no question", "messages")
+        return Conversation(tuple(turns), system)
+
+
+def open_url(url: str, name: str, remote: bool) -> Picture:
+    """The picture that a request brings, or with `remote` names by a public address. A file of this machine's never."""
+    if is_url(url):
+        if not remote:
+            raise Refusal(400, f"{name}: remote pictures are off; send a data: URI", "messages", "remote_url")
+        try:
+            return open_picture(url, public=True)
+        except LlavaError as error:
+            raise Refusal(400, f"{name}: {error.reason}", "messages", "invalid_image") from None
+    if not (start := _DATA.match(url)):
+        raise Refusal(400, f"{name}: not a base64 data: URI", "messages", "invalid_image_url")
+    if len(url) > PICTURE_BYTES * 4 // 3 + 200:
+        raise Refusal(400, f"{name}: larger than {PICTURE_BYTES // 1_000_000} MB", "messages", "image_too_large")
+    try:
+        data = base64.b64decode(url[start.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise Refusal(400, f"{name}: damaged base64", "messages", "invalid_image_url") from None
+    try:
+        image, frames, truncated = decode(data, name)
+    except BadImage as error:
+        raise Refusal(400, str(error), "messages", "invalid_image") from None
+    return Picture(name, image, hashlib.sha256(data).hexdigest(), frames, truncated)
+
+
+def usage(answer: Answer) -> dict[str, Any]:
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.answer_tokens,
+        "total_tokens": answer.prompt_tokens + answer.answer_tokens,
+        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
+    }
+
+
+class Shapes:
+    """The objects that one request is answered with."""
+
+    def __init__(self, number: str, model: str, word: Callable[[int], str]) -> None:
+        self._head = {"id": f"chatcmpl-{number}", "created": int(time.time()), "model": model}
+        self._word = word
+
+    def whole(self, answer: Answer, likelihoods: Sequence[Likelihood] | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
+        choice["logprobs"] = self._logprobs(likelihoods)
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(answer)}
+
+    def chunk(
+        self, delta: dict[str, Any], reason: str | None = None, likelihoods: Sequence[Likelihood] | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": self._logprobs(likelihoods)}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def last(self, answer: Answer) -> dict[str, Any]:
+        """A stream's last chunk, for those that asked what it took."""
+        seconds = {"first_token": answer.first_token_seconds, "total": answer.total_seconds}
+        return {
+            **self._head,
+            "object": "chat.completion.chunk",
+            "choices": [],
+            "usage": usage(answer),
+            "seconds": seconds,
+        }
+
+    def _logprobs(self, likelihoods: Sequence[Likelihood] | None) -> dict[str, Any] | None:
+        if likelihoods is None:
+            return None
+        return {
+            "content": [
+                {**self._one(one.token, one.logarithm), "top_logprobs": [self._one(*pair) for pair in one.likeliest]}
+                for one in likelihoods
+            ],
+            "refusal": None,
+        }
+
+    def _one(self, token: int, logarithm: float) -> dict[str, Any]:
+        text = self._word(token)
+        return {"token": text, "logprob": max(logarithm, -9999.0), "bytes": list(text.encode())}

@@ -1,0 +1,246 @@
+"""A server from its first socket to its last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llava_cli import __version__
+from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
+from llava_cli.place import listen, socket_path, status
+from llava_cli.settings import Settings
+
+EXTRA = "pip install 'llava-cli[serve]'"
+BEAT = 0.2
+"""Seconds between two looks at whether there is still something to do."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and for whom."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key: str | None = None
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises `UsageError` where strangers could ask without a key."""
+        if not self.key and not _is_loopback(self.host):
+            raise UsageError(
+                f"--host {self.host}", "others can reach it, so a key is needed", "LLAVA_API_KEY=… sets one"
+            )
+
+    def listen(self) -> socket.socket:
+        """A TCP socket. Raises `OutputTaken` where the port is another's."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((self.host, self.port))
+            listening.listen(128)
+        except OSError as error:
+            listening.close()
+            raise OutputTaken(self.url, error.strerror or str(error), "llava serve --port N") from None
+        return listening
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}/v1"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a server goes about it: who may wait, when it stops."""
+
+    queue: int = 64
+    """Requests in hand at a time."""
+    idle: float | None = None
+    """Seconds without a request after which it stops."""
+    drain: float = 30.0
+    """Seconds that the answers in hand have once it is to stop."""
+    remote: bool = False
+    """Whether requests may name pictures by public URLs."""
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Loads the model and serves it until it is told to stop; `ready` gets what it says of itself once it answers."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ModelUnusable("llava serve", f"needs an extra ({error.name} is missing)", EXTRA) from None
+    address.check()
+    path = socket_path()
+    with _sockets(path, address) as sockets:
+        address = replace(address, port=sockets[1].getsockname()[1])  # 0 was any that is free
+        from llava_cli.engine.live import Live
+        from llava_cli.loader import load_engine
+        from llava_cli.server.app import Service, make_app
+        from llava_cli.server.guard import Guard
+
+        live = Live(load_engine(settings))
+        service = Service(live, settings, terms.queue, terms.remote)
+        app = make_app(service, lambda: _said(service, address))
+        hosts = {"localhost", address.host.strip("[]"), socket.gethostname(), *address.hosts}
+        guarded = Guard(app, address.key, hosts, address.origins)
+        asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(_said(service, address))))
+        # What is still being answered after its time has been taken from its client, and is not waited for.
+
+
+@contextmanager
+def _sockets(path: Path, address: Address) -> Iterator[list[socket.socket]]:
+    """Both sockets, taken before the model is loaded; the file of the one goes with them."""
+    sockets = [listen(path)]
+    mine = path.stat().st_ino
+    try:
+        sockets.append(address.listen())
+        yield sockets
+    finally:
+        for one in sockets:
+            one.close()
+        with suppress(OSError):
+            if path.stat().st_ino == mine:
+                path.unlink()
+
+
+def _said(service: Any, address: Address) -> dict[str, Any]:
+    engine = service.live.engine
+    return {
+        "llava": __version__,
+        "pid": os.getpid(),
+        "model": engine.model,
+        "precision": engine.precision,
+        "device": engine.device,
+        "url": address.url,
+        "running": service.busy,
+        "seconds": round(time.monotonic() - service.began, 1),
+    }
+
+
+async def _until_told(
+    app: Any, sockets: list[socket.socket], service: Any, terms: Terms, ready: Callable[[], None]
+) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready()
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:  # ours below: to stop when told is no failure
+            yield
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=max(1, round(terms.drain)),
+        timeout_keep_alive=75,
+    )
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.force_exit = server.should_exit  # told twice: at once
+        server.should_exit = service.draining = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+
+    async def idle() -> None:
+        while not (terms.idle and not service.busy and time.monotonic() - service.last > terms.idle):
+            await asyncio.sleep(BEAT)
+        stop()
+
+    watching = asyncio.ensure_future(idle())
+    try:
+        await server.serve(sockets)
+    finally:
+        watching.cancel()
+
+
+def detach(words: list[str]) -> dict[str, Any]:
+    """Starts `llava serve` with these words as a process of its own; what it says of itself once it answers."""
+    path = socket_path()
+    if said := status(path):
+        raise OutputTaken(str(path), f"{said['model']} is being served (pid {said['pid']})", "llava serve --stop")
+    log = path.with_suffix(".log")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llava_cli", "serve", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    while process.poll() is None:
+        if (said := status(path)) and said["pid"] == process.pid:
+            return said
+        time.sleep(BEAT)
+    raise Failed(process.returncode, log.read_text("utf-8", "replace"))
+
+
+class Failed(LlavaError):
+    """A detached server that ended before it answered: with its code, and its words."""
+
+    def __init__(self, code: int, words: str) -> None:
+        line, _, rest = words.strip().rpartition("llava: ")[2].partition("\n")
+        thing, _, reason = line.partition(": ")
+        super().__init__(thing or "llava serve", reason or "ended at once", rest.strip())
+        self.exit_code = code
+
+
+def stop(patience: float) -> dict[str, Any] | None:
+    """Tells the server to stop and waits until it has; what it said of itself, None where there was none."""
+    path = socket_path()
+    if (said := status(path)) is None:
+        return None
+    with suppress(ProcessLookupError):
+        os.kill(said["pid"], signal.SIGTERM)
+    until = time.monotonic() + patience
+    while _is_alive(said["pid"]) and path.exists():
+        if time.monotonic() > until:
+            hint = f"kill {shlex.quote(str(said['pid']))}"
+            raise OutputTaken(f"pid {said['pid']}", "has not stopped yet; its answers go on", hint)
+        time.sleep(BEAT)
+    return said
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
