@@ -23,6 +23,8 @@ class Picture:
     """How many frames the file has; only the first is used."""
     truncated: bool = False
     """Whether the file's end was missing and that was allowed."""
+    data: bytes | None = field(default=None, repr=False, compare=False)
+    """The file's bytes, where they are at hand."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def open_picture(source: str, allow_truncated: bool = False, public: bool = Fals
     if len(data) > MAX_BYTES:
         raise BadImage(name, f"larger than {MAX_BYTES // 1_000_000} MB")
     image, frames, truncated = decode(data, name, allow_truncated)
-    return Picture(source, image, hashlib.sha256(data).hexdigest(), frames, truncated)
+    return Picture(source, image, hashlib.sha256(data).hexdigest(), frames, truncated, data)
 
 
 def _read_stdin(name: str) -> bytes:

@@ -6,16 +6,18 @@ safetensors only; code of a checkpoint is never run.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_cli import __version__
 from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, read_json, stored_bytes
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
 from llava_cli.families import Family, named, recognise
@@ -25,6 +27,7 @@ from llava_cli.settings import Device, Fit, Precision, Settings
 if TYPE_CHECKING:
     import torch
 
+    from llava_cli.engine import Engine
     from llava_cli.engine.local import LocalEngine
     from llava_cli.machine import Plan
     from llava_cli.prompt import Prompter
@@ -46,6 +49,33 @@ def load(
     """
     given = {"model": model, "precision": precision, "device": device, "template": template, "fit": fit}
     return load_engine(Settings.resolve(**given, visual_tokens=visual_tokens))
+
+
+def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
+    """The user's own server, where it holds the model that the settings ask for; else that model, loaded here.
+
+    `tell` gets one line where that server is gone before all is answered.
+    """
+    from llava_cli import place
+    from llava_cli.engine.remote import holder
+
+    path = place.socket_path()
+    if place.is_ours(path) and (engine := holder(wanted(settings), lambda: load_engine(settings), tell, path)):
+        return engine
+    return load_engine(settings)
+
+
+def wanted(settings: Settings) -> dict[str, Any]:
+    """What two engines have in common whose answers are the same. Needs no torch."""
+    checkpoint = find(default_name(settings))
+    names = ("precision", "device", "double_quant", "template", "fit", "visual_tokens")
+    return {
+        "llava": __version__,
+        "model": checkpoint.name,
+        "checkpoint": fingerprint(checkpoint),
+        "fast": os.environ.get("LLAVA_FAST") != "0",
+        **{name: getattr(settings, name) for name in names},
+    }
 
 
 def load_engine(settings: Settings) -> LocalEngine:

@@ -107,8 +107,9 @@ def stats(answer: Answer, engine: Engine) -> str:
     speed = (
         f"{(answer.answer_tokens - 1) / decoding:.1f} tokens/s" if answer.answer_tokens > 1 and decoding else "1 token"
     )
+    loaded = engine.where or f"load {engine.load_seconds:.2f} s"
     return (
-        f"{engine.model} {engine.precision} {engine.device} · load {engine.load_seconds:.2f} s · "
+        f"{engine.model} {engine.precision} {engine.device} · {loaded} · "
         f"first token {answer.first_token_seconds:.2f} s of {answer.prompt_tokens} · {speed} · "
         f"peak {engine.peak_memory() / 1e9:.2f} GB"
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image, ImageDraw
+from servers import Serve, Server, begin
 from typer.testing import CliRunner, Result
 
 from llava_cli.cli import app
@@ -41,6 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("LLAVA_CONFIG", str(folder / "config.toml"))
     monkeypatch.setenv("LLAVA_DATA", str(folder / "data"))
     monkeypatch.setenv("LLAVA_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("LLAVA_SOCKET", str(folder / "server.sock"))
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port where nobody answers
     connect = socket.socket.connect
@@ -114,3 +116,18 @@ def engines(checkpoint: Callable[[str], Path]) -> Callable[[str], LocalEngine]:
         return loaded[family]
 
     return get
+
+
+@pytest.fixture
+def serve(home: Path) -> Iterator[Serve]:
+    """Starts servers that this test's commands find: `serve("--idle", "1s")`."""
+    begun: list[Server] = []
+
+    def get(*words: str | Path, **variables: str) -> Server:
+        begun.append(begin(home, *words, **variables))
+        return begun[-1]
+
+    yield get
+    for one in begun:
+        one.process.kill()
+        one.process.wait()

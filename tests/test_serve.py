@@ -10,11 +10,8 @@ import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,6 +20,7 @@ import openai
 import pytest
 from conftest import Run, Shell
 from PIL import Image, ImageDraw
+from servers import Serve, Server, begin, end
 
 from llava_cli import Conversation, load
 from llava_cli.conversation import Picture
@@ -34,63 +32,6 @@ JSON = {"Content-Type": "application/json"}
 QUESTIONS = ("what is this?", "what color is the circle?", "is there a square?", "how many shapes are there?")
 
 
-@dataclass
-class Server:
-    """A `llava serve` of its own."""
-
-    process: subprocess.Popen[str]
-    socket: Path
-    port: int
-
-    def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", **{"api_key": "none", "max_retries": 0, **options}
-        )
-
-    def ask(
-        self, path: str, method: str = "GET", body: Any = None, **headers: str
-    ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, None if body is None else json.dumps(body), names)
-        answer = connection.getresponse()
-        told = answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
-        connection.close()
-        return told
-
-    def until_running(self, count: int) -> None:
-        """Asks until so many requests are in hand."""
-        for _ in range(5000):
-            if self.metric("llava_requests_running") == count:
-                return
-        raise AssertionError(self.metric("llava_requests_running"))
-
-    def metric(self, name: str) -> float:
-        lines = self.ask("/metrics")[2].decode().splitlines()
-        return float(next((line.rpartition(" ")[2] for line in lines if line.startswith(name)), "0"))
-
-
-Serve = Callable[..., Server]
-
-
-def begin(folder: Path, *words: str | Path, **variables: str) -> Server:
-    path = folder / "server.sock"
-    environment = {**os.environ, "LLAVA_SOCKET": str(path), "HOME": str(folder), **variables}
-    command = [sys.executable, "-m", "llava_cli", "serve", "--port", "0", "-p", "fp32", *map(str, words)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr
-    line = process.stderr.readline()
-    if " on http" not in line:
-        raise AssertionError(line + process.stderr.read())
-    return Server(process, path, int(line.rpartition("/v1")[0].rpartition(":")[2]))
-
-
-def end(server: Server) -> int:
-    server.process.terminate()
-    server.process.communicate(timeout=60)
-    return server.process.returncode
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One with the built-in model, for all that leaves it as it was."""
@@ -98,20 +39,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield running
     assert end(running) == 0
     assert not running.socket.exists()
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    begun: list[Server] = []
-
-    def get(*words: str | Path, **variables: str) -> Server:
-        begun.append(begin(tmp_path, *words, **variables))
-        return begun[-1]
-
-    yield get
-    for one in begun:
-        one.process.kill()
-        one.process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import STDIN, Source, Task, distinct
 from llava_cli.engine import Engine
 from llava_cli.errors import InputMissing, LlavaError, printable
-from llava_cli.loader import identify, load_engine
+from llava_cli.loader import identify, open_engine
 from llava_cli.settings import Settings
 
 
@@ -57,7 +57,7 @@ def run(job: Job) -> int:
         opener = Opener(job.source.folder, job.allow_truncated, job.allow_urls)
         stack.callback(opener.close)
         with render.spinner("loading the model", job.quiet):
-            engine = load_engine(job.settings)
+            engine = open_engine(job.settings, render.note)
         if not job.quiet:
             render.say_demo(job.settings, engine)
         stack.enter_context(stopping)

@@ -63,9 +63,9 @@ def ask(
     settings = settings_of(context)
     conversation = conversation_from(args, settings, allow_truncated, quiet)
     with render.spinner("loading the model", quiet):
-        from llava_cli.loader import load_engine
+        from llava_cli.loader import open_engine
 
-        engine = load_engine(settings)
+        engine = open_engine(settings, render.note)
     if not quiet:
         render.say_demo(settings, engine)
         render.say_pictures(engine.family, conversation)

@@ -102,9 +102,9 @@ def chat(
     person = sys.stdin is not None and sys.stdin.isatty()
     draw = not plain and sys.stdout.isatty()
     with render.spinner("loading the model", quiet or plain):
-        from llava_cli.loader import load_engine
+        from llava_cli.loader import open_engine
 
-        engine = load_engine(settings)
+        engine = open_engine(settings, render.note)
     if not quiet:
         render.say_demo(settings, engine)
     preview = render.thumbnail if draw and person and not no_preview else lambda picture: None

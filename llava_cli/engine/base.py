@@ -63,6 +63,8 @@ class Engine(ABC):
     precision: str
     device: str
     load_seconds: float = 0.0
+    where: str = ""
+    """What answers, where that is not this process."""
     family: Family | None = None
     """What the model was trained with, where that is known."""
     context: int | None = None

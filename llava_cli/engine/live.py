@@ -18,6 +18,7 @@ from llava_cli.errors import LlavaError, ModelUnusable, brief, model_errors
 from llava_cli.machine import free_memory
 
 if TYPE_CHECKING:
+    from llava_cli.conversation import Conversation
     from llava_cli.engine.local import LocalEngine
 
 SHARE = 0.1  # of the memory that is free when it begins keeps what was read
@@ -61,9 +62,10 @@ class Live:
         """How many requests are being answered, or wait for it."""
         return len(self._asked)
 
-    def ask(self, request: Request, put: Put, top: int | None = None) -> Asked:
-        """Prepares a request, in the caller's thread, and has it answered; `top`: with so many likeliest tokens each.
+    def ask(self, request: Request, put: Put, stream: bool = True, top: int | None = None) -> Asked:
+        """Prepares a request, in the caller's thread, and has it answered.
 
+        Without `stream` only the whole answer is put; with `top` each token, and as many of the likeliest in its place.
         Raises `PromptTooLong` and whatever else is wrong with it alone.
         """
         begin = time.perf_counter()
@@ -73,9 +75,14 @@ class Live:
             row = self.engine.row(number, request, pictures)
         asked = Asked(number, put, begin, row)
         if row is not None:
-            row.pictures, row.show, row.top = pictures, put, top
+            row.pictures, row.show, row.top = pictures, put if stream or top is not None else None, top
         self._inbox.put(lambda: self._take(asked, request))
         return asked
+
+    def count(self, conversation: Conversation) -> int:
+        """How many tokens the conversation's prompt has."""
+        with self._preparing:
+            return self.engine.count(conversation)
 
     def leave(self, asked: Asked) -> None:
         """Nobody waits for this answer any more."""

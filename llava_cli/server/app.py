@@ -57,7 +57,7 @@ class Service:
         self.busy -= 1
         self.last = time.monotonic()
 
-    async def events(self, chat: ChatRequest) -> AsyncGenerator[Event]:
+    async def events(self, chat: ChatRequest, usual: Settings) -> AsyncGenerator[Event]:
         """An answer's tokens and at last the whole of it. Closed before that, it is not gone on with."""
         top = (chat.top_logprobs or 0) if chat.logprobs else None
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
@@ -65,8 +65,8 @@ class Service:
         def put(event: Token | Answer | LlavaError) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        request = await run_in_threadpool(self._request, chat)
-        asked = await run_in_threadpool(self.live.ask, request, put, top)
+        request = await run_in_threadpool(self.asking, chat, usual)
+        asked = await run_in_threadpool(self.live.ask, request, put, chat.stream, top)
         whole = False
         try:
             while not whole:
@@ -80,8 +80,12 @@ class Service:
                 self.live.leave(asked)
                 self.metrics.left()
 
-    def _request(self, chat: ChatRequest) -> Asking:
-        return Asking(chat.conversation(self.settings.system, self.open_url), chat.sampling(self.settings))
+    def asking(self, chat: ChatRequest, usual: Settings) -> Asking:
+        return Asking(chat.question(usual.system, self.open_url), chat.sampling(usual))
+
+    def usual(self, request: Request) -> Settings:
+        """What holds where a request does not say: our own commands say all there is to say."""
+        return Settings() if is_own_socket(request.scope) else self.settings
 
     def shapes(self) -> Shapes:
         tokenizer = self.live.engine.prompter.tokenizer
@@ -102,6 +106,14 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
         if not is_own_socket(request.scope):
             raise HTTPException(404)
         return said()
+
+    @app.post("/llava/prompt")
+    async def prompt(request: Request, body: ChatRequest) -> dict[str, Any]:
+        if not is_own_socket(request.scope):
+            raise HTTPException(404)
+        conversation = await run_in_threadpool(body.conversation, None, service.open_url)
+        count = await run_in_threadpool(service.live.count, conversation)
+        return {"prompt": engine.prompt(conversation), "tokens": count}
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -126,7 +138,7 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
         if body.model not in (None, "", "default", engine.model):
             raise Refusal(404, f"{body.model}: this server has {engine.model}", "model", "model_not_found")
         service.enter()
-        events = service.events(body)
+        events = service.events(body, service.usual(request))
         try:
             first = await _unless_left(request, anext(events))
         except BaseException:

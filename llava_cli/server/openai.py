@@ -100,7 +100,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message]
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -133,8 +133,18 @@ class ChatRequest(BaseModel):
         except UsageError as error:
             raise Refusal(400, str(error), error.thing) from None
 
+    def question(self, usual: str | None, open_url: Callable[[str, str], Picture]) -> Conversation:
+        """Its messages as a conversation that is to be answered; `usual` is the system text of one that has none."""
+        conversation = self.conversation(usual, open_url)
+        last = conversation.turns[-1] if conversation.turns else None
+        if last is None or last.answer is not None:
+            raise Refusal(400, "the last message has to be a user's", "messages")
+        if not last.question.strip():
+            raise Refusal(400, "there is no question", "messages")
+        return conversation
+
     def conversation(self, usual: str | None, open_url: Callable[[str, str], Picture]) -> Conversation:
-        """Its messages as a conversation; `usual` is the system text of one that has none."""
+        """Its messages, answered or not."""
         system = "\n".join(m.text() for m in self.messages if m.role in ("system", "developer")) or usual
         turns: list[Turn] = []
         pictures = 0
@@ -155,10 +165,6 @@ class ChatRequest(BaseModel):
                 turns.append(Turn(text, (*last.pictures, *shown)))
             else:
                 turns.append(Turn(message.text(), shown))
-        if not turns or turns[-1].answer is not None:
-            raise Refusal(400, "the last message has to be a user's", "messages")
-        if not turns[-1].question.strip():
-            raise Refusal(400, "there is no question", "messages")
         return Conversation(tuple(turns), system)
 
 

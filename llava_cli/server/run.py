@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava_cli import __version__
 from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
 from llava_cli.place import listen, socket_path, status
 from llava_cli.settings import Settings
@@ -105,10 +105,10 @@ def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[d
 
         live = Live(load_engine(settings))
         service = Service(live, settings, terms.queue, terms.remote)
-        app = make_app(service, lambda: _said(service, address))
+        app = make_app(service, said := partial(_said, service, address, settings))
         hosts = {"localhost", address.host.strip("[]"), socket.gethostname(), *address.hosts}
         guarded = Guard(app, address.key, hosts, address.origins)
-        asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(_said(service, address))))
+        asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(said())))
         # What is still being answered after its time has been taken from its client, and is not waited for.
 
 
@@ -128,14 +128,23 @@ def _sockets(path: Path, address: Address) -> Iterator[list[socket.socket]]:
                 path.unlink()
 
 
-def _said(service: Any, address: Address) -> dict[str, Any]:
+def _said(service: Any, address: Address, settings: Settings) -> dict[str, Any]:
+    """What our own commands ask to know: who it is, and whether its answers are those that they would give."""
+    from llava_cli.loader import wanted
+    from llava_cli.machine import plan
+
     engine = service.live.engine
+    auto = plan("auto", "auto")
     return {
-        "llava": __version__,
-        "pid": os.getpid(),
-        "model": engine.model,
+        **wanted(settings),
+        "precisions": [settings.precision, engine.precision, *(["auto"] * (engine.precision == auto.precision))],
+        "devices": [settings.device, engine.device, *(["auto"] * (engine.device == auto.device))],
         "precision": engine.precision,
         "device": engine.device,
+        "family": engine.family.name if engine.family else None,
+        "context": engine.context,
+        "memory": engine.peak_memory(),
+        "pid": os.getpid(),
         "url": address.url,
         "running": service.busy,
         "seconds": round(time.monotonic() - service.began, 1),
