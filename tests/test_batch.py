@@ -31,7 +31,6 @@ from llava_cli.cli import app
 from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.many import Batch
 from llava_cli.errors import LlavaError, OutOfMemory
-from llava_cli.settings import Settings
 
 QUESTION = "what is this?"
 KEYS = ["image", "question", "answer", "status", "error", "model", "finish_reason", "answer_tokens", "sha256"]
@@ -83,11 +82,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> type[Told]:
     class Here(Told):
         pass
 
-    monkeypatch.setattr(module, "load_engine", lambda settings: Here())
+    monkeypatch.setattr(module, "open_engine", lambda *_: Here())
     return Here
 
 
-def no_model(settings: Settings) -> Told:
+def no_model(*_: object) -> Told:
     raise AssertionError("loaded")
 
 
@@ -278,7 +277,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: ascii(line[:40]))
 def test_a_bad_line_of_questions_is_named(line: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its number, before the model is loaded or a row written."""
-    monkeypatch.setattr(module, "load_engine", no_model)
+    monkeypatch.setattr(module, "open_engine", no_model)
     Path("q.jsonl").write_text('{"image": "a.png"}\n\n' + line + "\n")
     result = run("batch", "q.jsonl", QUESTION, "-o", "out.jsonl")
     assert (result.exit_code, result.stdout) == (65, "")
@@ -537,7 +536,7 @@ def test_nothing_left_to_do_loads_no_model(run: Run, told: type[Told], monkeypat
     command = ("batch", "photos", QUESTION, "-o", "out.jsonl")
     assert run(*command).exit_code == 1
     before = Path("out.jsonl").read_bytes()
-    monkeypatch.setattr(module, "load_engine", no_model)
+    monkeypatch.setattr(module, "open_engine", no_model)
     result = run(*command)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -617,10 +616,11 @@ def test_other_settings_are_refused_and_named(
     options: list[str], said: str, run: Run, told: type[Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw("photos/a.png")
+    monkeypatch.setenv("LLAVA_PRECISION", "bf16")  # whatever suits this CPU
     command = ("batch", "photos", QUESTION, "-o", "out.jsonl")
     assert run(*command).exit_code == 0
     before = Path("out.jsonl").read_bytes()
-    monkeypatch.setattr(module, "load_engine", no_model)
+    monkeypatch.setattr(module, "open_engine", no_model)
     result = run(*command, *options)
     assert (result.exit_code, result.stdout) == (65, "")
     assert result.stderr.startswith("llava: out.jsonl: other settings made its rows: ") and said in result.stderr
@@ -691,7 +691,7 @@ def bad_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, tuple[
     wanted = table(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVA_CONFIG", str(folder / "none.toml"))
-        patch.setattr(module, "load_engine", lambda settings: Told())
+        patch.setattr(module, "open_engine", lambda *_: Told())
         listed = b"\0".join(map(os.fsencode, wanted))
         result = CliRunner().invoke(app, ["batch", "-", QUESTION, "-0", "--root", str(folder)], input=listed)
     rows = rows_of(result, 1)

@@ -33,7 +33,7 @@ KILLED = -9
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model, no pictures, and a sync every second row, whatever the time."""
-    monkeypatch.setattr(module, "load_engine", lambda settings: Told())
+    monkeypatch.setattr(module, "open_engine", lambda *_: Told())
     monkeypatch.setattr(module, "identify", lambda settings: {"model": "told"})
     monkeypatch.setattr(module, "Opener", Pictures)
     monkeypatch.setattr(journal, "SYNC_ROWS", 2)
@@ -449,7 +449,7 @@ def test_somebody_else_writes_to_the_output(
 ) -> None:
     options = (erring if retry else fresh)(tmp_path)
     path = tmp_path / "out" / "out.jsonl"
-    monkeypatch.setattr(module, "load_engine", lambda settings: Meddling(lambda: meddle(path)))
+    monkeypatch.setattr(module, "open_engine", lambda *_: Meddling(lambda: meddle(path)))
     assert attempt(tmp_path, check="somebody else has written to it, or taken it away", **options) == 73
     assert not list(tmp_path.rglob("*.new"))
 
@@ -499,13 +499,13 @@ def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
     begin(tmp_path)
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "null").symlink_to("/dev/null")
-    monkeypatch.setattr(module, "load_engine", no_model)
+    monkeypatch.setattr(module, "open_engine", no_model)
     before = sorted(tmp_path.rglob("*"))
     assert attempt(tmp_path, output=tmp_path / path, check=reason) == 73
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def no_model(settings: Settings) -> Told:
+def no_model(*_: object) -> Told:
     raise AssertionError("loaded")
 
 
@@ -527,7 +527,7 @@ def test_read_only_output(there: bool, done: Path, undisturbed: bytes, monkeypat
     if not there:
         shutil.rmtree(folder)
         folder.mkdir()
-    monkeypatch.setattr(module, "load_engine", no_model)
+    monkeypatch.setattr(module, "open_engine", no_model)
     with mounted(folder, "--bind", "-o", "ro", str(folder)) as found:
         if not found:  # nobody who may not mount may write where permissions are against it
             for path in (folder, *folder.rglob("*")):

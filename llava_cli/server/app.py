@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from llava_cli import __version__
 from llava_cli.engine import Answer
 from llava_cli.engine import Request as Asking
-from llava_cli.engine.live import Live
+from llava_cli.engine.live import Asked, Live
 from llava_cli.engine.many import Likelihood, Token
 from llava_cli.errors import LlavaError
 from llava_cli.server.guard import TooLarge, is_own_socket
@@ -66,7 +66,12 @@ class Service:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
         request = await run_in_threadpool(self.asking, chat, usual)
-        asked = await run_in_threadpool(self.live.ask, request, put, chat.stream, top)
+        asking = asyncio.ensure_future(run_in_threadpool(self.live.ask, request, put, chat.stream, top))
+        try:
+            asked = await asyncio.shield(asking)
+        except asyncio.CancelledError:  # its thread goes on, and asks
+            asking.add_done_callback(self._leave)
+            raise
         whole = False
         try:
             while not whole:
@@ -78,7 +83,10 @@ class Service:
         finally:
             if not whole:
                 self.live.leave(asked)
-                self.metrics.left()
+
+    def _leave(self, asking: asyncio.Future[Asked]) -> None:
+        if not asking.exception():
+            self.live.leave(asking.result())
 
     def asking(self, chat: ChatRequest, usual: Settings) -> Asking:
         return Asking(chat.question(usual.system, self.open_url), chat.sampling(usual))
@@ -168,6 +176,7 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
 
     @app.exception_handler(Left)
     async def left(request: Request, error: Left) -> Response:
+        service.metrics.left()
         return Response(status_code=499)
 
     @app.exception_handler(RequestValidationError)
@@ -251,6 +260,9 @@ async def _stream(
         refusal = Refusal.of(error)
         service.metrics.replied(refusal.status)
         yield _event(refusal.body())
+    except (asyncio.CancelledError, GeneratorExit):
+        service.metrics.left()
+        raise
     finally:
         service.leave()
 
