@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,11 +99,9 @@ class Live:
             busy = bool(self._schedule.running or self._schedule.waiting)
             if self._ended and not busy:
                 return
-            try:
+            with suppress(queue.Empty):
                 self._inbox.get(block=not busy)()
                 continue  # all that have come by now join the same step
-            except queue.Empty:
-                pass
             try:
                 with model_errors(self.engine.model, "fails while answering"):
                     done = self._schedule.step()
