@@ -68,10 +68,15 @@ def is_ours(path: Path) -> bool:
     return stat.S_ISSOCK(found.st_mode) and found.st_uid == os.getuid()
 
 
-def listen(path: Path) -> socket.socket:
-    """A socket of mode 0600 at `path`. Raises `OutputTaken` where a server has it, or it cannot be."""
+def check_free(path: Path) -> None:
+    """Raises `OutputTaken` where a server has the socket."""
     if said := status(path):
         raise OutputTaken(str(path), f"{said['model']} is being served (pid {said['pid']})", "llava serve --stop")
+
+
+def listen(path: Path) -> socket.socket:
+    """A socket of mode 0600 at `path`. Raises `OutputTaken` where a server has it, or it cannot be."""
+    check_free(path)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)  # from the first moment on
     try:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -252,7 +252,7 @@ def _asking(conversation: Conversation, sampling: Sampling) -> dict[str, Any]:
         messages.append({"role": "user", "content": [*urls, {"type": "text", "text": turn.question}]})
         if turn.answer is not None:
             messages.append({"role": "assistant", "content": turn.answer})
-    said = asdict(Sampling(**{field.name: getattr(sampling, field.name) for field in fields(Sampling)}))
+    said = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}  # of what may be all settings
     return {"messages": messages, **{name: value for name, value in said.items() if value not in (None, ())}}
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
-from llava_cli.place import listen, socket_path, status
+from llava_cli.place import check_free, listen, socket_path, status
 from llava_cli.settings import Settings
 
 EXTRA = "pip install 'llava-cli[serve]'"
@@ -99,13 +99,14 @@ def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[d
     with _sockets(path, address) as sockets:
         address = replace(address, port=sockets[1].getsockname()[1])  # 0 was any that is free
         from llava_cli.engine.live import Live
-        from llava_cli.loader import load_engine
+        from llava_cli.loader import load_engine, wanted
         from llava_cli.server.app import Service, make_app
         from llava_cli.server.guard import Guard
 
+        held = wanted(settings)  # before it is loaded: files that change afterwards are not what is served
         live = Live(load_engine(settings))
         service = Service(live, settings, terms.queue, terms.remote)
-        app = make_app(service, said := partial(_said, service, address, settings))
+        app = make_app(service, said := partial(_said, service, address, settings, held))
         hosts = {"localhost", address.host.strip("[]"), socket.gethostname(), *address.hosts}
         guarded = Guard(app, address.key, hosts, address.origins)
         asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(said())))
@@ -128,15 +129,14 @@ def _sockets(path: Path, address: Address) -> Iterator[list[socket.socket]]:
                 path.unlink()
 
 
-def _said(service: Any, address: Address, settings: Settings) -> dict[str, Any]:
+def _said(service: Any, address: Address, settings: Settings, held: dict[str, Any]) -> dict[str, Any]:
     """What our own commands ask to know: who it is, and whether its answers are those that they would give."""
-    from llava_cli.loader import wanted
     from llava_cli.machine import plan
 
     engine = service.live.engine
     auto = plan("auto", "auto")
     return {
-        **wanted(settings),
+        **held,
         "precisions": [settings.precision, engine.precision, *(["auto"] * (engine.precision == auto.precision))],
         "devices": [settings.device, engine.device, *(["auto"] * (engine.device == auto.device))],
         "precision": engine.precision,
@@ -200,8 +200,7 @@ async def _until_told(
 def detach(words: list[str]) -> dict[str, Any]:
     """Starts `llava serve` with these words as a process of its own; what it says of itself once it answers."""
     path = socket_path()
-    if said := status(path):
-        raise OutputTaken(str(path), f"{said['model']} is being served (pid {said['pid']})", "llava serve --stop")
+    check_free(path)
     log = path.with_suffix(".log")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as output:
