@@ -7,6 +7,7 @@
     ├── BadData             65   a file of questions or of answers that is not what it should be
     ├── InputMissing        66   a file or URL that is not there, or cannot be read
     ├── ModelUnusable       69   unknown, absent, damaged or unsuitable checkpoint
+    ├── ServerFailed        69   a server that gave no answer, however often it was asked
     ├── OutOfMemory         71   this machine has too little memory for what was asked
     ├── OutputTaken         73   the output is another run's, or cannot be written
     └── OutputError         74   writing an answer or a download failed
@@ -53,6 +54,10 @@ class InputMissing(LlavaError):
 
 
 class ModelUnusable(LlavaError):
+    exit_code = 69
+
+
+class ServerFailed(LlavaError):
     exit_code = 69
 
 

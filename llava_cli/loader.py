@@ -52,12 +52,17 @@ def load(
 
 
 def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
-    """The user's own server, where it holds the model that the settings ask for; else that model, loaded here.
+    """The server that the settings name; else the user's own, where it holds the model that they ask for; else that
+    model, loaded here.
 
-    `tell` gets one line where that server is gone before all is answered.
+    `tell` gets one line where a server is gone before all is answered.
     """
+    if settings.server:
+        from llava_cli.engine.remote import RemoteEngine
+
+        return RemoteEngine(settings.server, settings.api_key, settings.model, settings.concurrency, tell)
     from llava_cli import place
-    from llava_cli.engine.remote import holder
+    from llava_cli.engine.warm import holder
 
     path = place.socket_path()
     if place.is_ours(path) and (engine := holder(wanted(settings), lambda: load_engine(settings), tell, path)):
@@ -98,7 +103,10 @@ def load_engine(settings: Settings) -> LocalEngine:
 
 
 def identify(settings: Settings) -> dict[str, str]:
-    """What answers will depend on besides what is asked: the very model, and how it is run here. Loads no weights."""
+    """What answers will depend on besides what is asked: the very model, and how it is run. Loads no weights."""
+    if settings.server:
+        engine = open_engine(settings, lambda line: None)
+        return {"model": engine.model, "server": engine.where}
     from llava_cli.machine import plan
     from llava_cli.prompt import read_template
 

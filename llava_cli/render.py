@@ -81,8 +81,8 @@ def answer_object(answer: Answer, conversation: Conversation, engine: Engine) ->
         "question": conversation.turns[-1].question,
         "images": [picture.name for picture in conversation.pictures],
         "model": engine.model,
-        "precision": engine.precision,
-        "device": engine.device,
+        "precision": engine.precision or None,
+        "device": engine.device or None,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
         "answer_tokens": answer.answer_tokens,
@@ -108,11 +108,16 @@ def stats(answer: Answer, engine: Engine) -> str:
         f"{(answer.answer_tokens - 1) / decoding:.1f} tokens/s" if answer.answer_tokens > 1 and decoding else "1 token"
     )
     loaded = engine.where or f"load {engine.load_seconds:.2f} s"
-    return (
-        f"{engine.model} {engine.precision} {engine.device} · {loaded} · "
-        f"first token {answer.first_token_seconds:.2f} s of {answer.prompt_tokens} · {speed} · "
-        f"peak {engine.peak_memory() / 1e9:.2f} GB"
+    read = f" of {answer.prompt_tokens}" if answer.prompt_tokens else ""
+    memory = engine.peak_memory()
+    said = (
+        " ".join(filter(None, (engine.model, engine.precision, engine.device))),
+        loaded,
+        f"first token {answer.first_token_seconds:.2f} s{read}",
+        speed,
+        f"peak {memory / 1e9:.2f} GB" if memory else "",
     )
+    return " · ".join(filter(None, said))
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -38,9 +38,9 @@ class Sampling:
     """The answer ends before the first of these texts; one alone may be given as it is."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if (value := getattr(self, field.name)) is not None:
-                object.__setattr__(self, field.name, _convert(field.name, field.name, value))
+        for one in fields(self):
+            if (value := getattr(self, one.name)) is not None:
+                object.__setattr__(self, one.name, _convert(one.name, one.name, value))
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,16 @@ class Settings(Sampling):
     visual_tokens: int | None = None
     """How many tokens the decoder gets of each picture, the most diverse ones; None for all."""
     system: str | None = None
+    server: str | None = None
+    """The address of an OpenAI-compatible API that answers instead of a model that is loaded here; empty for none."""
+    api_key: str | None = field(default=None, repr=False)
+    """Goes with each request to `server`; `llava serve` asks it of who comes by TCP. No option: others see those."""
+    concurrency: int = 8
+    """How many requests of a batch `server` gets at a time."""
 
     @classmethod
     def names(cls) -> list[str]:
-        return [field.name for field in fields(cls)]
+        return [one.name for one in fields(cls)]
 
     @classmethod
     def resolve(cls, **flags: Any) -> Settings:
@@ -88,6 +94,7 @@ _RANGES = {
     "temperature": (0, 10),
     "top_p": (0.0001, 1),
     "visual_tokens": (1, 1_000_000),
+    "concurrency": (1, 1024),
     "seed": (-(2**63), 2**64 - 1),  # what torch takes
 }
 

@@ -135,7 +135,7 @@ def _verify(job: Job, tally: Tally, engine: Engine, opener: Opener, stopping: St
             alone = engine.answer(conversation_of(task, picture, job.settings), sampling_of(task, job.settings)).text
             if alone != text:
                 flips.append(f"  {printable(task.image)}: {text!r}, alone {alone!r}")
-    render.note(f"verified {asked} rows, asked alone: {len(flips)} differ ({engine.precision})")
+    render.note(f"verified {asked} rows, asked alone: {len(flips)} differ ({engine.precision or engine.where})")
     for line in flips:
         render.note(line)
 

@@ -20,6 +20,7 @@ from llava_cli.cli.options import (
     PrecisionOpt,
     QuietOpt,
     SeedOpt,
+    ServerOpt,
     StopOpt,
     SystemOpt,
     TemperatureOpt,
@@ -53,6 +54,9 @@ RootOpt = Annotated[
 UrlsOpt = Annotated[bool, typer.Option("--allow-urls", help="Fetch URLs in a list, from public addresses only.")]
 SizeOpt = Annotated[
     str, typer.Option("--batch-size", metavar="auto|N", help="Answers at a time; auto: what the memory allows.")
+]
+ConcurrencyOpt = Annotated[
+    int | None, typer.Option("--concurrency", metavar="N", help="Requests at a time to the --server. [8]")
 ]
 ExtendOpt = Annotated[bool, typer.Option("--extend", help="Take in pictures that were added to SOURCE since.")]
 RetryOpt = Annotated[bool, typer.Option("--retry-errors", help="Ask again where a row has an error.")]
@@ -90,6 +94,8 @@ def batch(
     template: TemplateOpt = None,
     fit: FitOpt = None,
     visual_tokens: VisualOpt = None,
+    server: ServerOpt = None,
+    concurrency: ConcurrencyOpt = None,
     allow_truncated: TruncatedOpt = False,
     quiet: QuietOpt = False,
 ) -> None:

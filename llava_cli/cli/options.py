@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from llava_cli.errors import UsageError
 from llava_cli.settings import Device, Fit, Precision, Settings
 
 ModelOpt = Annotated[
@@ -50,6 +51,10 @@ TruncatedOpt = Annotated[
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 StatsOpt = Annotated[bool, typer.Option("--stats", help="Print times and memory on stderr.")]
 QuietOpt = Annotated[bool, typer.Option("-q", "--quiet", help="No hints, warnings or spinner on stderr.")]
+ServerOpt = Annotated[
+    str | None,
+    typer.Option("--server", metavar="URL", help="Ask this OpenAI-compatible API; the key is in LLAVA_API_KEY."),
+]
 PicturesAndQuestion = Annotated[
     list[str] | None,
     typer.Argument(
@@ -60,6 +65,15 @@ PicturesAndQuestion = Annotated[
 ]
 
 
+LOADING = ("precision", "double_quant", "device", "template", "fit", "visual_tokens")
+"""What is decided where the model is loaded."""
+
+
 def settings_of(context: typer.Context) -> Settings:
     """What the command line says, over the environment, over the config file."""
-    return Settings.resolve(**{name: context.params[name] for name in Settings.names() if name in context.params})
+    given = {name: context.params[name] for name in Settings.names() if name in context.params}
+    settings = Settings.resolve(**given)
+    if settings.server and "server" in given and (decided := [name for name in LOADING if given[name] is not None]):
+        option = "--" + decided[0].replace("_", "-")
+        raise UsageError(option, f"{settings.server} decides that", f"--server '' {option} … loads a model here")
+    return settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -100,8 +99,7 @@ def serve(
         return
     settings = settings_of(context)
     terms = run.Terms(queue, None if idle is None else _seconds("--idle", idle), _seconds("--drain", drain), allow_urls)
-    key = os.environ.get("LLAVA_API_KEY") or None
-    address = run.Address(host, port, key, tuple(allow_host or ()), tuple(allow_origin or ()))
+    address = run.Address(host, port, settings.api_key, tuple(allow_host or ()), tuple(allow_origin or ()))
     address.check()
     if detach:
         words = [word for word in sys.argv[2:] if word != "--detach"]

@@ -27,6 +27,7 @@ class Answer:
     finish_reason: FinishReason
     """"stop": the model or a stop text ended it; "length": `max_tokens` or the context did."""
     prompt_tokens: int
+    """0 where a server does not say."""
     cached_tokens: int
     """How many of them the engine had read for the answer before, and did not read again."""
     answer_tokens: int
@@ -62,6 +63,7 @@ class Engine(ABC):
     model: str
     precision: str
     device: str
+    """Both empty where only a server knows."""
     load_seconds: float = 0.0
     where: str = ""
     """What answers, where that is not this process."""

@@ -1,279 +1,234 @@
-"""The model that the user's own `llava serve` holds: no torch here, and nothing to load.
-
-When the server is gone the model is loaded here after all, and what was asked is asked again.
-"""
+"""A model behind an OpenAI-compatible API: vLLM, SGLang, llama.cpp, Ollama, `llava serve` elsewhere, or a cluster."""
 
 from __future__ import annotations
 
-import base64
-import http.client
-import io
 import json
+import random
+import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import fields, replace
-from itertools import chain
-from pathlib import Path
-from typing import Any, cast
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
-from llava_cli.conversation import Conversation, Picture
-from llava_cli.engine.base import Answer, Chunk, Engine, FinishReason, Request
-from llava_cli.errors import BadData, BadImage, LlavaError, ModelUnusable, PromptTooLong
-from llava_cli.families import Family, named
-from llava_cli.place import SocketConnection, status
+from llava_cli.conversation import Conversation
+from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
+from llava_cli.engine.client import (
+    Client,
+    Response,
+    Unanswered,
+    at_once,
+    behind,
+    messages,
+    plain_file,
+    whole_file,
+    words,
+)
+from llava_cli.errors import BadData, LlavaError, ModelUnusable, ServerFailed, UsageError, printable
 from llava_cli.settings import Sampling
 
-AT_ONCE = 32
-"""Requests in hand of a batch, where nothing else is asked for."""
-_ERRORS: dict[str, type[LlavaError]] = {"context_length_exceeded": PromptTooLong, "invalid_image": BadImage}
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+CONNECT_SECONDS = 10.0
+SECONDS = 600.0
+"""That a server may be silent: a large model on a CPU reads a picture for minutes."""
+TRIES = 8
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds between two tries; each one is twice the one before, so that a server has a minute to come back."""
 
 
-class ServerGone(Exception):
-    """The server did not answer to the end, in words that go on after "llava serve"."""
+class RemoteEngine(Engine):
+    """The model that `url` has: the one called `model`, or its only one.
 
-
-class WarmEngine(Engine):
-    """The model of a server at a socket, which says of itself what `said` says.
-
-    `load` makes the engine that goes on when the server is gone, and `tell` gets one line about that.
+    `tell` gets one line when it has to be asked again. Raises `UsageError` where `url` is none, `ModelUnusable` where
+    nobody is there, the key is wrong or it is not clear which model is meant.
     """
 
+    precision = device = ""  # which only the server knows
+
     def __init__(
-        self, path: Path, said: dict[str, Any], load: Callable[[], Engine], tell: Callable[[str], None]
+        self, url: str, key: str | None, model: str | None, concurrency: int, tell: Callable[[str], None]
     ) -> None:
-        self._path, self._load, self._tell = path, load, tell
-        self._here: Engine | None = None
-        self.model, self.precision, self.device = said["model"], said["precision"], said["device"]
-        self.context, self.where = said["context"], f"llava serve (pid {said['pid']})"
-        self.family: Family | None = named(said["family"]) if said["family"] else None
-        self._memory = int(said["memory"])
+        self.where = _address(url)
+        self._tell, self._concurrency = tell, concurrency
+        self._lock, self._is_well = threading.Lock(), True
+        self._web = _web(self.where, key)
+        self._client = Client(self.where, self._post, plain_file)
+        try:
+            found = self._models() if model else self._patiently(self._models)
+        except Unanswered:  # some cannot list what they have, and answer all the same
+            found = []
+        self.model = model or self._only(found)
+        is_ours = any(one.get("owned_by") == "llava" for one in found)  # and decodes pictures as we do
+        self._client = Client(self.where, self._post, whole_file if is_ours else plain_file, self.model)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         shown = ""
-        if self._here is None:
+        for number in range(TRIES):
             try:
-                with closing(self._told(conversation, sampling)) as chunks:
-                    for chunk in chunks:
+                with closing(self._client.stream(conversation, sampling)) as chunks:
+                    for chunk in behind(shown, chunks):
                         shown += chunk.text
                         yield chunk
+                self._is_well = True
                 return
-            except ServerGone as error:
-                self._go_on(error)
-        yield from _behind(shown, self._local().stream(conversation, sampling))
+            except Unanswered as error:
+                self._pause(error, number)
 
     def answer_many(
         self,
         requests: Iterable[Request | LlavaError],
         size: int | None = None,
-        go_on: Callable[[], bool] = lambda: True,
+        go_on: Callable[[], bool] = always,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
-        numbered = enumerate(requests)
-        left: list[tuple[int, Request | LlavaError]] = []
-        if self._here is None:
-            yield from self._many(numbered, size or AT_ONCE, go_on, left)
-        if self._here is None and not left:
-            return
-        numbers: list[int] = []
-
-        def rest() -> Iterator[Request | LlavaError]:
-            for number, request in chain(left, numbered):
-                numbers.append(number)
-                yield request
-
-        for place, outcome in self._local().answer_many(rest(), size, go_on):
-            yield numbers[place], outcome
+        """As every engine does; raises what no request would get past: a wrong key, nobody there, only failures."""
+        failed = 0
+        for number, _, outcome in at_once(enumerate(requests), self._whole, self._concurrency, go_on):
+            if not isinstance(outcome, (Answer, LlavaError)) or isinstance(outcome, ModelUnusable):
+                raise outcome
+            failed = failed + 1 if isinstance(outcome, (BadData, ServerFailed)) else 0
+            if failed > self._concurrency and isinstance(outcome, LlavaError):
+                raise outcome
+            yield number, outcome
 
     def prompt(self, conversation: Conversation) -> str:
-        return str(self._asked(conversation)["prompt"]) if self._here is None else self._here.prompt(conversation)
+        """The messages that are sent: the string that the model reads is made by the server."""
+        return json.dumps(messages(conversation, lambda picture: picture.name), ensure_ascii=False, indent=1)
 
     def count(self, conversation: Conversation) -> int:
-        return int(self._asked(conversation)["tokens"]) if self._here is None else self._here.count(conversation)
+        raise UsageError("tokens", f"only {self.where} could count them")
 
     def peak_memory(self) -> int:
-        return self._memory if self._here is None else self._here.peak_memory()
-
-    def _local(self) -> Engine:
-        if self._here is None:
-            self._here, self.where = self._load(), ""
-            self.precision, self.device = self._here.precision, self._here.device
-            self.load_seconds = self._here.load_seconds
-        return self._here
-
-    def _go_on(self, error: ServerGone) -> None:
-        self._tell(f"llava: serve: {error}; going on without it")
-        self._local()
-
-    def _many(
-        self,
-        numbered: Iterator[tuple[int, Request | LlavaError]],
-        size: int,
-        go_on: Callable[[], bool],
-        left: list[tuple[int, Request | LlavaError]],
-    ) -> Iterator[tuple[int, Answer | LlavaError]]:
-        """Answers as the server gives them; where it is gone, those that it owes are in `left`."""
-        running: dict[Future[Answer], tuple[int, Request]] = {}
-        gone: ServerGone | None = None
-        more = True
-        with ThreadPoolExecutor(size) as threads:
-            while running or (more and not gone):
-                while more and not gone and len(running) < size:
-                    more = go_on()
-                    item = next(numbered, None) if more else None
-                    if item is None:
-                        more = False
-                    elif isinstance(item[1], LlavaError):
-                        yield item[0], item[1]
-                    else:
-                        running[threads.submit(self._whole, item[1])] = item[0], item[1]
-                done = wait(running, return_when=FIRST_COMPLETED).done if running else ()
-                for future in done:
-                    number, request = running.pop(future)
-                    try:
-                        yield number, future.result()
-                    except LlavaError as error:
-                        yield number, error
-                    except ServerGone as error:
-                        gone = error
-                        left.append((number, request))
-        if gone:
-            self._go_on(gone)
-            left.sort(key=lambda one: one[0])
+        """Nothing of the model is held here."""
+        return 0
 
     def _whole(self, request: Request) -> Answer:
-        begin = time.perf_counter()
-        try:
-            with closing(
-                self._post("/v1/chat/completions", _asking(request.conversation, request.sampling))
-            ) as response:
-                said = json.loads(response.read())
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ServerGone(f"ended in the midst of an answer ({_words(error)})") from None
-        choice, seconds = said["choices"][0], time.perf_counter() - begin
-        return _answer(choice["message"]["content"], choice["finish_reason"], said["usage"], seconds, seconds)
+        return self._patiently(lambda: self._client.whole(request))
 
-    def _told(self, conversation: Conversation, sampling: Sampling) -> Generator[Chunk, None, None]:
-        """What the server answers. Raises `ServerGone` where that has no end."""
-        begin = first = time.perf_counter()
-        reason, text, usage = "", "", None
-        body = {**_asking(conversation, sampling), "stream": True, "stream_options": {"include_usage": True}}
-        for event in self._events(body):
-            if "error" in event:
-                raise _error(event["error"])
-            usage = event.get("usage") or usage
-            for choice in event["choices"]:
-                reason = choice["finish_reason"] or reason
-                if piece := choice["delta"].get("content"):
-                    first, text = first if text else time.perf_counter(), text + piece
-                    yield Chunk(piece)
-        if usage is None:
-            raise ServerGone("ended in the midst of an answer")
-        yield Chunk("", _answer(text, reason, usage, first - begin, time.perf_counter() - begin))
-
-    def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        with closing(self._post("/v1/chat/completions", body)) as response:
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        for number in count():
             try:
-                for line in response:
-                    if line.startswith(b"data: {"):
-                        event: dict[str, Any] = json.loads(line[6:])
-                        yield event
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                raise ServerGone(f"ended in the midst of an answer ({error or type(error).__name__})") from None
+                answer = ask()
+                self._is_well = True
+                return answer
+            except Unanswered as error:
+                self._pause(error, number)
+        raise AssertionError
 
-    def _asked(self, conversation: Conversation) -> dict[str, Any]:
-        """The prompt that the server would read; of this engine's own, where it is gone."""
+    def _pause(self, error: Unanswered, number: int) -> None:
+        """Waits before it is asked again after try `number`. Raises where there is nothing more to wait for."""
+        if error.status == 413:
+            raise BadData(self.where, str(error)) from None
+        if number + 1 >= TRIES:
+            kind = ModelUnusable if error.status is None else ServerFailed
+            raise kind(self.where, f"{error}, {TRIES} times", "the same command asks again") from None
+        with self._lock:
+            first, self._is_well = self._is_well, False
+        if first:
+            self._tell(f"llava: {self.where}: {error}; asking again")
+        pause = min(FIRST_PAUSE * 2**number, LONGEST_PAUSE)
+        # Not all at the same moment: they would meet there again.
+        time.sleep(max(error.after, pause * random.uniform(0.5, 1)))
+
+    def _models(self) -> list[dict[str, Any]]:
+        """What the server says of its models; nothing where it does not tell."""
         try:
-            with closing(self._post("/llava/prompt", _asking(conversation, Sampling()))) as response:
-                found: dict[str, Any] = json.loads(response.read())
-                return found
-        except (ServerGone, OSError, ValueError) as error:
-            self._go_on(error if isinstance(error, ServerGone) else ServerGone(str(error)))
-            here = self._local()
-            return {"prompt": here.prompt(conversation), "tokens": here.count(conversation)}
+            with closing(self._send("GET", "models")) as response:
+                if response.status == 404:
+                    return []
+                if response.status != 200:
+                    raise self._client.refusal(response)
+                return [one for one in json.loads(response.read())["data"] if isinstance(one, dict)]
+        except Unanswered as error:
+            if error.status is None:  # nobody has been there yet: more likely a wrong address than one that will be
+                raise ModelUnusable(self.where, str(error), "--server URL is where it listens") from None
+            raise
+        except (ValueError, TypeError, KeyError):
+            return []
 
-    def _post(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
-        """An answer that is to be read, of status 200. Raises what the server says is wrong, or `ServerGone`."""
-        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogateescape")
-        connection = SocketConnection(self._path)
+    def _only(self, found: list[dict[str, Any]]) -> str:
+        names = [printable(str(one.get("id"))) for one in found]
+        if len(names) == 1:
+            return str(found[0].get("id"))
+        if not names:
+            raise ModelUnusable(self.where, "does not say which models it has", "-m NAME asks for one")
+        raise ModelUnusable(self.where, "has several models", f"-m NAME asks for one of {', '.join(names[:20])}")
+
+    def _post(self, path: str, body: dict[str, Any]) -> Response:
+        return self._send("POST", path, body)
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Response:
+        import httpx
+
         try:
-            connection.request("POST", path, data, {"Content-Type": "application/json", "Connection": "close"})
-            response = connection.getresponse()
-            if response.status == 200:
-                return response
-            error = json.loads(response.read())["error"]
-        except (OSError, ValueError, KeyError, http.client.HTTPException) as problem:
-            raise ServerGone(f"does not answer ({_words(problem)})") from None
-        if response.status in (413, 429, 503):
-            raise ServerGone(f"takes no more ({error['message']})")
-        raise _error(error)
+            request = self._web.build_request(method, path, json=body)
+            return OverWeb(self._web.send(request, stream=True))
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise Unanswered(f"does not answer ({_words(error)})", None) from None
+        except httpx.TimeoutException:
+            raise Unanswered(f"no answer within {SECONDS:.0f} s") from None
+        except httpx.HTTPError as error:
+            raise Unanswered(f"does not answer ({_words(error)})") from None
 
 
-def _answer(text: str, reason: str, usage: dict[str, Any], first: float, total: float) -> Answer:
-    cached = usage["prompt_tokens_details"]["cached_tokens"]
-    why = cast(FinishReason, reason)
-    return Answer(text, why, usage["prompt_tokens"], cached, usage["completion_tokens"], first, total)
+class OverWeb:
+    """A response of httpx's."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response, self.status = response, response.status_code
+        self.close = response.close
+
+    def header(self, name: str) -> str | None:
+        found: str | None = self._response.headers.get(name)
+        return found
+
+    def read(self) -> bytes:
+        return b"".join(self._whole(self._response.iter_bytes()))
+
+    def lines(self) -> Iterator[bytes]:
+        for line in self._whole(self._response.iter_lines()):
+            yield line.encode()
+
+    def _whole(self, pieces: Iterator[Any]) -> Iterator[Any]:
+        import httpx
+
+        try:
+            yield from pieces
+        except httpx.HTTPError as error:
+            raise Unanswered(f"ended in the midst of an answer ({_words(error)})") from None
 
 
 def _words(error: Exception) -> str:
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return said[:1].lower() + said[1:]
+    """Without the number that httpx puts before the system's words."""
+    return words(error).rpartition("] ")[2].lower()
 
 
-def _error(error: dict[str, Any]) -> Exception:
-    """What a server's error is here."""
-    message, code = str(error.get("message")), str(error.get("code"))
-    thing, _, reason = message.partition(": ")
-    if code in _ERRORS:
-        return _ERRORS[code](thing, reason)
-    if error.get("type") == "server_error":
-        return ServerGone(f"failed ({message})")
-    return BadData("llava serve", message)
+def _address(url: str) -> str:
+    """Where the API's paths begin: `/v1` unless something else is named. Raises `UsageError` for what is no address."""
+    try:
+        parts = urlsplit(url.strip())
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fits = False
+    if not fits:
+        hint = "--server http://127.0.0.1:8000" if ":/" in url else f"--server http://{printable(url)}"
+        raise UsageError(f"--server {printable(url)}", "not an http(s) address", hint)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UsageError("--server", "an address without a name, a key or a query", "LLAVA_API_KEY=… is for the key")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
-def _behind(shown: str, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """An answer from its beginning, without what has been shown of it."""
-    for chunk in chunks:
-        both = min(len(shown), len(chunk.text))
-        if shown[:both] != chunk.text[:both]:
-            hint = "ask again"
-            raise ModelUnusable("answer", "the server is gone, and without it the answer has another beginning", hint)
-        shown = shown[both:]
-        yield replace(chunk, text=chunk.text[both:])
+def _web(url: str, key: str | None) -> httpx.Client:
+    import httpx
 
-
-def _asking(conversation: Conversation, sampling: Sampling) -> dict[str, Any]:
-    """A conversation as OpenAI's request for its next answer."""
-    messages: list[dict[str, Any]] = []
-    if conversation.system is not None:
-        messages.append({"role": "system", "content": conversation.system})
-    for turn in conversation.turns:
-        urls = [{"type": "image_url", "image_url": {"url": _data_uri(picture)}} for picture in turn.pictures]
-        messages.append({"role": "user", "content": [*urls, {"type": "text", "text": turn.question}]})
-        if turn.answer is not None:
-            messages.append({"role": "assistant", "content": turn.answer})
-    said = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}  # of what may be all settings
-    return {"messages": messages, **{name: value for name, value in said.items() if value not in (None, ())}}
-
-
-def _data_uri(picture: Picture) -> str:
-    data = picture.data
-    if not data or picture.truncated:
-        picture.image.save(file := io.BytesIO(), "PNG", compress_level=1)
-        data = file.getvalue()
-    return "data:;base64," + base64.b64encode(data).decode()
-
-
-def holder(
-    wanted: dict[str, Any], load: Callable[[], Engine], tell: Callable[[str], None], path: Path
-) -> Engine | None:
-    """The engine of the user's own server, if that holds what is `wanted`; None where it has to be loaded here."""
-    said = status(path)
-    if said is None:
-        return None
-    for name in ("precision", "device"):  # the server says what it was asked for, what it took, and what auto is
-        if wanted.pop(name) not in said[f"{name}s"]:
-            return None
-    if any(said.get(name) != value for name, value in wanted.items()):
-        return None
-    return WarmEngine(path, said, load, tell)
+    if key and not key.isprintable():
+        raise UsageError("LLAVA_API_KEY", "not one line of text")
+    return httpx.Client(
+        base_url=url,
+        headers={b"Authorization": f"Bearer {key}".encode()} if key else {},
+        timeout=httpx.Timeout(SECONDS, connect=CONNECT_SECONDS),
+        limits=httpx.Limits(max_connections=None),
+    )

@@ -1,0 +1,306 @@
+"""OpenAI's chat completions from the asking side: a conversation as their request, what comes back as ours.
+
+https://platform.openai.com/docs/api-reference/chat. How a request gets to its server is the engines' business.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llava_cli.conversation import Conversation, Picture
+from llava_cli.engine.base import Answer, Chunk, FinishReason, Request
+from llava_cli.errors import BadData, BadImage, LlavaError, ModelUnusable, PromptTooLong, brief, printable
+from llava_cli.settings import Sampling
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHAT = "chat/completions"
+_ERRORS: dict[str, type[LlavaError]] = {
+    "context_length_exceeded": PromptTooLong,
+    "exceed_context_size_error": PromptTooLong,  # llama.cpp
+    "invalid_image": BadImage,
+}
+_BUSY = (408, 413, 425, 429)
+_EVENT = (b"data:", b":", b"event:", b"id:", b"retry:")
+_FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png"}
+"""That every server takes."""
+
+
+class Unanswered(Exception):
+    """A server gave no answer, or none to the end, and may give one later: in words that go on after its name."""
+
+    def __init__(self, reason: str, status: int | None = 0, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.status, self.after = status, after
+        """HTTP's status, 0 where it broke off, None where nobody was there; seconds that it asks to be left alone."""
+
+
+class Response(Protocol):
+    """What a server sends back. Raises `Unanswered` where that breaks off."""
+
+    status: int
+
+    def header(self, name: str) -> str | None: ...
+    def read(self) -> bytes: ...
+    def lines(self) -> Iterator[bytes]: ...
+    def close(self) -> None: ...
+
+
+Post = Callable[[str, dict[str, Any]], Response]
+"""Sends JSON to a path below the API's address. Raises `Unanswered`."""
+
+
+class Client:
+    """Chat completions of a server that errors call `name`.
+
+    `post` sends to it, `url` makes of a picture what it takes, and `model` is the one of its models that is asked.
+    """
+
+    def __init__(self, name: str, post: Post, url: Callable[[Picture], str], model: str | None = None) -> None:
+        self._name, self._post, self._url = name, post, url
+        self._with = {"model": model} if model else {}
+
+    def whole(self, request: Request) -> Answer:
+        """The whole answer. Raises `Unanswered`, or what is wrong with the request."""
+        begin = time.perf_counter()
+        said = self.ask(CHAT, self._asking(request.conversation, request.sampling))
+        seconds = time.perf_counter() - begin
+        try:
+            choice = said["choices"][0]
+            text = (choice["message"].get("content") or "").lstrip()
+            return _answer(text, choice.get("finish_reason"), said.get("usage"), 0, seconds, seconds)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise self._strange() from None
+
+    def stream(self, conversation: Conversation, sampling: Sampling) -> Generator[Chunk, None, None]:
+        """The answer as it comes. Raises `Unanswered` also where it has no end, or what is wrong with the request."""
+        begin = first = time.perf_counter()
+        text, pieces, reason, usage, whole = "", 0, None, None, False
+        body = {**self._asking(conversation, sampling), "stream": True, "stream_options": {"include_usage": True}}
+        with closing(self._sent(CHAT, body)) as response:
+            for line in response.lines():
+                line = line.strip()
+                if line and not line.startswith(_EVENT):
+                    raise self._strange()
+                if not line.startswith(b"data:"):
+                    continue
+                if (data := line[5:].strip()) == b"[DONE]":
+                    whole = True
+                    break
+                event = self._parsed(data)
+                if "error" in event:
+                    raise self._error(500, event)  # the status was sent before
+                usage = event.get("usage") or usage
+                for choice in event.get("choices") or ():
+                    reason = choice.get("finish_reason") or reason
+                    piece = (choice.get("delta") or {}).get("content") or ""
+                    if piece := piece if text else piece.lstrip():
+                        first, text, pieces = first if text else time.perf_counter(), text + piece, pieces + 1
+                        yield Chunk(piece)
+        if not (whole or reason):
+            raise Unanswered("ended in the midst of an answer")
+        now = time.perf_counter()
+        yield Chunk("", _answer(text, reason, usage, pieces, (first if text else now) - begin, now - begin))
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What is said at a path. Raises `Unanswered`, or what is wrong with the request."""
+        with closing(self._sent(path, body)) as response:
+            return self._parsed(response.read())
+
+    def _asking(self, conversation: Conversation, sampling: Sampling) -> dict[str, Any]:
+        """A conversation as OpenAI's request for its next answer."""
+        said = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}  # of what may be all settings
+        given = {name: value for name, value in said.items() if value not in (None, ())}
+        return {**self._with, "messages": messages(conversation, self._url), **given}
+
+    def _sent(self, path: str, body: dict[str, Any]) -> Response:
+        response = self._post(path, body)
+        if response.status == 200:
+            return response
+        with closing(response):
+            raise self.refusal(response)
+
+    def refusal(self, response: Response) -> Exception:
+        """What a status that is no success is here."""
+        data = response.read()
+        try:
+            said = json.loads(data)
+        except ValueError:
+            said = {"error": data.decode("utf-8", "replace")}
+        return self._error(response.status, said if isinstance(said, dict) else {}, response.header("Retry-After"))
+
+    def _error(self, status: int, said: dict[str, Any], after: str | None = None) -> Exception:
+        """OpenAI's form of an error, or what others make of it."""
+        error = said.get("error", said)
+        error = error if isinstance(error, dict) else {"message": error}
+        message = printable(str(error.get("message") or said.get("detail") or f"status {status}").strip()[:500])
+        code, kind = error.get("code"), error.get("type")
+        status = code if isinstance(code, int) else 400 if kind == "invalid_request_error" and status >= 500 else status
+        if known := _ERRORS.get(str(code)) or _ERRORS.get(str(kind)):
+            thing, _, reason = message.partition(": ")
+            return known(thing, reason) if reason and len(thing) < 20 else known("prompt", message)
+        if status in (401, 403):
+            return ModelUnusable(self._name, message, "LLAVA_API_KEY=… is the key that is sent")
+        if status == 404:
+            return ModelUnusable(self._name, message, "-m NAME asks for another model")
+        if status >= 500 or status in _BUSY:
+            return Unanswered(f"{'fails' if status >= 500 else 'takes no more'} ({message})", status, _seconds(after))
+        if "context length" in message:  # vLLM and others have no code for it
+            return PromptTooLong("prompt", message)
+        return BadData(self._name, message)
+
+    def _parsed(self, data: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(data)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise self._strange()
+        return found
+
+    def _strange(self) -> ModelUnusable:
+        return ModelUnusable(self._name, "does not speak OpenAI's chat completions", "curl URL/models says what it is")
+
+
+def behind(shown: str, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """An answer from its beginning, without what has been shown of it."""
+    for chunk in chunks:
+        both = min(len(shown), len(chunk.text))
+        if shown[:both] != chunk.text[:both]:
+            raise ModelUnusable("answer", "broke off, and asked again it has another beginning", "ask again")
+        shown = shown[both:]
+        yield replace(chunk, text=chunk.text[both:])
+
+
+def at_once(
+    numbered: Iterator[tuple[int, Request | LlavaError]],
+    answer: Callable[[Request], Answer],
+    size: int,
+    go_on: Callable[[], bool],
+) -> Iterator[tuple[int, Request | None, Answer | Exception]]:
+    """Answers requests in `size` threads: the number, the request where it was one, and what came of it.
+
+    Nobody waits for the threads in the end: who has given up does not want to hear of a server's answer.
+    """
+    inbox: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
+    outbox: queue.SimpleQueue[tuple[int, Request, Answer | Exception]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while item := inbox.get():
+            try:
+                outbox.put((*item, answer(item[1])))
+            except Exception as error:
+                outbox.put((*item, error))
+
+    for _ in range(size):
+        threading.Thread(target=work, daemon=True).start()
+    running, more = 0, True
+    try:
+        while running or more:
+            while more and running < size:
+                item = next(numbered, None) if go_on() else None
+                if item is None:
+                    more = False
+                elif isinstance(item[1], LlavaError):
+                    yield item[0], None, item[1]
+                else:
+                    inbox.put((item[0], item[1]))
+                    running += 1
+            if running:
+                yield outbox.get()
+                running -= 1
+    finally:
+        for _ in range(size):
+            inbox.put(None)
+
+
+def messages(conversation: Conversation, url: Callable[[Picture], str]) -> list[dict[str, Any]]:
+    """A conversation as OpenAI's messages, its pictures by their URLs."""
+    made: list[dict[str, Any]] = []
+    if conversation.system is not None:
+        made.append({"role": "system", "content": conversation.system})
+    for turn in conversation.turns:
+        shown = [{"type": "image_url", "image_url": {"url": url(picture)}} for picture in turn.pictures]
+        # Text alone is a string: some servers' templates take nothing else.
+        content = [*shown, {"type": "text", "text": turn.question}] if shown else turn.question
+        made.append({"role": "user", "content": content})
+        if turn.answer is not None:
+            made.append({"role": "assistant", "content": turn.answer})
+    return made
+
+
+def whole_file(picture: Picture) -> str:
+    """A picture's own bytes, for a server that decodes them as we do; what has no end, as far as it goes."""
+    if picture.data and not picture.truncated:
+        return _uri("", picture.data)
+    return _encoded(picture, "PNG")
+
+
+def plain_file(picture: Picture) -> str:
+    """A picture's own bytes if any decoder sees in them what ours does, else what ours saw."""
+    from PIL import Image
+
+    found, plain = None, False
+    if picture.data:
+        try:
+            with Image.open(io.BytesIO(picture.data)) as file:
+                found, size = file.format, file.size
+                plain = found in _FORMATS and file.mode in ("RGB", "L") and "transparency" not in file.info
+                plain = plain and size == picture.image.size and not picture.truncated and not _is_turned(file)
+        except Exception:  # what others than Pillow have opened, such as HEIC
+            plain = False
+    if picture.data and plain:
+        return _uri(_FORMATS[str(found)], picture.data)
+    return _encoded(picture, "JPEG" if found == "JPEG" else "PNG")  # what has lost something may lose a little more
+
+
+def _is_turned(file: Image) -> bool:
+    """Whether a picture has an orientation that not everybody looks at."""
+    from PIL import ExifTags
+
+    noted = {"exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"} & file.info.keys()
+    return bool(noted) and file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
+def _encoded(picture: Picture, kind: str) -> str:
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"compress_level": 1}
+    picture.image.save(file := io.BytesIO(), kind, **options)
+    return _uri(_FORMATS[kind], file.getvalue())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _answer(
+    text: str, reason: str | None, usage: dict[str, Any] | None, pieces: int, first: float, total: float
+) -> Answer:
+    """`pieces` that came are how many tokens the answer has where the server does not say."""
+    usage = usage or {}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    why: FinishReason = "length" if reason == "length" else "stop"
+    tokens = usage.get("completion_tokens") or pieces
+    return Answer(text, why, usage.get("prompt_tokens") or 0, cached, tokens, first, total)
+
+
+def _seconds(after: str | None) -> float:
+    try:
+        return max(0.0, float(after or 0))
+    except ValueError:  # a date
+        return 0.0
+
+
+def words(error: BaseException) -> str:
+    """What the network says, in our style."""
+    said = getattr(error, "strerror", None) or brief(error)
+    return said[:1].lower() + said[1:]
