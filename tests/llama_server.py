@@ -1,0 +1,21 @@
+"""llama.cpp's own server, as a process: `llama_server.py MODEL MMPROJ [KEY]` prints its address once it listens."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import xllamacpp  # type: ignore[import-untyped]
+
+SLOTS = 2
+
+params = xllamacpp.CommonParams()
+params.model.path, params.mmproj.path = sys.argv[1:3]
+params.api_keys = sys.argv[3:]
+params.model_alias = {"llava-gguf"}
+params.hostnames, params.port = ["127.0.0.1"], 0
+params.n_parallel, params.n_ctx = SLOTS, SLOTS * 1024  # which they share
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # more of them wait for each other busily
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+threading.Event().wait()
