@@ -1,4 +1,4 @@
-"""llama.cpp's own server, as a process: `llama_server.py MODEL MMPROJ [KEY]` prints its address once it listens."""
+"""llama.cpp's own server, as a process: `llama_server.py MODEL MMPROJ [KEY]` says "ready URL" once it listens."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ params.hostnames, params.port = ["127.0.0.1"], 0
 params.n_parallel, params.n_ctx = SLOTS, SLOTS * 1024  # which they share
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # more of them wait for each other busily
 server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
+print("ready", server.listening_address, flush=True)
 threading.Event().wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ QUESTION, RIGHT = "what is this?", "a red circle, an orange star and a blue rect
 
 
 @contextmanager
-def process(*command: str | Path, ready: str, **variables: str) -> Iterator[str]:
-    """The line with `ready` in it that the process prints once it listens."""
+def process(*command: str | Path, **variables: str) -> Iterator[str]:
+    """The address that a process prints once it listens."""
     begun = subprocess.Popen(
         [*map(str, command)],
         stdout=subprocess.PIPE,
@@ -37,8 +38,8 @@ def process(*command: str | Path, ready: str, **variables: str) -> Iterator[str]
     try:
         for line in begun.stdout:
             said.append(line)
-            if ready in line:
-                yield line.strip()
+            if found := re.search(r"(?:ready|running on) (http://[\d.:]+)", line):
+                yield found[1]
                 return
         raise AssertionError("".join(said))
     finally:
@@ -51,8 +52,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """llama.cpp's server, which wants a key."""
     files = gguf_model.write(BUILTIN, tmp_path_factory.mktemp("gguf"))
     script = Path(__file__).with_name("llama_server.py")
-    with process(sys.executable, script, *files, KEY, ready="http://127.0.0.1:") as line:
-        yield line
+    with process(sys.executable, script, *files, KEY) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,8 @@ def transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     script = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
     words = ("serve", BUILTIN, "--host", "127.0.0.1", "--port", "0", "--dtype", "float32", "--device", "cpu")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
-    with process(sys.executable, "-c", script, *words, ready="running on http", **offline) as line:
-        yield line.partition(" on ")[2].split()[0]
+    with process(sys.executable, "-c", script, *words, **offline) as url:
+        yield url
 
 
 def test_llama_cpp_answers(llama: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
