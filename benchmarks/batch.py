@@ -35,7 +35,7 @@ from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation
 from llava_cli.engine.local import LocalEngine
 from llava_cli.images import open_picture
-from llava_cli.machine import steady_heap
+from llava_cli.machine import prepare_for_many
 from llava_cli.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
@@ -53,7 +53,7 @@ ENVIRONMENT = {
     },
 }
 """What each way's process is started with. All say whether the fast ways are on, for one is started after the other in
-the same environment; the rest of the last is what `llava batch` sets for itself."""
+the same environment; the rest of the last is what `llava batch` sets for itself, in time: here torch is loaded first."""
 
 Way = Callable[[list[Task]], list[str]]
 
@@ -90,7 +90,7 @@ def ways(engine: LocalEngine, max_tokens: int) -> dict[str, Way]:
 def work(way: str, model: str, tasks: list[Task], few: list[Task], max_tokens: int, turns: Connection) -> None:
     """One way in a process of its own: does its tasks at each turn, and sends the seconds and the answers."""
     if way == "batch":
-        steady_heap()
+        prepare_for_many(kernels=32)
     engine = loaded("1B", "4bit") if model == "1B" else load(model)
     do = ways(engine, max_tokens)[way]
     do(few[:2])  # the first pass is slow

@@ -1,4 +1,4 @@
-"""Memory and restarts of a long run: `python benchmarks/batch_memory.py`. Ten minutes on two cores.
+"""Memory and restarts of a long run: `python benchmarks/batch_memory.py`. Ten to 40 minutes on two cores.
 
 Makes tiny pictures and runs `llava batch` over the first 1,000 and over all 100,000, as processes: the peak memory
 of each; then cuts the output to 99,000 rows and starts it again: the time until the first new row is written, beside

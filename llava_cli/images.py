@@ -54,6 +54,12 @@ def open_picture(source: str, allow_truncated: bool = False, public: bool = Fals
         data = fetch(source, public)
     else:
         data = _read_file(source, name)
+    return picture_of(data, source, allow_truncated)
+
+
+def picture_of(data: bytes, source: str, allow_truncated: bool = False) -> Picture:
+    """The picture that a file's bytes are. Raises `BadImage` where they are none for us."""
+    name = printable(source) or "''"
     if len(data) > MAX_BYTES:
         raise BadImage(name, f"larger than {MAX_BYTES // 1_000_000} MB")
     image, frames, truncated = decode(data, name, allow_truncated)

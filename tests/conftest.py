@@ -131,3 +131,43 @@ def serve(home: Path) -> Iterator[Serve]:
     for one in begun:
         one.process.kill()
         one.process.wait()
+
+
+# The processes that open pictures run this first.
+HOOK = """
+import os, sys
+if "llava_cli.sandbox" in sys.orig_argv:
+    import resource, signal, time
+    from PIL import Image
+    whole, convert = Image.open, Image.Image.convert
+
+    def misbehave(file, *args, **options):
+        data = file.getvalue()
+        if data.startswith(b"SEGV"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if data.startswith(b"SPIN"):  # what the kernel does once the limit is reached
+            if resource.getrlimit(resource.RLIMIT_CPU)[0] <= time.process_time() + 61:
+                os.kill(os.getpid(), signal.SIGXCPU)
+        if data.startswith(b"HOLD"):
+            with open(os.environ["HOLD"]):
+                pass
+        return whole(file, *args, **options)
+
+    def eat(image, *args, **options):
+        if image.size == (13, 37):
+            bytearray(5 << 30)
+        return convert(image, *args, **options)
+
+    Image.open, Image.Image.convert = misbehave, eat
+"""
+
+
+@pytest.fixture
+def hooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where pictures begin with SEGV, SPIN or HOLD, or are 13 x 37, their decoder does what it should not."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
+    os.mkfifo(fifo := tmp_path / "held")
+    monkeypatch.setenv("HOLD", str(fifo))
+    yield fifo

@@ -776,45 +776,7 @@ def test_too_long_a_question_is_its_rows_error(run: Run) -> None:
     assert second["status"] == "ok"
 
 
-# Decoders that misbehave. The processes that open pictures run this first.
-
-HOOK = """
-import os, sys
-if "llava_cli.batch.worker" in sys.orig_argv:
-    import resource, signal, time
-    from PIL import Image
-    whole, convert = Image.open, Image.Image.convert
-
-    def misbehave(file, *args, **options):
-        data = file.getvalue()
-        if data.startswith(b"SEGV"):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if data.startswith(b"SPIN"):  # what the kernel does once the limit is reached
-            if resource.getrlimit(resource.RLIMIT_CPU)[0] <= time.process_time() + 61:
-                os.kill(os.getpid(), signal.SIGXCPU)
-        if data.startswith(b"HOLD"):
-            with open(os.environ["HOLD"]):
-                pass
-        return whole(file, *args, **options)
-
-    def eat(image, *args, **options):
-        if image.size == (13, 37):
-            bytearray(5 << 30)
-        return convert(image, *args, **options)
-
-    Image.open, Image.Image.convert = misbehave, eat
-"""
-
-
-@pytest.fixture
-def hooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where pictures begin with SEGV, SPIN or HOLD, or are 13 x 37, their decoder does what it should not."""
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
-    os.mkfifo(fifo := tmp_path / "held")
-    monkeypatch.setenv("HOLD", str(fifo))
-    yield fifo
+# Decoders that misbehave.
 
 
 def test_a_decoder_that_crashes_or_spins_or_eats_memory_costs_its_row(
@@ -863,8 +825,7 @@ def test_an_opener_that_is_closed_starts_no_process_again(hooked: Path) -> None:
     opener = Opener()
     opener._closed = True
     assert isinstance(opener.open("a.png"), LlavaError)
-    (worker,) = opener._workers
-    assert worker._process is None
+    assert all(sandbox._process is None for sandbox in opener._sandboxes.all)
     opener.close()
 
 

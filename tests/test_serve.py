@@ -153,6 +153,21 @@ def test_a_bad_picture_is_named(part: dict[str, Any], code: str, server: Server)
     assert "/etc" not in raised.value.message
 
 
+def test_a_picture_that_takes_its_decoder_down(serve: Serve, hooked: Path) -> None:
+    client = serve().client()
+
+    def ask(data: bytes) -> str:
+        messages: Any = [{"role": "user", "content": [{"type": "text", "text": QUESTIONS[1]}, shown(data)]}]
+        answer = client.chat.completions.create(model="builtin", messages=messages)
+        return str(answer.choices[0].message.content)
+
+    before = ask(drawing(0))
+    for _ in range(5):  # more than there are processes
+        with pytest.raises(openai.BadRequestError, match="picture 1: crashes its decoder"):
+            ask(b"SEGV")
+    assert ask(drawing(0)) == before
+
+
 @pytest.mark.parametrize(
     "change, error",
     [

@@ -102,11 +102,6 @@ def main() -> None:
         os.environ.update(
             {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
         )
-    # oneDNN and torch each keep a kernel for every shape they have met, 1,000 of them: in a batch, where shapes are
-    # many, that is 300 MB. A part of a batch that is read needs 25 of oneDNN's, a step a dozen: with 16 a tenth of the
-    # time went into making them anew.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     signal.signal(signal.SIGTERM, _end)
     app(prog_name="llava")
 

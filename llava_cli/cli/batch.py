@@ -107,14 +107,11 @@ def batch(
 
     llava batch questions.jsonl -o answers.jsonl
     """
-    # Threads of torch that wait for each other soon leave the cores to what opens pictures and prepares prompts: 8 %
-    # more pictures a second with a small model. Read when torch is loaded, which comes after this.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.tasks import Source
-    from llava_cli.machine import steady_heap
+    from llava_cli.machine import prepare_for_many
 
-    steady_heap()
+    prepare_for_many(kernels=32)
     if output is None and (extend or retry_errors or repair):
         raise UsageError("--extend, --retry-errors, --repair", "are about a file of rows", USAGE)
     asked = (*([question] if question is not None else []), *(questions or []))

@@ -85,6 +85,7 @@ def serve(
     curl http://127.0.0.1:8000/v1/models
     """
     from llava_cli import place
+    from llava_cli.machine import prepare_for_many
     from llava_cli.server import run
 
     if status or end:
@@ -107,6 +108,7 @@ def serve(
             said = run.detach(words)
         render.say(_line(said))
         return
+    prepare_for_many(kernels=128)
     run.serve(settings, address, terms, lambda said: None if quiet else render.note(_line(said)))
 
 

@@ -24,12 +24,15 @@ from llava_cli.engine import Request as Asking
 from llava_cli.engine.live import Asked, Live
 from llava_cli.engine.many import Likelihood, Token
 from llava_cli.errors import LlavaError
+from llava_cli.sandbox import Sandboxes
 from llava_cli.server.guard import TooLarge, is_own_socket
 from llava_cli.server.metrics import CONTENT_TYPE, Metrics
 from llava_cli.server.openai import ChatRequest, Refusal, Shapes, open_url
 from llava_cli.settings import Settings
 
 Event = Token | Answer
+DECODING = 20.0
+"""Seconds that a picture may keep others from being opened."""
 EVENTS = "text/event-stream"
 
 
@@ -38,7 +41,9 @@ class Service:
 
     def __init__(self, live: Live, settings: Settings, most: int, remote: bool) -> None:
         self.live, self.settings, self.most = live, settings, most
-        self.open_url = partial(open_url, remote=remote)
+        self.sandboxes = Sandboxes(DECODING)
+        self.sandboxes.begin()
+        self.open_url = partial(open_url, sandboxes=self.sandboxes, remote=remote)
         self.began = self.last = time.monotonic()
         self.busy = 0
         """Requests that were let in and are not done."""

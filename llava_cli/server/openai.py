@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,9 @@ from llava_cli.conversation import Conversation, Picture, Turn
 from llava_cli.engine import Answer
 from llava_cli.engine.many import Likelihood
 from llava_cli.errors import BadImage, LlavaError, OutOfMemory, PromptTooLong, UsageError
-from llava_cli.images import decode, is_url, open_picture
+from llava_cli.fetch import fetch
+from llava_cli.images import is_url
+from llava_cli.sandbox import Sandboxes
 from llava_cli.settings import Sampling
 
 PICTURE_BYTES = 20_000_000
@@ -168,28 +169,33 @@ class ChatRequest(BaseModel):
         return Conversation(tuple(turns), system)
 
 
-def open_url(url: str, name: str, remote: bool) -> Picture:
+def open_url(url: str, name: str, sandboxes: Sandboxes, remote: bool) -> Picture:
     """The picture that a request brings, or with `remote` names by a public address. A file of this machine's never."""
+    found = sandboxes.open(name, _fetched(url, name) if remote and is_url(url) else _brought(url, name))
+    if isinstance(found, LlavaError):
+        raise Refusal(400, f"{name}: {found.reason}", "messages", "invalid_image")
+    return found
+
+
+def _fetched(url: str, name: str) -> bytes:
+    try:
+        return fetch(url, public=True)
+    except LlavaError as error:
+        raise Refusal(400, f"{name}: {error.reason}", "messages", "invalid_image") from None
+
+
+def _brought(url: str, name: str) -> bytes:
+    """What a data: URI holds."""
     if is_url(url):
-        if not remote:
-            raise Refusal(400, f"{name}: remote pictures are off; send a data: URI", "messages", "remote_url")
-        try:
-            return open_picture(url, public=True)
-        except LlavaError as error:
-            raise Refusal(400, f"{name}: {error.reason}", "messages", "invalid_image") from None
+        raise Refusal(400, f"{name}: remote pictures are off; send a data: URI", "messages", "remote_url")
     if not (start := _DATA.match(url)):
         raise Refusal(400, f"{name}: not a base64 data: URI", "messages", "invalid_image_url")
     if len(url) > PICTURE_BYTES * 4 // 3 + 200:
         raise Refusal(400, f"{name}: larger than {PICTURE_BYTES // 1_000_000} MB", "messages", "image_too_large")
     try:
-        data = base64.b64decode(url[start.end() :], validate=True)
+        return base64.b64decode(url[start.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise Refusal(400, f"{name}: damaged base64", "messages", "invalid_image_url") from None
-    try:
-        image, frames, truncated = decode(data, name)
-    except BadImage as error:
-        raise Refusal(400, str(error), "messages", "invalid_image") from None
-    return Picture(name, image, hashlib.sha256(data).hexdigest(), frames, truncated)
 
 
 def usage(answer: Answer) -> dict[str, Any]:

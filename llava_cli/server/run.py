@@ -109,7 +109,10 @@ def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[d
         app = make_app(service, said := partial(_said, service, address, settings, held))
         hosts = {"localhost", address.host.strip("[]"), socket.gethostname(), *address.hosts}
         guarded = Guard(app, address.key, hosts, address.origins)
-        asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(said())))
+        try:
+            asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(said())))
+        finally:
+            service.sandboxes.close()
         # What is still being answered after its time has been taken from its client, and is not waited for.
 
 
