@@ -53,7 +53,7 @@ ENVIRONMENT = {
     },
 }
 """What each way's process is started with. All say whether the fast ways are on, for one is started after the other in
-the same environment; the rest of the last is what `llava batch` sets for itself, in time: here torch is loaded first."""
+the same environment; the rest of the last is what `llava batch` sets for itself, in time: here torch comes first."""
 
 Way = Callable[[list[Task]], list[str]]
 

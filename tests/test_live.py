@@ -243,3 +243,28 @@ def test_rows_are_kept_without_their_padding(engines: Callable[[str], LocalEngin
         assert found.tokens == len(row.ids) - 1
         assert {keys.shape[2] for keys, _ in found.layers} == {found.tokens}
         assert all(torch.isfinite(values).all() for _, values in found.layers)
+
+
+@pytest.mark.parametrize(("patience", "joined"), [(float("inf"), [5, 5, 5, 8]), (0.0, [5, 6, 7, 8])])
+def test_a_few_wait_a_moment_for_others_to_join_with(
+    patience: float, joined: list[int], engines: Callable[[str], LocalEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until they are half as many as are being answered; nobody waits where nothing runs."""
+    monkeypatch.setattr(schedule, "GATHER", patience)
+    engine = engines("llava-llama")
+    running = schedule.Schedule(engine.network, None, Kept(10**9, engine.network.config.image_token_id))
+
+    def put(number: int) -> None:
+        talk = Conversation().ask("what is this?", [seen(number)])
+        row = engine.row(number, Request(talk, replace(SAMPLING, max_tokens=60)), number)
+        assert row
+        running.put(row)
+
+    for number in range(5):
+        put(number)
+    counts = []
+    for number in range(5, 9):
+        running.step()
+        counts.append(running.running)
+        put(number)
+    assert counts == joined
