@@ -230,6 +230,8 @@ def test_what_the_server_decides(peer: Peer, run: Run, drawing: Path, monkeypatc
     said = run("ask", "--server", peer.url, "-p", "4bit", drawing, QUESTION)
     assert said.exit_code == 2
     assert f"llava: --precision: {peer.url} decides that\n" in said.stderr
+    said = run("batch", "--server", peer.url, "--batch-size", "4", drawing.parent, QUESTION)
+    assert (said.exit_code, "--concurrency N" in said.stderr) == (2, True)
     monkeypatch.setenv("LLAVA_PRECISION", "4bit")  # said once for all is not said of this server
     assert run("ask", "--server", peer.url, drawing, QUESTION).stdout == "red\n"
 
@@ -291,6 +293,28 @@ def test_not_for_ever(peer: Peer, run: Run, drawing: Path) -> None:
     assert len(peer.asked) == 8
 
 
+@pytest.mark.parametrize(("wish", "pause"), [("7", 7.0), ("inf", 120.0), ("-3", 0.0), ("nan", 0.0), ("soon", 0.0)])
+def test_a_server_is_left_alone_as_long_as_it_asks_to_be(
+    wish: str, pause: float, peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    peer.replies = [say(429, {}, Retry_After=wish)]
+    assert run("ask", "--server", peer.url, drawing, QUESTION).stdout == "red\n"
+    assert pauses == [pause]
+
+
+def test_a_server_that_says_nothing(peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "SECONDS", 0.05)
+    monkeypatch.setattr(remote, "TRIES", 2)
+    over = threading.Event()
+    peer.usual = lambda handler, asked: over.wait(60) and None
+    asked = run("ask", "--server", peer.url, drawing, QUESTION)
+    over.set()
+    assert asked.exit_code == 69
+    assert "/v1: no answer within 0 s, 2 times\n" in asked.stderr
+
+
 def test_an_answer_that_begins_otherwise_is_not_glued_together(peer: Peer, run: Run, drawing: Path) -> None:
     peer.replies = [stream(delta("a bl"), cut=True)]
     asked = run("ask", "--server", peer.url, drawing, QUESTION)
@@ -303,6 +327,7 @@ def test_an_answer_that_begins_otherwise_is_not_glued_together(peer: Peer, run: 
     [
         (say(400, {"error": {"message": "no pictures here", "type": "BadRequestError"}}), 65, "/v1: no pictures here"),
         (say(422, {"detail": "malformed"}), 65, "/v1: malformed"),
+        (say(400, {"error": {"message": "its own code", "code": 20003}}), 65, "/v1: its own code"),
         (say(413, b""), 65, "/v1: takes no more (status 413)"),
         (say(404, {"error": {"message": "no such model"}}), 69, "/v1: no such model\n  -m NAME"),
         (

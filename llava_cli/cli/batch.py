@@ -117,10 +117,13 @@ def batch(
     asked = (*([question] if question is not None else []), *(questions or []))
     given = Source(source, asked, tuple(include or ()), null, root)
     given.check()
+    settings = settings_of(context)
+    if settings.server and batch_size != "auto":
+        raise UsageError("--batch-size", f"{settings.server} decides that", "--concurrency N requests at a time")
     command = " ".join(["llava", *map(_typed, sys.argv[1:])])
     job = Job(
         source=given,
-        settings=settings_of(context),
+        settings=settings,
         command=f"… | {command}" if source == "-" else command,
         output=output,
         size=_size(batch_size),

@@ -99,7 +99,7 @@ class Client:
                     break
                 event = self._parsed(data)
                 if "error" in event:
-                    raise self._error(500, event)  # the status was sent before
+                    raise self._error(500, event)
                 usage = event.get("usage") or usage
                 for choice in event.get("choices") or ():
                     reason = choice.get("finish_reason") or reason
@@ -145,7 +145,10 @@ class Client:
         error = error if isinstance(error, dict) else {"message": error}
         message = printable(str(error.get("message") or said.get("detail") or f"status {status}").strip()[:500])
         code, kind = error.get("code"), error.get("type")
-        status = code if isinstance(code, int) else 400 if kind == "invalid_request_error" and status >= 500 else status
+        if isinstance(code, int) and 400 <= code < 600:
+            status = code
+        elif kind == "invalid_request_error" and status >= 500:  # within a stream, whose status was sent before
+            status = 400
         if known := _ERRORS.get(str(code)) or _ERRORS.get(str(kind)):
             thing, _, reason = message.partition(": ")
             return known(thing, reason) if reason and len(thing) < 20 else known("prompt", message)

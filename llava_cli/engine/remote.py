@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -36,6 +35,8 @@ CONNECT_SECONDS = 10.0
 SECONDS = 600.0
 """That a server may be silent: a large model on a CPU reads a picture for minutes."""
 TRIES = 8
+LONGEST_WISH = 120.0
+"""Seconds that a server may ask to be left alone for."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds between two tries; each one is twice the one before, so that a server has a minute to come back."""
 
@@ -109,14 +110,15 @@ class RemoteEngine(Engine):
         return self._patiently(lambda: self._client.whole(request))
 
     def _patiently(self, ask: Callable[[], T]) -> T:
-        for number in count():
+        number = 0
+        while True:
             try:
                 answer = ask()
                 self._is_well = True
                 return answer
             except Unanswered as error:
                 self._pause(error, number)
-        raise AssertionError
+                number += 1
 
     def _pause(self, error: Unanswered, number: int) -> None:
         """Waits before it is asked again after try `number`. Raises where there is nothing more to wait for."""
@@ -131,7 +133,7 @@ class RemoteEngine(Engine):
             self._tell(f"llava: {self.where}: {error}; asking again")
         pause = min(FIRST_PAUSE * 2**number, LONGEST_PAUSE)
         # Not all at the same moment: they would meet there again.
-        time.sleep(max(error.after, pause * random.uniform(0.5, 1)))
+        time.sleep(min(max(error.after, pause * random.uniform(0.5, 1)), LONGEST_WISH))
 
     def _models(self) -> list[dict[str, Any]]:
         """What the server says of its models; nothing where it does not tell."""
@@ -164,7 +166,8 @@ class RemoteEngine(Engine):
         import httpx
 
         try:
-            request = self._web.build_request(method, path, json=body)
+            data = None if body is None else json.dumps(body).encode()  # escaped, for not all that is typed is text
+            request = self._web.build_request(method, path, content=data, headers={"Content-Type": "application/json"})
             return OverWeb(self._web.send(request, stream=True))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise Unanswered(f"does not answer ({_words(error)})", None) from None
