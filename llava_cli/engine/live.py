@@ -16,12 +16,14 @@ from llava_cli.engine.kept import Kept
 from llava_cli.engine.many import Row, Token
 from llava_cli.engine.schedule import Schedule
 from llava_cli.errors import LlavaError, ModelUnusable, brief, model_errors
-from llava_cli.machine import free_memory
+from llava_cli.machine import free_memory, give_back_memory
 
 if TYPE_CHECKING:
     from llava_cli.conversation import Conversation
     from llava_cli.engine.local import LocalEngine
 
+TIDY = 200
+"""Answers after which memory is given back."""
 SHARE = 0.1  # of the memory that is free when it begins keeps what was read
 
 Put = Callable[["Token | Answer | LlavaError"], None]
@@ -55,6 +57,7 @@ class Live:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._preparing = threading.Lock()  # a tokenizer serves one thread at a time
         self._ended = False
+        self._answered = 0  # since memory was given back
         self._thread = threading.Thread(target=self._run, name="llava engine", daemon=True)
         self._thread.start()
 
@@ -111,6 +114,10 @@ class Live:
             for number, outcome in done:
                 if asked := self._asked.pop(number, None):
                     asked.put(outcome)
+            self._answered += len(done)
+            if self._answered >= TIDY:
+                self._answered = 0
+                give_back_memory()
 
     def _take(self, asked: Asked, request: Request) -> None:
         if asked.row is not None:
