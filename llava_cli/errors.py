@@ -19,6 +19,7 @@ type. Errors of other libraries are translated where they are called; none trave
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -81,6 +82,12 @@ def printable(name: str) -> str:
 def brief(error: BaseException) -> str:
     """The first line of another library's message, or what it calls the error."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+
+
+def plainly(error: BaseException) -> str:
+    """Another library's message in our style: no error number, no capital, nothing unprintable."""
+    words = re.sub(r"^\[[^]]*\] ", "", printable(str(error))) or type(error).__name__
+    return words[:1].lower() + words[1:]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import queue
-import re
 import socket
 import threading
 import time
 
-from llava_cli.errors import BadImage, InputMissing, printable
+from llava_cli.errors import BadImage, InputMissing, plainly, printable
 
 MAX_BYTES = 20_000_000
 MAX_SECONDS = 10.0
@@ -90,7 +89,7 @@ def _follow(url: str, name: str, came_from_public: bool) -> bytes:
     except httpx.TimeoutException:
         raise InputMissing(name, _too_slow()) from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        raise InputMissing(name, _words(error)) from None
+        raise InputMissing(name, plainly(error)) from None
     raise InputMissing(name, f"more than {MAX_REDIRECTS} redirects")
 
 
@@ -113,12 +112,6 @@ def _left(deadline: float, name: str) -> float:
 
 def _too_slow() -> str:
     return f"no answer within {MAX_SECONDS:.0f} s"
-
-
-def _words(error: Exception) -> str:
-    """Another library's message in our style: no error number, no capital, nothing unprintable."""
-    words = re.sub(r"^\[[^]]*\] ", "", printable(str(error))) or type(error).__name__
-    return words[:1].lower() + words[1:]
 
 
 def _resolve(host: str, port: int) -> str:

@@ -125,6 +125,10 @@ _HEAP = {-8: 1, -3: 1 << 20, -1: 16 << 20}
 """M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD (bytes) of malloc.h."""
 
 
+TIDY = 200
+"""Answers after which a long run gives memory back."""
+
+
 def give_back_memory() -> None:
     """Returns to the system what glibc keeps between what is in use: in a long run that becomes more and more."""
     with suppress(AttributeError, OSError):  # another C library

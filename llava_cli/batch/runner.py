@@ -14,14 +14,11 @@ from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Engine, Request
 from llava_cli.errors import LlavaError
-from llava_cli.machine import give_back_memory
+from llava_cli.machine import TIDY, give_back_memory
 from llava_cli.settings import Sampling, Settings
 
 WINDOW = 1024
 """Tasks that may be begun and not yet written: a slow first one does not let the others pile up."""
-
-TIDY = 200
-"""Rows after which memory is given back."""
 
 
 def sampling_of(task: Task, settings: Sampling) -> Sampling:

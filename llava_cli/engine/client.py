@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, FinishReason, Request
-from llava_cli.errors import BadData, BadImage, LlavaError, ModelUnusable, PromptTooLong, brief, printable
+from llava_cli.errors import BadData, BadImage, LlavaError, ModelUnusable, PromptTooLong, printable
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
@@ -301,9 +301,3 @@ def _seconds(after: str | None) -> float:
         return max(0.0, float(after or 0))
     except ValueError:  # a date
         return 0.0
-
-
-def words(error: BaseException) -> str:
-    """What the network says, in our style."""
-    said = getattr(error, "strerror", None) or brief(error)
-    return said[:1].lower() + said[1:]

@@ -16,14 +16,12 @@ from llava_cli.engine.kept import Kept
 from llava_cli.engine.many import Row, Token
 from llava_cli.engine.schedule import Schedule
 from llava_cli.errors import LlavaError, ModelUnusable, brief, model_errors
-from llava_cli.machine import free_memory, give_back_memory
+from llava_cli.machine import TIDY, free_memory, give_back_memory
 
 if TYPE_CHECKING:
     from llava_cli.conversation import Conversation
     from llava_cli.engine.local import LocalEngine
 
-TIDY = 200
-"""Answers after which memory is given back."""
 SHARE = 0.1  # of the memory that is free when it begins keeps what was read
 
 Put = Callable[["Token | Answer | LlavaError"], None]

@@ -22,9 +22,8 @@ from llava_cli.engine.client import (
     messages,
     plain_file,
     whole_file,
-    words,
 )
-from llava_cli.errors import BadData, LlavaError, ModelUnusable, ServerFailed, UsageError, printable
+from llava_cli.errors import BadData, LlavaError, ModelUnusable, ServerFailed, UsageError, plainly, printable
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
@@ -170,11 +169,11 @@ class RemoteEngine(Engine):
             request = self._web.build_request(method, path, content=data, headers={"Content-Type": "application/json"})
             return OverWeb(self._web.send(request, stream=True))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise Unanswered(f"does not answer ({_words(error)})", None) from None
+            raise Unanswered(f"does not answer ({plainly(error)})", None) from None
         except httpx.TimeoutException:
             raise Unanswered(f"no answer within {SECONDS:.0f} s") from None
         except httpx.HTTPError as error:
-            raise Unanswered(f"does not answer ({_words(error)})") from None
+            raise Unanswered(f"does not answer ({plainly(error)})") from None
 
 
 class OverWeb:
@@ -201,12 +200,7 @@ class OverWeb:
         try:
             yield from pieces
         except httpx.HTTPError as error:
-            raise Unanswered(f"ended in the midst of an answer ({_words(error)})") from None
-
-
-def _words(error: Exception) -> str:
-    """Without the number that httpx puts before the system's words."""
-    return words(error).rpartition("] ")[2].lower()
+            raise Unanswered(f"ended in the midst of an answer ({plainly(error)})") from None
 
 
 def _address(url: str) -> str:

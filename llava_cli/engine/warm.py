@@ -16,8 +16,8 @@ from urllib.parse import urljoin
 
 from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
-from llava_cli.engine.client import Client, Response, Unanswered, at_once, behind, messages, whole_file, words
-from llava_cli.errors import LlavaError
+from llava_cli.engine.client import Client, Response, Unanswered, at_once, behind, messages, whole_file
+from llava_cli.errors import LlavaError, plainly
 from llava_cli.families import Family, named
 from llava_cli.place import SocketConnection, status
 from llava_cli.settings import Sampling
@@ -40,7 +40,7 @@ class OverSocket:
         try:
             yield from self._response
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise Unanswered(f"ended in the midst of an answer ({words(error)})") from None
+            raise Unanswered(f"ended in the midst of an answer ({plainly(error)})") from None
 
 
 class WarmEngine(Engine):
@@ -147,7 +147,7 @@ class WarmEngine(Engine):
             )
             return OverSocket(connection.getresponse())
         except (OSError, http.client.HTTPException) as error:
-            raise Unanswered(f"does not answer ({words(error)})", None) from None
+            raise Unanswered(f"does not answer ({plainly(error)})", None) from None
 
 
 def holder(

@@ -171,17 +171,14 @@ class ChatRequest(BaseModel):
 
 def open_url(url: str, name: str, sandboxes: Sandboxes, remote: bool) -> Picture:
     """The picture that a request brings, or with `remote` names by a public address. A file of this machine's never."""
-    found = sandboxes.open(name, _fetched(url, name) if remote and is_url(url) else _brought(url, name))
+    try:
+        data = fetch(url, public=True) if remote and is_url(url) else _brought(url, name)
+        found = sandboxes.open(name, data)
+    except LlavaError as error:
+        found = error
     if isinstance(found, LlavaError):
         raise Refusal(400, f"{name}: {found.reason}", "messages", "invalid_image")
     return found
-
-
-def _fetched(url: str, name: str) -> bytes:
-    try:
-        return fetch(url, public=True)
-    except LlavaError as error:
-        raise Refusal(400, f"{name}: {error.reason}", "messages", "invalid_image") from None
 
 
 def _brought(url: str, name: str) -> bytes:
