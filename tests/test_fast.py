@@ -351,17 +351,19 @@ class Module(torch.nn.Module):
 @pytest.mark.parametrize("mask", ["none", "true", "numbers"])
 @pytest.mark.parametrize("queries", [1, 7])
 @pytest.mark.parametrize("heads, key_heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("turned", [True, False])
 def test_plain_products_are_attention(
-    heads: int, key_heads: int, queries: int, mask: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+    turned: bool, heads: int, key_heads: int, queries: int, mask: str, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against torch's own: keys with room behind them, more rows than fit at a time, padding in one."""
-    monkeypatch.setattr(attention, "FEW", 0)
     monkeypatch.setattr(attention, "torchs_is_faster", lambda: False)
     monkeypatch.setattr(attention, "SCORES", heads * queries * 20 * 2)
     torch.manual_seed(0)
     rows, keys, width = 5, 13, 8
     query = torch.randn(rows, heads, queries, width)
     key, value = (torch.randn(rows, key_heads, 20, width)[:, :, :keys] for _ in range(2))
+    if turned:
+        key = torch.randn(rows, key_heads, width, 20).transpose(2, 3)[:, :, :keys]
     seen = torch.ones(rows, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
     seen[2, :, :, :4] = False
     given = {"none": None, "true": seen, "numbers": torch.zeros(seen.shape).masked_fill(~seen, -1e9)}[mask]

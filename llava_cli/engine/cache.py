@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from llava_cli.engine.attention import turns_keys
+
 if TYPE_CHECKING:
     import torch
 
@@ -99,13 +101,26 @@ class RoomyLayer(DynamicLayer):
 
     def _move(self, name: str, old: torch.Tensor, rows: int, width: int, end: int) -> None:
         """To a tensor for `rows` of `end` tokens and some more, the last `width` of the old ones at its beginning."""
-        self._stores[name] = store = old.new_empty(rows, old.shape[1], end + ROOM, old.shape[3])
+        self._stores[name] = store = self._new(name, old, (rows, old.shape[1], end + ROOM, old.shape[3]))
         store[:, :, end:] = 0
         store[len(old) :] = 0
         _to_the_right(store[: len(old), :, :width], old)
 
+    def _new(self, name: str, old: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
+        return old.new_empty(shape)
+
     def _hold(self, name: str, rows: int, tokens: int) -> None:
         setattr(self, name, self._stores[name][:rows, :, :tokens])
+
+
+class TurnedLayer(RoomyLayer):
+    """With keys that are [rows, heads, width, tokens] in memory: scores are read along it."""
+
+    def _new(self, name: str, old: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
+        rows, heads, tokens, width = shape
+        if name == "values":
+            return super()._new(name, old, shape)
+        return old.new_empty(rows, heads, width, tokens).transpose(2, 3)
 
 
 def _to_the_right(place: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -123,10 +138,10 @@ def plain_cache(model: Any) -> bool:
 
 
 class RoomyCache(Cache):
-    """The layers of a model with a `plain_cache`, made as they come.
+    """The layers of a model with a `plain_cache`, made as they come, in the form that its attention reads fastest.
 
     One with a sliding window keeps what has slid out of it, for the mask to hide, and can be cut like any other.
     """
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=RoomyLayer)
+    def __init__(self, model: Any) -> None:
+        super().__init__(layer_class_to_replicate=TurnedLayer if turns_keys(model) else RoomyLayer)

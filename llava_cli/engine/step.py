@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.attention import OneQuery
+from llava_cli.engine.attention import attend_one
 from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.nf4 import Kernel, in_turn
 from llava_cli.engine.packed import Packed
@@ -50,7 +50,7 @@ class Step:
         self._halves = [both.view(-1, 2, width // 2), turned.view(-1, 2, width // 2)]
         self._first, self._second = (tuple(part[:, i] for part in self._halves) for i in (0, 1))
         query, key = torch.split(turned.view(-1, width), [heads, key_heads])
-        self._attend = OneQuery(query.view(key_heads, -1, width), found.view(key_heads, -1, width))
+        self._query, self._found = query.view(key_heads, -1, width), found.view(key_heads, -1, width)
         self._key, self._value = key.view(-1, 1, width), value.view(-1, 1, width)
         self._gate, self._up = gated.view(2, 1, -1)
         self._layers = [
@@ -82,7 +82,7 @@ class Step:
             turned_first.addcmul_(second, sin, value=-1)
             turned_second.addcmul_(first, sin)
             keys, values = cache.layers[layer.number].append(self._key, self._value)
-            self._attend(keys, values, tokens, layer.scaling)
+            self._found.copy_(attend_one(self._query, keys, values, tokens, layer.scaling))
             to_out()
             stream.add_(out)
             self._norm(layer.norms[1])
