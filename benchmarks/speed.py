@@ -9,7 +9,8 @@ from its start to the first token of an answer about the picture.
 
 llama.cpp has the decoder alone, and a prompt of 620 tokens: to a decoder a picture's tokens are tokens like others.
 Of OpenVINO's time to the first token, what it calls preparing embeddings is the vision tower's. "chat" is the time to
-the first token of a conversation's third turn. Pictures a second in a batch are what `batch.py` measures.
+the first token of a conversation's third turn. "batch" is four pictures with answers of 32 tokens, at once where a
+contender can do that, else one after another.
 
 At 7B bf16 is left out: two such models are more than 24 GiB. Those in 4 bits fit at once, and alternate.
 
@@ -39,7 +40,7 @@ from platformdirs import user_cache_path
 sys.path.insert(0, str(WORKERS))
 from work import THREADS, Figures
 
-WORK = ("vision", "prefill", "answer", "chat")
+WORK = ("vision", "prefill", "answer", "chat", "batch")
 COLUMNS = {
     "cold": ("cold start, s", 1),
     "load": ("of it until loaded, s", 1),
@@ -48,6 +49,7 @@ COLUMNS = {
     "chat": ("chat, turn 3, s", 2),
     "prefill": ("prefill, tokens/s", 0),
     "decode": ("decode, tokens/s", 1),
+    "batch": ("batch, pictures/s", 2),
     "memory": ("peak memory, GB", 1),
 }
 BUSY = 0.1

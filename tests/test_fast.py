@@ -14,13 +14,13 @@ from families import FAMILIES
 from test_engine import CONVERSATIONS
 
 from llava_cli import Conversation, Sampling, load
-from llava_cli.engine import attention, decoder, packed
+from llava_cli.engine import attention, decoder, int8, packed
 from llava_cli.engine.attention import NAME, attend
 from llava_cli.engine.cache import ROOM
 from llava_cli.engine.decoder import Decoder, suits
 from llava_cli.engine.fast import Joined, _quick_gelu, as_transformers, unused_layers
 from llava_cli.engine.head import Head
-from llava_cli.engine.int8 import Products, weights_of, whole_numbers
+from llava_cli.engine.int8 import Products, as_they_are, weights_of, whole_numbers
 from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.nf4 import Kernel, joined_bias
 from llava_cli.engine.packed import Packed, in_pairs
@@ -167,9 +167,11 @@ def test_what_is_faster_is_there_for_what_it_suits(plainly: Plainly, monkeypatch
     assert ways(four) == {Decoder, Head, FunctionType}
     assert ways(load("builtin", precision="bf16", device="cpu")) == {Decoder, FunctionType}
     assert ways(plainly("builtin", "4bit")) == set()
-    for here, its in ((True, {Decoder, Head, FunctionType}), (False, {Decoder, FunctionType})):
-        monkeypatch.setattr(packed, "suits_here", lambda here=here: here)
-        assert ways(load("builtin", precision="8bit", device="cpu")) == its
+    for packs, whole in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(packed, "suits_here", lambda packs=packs: packs)
+        monkeypatch.setattr(int8, "suits_here", lambda whole=whole: whole)
+        expected = {Decoder, Head, FunctionType} if packs or whole else {Decoder, FunctionType}
+        assert ways(load("builtin", precision="8bit", device="cpu")) == expected
 
 
 def four_bits(outputs: int, bias: bool, double: bool = False) -> Any:
@@ -222,6 +224,24 @@ def test_products_in_8_bits(biases: tuple[bool, ...]) -> None:
     assert torch.equal(found[0, 0], expected[0, 0])
 
 
+@pytest.mark.parametrize("biases", [(True,), (False, False, False), (True, False)])
+@pytest.mark.parametrize("tokens", [(1, 1), (3,), (2, 40)])
+def test_products_of_8_bits_are_bitsandbytes(biases: tuple[bool, ...], tokens: tuple[int, ...]) -> None:
+    """Whose weights they take as they are: what it makes of them stays the same."""
+    torch.manual_seed(0)
+    layers = [eight_bits(32 * (i + 2), bias) for i, bias in enumerate(biases)]
+    x = torch.randn(*tokens, 128, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        exact = torch.nn.functional.linear(x.float(), torch.cat(list(weights_of(layers))), joined_bias(layers))
+        products = Products(**as_they_are(layers), bias=joined_bias(layers))
+        expected = torch.cat([layer(x) for layer in layers], -1)
+        found, out = products(x), torch.empty_like(expected)
+        products.bound(x, out)()
+    assert (found - exact).norm() < 0.02 * exact.norm()
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    assert torch.equal(out, found)
+
+
 def eight_bits(outputs: int, bias: bool) -> Any:
     """A layer of 128 inputs with random weights."""
     from bitsandbytes.nn import Int8Params, Linear8bitLt
@@ -260,13 +280,17 @@ def test_packed_products_do_not_overflow() -> None:
             assert torch.allclose(Packed(**in_pairs([layer]))(x), layer(x), rtol=0.02)
 
 
-@pytest.mark.parametrize("bound", [0.15, 0.03])
-def test_head_is_exact_about_the_likeliest(bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "bound, without_bf16, in_8_bits", [(0.15, False, False), (0.03, True, False), (0.03, False, True)]
+)
+def test_head_is_exact_about_the_likeliest(
+    bound: float, without_bf16: bool, in_8_bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In 4 bits, and in 8."""
     torch.manual_seed(0)
-    monkeypatch.setattr(packed, "suits_here", lambda: bound == 0.03)
+    monkeypatch.setattr(packed, "suits_here", lambda: without_bf16)
     plain = torch.nn.Linear(128, 9600, bias=False, dtype=torch.bfloat16)
-    head = Head.of(plain, Arranged())
+    head = Head.of(plain, Arranged(), in_8_bits)
     if bound == 0.15 and not torch.cpu._is_avx512_bf16_supported():
         assert head is None
         return
@@ -291,7 +315,7 @@ def test_head_is_exact_about_the_likeliest(bound: float, monkeypatch: pytest.Mon
     ],
 )
 def test_other_heads_stay_as_they_are(other: torch.nn.Module, with_bf16: None) -> None:
-    assert Head.of(other, Arranged()) is None
+    assert Head.of(other, Arranged(), in_8_bits=False) is None
 
 
 def test_4_bit_kernel_is_left_where_weights_are_others(

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import random
+import tempfile
 import time
 from typing import Any
 
-from work import ANSWER_TOKENS, CHAT_TOKENS, LATER, PROMPT_TOKENS, QUESTION, Figures, serve, some_tokens
+from work import (
+    ANSWER_TOKENS,
+    BATCH,
+    BATCH_TOKENS,
+    CHAT_TOKENS,
+    LATER,
+    PROMPT_TOKENS,
+    QUESTION,
+    Figures,
+    serve,
+    some_pictures,
+    some_tokens,
+)
 
 from llava_cli import Conversation, Sampling, load, open_picture
+from llava_cli.engine import Answer, Request
 
 
 class Ours:
@@ -53,6 +67,18 @@ class Ours:
             talk = talk.answered(self.engine.answer(talk, sampling).text).ask(question)
         said = self.engine.answer(talk, sampling)
         return {"chat": said.first_token_seconds, "chat tokens": said.prompt_tokens - said.cached_tokens}
+
+    def batch(self) -> Figures:
+        sampling = Sampling(max_tokens=BATCH_TOKENS)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = some_pictures(self.path, folder)
+            begin = time.perf_counter()
+            talks = [Conversation().ask(QUESTION, [open_picture(path)]) for path in paths]
+            said = list(self.engine.answer_many(iter([Request(talk, sampling) for talk in talks]), None, lambda: True))
+            seconds = time.perf_counter() - begin
+        tokens = {answer.answer_tokens for _, answer in said if isinstance(answer, Answer)}
+        assert (len(said), tokens) == (BATCH, {BATCH_TOKENS})
+        return {"batch": BATCH / seconds}
 
     def _ids(self, count: int) -> dict[str, Any]:
         import torch

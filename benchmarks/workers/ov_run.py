@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from typing import Any
 
@@ -9,7 +10,18 @@ import numpy as np
 import openvino as ov  # type: ignore[import-not-found]
 import openvino_genai as genai  # type: ignore[import-not-found]
 from PIL import Image
-from work import ANSWER_TOKENS, CHAT_TOKENS, LATER, QUESTION, THREADS, Figures, serve
+from work import (
+    ANSWER_TOKENS,
+    BATCH,
+    BATCH_TOKENS,
+    CHAT_TOKENS,
+    LATER,
+    QUESTION,
+    THREADS,
+    Figures,
+    serve,
+    some_pictures,
+)
 
 
 class Clock(genai.StreamerBase):  # type: ignore[misc]
@@ -57,6 +69,15 @@ class OpenVino:
         self._generate(LATER[1], 2, clock=clock)
         self.pipeline.finish_chat()
         return {"chat": clock.times[0] - begin}
+
+    def batch(self) -> Figures:
+        """One after another: it takes one prompt at a time."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = some_pictures(self.path, folder)
+            begin = time.perf_counter()
+            for path in paths:
+                self._generate(QUESTION, BATCH_TOKENS, [ov.Tensor(np.array(Image.open(path))[None])])
+            return {"batch": BATCH / (time.perf_counter() - begin)}
 
     def _picture(self) -> ov.Tensor:
         """With a few pixels that are new each time: it remembers what it has read, from one answer to the next."""

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import random
+import tempfile
 import time
 from typing import Any
 
 import torch
 from transformers import AutoProcessor, BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
-from work import ANSWER_TOKENS, CHAT_TOKENS, LATER, PROMPT_TOKENS, QUESTION, Figures, serve, some_tokens
+from work import (
+    ANSWER_TOKENS,
+    BATCH,
+    BATCH_TOKENS,
+    CHAT_TOKENS,
+    LATER,
+    PROMPT_TOKENS,
+    QUESTION,
+    Figures,
+    serve,
+    some_pictures,
+    some_tokens,
+)
 
 Talk = list[dict[str, Any]]
 
@@ -71,13 +84,23 @@ class Plain:
                 self.third = self._ask([*self.third, said], question)
         return {"chat": self._generate(self.third, 1)[0]}
 
-    def _ask(self, before: Talk, question: str) -> Talk:
-        picture = [] if before else [{"type": "image", "path": self.path}]
+    def batch(self) -> Figures:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = some_pictures(self.path, folder)
+            begin = time.perf_counter()
+            inputs = self._inputs([self._ask([], QUESTION, path) for path in paths], padding=True)
+            out = self.model.generate(**inputs, max_new_tokens=BATCH_TOKENS, do_sample=False, pad_token_id=0)
+            seconds = time.perf_counter() - begin
+        assert out.shape == (BATCH, inputs["input_ids"].shape[1] + BATCH_TOKENS)
+        return {"batch": BATCH / seconds}
+
+    def _ask(self, before: Talk, question: str, path: str = "") -> Talk:
+        picture = [] if before else [{"type": "image", "path": path or self.path}]
         return [*before, {"role": "user", "content": [*picture, {"type": "text", "text": question}]}]
 
-    def _inputs(self, talk: Talk) -> Any:
+    def _inputs(self, talk: Talk | list[Talk], **options: Any) -> Any:
         inputs = self.processor.apply_chat_template(
-            talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
         )
         return inputs.to(self.model.device, torch.bfloat16)
 

@@ -24,6 +24,8 @@ QUESTION = (
 LATER = ("what color is the largest of them?", "and what is above it, or below it?")
 CHAT_TOKENS = 24
 """How long a chat's answers are."""
+BATCH, BATCH_TOKENS = 4, 32
+"""How many pictures a batch has, and how long its answers are."""
 THREADS = 2
 
 Figures = dict[str, float]
@@ -64,6 +66,19 @@ def timed(tokens: Iterable[object], most: int, begin: float) -> tuple[float, flo
     if count != most:
         raise RuntimeError(f"{count} tokens instead of {most}")
     return first, (most - 1) / (time.perf_counter() - begin - first)
+
+
+def some_pictures(path: str, folder: str) -> list[str]:
+    """A batch's: one picture, with a corner in each that nobody has seen before, in files."""
+    from PIL import Image
+
+    paths = []
+    for number in range(BATCH):
+        picture = Image.open(path).convert("RGB")
+        picture.paste(Image.effect_noise((32, 32), 90))
+        picture.save(where := os.path.join(folder, f"{number}.png"))
+        paths.append(where)
+    return paths
 
 
 def some_tokens(count: int, numbers: random.Random) -> list[int]:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine import packed
+from llava_cli.engine import int8, packed
 from llava_cli.engine.attention import NAME, use_plain_attention
 from llava_cli.engine.decoder import Decoder, Product, suits
 from llava_cli.engine.head import Head
-from llava_cli.engine.int8 import TOKENS, Products, has_room, whole_numbers
+from llava_cli.engine.int8 import TOKENS, Products, as_they_are, has_room, whole_numbers
 from llava_cli.engine.nf4 import Kernel, each, in_kernel_order, is_arranged, joined_bias
 from llava_cli.engine.packed import Packed, in_pairs
 
@@ -38,7 +38,8 @@ def speed_up(model: Any, arranged: Arranged) -> None:
     if attends := model.config._attn_implementation == "sdpa":
         use_plain_attention(model)
     layers = {layer: name for name, layer in model.named_modules() if type(layer).__name__ in _quantised_kinds()}
-    in_8_bits = bool(layers) and (packed.suits_here() or torch.cpu._is_vnni_supported()) and has_room(layers)
+    in_8_bits = bool(layers) and (packed.suits_here() or int8.suits_here()) and has_room(layers)
+    have_8_bits = any(layer.weight.dtype == torch.int8 for layer in layers)
 
     def join(some: list[Any]) -> Product | None:
         if not all(layer in layers for layer in some):
@@ -52,14 +53,14 @@ def speed_up(model: Any, arranged: Arranged) -> None:
         else:
             for layer in layers:
                 vars(layer)["forward"] = join([layer]) or layer.forward
-        if layers and (head := Head.of(output, arranged)):
+        if layers and (head := Head.of(output, arranged, have_8_bits)):
             vars(output)["forward"] = head
     packed.finish()
 
 
 def _quantised_kinds() -> set[str]:
     """The names of bitsandbytes' layers that there are faster products for on this CPU."""
-    return {"Linear4bit", "Linear8bitLt"} if packed.suits_here() else {"Linear4bit"}
+    return {"Linear4bit", "Linear8bitLt"} if packed.suits_here() or int8.suits_here() else {"Linear4bit"}
 
 
 class Joined:
@@ -77,6 +78,11 @@ class Joined:
         if in_8_bits and packed.suits_here():
             both = Packed(**arranged(f"{name}-rows", partial(in_pairs, layers)), bias=bias)
             return cls(both, both)
+        if layers[0].weight.dtype == torch.int8:
+            if not int8.suits_here():
+                return None
+            products = Products(**as_they_are(layers), bias=bias)
+            return cls(products, products)
         # Before bitsandbytes arranges the weights: it then has lost how to make numbers of them.
         if in_8_bits:
             many = Products(**arranged(f"{name}-8", partial(whole_numbers, layers)), bias=bias)

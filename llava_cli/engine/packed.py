@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.int8 import weights_of
@@ -99,7 +99,4 @@ class Packed:
 
     def bound(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
         """Writes to `out` what becomes of `x` at the time that it is called."""
-        return partial(self._write, x, out)
-
-    def _write(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        out.copy_(self(x))
+        return lambda: out.copy_(self(x))

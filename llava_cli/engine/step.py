@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.attention import attend_one
 from llava_cli.engine.cache import RoomyCache
+from llava_cli.engine.int8 import Products
 from llava_cli.engine.nf4 import Kernel, in_turn
 from llava_cli.engine.packed import Packed
 
@@ -107,7 +108,7 @@ def bound(group: Group, x: torch.Tensor, out: torch.Tensor) -> Call:
     import torch
 
     few = getattr(group.joined, "few", None)
-    if isinstance(few, (Kernel, Packed)):
+    if isinstance(few, (Kernel, Packed, Products)):
         return few.bound(x, out)
     calls: list[Call] = []
     for layer, part in zip(group.layers, torch.split(out, group.outputs, -1), strict=True):
