@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -128,7 +128,9 @@ def ready(contenders: list[Contender], cache: Path, size: str) -> dict[str, Call
     return found
 
 
-def measure(starts: Mapping[str, Callable[[], Worker]], runs: int, cold: int, patience: float) -> Results:
+def measure(
+    starts: Mapping[str, Callable[[], Worker]], pieces: Sequence[str], runs: int, cold: int, patience: float
+) -> Results:
     results: Results = defaultdict(lambda: defaultdict(list))
 
     def keep(name: str, figures: Figures) -> None:
@@ -141,9 +143,9 @@ def measure(starts: Mapping[str, Callable[[], Worker]], runs: int, cold: int, pa
             keep(name, quietly(partial(_once, start), patience))
     workers = {name: start() for name, start in starts.items()}
     # The first pass is slow, and shows who does what.
-    able = {work: [name for name, worker in workers.items() if len(worker.do(work)) > 1] for work in WORK}
+    able = {work: [name for name, worker in workers.items() if len(worker.do(work)) > 1] for work in pieces}
     for _ in range(runs):
-        for work in WORK:
+        for work in pieces:
             for name in able[work]:
                 keep(name, quietly(partial(workers[name].do, work), patience))
     for worker in workers.values():
@@ -209,6 +211,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cold", type=int, help="cold starts of each; as many as runs at 1B, else 1")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(one.name for one in CONTENDERS))
+    parser.add_argument("--work", nargs="+", choices=WORK, default=WORK, help="only these pieces of work")
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet machine, each time")
     parser.add_argument("--cache", type=Path, default=user_cache_path("llava-benchmarks"))
     parser.add_argument("--out", type=Path, help="a file to append the section to")
@@ -219,7 +222,7 @@ def main() -> None:
     starts = ready(wanted, cache, args.size)
     cold = args.cold if args.cold is not None else args.runs if args.size == "1B" else 1
     before = machine()
-    results = measure(starts, args.runs, cold, args.patience)
+    results = measure(starts, args.work, args.runs, cold, args.patience)
     own = [one for one in wanted if one.name in starts]
     head = f"## {args.size}, {time.strftime('%Y-%m-%d')}: {args.runs} runs, {cold} cold starts"
     text = f"{head}\n\n{about([before, machine()], own, cache)}\n\n{table(results)}\n"
