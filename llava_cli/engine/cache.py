@@ -114,7 +114,7 @@ class RoomyLayer(DynamicLayer):
 
 
 class TurnedLayer(RoomyLayer):
-    """With keys that are [rows, heads, width, tokens] in memory: scores are read along it."""
+    """With keys that are [rows, heads, width, tokens] in memory: a step's scores are sums of such rows."""
 
     def _new(self, name: str, old: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
         rows, heads, tokens, width = shape

@@ -4,7 +4,7 @@ At 1B geometry and 620 tokens a layer's product takes 12 ms in bitsandbytes' ker
 output channel beside those in 4, activations in 8 bits per token, multiplied by oneDNN (VNNI). The error is 1.2 % of
 a product's norm, where that of nf4 weights is 9 %. It takes a byte a weight more, and is left where memory is short.
 
-Weights that have 8 bits are multiplied as they are: a token of such a 1B takes a third of bitsandbytes' time.
+Weights that have 8 bits are multiplied as they are: a token of such a 1B takes two thirds of bitsandbytes' time.
 """
 
 from __future__ import annotations
