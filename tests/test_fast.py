@@ -17,14 +17,14 @@ from llava_cli import Conversation, Sampling, load
 from llava_cli.engine import attention, decoder, int8, packed
 from llava_cli.engine.attention import NAME, attend
 from llava_cli.engine.cache import ROOM
-from llava_cli.engine.decoder import Decoder, suits
+from llava_cli.engine.decoder import Decoder, Group, suits
 from llava_cli.engine.fast import Joined, _quick_gelu, as_transformers, unused_layers
 from llava_cli.engine.head import Head
 from llava_cli.engine.int8 import Products, as_they_are, weights_of, whole_numbers
 from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.nf4 import Kernel, joined_bias
 from llava_cli.engine.packed import Packed, in_pairs
-from llava_cli.engine.step import Step
+from llava_cli.engine.step import Step, bound
 from llava_cli.quantised import Arranged
 
 Plainly = Callable[..., LocalEngine]
@@ -236,7 +236,7 @@ def test_products_of_8_bits_are_bitsandbytes(biases: tuple[bool, ...], tokens: t
         products = Products(**as_they_are(layers), bias=joined_bias(layers))
         expected = torch.cat([layer(x) for layer in layers], -1)
         found, out = products(x), torch.empty_like(expected)
-        products.bound(x, out)()
+        bound(Group(layers, lambda _: Joined(products, products)), x, out)()
     assert (found - exact).norm() < 0.02 * exact.norm()
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert torch.equal(out, found)

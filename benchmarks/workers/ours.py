@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from typing import Any
 
@@ -16,8 +15,8 @@ from work import (
     PROMPT_TOKENS,
     QUESTION,
     Figures,
+    batch_of,
     serve,
-    some_pictures,
     some_tokens,
 )
 
@@ -69,16 +68,13 @@ class Ours:
         return {"chat": said.first_token_seconds, "chat tokens": said.prompt_tokens - said.cached_tokens}
 
     def batch(self) -> Figures:
+        return batch_of(self.path, self._answer_all)
+
+    def _answer_all(self, paths: list[str]) -> None:
         sampling = Sampling(max_tokens=BATCH_TOKENS)
-        with tempfile.TemporaryDirectory() as folder:
-            paths = some_pictures(self.path, folder)
-            begin = time.perf_counter()
-            talks = [Conversation().ask(QUESTION, [open_picture(path)]) for path in paths]
-            said = list(self.engine.answer_many(iter([Request(talk, sampling) for talk in talks]), None, lambda: True))
-            seconds = time.perf_counter() - begin
-        tokens = {answer.answer_tokens for _, answer in said if isinstance(answer, Answer)}
-        assert (len(said), tokens) == (BATCH, {BATCH_TOKENS})
-        return {"batch": BATCH / seconds}
+        requests = (Request(Conversation().ask(QUESTION, [open_picture(path)]), sampling) for path in paths)
+        said = [answer for _, answer in self.engine.answer_many(requests, None, lambda: True)]
+        assert [isinstance(answer, Answer) and answer.answer_tokens for answer in said] == [BATCH_TOKENS] * BATCH
 
     def _ids(self, count: int) -> dict[str, Any]:
         import torch

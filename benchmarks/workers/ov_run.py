@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from typing import Any
 
@@ -12,15 +11,14 @@ import openvino_genai as genai  # type: ignore[import-not-found]
 from PIL import Image
 from work import (
     ANSWER_TOKENS,
-    BATCH,
     BATCH_TOKENS,
     CHAT_TOKENS,
     LATER,
     QUESTION,
     THREADS,
     Figures,
+    batch_of,
     serve,
-    some_pictures,
 )
 
 
@@ -71,13 +69,12 @@ class OpenVino:
         return {"chat": clock.times[0] - begin}
 
     def batch(self) -> Figures:
+        return batch_of(self.path, self._answer_all)
+
+    def _answer_all(self, paths: list[str]) -> None:
         """One after another: it takes one prompt at a time."""
-        with tempfile.TemporaryDirectory() as folder:
-            paths = some_pictures(self.path, folder)
-            begin = time.perf_counter()
-            for path in paths:
-                self._generate(self._new(), BATCH_TOKENS, [ov.Tensor(np.array(Image.open(path))[None])])
-            return {"batch": BATCH / (time.perf_counter() - begin)}
+        for path in paths:
+            self._generate(self._new(), BATCH_TOKENS, [ov.Tensor(np.array(Image.open(path))[None])])
 
     def _new(self) -> str:
         """The question behind a number of its own: to what is remembered of an answer before, pictures are alike."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from typing import Any
 
@@ -19,8 +18,8 @@ from work import (
     PROMPT_TOKENS,
     QUESTION,
     Figures,
+    batch_of,
     serve,
-    some_pictures,
     some_tokens,
 )
 
@@ -85,14 +84,12 @@ class Plain:
         return {"chat": self._generate(self.third, 1)[0]}
 
     def batch(self) -> Figures:
-        with tempfile.TemporaryDirectory() as folder:
-            paths = some_pictures(self.path, folder)
-            begin = time.perf_counter()
-            inputs = self._inputs([self._ask([], QUESTION, path) for path in paths], padding=True)
-            out = self.model.generate(**inputs, max_new_tokens=BATCH_TOKENS, do_sample=False, pad_token_id=0)
-            seconds = time.perf_counter() - begin
+        return batch_of(self.path, self._answer_all)
+
+    def _answer_all(self, paths: list[str]) -> None:
+        inputs = self._inputs([self._ask([], QUESTION, path) for path in paths], padding=True)
+        out = self.model.generate(**inputs, max_new_tokens=BATCH_TOKENS, do_sample=False, pad_token_id=0)
         assert out.shape == (BATCH, inputs["input_ids"].shape[1] + BATCH_TOKENS)
-        return {"batch": BATCH / seconds}
 
     def _ask(self, before: Talk, question: str, path: str = "") -> Talk:
         picture = [] if before else [{"type": "image", "path": path or self.path}]

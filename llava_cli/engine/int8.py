@@ -9,7 +9,7 @@ Weights that have 8 bits are multiplied as they are: a token of such a 1B takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava_cli.machine import free_memory
@@ -105,10 +105,6 @@ class Products:
             self._multiply(whole[some], size[some], out[some])
         out = out.view(*x.shape[:-1], -1)
         return out if self._bias is None else out.add_(self._bias)
-
-    def bound(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
-        """Writes to `out` what becomes of `x` at the time that it is called."""
-        return lambda: out.copy_(self(x))
 
     def _multiply(self, numbers: torch.Tensor, size: torch.Tensor, out: torch.Tensor) -> None:
         import torch

@@ -8,7 +8,6 @@ error is 1.4 % of a product's norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -96,7 +95,3 @@ class Packed:
             out.add_(self._bias)
         found: torch.Tensor = out.view(*x.shape[:-1], -1).to(x.dtype)
         return found
-
-    def bound(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
-        """Writes to `out` what becomes of `x` at the time that it is called."""
-        return lambda: out.copy_(self(x))

@@ -108,8 +108,10 @@ def bound(group: Group, x: torch.Tensor, out: torch.Tensor) -> Call:
     import torch
 
     few = getattr(group.joined, "few", None)
-    if isinstance(few, (Kernel, Packed, Products)):
+    if isinstance(few, Kernel):
         return few.bound(x, out)
+    if isinstance(few, (Packed, Products)):
+        return partial(_copied, few, x, out)
     calls: list[Call] = []
     for layer, part in zip(group.layers, torch.split(out, group.outputs, -1), strict=True):
         if type(layer) is not torch.nn.Linear:
