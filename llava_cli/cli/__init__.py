@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llava_cli import __version__
+from llava_cli import __version__, lean
 from llava_cli.errors import LlavaError, OutputError, UsageError
 
 
@@ -103,6 +103,7 @@ def main() -> None:
             {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
         )
     signal.signal(signal.SIGTERM, _end)
+    lean.start()
     app(prog_name="llava")
 
 
