@@ -23,7 +23,7 @@ from llava_cli.checkpoint import again, check_files, check_weights, fingerprint,
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
 from llava_cli.families import Family, named, recognise
 from llava_cli.registry import BUILTIN, Checkpoint, default_name, find
-from llava_cli.settings import Device, Fit, Precision, Settings
+from llava_cli.settings import QUANTISED, Device, Fit, Precision, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -218,35 +218,52 @@ def _agree(processor: Any, config: Any) -> None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
 
 
-def _model(
-    checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings, copy: Path | None = None
-) -> tuple[Any, Plan]:
-    """The model itself, and how it is run; `copy` is where its quantised copy is, if this is one."""
+def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings) -> tuple[Any, Plan]:
+    """The model itself, and how it is run. What is to be quantised is, once, and then read from the copy."""
+    from llava_cli import quantised
+    from llava_cli.engine.fast import speed_up
+    from llava_cli.memory import give_back_memory, read_once
+
+    stored = getattr(config, "quantization_config", None)
+    if stored:
+        how = replace(how, precision=_stored_precision(checkpoint.name, stored, settings.precision))
+    copy = quantised.path_of(checkpoint, _how(how, settings.double_quant)) if how.precision in QUANTISED else None
+    model = None
+    if copy and not stored:
+        if (found := quantised.find(checkpoint, copy)) is None:
+            with read_once(weights):
+                model = _read(checkpoint, config, how, weights, settings.double_quant)
+            spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+            if not spread and quantised.keep(model, copy):
+                found, model = quantised.find(checkpoint, copy), None
+                gc.collect()
+                give_back_memory()  # as much as the model takes that is read now
+        if found:
+            checkpoint, weights = found
+            config = _config(checkpoint)
+        else:
+            copy = None
+    if model is None:
+        model = _read(checkpoint, config, how, weights)
+    speed_up(model, quantised.Arranged(copy))
+    return model.eval(), how
+
+
+def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], double_quant: bool | None = None) -> Any:
+    """The model with its weights; those of one that is not stored quantised are, if `how` says so, on their way."""
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from llava_cli import quantised
-    from llava_cli.engine.fast import speed_up
     from llava_cli.machine import native
 
-    name = checkpoint.name
-    stored = getattr(config, "quantization_config", None)
-    quantise = not stored and how.precision in ("8bit", "4bit")
-    if not copy and (stored or quantise):
-        copy = quantised.path_of(checkpoint, _how(how, settings.double_quant))
-        if quantise and (found := quantised.find(checkpoint, copy)):
-            quantised_one, its_weights = found
-            return _model(quantised_one, _config(quantised_one), how, its_weights, settings, copy)
+    name, stored = checkpoint.name, getattr(config, "quantization_config", None)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
     with model_errors(name, "its weights cannot be loaded", again(name)):
-        if stored:
-            how = replace(how, precision=_stored_precision(name, stored, settings.precision))
-        spread = _check_memory(name, how, weights, bool(stored))
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
         options: dict[str, Any] = {
             "config": config,
             "dtype": dtype,
-            "device_map": "auto" if spread else {"": how.device},
+            "device_map": "auto" if _check_memory(name, how, weights, bool(stored)) else {"": how.device},
             "use_safetensors": True,
             "local_files_only": True,
             "trust_remote_code": False,
@@ -254,20 +271,17 @@ def _model(
         }
         if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
             options["attn_implementation"] = how.attention
-        if quantise:
-            options["quantization_config"] = _quantization(name, how, config, dtype, settings.double_quant)
+        if how.precision in QUANTISED and not stored:
+            options["quantization_config"] = _quantization(name, how, config, dtype, bool(double_quant))
         loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
     for weight in model.parameters():  # of a quantised one transformers leaves some as they were saved elsewhere
-        if weight.is_floating_point() and weight.dtype != dtype and how.precision in ("8bit", "4bit"):
+        if weight.is_floating_point() and weight.dtype != dtype and how.precision in QUANTISED:
             weight.data = weight.data.to(dtype)
-    if quantise and copy and (spread or not quantised.keep(model, copy)):
-        copy = None
-    speed_up(model, quantised.Arranged(copy))
-    return model.eval(), how
+    return model
 
 
 def _how(how: Plan, double: bool) -> str:
@@ -279,7 +293,7 @@ def _check_memory(name: str, how: Plan, weights: list[Path], stored: bool) -> bo
     """Whether a model must be spread over several GPUs; `OutOfMemory` where it fits nowhere."""
     import torch
 
-    from llava_cli.machine import BYTES_PER_WEIGHT, free_memory
+    from llava_cli.memory import BYTES_PER_WEIGHT, free_memory
 
     size, free = sum(path.stat().st_size for path in weights), free_memory(how.device)
     parameters = size / stored_bytes(weights[0])

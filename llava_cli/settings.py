@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tomlkit import TOMLDocument
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "8bit", "4bit"]
+QUANTISED = ("8bit", "4bit")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Fit = Literal["auto", "pad", "crop"]
 

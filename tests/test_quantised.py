@@ -28,9 +28,9 @@ def quantising(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     keep = quantised.keep
 
-    def told(model: object, path: Path) -> None:
+    def told(model: object, path: Path) -> bool:
         made.append(path.name)
-        keep(model, path)
+        return keep(model, path)
 
     monkeypatch.setattr(quantised, "keep", told)
     return made
@@ -39,16 +39,24 @@ def quantising(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", ["llava-llama", "llava-next-mistral", "llava-onevision", "smolvlm"])
 def test_a_copy_answers_like_what_it_was_made_of(
-    family: str, precision: Precision, checkpoint: Callable[[str], Path], quantising: list[str]
+    family: str,
+    precision: Precision,
+    checkpoint: Callable[[str], Path],
+    quantising: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def answer() -> str:
         engine = load(str(checkpoint(family)), precision=precision, device="cpu")
         assert engine.precision == precision
         return engine.answer(CONVERSATIONS["two"], Sampling(max_tokens=12)).text
 
-    first = answer()
+    with monkeypatch.context() as without:
+        without.setattr(quantised, "keep", lambda model, path: False)
+        itself = answer()
+    assert not kept()
+    assert answer() == itself
     assert kept() == quantising
-    assert answer() == first
+    assert answer() == itself
     assert len(quantising) == 1
 
 

@@ -109,7 +109,7 @@ def batch(
     """
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.tasks import Source
-    from llava_cli.machine import prepare_for_many
+    from llava_cli.memory import prepare_for_many
 
     prepare_for_many(kernels=32)
     if output is None and (extend or retry_errors or repair):

@@ -28,7 +28,7 @@ def _models(context: typer.Context) -> None:
 @models.command("list")
 def list_models() -> None:
     """List the models that have a name: size, whether on disk, at which precision they fit here."""
-    from llava_cli.machine import best_fit
+    from llava_cli.memory import best_fit
 
     chosen = default_name(Settings.resolve())
     size = _size(builtin_folder())
@@ -65,7 +65,7 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
     llava models show llava-1.5-7b
     """
     from llava_cli.families import Family, named
-    from llava_cli.machine import BYTES_PER_WEIGHT
+    from llava_cli.memory import BYTES_PER_WEIGHT
 
     facts: dict[str, str] = {"model": name}
     if name in ALIASES:

@@ -85,7 +85,7 @@ def serve(
     curl http://127.0.0.1:8000/v1/models
     """
     from llava_cli import place
-    from llava_cli.machine import prepare_for_many
+    from llava_cli.memory import prepare_for_many
     from llava_cli.server import run
 
     if status or end:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llava_cli.machine import free_memory
+from llava_cli.memory import free_memory
 
 if TYPE_CHECKING:
     import torch

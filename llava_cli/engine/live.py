@@ -16,7 +16,7 @@ from llava_cli.engine.kept import Kept
 from llava_cli.engine.many import Row, Token
 from llava_cli.engine.schedule import Schedule
 from llava_cli.errors import LlavaError, ModelUnusable, brief, model_errors
-from llava_cli.machine import TIDY, free_memory, give_back_memory
+from llava_cli.memory import TIDY, free_memory, give_back_memory
 
 if TYPE_CHECKING:
     from llava_cli.conversation import Conversation

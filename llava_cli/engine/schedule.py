@@ -9,7 +9,7 @@ from llava_cli.engine.base import Answer
 from llava_cli.engine.kept import Kept
 from llava_cli.engine.many import Batch, Row
 from llava_cli.errors import LlavaError, OutOfMemory, is_out_of_memory
-from llava_cli.machine import free_memory
+from llava_cli.memory import free_memory
 
 MOST = 256
 """Rows at a time: of a model so small that what is not products counts."""
