@@ -1,7 +1,4 @@
-"""Settings -> Engine. The only place that loads a model.
-
-safetensors only; code of a checkpoint is never run.
-"""
+"""Settings -> Engine: the only place that makes one."""
 
 from __future__ import annotations
 
@@ -13,24 +10,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from inspect import signature
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import __version__
-from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, read_json, stored_bytes
-from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
+from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, read_json
+from llava_cli.errors import ModelUnusable, UsageError, model_errors
 from llava_cli.families import Family, named, recognise
 from llava_cli.registry import BUILTIN, Checkpoint, default_name, find
-from llava_cli.settings import QUANTISED, Device, Fit, Precision, Settings
+from llava_cli.settings import Device, Fit, Precision, Settings
 
 if TYPE_CHECKING:
-    import torch
-
     from llava_cli.engine import Engine
     from llava_cli.engine.local import LocalEngine
-    from llava_cli.machine import Plan
     from llava_cli.prompt import Prompter
 
 
@@ -105,12 +97,13 @@ def load_engine(settings: Settings) -> LocalEngine:
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.visual import choose_tokens
     from llava_cli.machine import plan
+    from llava_cli.model import load_config, load_model
 
     how = plan(settings.device, settings.precision)
     with quiet():
-        config = _config(checkpoint)
+        config = load_config(checkpoint)
         prompter = _prompter(checkpoint, kind, config, settings)
-        model, how = _model(checkpoint, config, how, weights, settings)
+        model, how = load_model(checkpoint, config, how, weights, settings)
     if settings.visual_tokens:
         choose_tokens(model, settings.visual_tokens)
     return LocalEngine(checkpoint.name, model, prompter, how.precision, time.perf_counter() - begin)
@@ -143,15 +136,10 @@ def load_prompter(settings: Settings) -> Prompter:
     """Processor, tokenizer and template alone: what `llava prompt` needs."""
     checkpoint = find(default_name(settings))
     kind = check_files(checkpoint)
+    from llava_cli.model import load_config
+
     with quiet():
-        return _prompter(checkpoint, kind, _config(checkpoint), settings)
-
-
-def _config(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoConfig
-
-    with model_errors(checkpoint.name, "its config cannot be loaded", again(checkpoint.name)):
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        return _prompter(checkpoint, kind, load_config(checkpoint), settings)
 
 
 def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings) -> Prompter:
@@ -216,139 +204,6 @@ def _agree(processor: Any, config: Any) -> None:
         processor.patch_size = config.vision_config.patch_size
     if hasattr(processor, "vision_feature_select_strategy") and hasattr(config, "vision_feature_select_strategy"):
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-
-
-def _model(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings) -> tuple[Any, Plan]:
-    """The model itself, and how it is run. What is to be quantised is, once, and then read from the copy."""
-    from llava_cli import quantised
-    from llava_cli.engine.fast import speed_up
-    from llava_cli.memory import give_back_memory, read_once
-
-    stored = getattr(config, "quantization_config", None)
-    if stored:
-        how = replace(how, precision=_stored_precision(checkpoint.name, stored, settings.precision))
-    copy = quantised.path_of(checkpoint, _how(how, settings.double_quant)) if how.precision in QUANTISED else None
-    model = None
-    if copy and not stored:
-        if (found := quantised.find(checkpoint, copy)) is None:
-            with read_once(weights):
-                model = _read(checkpoint, config, how, weights, settings.double_quant)
-            spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-            if not spread and quantised.keep(model, copy):
-                found, model = quantised.find(checkpoint, copy), None
-                gc.collect()
-                give_back_memory()  # as much as the model takes that is read now
-        if found:
-            checkpoint, weights = found
-            config = _config(checkpoint)
-        else:
-            copy = None
-    if model is None:
-        model = _read(checkpoint, config, how, weights)
-    speed_up(model, quantised.Arranged(copy))
-    return model.eval(), how
-
-
-def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], double_quant: bool | None = None) -> Any:
-    """The model with its weights; those of one that is not stored quantised are, if `how` says so, on their way."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    from llava_cli.machine import native
-
-    name, stored = checkpoint.name, getattr(config, "quantization_config", None)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
-    with model_errors(name, "its weights cannot be loaded", again(name)):
-        options: dict[str, Any] = {
-            "config": config,
-            "dtype": dtype,
-            "device_map": "auto" if _check_memory(name, how, weights, bool(stored)) else {"": how.device},
-            "use_safetensors": True,
-            "local_files_only": True,
-            "trust_remote_code": False,
-            "output_loading_info": True,
-        }
-        if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
-            options["attn_implementation"] = how.attention
-        if how.precision in QUANTISED and not stored:
-            options["quantization_config"] = _quantization(name, how, config, dtype, bool(double_quant))
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        # transformers would go on with random numbers in their place.
-        raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
-    for weight in model.parameters():  # of a quantised one transformers leaves some as they were saved elsewhere
-        if weight.is_floating_point() and weight.dtype != dtype and how.precision in QUANTISED:
-            weight.data = weight.data.to(dtype)
-    return model
-
-
-def _how(how: Plan, double: bool) -> str:
-    """What a quantised model depends on besides its weights."""
-    return f"{how.precision}{'-double' * (double and how.precision == '4bit')}-{how.device}"
-
-
-def _check_memory(name: str, how: Plan, weights: list[Path], stored: bool) -> bool:
-    """Whether a model must be spread over several GPUs; `OutOfMemory` where it fits nowhere."""
-    import torch
-
-    from llava_cli.memory import BYTES_PER_WEIGHT, free_memory
-
-    size, free = sum(path.stat().st_size for path in weights), free_memory(how.device)
-    parameters = size / stored_bytes(weights[0])
-    needed = size if stored else parameters * BYTES_PER_WEIGHT.get(how.precision, 2.0)
-    if needed > free:
-        smaller = next((p for p in ("bf16", "8bit", "4bit") if parameters * BYTES_PER_WEIGHT[p] <= free), None)
-        hint = f"llava ask -m {name} -p {smaller}" if smaller else "llava models lists what fits this machine"
-        raise OutOfMemory(name, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", hint)
-    return how.device == "cuda" and torch.cuda.device_count() > 1 and needed * 1.2 > torch.cuda.mem_get_info()[0]
-
-
-def _stored_precision(name: str, stored: Any, asked: Precision) -> str:
-    """What a checkpoint that was saved quantised is in; it cannot be had in another precision."""
-    how: dict[str, Any] = stored if isinstance(stored, dict) else vars(stored)
-    bits = "4bit" if how.get("load_in_4bit") else "8bit" if how.get("load_in_8bit") else None
-    precision = bits or str(how.get("quant_method"))
-    if asked not in ("auto", precision):
-        raise UsageError(f"--precision {asked}", f"{name} is stored as {precision}", f"llava ask -m {name}")
-    return precision
-
-
-def _quantization(name: str, how: Plan, config: Any, dtype: torch.dtype, double: bool) -> Any:
-    """bitsandbytes on the language model's inner layers alone.
-
-    The vision tower, the projector and the output head lose more than they save; naming modules drops
-    transformers' own guess at what to keep, so all of them are named here, from the model's structure.
-    """
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-
-    if how.precision == "8bit":
-        # It warns of every layer in every forward pass that it casts bf16 to fp16.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    with init_empty_weights():
-        model = AutoModelForImageTextToText.from_config(config)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if decoder is model:
-        raise ModelUnusable(name, f"cannot be loaded in {how.precision}: its language model is not apart")
-    inner = set(decoder.modules())
-    # bitsandbytes' CPU kernels take whole blocks of 64 weights a row.
-    blocks = 64 if how.precision == "4bit" and how.device == "cpu" else 1
-    kept = [
-        layer
-        for layer, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and (m not in inner or m is head or m.in_features % blocks)
-    ]
-    return BitsAndBytesConfig(
-        load_in_8bit=how.precision == "8bit",
-        load_in_4bit=how.precision == "4bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=double,
-        llm_int8_skip_modules=kept,
-    )
 
 
 @contextmanager

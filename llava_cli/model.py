@@ -1,0 +1,187 @@
+"""A checkpoint -> transformers' model with its weights, quantised once, and made fast.
+
+safetensors only; code of a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_cli.checkpoint import again, stored_bytes
+from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
+from llava_cli.registry import Checkpoint
+from llava_cli.settings import QUANTISED, Precision, Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava_cli.machine import Plan
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """transformers' config. Raises `ModelUnusable`."""
+    from transformers import AutoConfig
+
+    with model_errors(checkpoint.name, "its config cannot be loaded", again(checkpoint.name)):
+        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+
+
+def load_model(
+    checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings
+) -> tuple[Any, Plan]:
+    """transformers' model in eval mode, and how it is run. Raises `ModelUnusable`, `OutOfMemory` or `UsageError`."""
+    from llava_cli import quantised
+
+    if stored := getattr(config, "quantization_config", None):
+        how = replace(how, precision=_stored_precision(checkpoint.name, stored, settings.precision))
+    copy = quantised.path_of(checkpoint, _how(how, settings.double_quant)) if how.precision in QUANTISED else None
+    if stored or copy is None:
+        return _ready(_read(checkpoint, config, how, weights), copy), how
+    model = _from_copy(checkpoint, how, copy) or _quantised(checkpoint, config, how, weights, settings, copy)
+    return model, how
+
+
+def _quantised(
+    checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings, copy: Path
+) -> Any:
+    """The model, quantised, and read from the copy that is then there: all starts answer alike."""
+    from llava_cli import quantised
+    from llava_cli.memory import give_back_memory, read_once
+
+    with read_once(weights):
+        model = _read(checkpoint, config, how, weights, settings.double_quant)
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    if spread or not quantised.keep(model, copy):
+        return _ready(model, None)
+    del model
+    gc.collect()
+    give_back_memory()  # as much as the model takes that is read now
+    with read_once(copy.glob("*.safetensors")):  # of which what is arranged is made
+        if model := _from_copy(checkpoint, how, copy):
+            return model
+    raise ModelUnusable(checkpoint.name, "its quantised copy is gone", again(checkpoint.name))
+
+
+def _from_copy(checkpoint: Checkpoint, how: Plan, copy: Path) -> Any:
+    """The model, from its quantised copy; None where there is none."""
+    from llava_cli import quantised
+
+    if (found := quantised.find(checkpoint, copy)) is None:
+        return None
+    its, weights = found
+    return _ready(_read(its, load_config(its), how, weights), copy)
+
+
+def _ready(model: Any, copy: Path | None) -> Any:
+    """The model with all that makes it fast; weights are arranged for that in `copy`."""
+    from llava_cli.engine.fast import speed_up
+    from llava_cli.quantised import Arranged
+
+    speed_up(model, Arranged(copy))
+    return model.eval()
+
+
+def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], double_quant: bool | None = None) -> Any:
+    """The model with its weights; those of one that is not stored quantised are, if `how` says so, on their way."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from llava_cli.machine import native
+
+    name, stored = checkpoint.name, getattr(config, "quantization_config", None)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
+    with model_errors(name, "its weights cannot be loaded", again(name)):
+        options: dict[str, Any] = {
+            "config": config,
+            "dtype": dtype,
+            "device_map": "auto" if _check_memory(name, how, weights, bool(stored)) else {"": how.device},
+            "use_safetensors": True,
+            "local_files_only": True,
+            "trust_remote_code": False,
+            "output_loading_info": True,
+        }
+        if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
+            options["attn_implementation"] = how.attention
+        if how.precision in QUANTISED and not stored:
+            options["quantization_config"] = _quantization(name, how, config, dtype, bool(double_quant))
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
+    for weight in model.parameters():  # of a quantised one transformers leaves some as they were saved elsewhere
+        if weight.is_floating_point() and weight.dtype != dtype and how.precision in QUANTISED:
+            weight.data = weight.data.to(dtype)
+    return model
+
+
+def _how(how: Plan, double: bool) -> str:
+    """What a quantised model depends on besides its weights."""
+    return f"{how.precision}{'-double' * (double and how.precision == '4bit')}-{how.device}"
+
+
+def _check_memory(name: str, how: Plan, weights: list[Path], stored: bool) -> bool:
+    """Whether a model must be spread over several GPUs; `OutOfMemory` where it fits nowhere."""
+    import torch
+
+    from llava_cli.memory import BYTES_PER_WEIGHT, free_memory
+
+    size, free = sum(path.stat().st_size for path in weights), free_memory(how.device)
+    parameters = size / stored_bytes(weights[0])
+    needed = size if stored else parameters * BYTES_PER_WEIGHT.get(how.precision, 2.0)
+    if needed > free:
+        smaller = next((p for p in ("bf16", "8bit", "4bit") if parameters * BYTES_PER_WEIGHT[p] <= free), None)
+        hint = f"llava ask -m {name} -p {smaller}" if smaller else "llava models lists what fits this machine"
+        raise OutOfMemory(name, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", hint)
+    return how.device == "cuda" and torch.cuda.device_count() > 1 and needed * 1.2 > torch.cuda.mem_get_info()[0]
+
+
+def _stored_precision(name: str, stored: Any, asked: Precision) -> str:
+    """What a checkpoint that was saved quantised is in; it cannot be had in another precision."""
+    how: dict[str, Any] = stored if isinstance(stored, dict) else vars(stored)
+    bits = "4bit" if how.get("load_in_4bit") else "8bit" if how.get("load_in_8bit") else None
+    precision = bits or str(how.get("quant_method"))
+    if asked not in ("auto", precision):
+        raise UsageError(f"--precision {asked}", f"{name} is stored as {precision}", f"llava ask -m {name}")
+    return precision
+
+
+def _quantization(name: str, how: Plan, config: Any, dtype: torch.dtype, double: bool) -> Any:
+    """bitsandbytes on the language model's inner layers alone.
+
+    The vision tower, the projector and the output head lose more than they save; naming modules drops
+    transformers' own guess at what to keep, so all of them are named here, from the model's structure.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    if how.precision == "8bit":
+        # It warns of every layer in every forward pass that it casts bf16 to fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    with init_empty_weights():
+        model = AutoModelForImageTextToText.from_config(config)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if decoder is model:
+        raise ModelUnusable(name, f"cannot be loaded in {how.precision}: its language model is not apart")
+    inner = set(decoder.modules())
+    # bitsandbytes' CPU kernels take whole blocks of 64 weights a row.
+    blocks = 64 if how.precision == "4bit" and how.device == "cpu" else 1
+    kept = [
+        layer
+        for layer, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and (m not in inner or m is head or m.in_features % blocks)
+    ]
+    return BitsAndBytesConfig(
+        load_in_8bit=how.precision == "8bit",
+        load_in_4bit=how.precision == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=double,
+        llm_int8_skip_modules=kept,
+    )
