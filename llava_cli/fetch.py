@@ -61,7 +61,7 @@ def _follow(url: str, name: str, came_from_public: bool) -> bytes:
                 if target.scheme not in ("http", "https") or not host:
                     raise InputMissing(name, "leads to an address that is no http(s) URL" if at != url else "no host")
                 address = _resolve(host, target.port or 443 if target.scheme == "https" else target.port or 80)
-                public = ipaddress.ip_address(address).is_global
+                public = is_public(address)
                 if came_from_public and not public:
                     raise InputMissing(
                         name, "a public address redirects to a private one" if at != url else "not a public address"
@@ -112,6 +112,21 @@ def _left(deadline: float, name: str) -> float:
 
 def _too_slow() -> str:
     return f"no answer within {MAX_SECONDS:.0f} s"
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one host's on the open Internet, whatever IPv4 address it may stand for."""
+    found = ipaddress.ip_address(address)
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
+        if any(found in network for network in _WRAPPING):
+            inner.append(ipaddress.IPv4Address(found.packed[-4:]))
+        if not all(one is None or is_public(str(one)) for one in inner):
+            return False
+    return found.is_global and not found.is_multicast
+
+
+_WRAPPING = [ipaddress.IPv6Network(text) for text in ("64:ff9b::/96", "::/96")]  # NAT64, and IPv4-compatible
 
 
 def _resolve(host: str, port: int) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llava_cli.errors import OutputTaken
+from llava_cli.errors import OutputTaken, plainly
 
 SECONDS = 2.0
 """For a server to say that it is there."""
@@ -72,25 +74,59 @@ def check_free(path: Path) -> None:
     """Raises `OutputTaken` where a server has the socket."""
     if said := status(path):
         raise OutputTaken(str(path), f"{said['model']} is being served (pid {said['pid']})", "llava serve --stop")
+    if pid := in_between(path):
+        raise OutputTaken(str(path), f"a server is beginning or ending there (pid {pid})", "llava serve --status")
 
 
-def listen(path: Path) -> socket.socket:
-    """A socket of mode 0600 at `path`. Raises `OutputTaken` where a server has it, or it cannot be."""
+def in_between(path: Path) -> str | None:
+    """The process that has the socket's place, whether it answers yet, or any more, or not."""
+    with suppress(FileNotFoundError), open(_beside(path, "lock")) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "?"
+    return None
+
+
+@contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """A socket of mode 0600 at `path`, that is nobody else's until the end. Raises `OutputTaken`.
+
+    A lock beside it says whose it is: while a model is loaded or answers are finished nobody answers there, and still
+    another server may neither take the socket for left behind nor delete it.
+    """
     check_free(path)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)  # from the first moment on
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o077)  # from the first moment on
     try:
-        if not path.parent.exists():
-            os.umask(0o077)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.umask(0o177)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(_beside(path, "lock"), "a+")  # noqa: SIM115  # until the process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        print(os.getpid(), file=lock, flush=True)
         if is_ours(path):
             path.unlink()
-        listening.bind(str(path))
-        listening.listen(128)
+        os.umask(0o177)
+        one.bind(str(path))
+        one.listen(128)
     except OSError as error:
-        listening.close()
-        raise OutputTaken(str(path), error.strerror or str(error), "LLAVA_SOCKET=PATH names another one") from None
+        one.close()
+        check_free(path)
+        raise OutputTaken(str(path), plainly(error), "LLAVA_SOCKET=PATH names another one") from None
     finally:
         os.umask(before)
-    return listening
+    try:
+        yield one
+    finally:
+        one.close()
+        path.unlink(missing_ok=True)
+        lock.close()
+
+
+def log_of(path: Path) -> Path:
+    """Where a server in the background says what it has to say."""
+    return _beside(path, "log")
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.name}.{kind}")

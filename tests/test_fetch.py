@@ -455,6 +455,28 @@ def test_resolve(host: str, address: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.215.14", True),
+        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
+        ("64:ff9b::5db8:d70e", True),
+        ("10.0.0.1", False),
+        ("169.254.169.254", False),
+        ("224.0.0.1", False),
+        ("ff02::1", False),
+        ("fd00::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+        ("::127.0.0.1", False),
+    ],
+)
+def test_what_an_address_stands_for_is_judged(address: str, public: bool) -> None:
+    """Be it an IPv4 address behind NAT64 or 6to4, or a whole group's."""
+    assert module.is_public(address) is public
+
+
+@pytest.mark.parametrize(
     ("url", "reason"),
     [
         ("http://", "no host"),

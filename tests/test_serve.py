@@ -183,6 +183,9 @@ def test_a_picture_that_takes_its_decoder_down(serve: Serve, hooked: Path) -> No
         ({"n": 2}, openai.BadRequestError),
         ({"top_logprobs": 21, "logprobs": True}, openai.BadRequestError),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError),
+        ({"frequency_penalty": 1.5}, openai.BadRequestError),
+        ({"modalities": ["text", "audio"]}, openai.BadRequestError),
+        ({"response_format": {"type": "json_object"}}, openai.BadRequestError),
     ],
 )
 def test_what_cannot_be_done_is_refused(
@@ -193,6 +196,53 @@ def test_what_cannot_be_done_is_refused(
     body: Any = raised.value.body
     assert set(body) == {"message", "type", "param", "code"}
     assert "Traceback" not in body["message"]
+
+
+def test_what_changes_nothing_is_taken(server: Server) -> None:
+    harmless: Any = {
+        "response_format": {"type": "text"},
+        "tool_choice": "none",
+        "modalities": ["text"],
+        "frequency_penalty": 0,
+        "user": "me",
+    }
+    messages: Any = [said("what is this?")]
+    assert server.client().chat.completions.create(model="builtin", messages=messages, max_tokens=1, **harmless)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"messages":[{"role":"user","content":[{"type":"image_url","image_url":"x"}]}]}', "image_url: has to be an"),
+        (b'{"messages":[{"role":"user","content":[{"type":"video"}]}]}', "messages.0.content.0.type: input should be"),
+        (b'{"messages":[{"role":"user","content":[{"text":"a"}]}]}', "messages.0.content.0.type: is missing"),
+        (b'{"messages":[{"role":"user","content":5}]}', "messages.0.content: "),
+        (b'{"messages":[{"role":"user","content":"a \\ud800 b"}]}', "no Unicode"),
+        (b'{"messages":[{"role":"user","content":"a"}],"model":"\\ud800"}', "?: this server has builtin"),
+        (b'{"messages":[{"role":"user","content":"a"}],"stop":5}', "stop: "),
+        (b'{"messages":', "the body is no JSON"),
+        (b"[1]", "has to be a JSON object"),
+    ],
+)
+def test_what_is_wrong_is_named(body: bytes, message: str, server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", body, JSON)
+    answer = connection.getresponse()
+    error = json.loads(answer.read())["error"]
+    connection.close()
+    assert answer.status in (400, 404)
+    assert message in error["message"]
+    assert "[" not in str(error["param"])
+
+
+def test_pictures_that_are_large_once_they_are_opened(server: Server) -> None:
+    Image.new("1", (7000, 7000)).save(file := io.BytesIO(), "PNG", optimize=True)
+    assert len(file.getvalue()) < 20_000
+    with pytest.raises(openai.BadRequestError, match="at most 100 megapixels in all pictures together"):
+        server.client().chat.completions.create(
+            model="builtin",
+            messages=[said("what is this?", *[file.getvalue()] * 3)],  # type: ignore[list-item]
+        )
 
 
 def test_what_is_no_request_is_refused_in_the_same_shape(server: Server) -> None:
@@ -304,7 +354,9 @@ def test_a_body_that_is_too_large(server: Server) -> None:
     connection.putrequest("POST", "/v1/chat/completions")
     connection.putheader("Content-Length", "64000001")
     connection.endheaders()
-    assert connection.getresponse().status == 413
+    refused = connection.getresponse()
+    assert refused.status == 413
+    assert refused.getheader("Connection") == "close"  # and not one that goes on with what is refused
     connection.close()
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.putrequest("POST", "/v1/chat/completions")
@@ -420,3 +472,20 @@ def test_a_socket_that_was_left_behind(serve: Serve, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [("--idle", "soon"), ("--drain", "-1"), ("--queue", "0"), ("--port", "70000")])
 def test_bad_options(words: tuple[str, ...], run: Run) -> None:
     assert run("serve", *words).exit_code == 2
+
+
+def test_one_that_does_not_answer_yet_keeps_its_place(serve: Serve, shell: Shell, tmp_path: Path) -> None:
+    """Nor any more: another one can neither take its socket nor leave it without."""
+    server = serve()
+    server.process.send_signal(signal.SIGSTOP)
+    environment = {**os.environ, "LLAVA_SOCKET": str(server.socket)}
+    try:
+        other = shell("serve", "--port", "0", env=environment)
+        assert other.returncode == 73
+        assert f"a server is beginning or ending there (pid {server.process.pid})" in other.stderr.decode()
+        assert shell("serve", "--port", "0", "--detach", env=environment).returncode == 73
+        assert f"(pid {server.process.pid})" in shell("serve", "--status", env=environment).stdout.decode()
+        assert shell("serve", "--stop", env=environment).returncode == 73
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert (status(server.socket) or {})["pid"] == server.process.pid

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run, Shell
+from PIL import Image
 from servers import Serve
 
 from llava_cli.place import status
@@ -103,6 +104,17 @@ def test_a_picture_that_is_not_whole(serve: Serve, run: Run, drawing: Path) -> N
     asked = run("ask", "--stats", "--allow-truncated", drawing, QUESTION, *FP32)
     assert asked.stdout == "red\n"
     assert "llava serve" in asked.stderr
+
+
+def test_a_file_that_others_may_not_send(serve: Serve, run: Run, tmp_path: Path) -> None:
+    """As large as it may be without a server."""
+    serve()
+    Image.effect_noise((4800, 4800), 90).convert("RGB").save(picture := tmp_path / "noise.bmp")
+    assert picture.stat().st_size > 64_000_000
+    asked = run("ask", "--stats", picture, QUESTION, *FP32)
+    assert asked.exit_code == 0
+    assert "llava serve (pid" in asked.stderr
+    assert "going on without it" not in asked.stderr
 
 
 def test_what_the_server_refuses(serve: Serve, run: Run, drawing: Path) -> None:

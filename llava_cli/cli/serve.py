@@ -93,7 +93,8 @@ def serve(
         if json:
             render.show_json(said)
         else:
-            what = _line(said) if said else "no server is running"
+            pid = None if said else place.in_between(place.socket_path())
+            what = _line(said) if said else f"a server begins or ends (pid {pid})" if pid else "no server is running"
             render.say(f"stopped: {what}" if end and said else what)
         if said is None and status:
             raise typer.Exit(1)

@@ -78,7 +78,8 @@ class Live:
         asked = Asked(number, put, begin, row)
         if row is not None:
             row.pictures, row.show, row.top = pictures, put if stream or top is not None else None, top
-        self._inbox.put(lambda: self._take(asked, request))
+        alone = request if row is None else None  # else its pictures are wanted no more
+        self._inbox.put(lambda: self._take(asked, alone))
         return asked
 
     def count(self, conversation: Conversation) -> int:
@@ -117,13 +118,14 @@ class Live:
                 self._answered = 0
                 give_back_memory()
 
-    def _take(self, asked: Asked, request: Request) -> None:
+    def _take(self, asked: Asked, alone: Request | None) -> None:
         if asked.row is not None:
             self._asked[asked.number] = asked
             self._schedule.put(asked.row)
             return
-        try:  # a model that reads each prompt by itself
-            for chunk in self.engine.stream(request.conversation, request.sampling):
+        assert alone is not None  # of a model that reads each prompt by itself
+        try:
+            for chunk in self.engine.stream(alone.conversation, alone.sampling):
                 asked.put(Token(chunk.text))
                 if chunk.answer:
                     asked.put(chunk.answer)

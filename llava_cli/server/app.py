@@ -7,8 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
-from functools import partial
+from contextlib import aclosing, nullcontext
 from typing import Any
 from uuid import uuid4
 
@@ -27,12 +26,14 @@ from llava_cli.errors import LlavaError
 from llava_cli.sandbox import Sandboxes
 from llava_cli.server.guard import TooLarge, is_own_socket
 from llava_cli.server.metrics import CONTENT_TYPE, Metrics
-from llava_cli.server.openai import ChatRequest, Refusal, Shapes, open_url
+from llava_cli.server.openai import ChatRequest, Opener, Refusal, Shapes, mistake
 from llava_cli.settings import Settings
 
 Event = Token | Answer
 DECODING = 20.0
 """Seconds that a picture may keep others from being opened."""
+OPENING = 4
+"""Requests whose pictures are open at a time: up to half a GB each."""
 EVENTS = "text/event-stream"
 
 
@@ -43,7 +44,8 @@ class Service:
         self.live, self.settings, self.most = live, settings, most
         self.sandboxes = Sandboxes(DECODING)
         self.sandboxes.begin()
-        self.open_url = partial(open_url, sandboxes=self.sandboxes, remote=remote)
+        self._remote = remote
+        self._opening = asyncio.Semaphore(OPENING)
         self.began = self.last = time.monotonic()
         self.busy = 0
         """Requests that were let in and are not done."""
@@ -62,21 +64,26 @@ class Service:
         self.busy -= 1
         self.last = time.monotonic()
 
-    async def events(self, chat: ChatRequest, usual: Settings) -> AsyncGenerator[Event]:
+    async def events(self, chat: ChatRequest, own: bool) -> AsyncGenerator[Event]:
         """An answer's tokens and at last the whole of it. Closed before that, it is not gone on with."""
+        usual = Settings() if own else self.settings  # our own commands say all there is to say
         top = (chat.top_logprobs or 0) if chat.logprobs else None
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def put(event: Token | Answer | LlavaError) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        request = await run_in_threadpool(self.asking, chat, usual)
-        asking = asyncio.ensure_future(run_in_threadpool(self.live.ask, request, put, chat.stream, top))
-        try:
-            asked = await asyncio.shield(asking)
-        except asyncio.CancelledError:  # its thread goes on, and asks
-            asking.add_done_callback(self._leave)
-            raise
+        def ask() -> Asked:
+            conversation = chat.question(usual.system, self.opener(own))
+            return self.live.ask(Asking(conversation, chat.sampling(usual)), put, chat.stream, top)
+
+        async with self._opening if chat.has_pictures() else nullcontext():
+            asking = asyncio.ensure_future(run_in_threadpool(ask))
+            try:
+                asked = await asyncio.shield(asking)
+            except asyncio.CancelledError:  # its thread goes on, and asks
+                asking.add_done_callback(self._leave)
+                raise
         whole = False
         try:
             while not whole:
@@ -93,12 +100,8 @@ class Service:
         if not asking.exception():
             self.live.leave(asking.result())
 
-    def asking(self, chat: ChatRequest, usual: Settings) -> Asking:
-        return Asking(chat.question(usual.system, self.open_url), chat.sampling(usual))
-
-    def usual(self, request: Request) -> Settings:
-        """What holds where a request does not say: our own commands say all there is to say."""
-        return Settings() if is_own_socket(request.scope) else self.settings
+    def opener(self, own: bool) -> Opener:
+        return Opener(self.sandboxes, self._remote, own)
 
     def shapes(self) -> Shapes:
         tokenizer = self.live.engine.prompter.tokenizer
@@ -124,7 +127,7 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
     async def prompt(request: Request, body: ChatRequest) -> dict[str, Any]:
         if not is_own_socket(request.scope):
             raise HTTPException(404)
-        conversation = await run_in_threadpool(body.conversation, None, service.open_url)
+        conversation = await run_in_threadpool(body.conversation, None, service.opener(own=True))
         count = await run_in_threadpool(service.live.count, conversation)
         return {"prompt": engine.prompt(conversation), "tokens": count}
 
@@ -151,7 +154,7 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
         if body.model not in (None, "", "default", engine.model):
             raise Refusal(404, f"{body.model}: this server has {engine.model}", "model", "model_not_found")
         service.enter()
-        events = service.events(body, service.usual(request))
+        events = service.events(body, is_own_socket(request.scope))
         try:
             first = await _unless_left(request, anext(events))
         except BaseException:
@@ -161,7 +164,7 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
         if body.stream:
             return StreamingResponse(_stream(service, body, first, events), media_type=EVENTS, headers=_UNBUFFERED)
         try:
-            return JSONResponse(await _unless_left(request, _whole(service, body, first, events)))
+            return Json(await _unless_left(request, _whole(service, body, first, events)))
         finally:
             await events.aclose()
             service.leave()
@@ -169,7 +172,7 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
     @app.exception_handler(Refusal)
     async def refuse(request: Request, error: Refusal) -> Response:
         service.metrics.replied(error.status)
-        return JSONResponse(error.body(), error.status, error.headers())
+        return Json(error.body(), error.status, error.headers())
 
     @app.exception_handler(LlavaError)
     async def failed(request: Request, error: LlavaError) -> Response:
@@ -186,9 +189,11 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        return await refuse(request, Refusal(400, f"{place or 'body'}: {first['msg']}", place or None))
+        return await refuse(request, mistake(error.errors()))
+
+    @app.exception_handler(UnicodeError)
+    async def no_text(request: Request, error: UnicodeError) -> Response:
+        return await refuse(request, Refusal(400, "there is text in it that is no Unicode (half of a surrogate pair)"))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
@@ -206,6 +211,13 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
 
 
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Json(JSONResponse):
+    """What is no Unicode in it, such as half of a surrogate pair that a request had, is a question mark."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
 class Left(Exception):

@@ -12,6 +12,8 @@ from typing import Any
 from llava_cli.server.openai import Refusal
 
 BODY_BYTES = 64_000_000
+OWN_BODY_BYTES = 280_000_000
+"""Of the user's own commands: two of the largest pictures that they open."""
 BODY_SECONDS = 60.0
 
 
@@ -33,19 +35,21 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         outside = not is_own_socket(scope)
         origin = headers.get("origin") if outside else None
+        most = BODY_BYTES if outside else OWN_BODY_BYTES
         try:
             if outside:
                 self._check(scope["path"], scope["method"], headers, origin)
-            if int(headers.get("content-length") or 0) > BODY_BYTES:
-                raise Refusal(413, f"a request is at most {BODY_BYTES // 1_000_000} MB")
+            if int(headers.get("content-length") or 0) > most:
+                raise Refusal(413, _at_most(most))
         except (Refusal, ValueError) as error:
             refusal = error if isinstance(error, Refusal) else Refusal(400, "malformed headers")
-            await _answer(send, refusal.status, refusal.body(), self._cors(origin))
+            more = [(name.lower().encode(), value.encode()) for name, value in refusal.headers().items()]
+            await _answer(send, refusal.status, refusal.body(), [*more, *self._cors(origin)])
             return
         if origin and scope["method"] == "OPTIONS":
             await _answer(send, 204, None, self._cors(origin))
             return
-        await self.app(scope, _Body(receive), self._sending(send, origin))
+        await self.app(scope, _Body(receive, most), self._sending(send, origin))
 
     def _check(self, path: str, method: str, headers: dict[str, str], origin: str | None) -> None:
         host = _name(headers.get("host", ""))
@@ -93,8 +97,8 @@ class TooLarge(Exception):
 class _Body:
     """A request's body, of limited size and within limited time."""
 
-    def __init__(self, receive: Any) -> None:
-        self._receive, self._size, self._whole = receive, 0, False
+    def __init__(self, receive: Any, most: int) -> None:
+        self._receive, self._most, self._size, self._whole = receive, most, 0, False
         self._until = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def __call__(self) -> Any:
@@ -108,9 +112,13 @@ class _Body:
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
-            if self._size > BODY_BYTES:
-                raise TooLarge(f"a request is at most {BODY_BYTES // 1_000_000} MB")
+            if self._size > self._most:
+                raise TooLarge(_at_most(self._most))
         return message
+
+
+def _at_most(size: int) -> str:
+    return f"a request is at most {size // 1_000_000} MB"
 
 
 async def _answer(send: Any, status: int, body: Any, headers: list[tuple[bytes, bytes]]) -> None:

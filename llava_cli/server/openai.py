@@ -1,12 +1,13 @@
 """OpenAI's chat completions: their requests as conversations, answers and errors in their shapes.
 
-https://platform.openai.com/docs/api-reference/chat. What is asked for and not known here is refused, not left out.
+https://platform.openai.com/docs/api-reference/chat. What would change an answer and is not done here is refused.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -20,23 +21,32 @@ from llava_cli.engine import Answer
 from llava_cli.engine.many import Likelihood
 from llava_cli.errors import BadImage, LlavaError, OutOfMemory, PromptTooLong, UsageError
 from llava_cli.fetch import fetch
-from llava_cli.images import is_url
+from llava_cli.images import MAX_BYTES, is_url
 from llava_cli.sandbox import Sandboxes
 from llava_cli.settings import Sampling
 
 PICTURE_BYTES = 20_000_000
 PICTURES = 64
+PIXELS = 100_000_000
+"""Of all pictures of a request: a few kB of a PNG may be 50 megapixels, and each takes 3 bytes once it is opened."""
 _DATA = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
-_UNKNOWN = (
-    "tools",
-    "tool_choice",
-    "functions",
-    "function_call",
-    "logit_bias",
-    "audio",
-    "prediction",
-    "response_format",
-)
+_UNDONE: dict[str, tuple[Any, ...]] = {
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "logit_bias": (),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "response_format": ({"type": "text"},),
+    "frequency_penalty": (),
+    "presence_penalty": (),
+    "repetition_penalty": (1,),
+    "top_k": (-1,),
+    "min_p": (),
+}
+"""What is not done here, and what it may be set to all the same, beside nothing."""
 
 
 class Refusal(Exception):
@@ -65,7 +75,8 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry is None else {"Retry-After": str(self.retry)}
+        after = {} if self.retry is None else {"Retry-After": str(self.retry)}
+        return {**after, "Connection": "close"} if self.status == 413 else after  # there may be more to come of it
 
 
 class ImageUrl(BaseModel):
@@ -117,9 +128,9 @@ class ChatRequest(BaseModel):
 
     def check(self) -> None:
         """Raises `Refusal` for what is not done here."""
-        asked = [name for name in _UNKNOWN if (self.model_extra or {}).get(name)]
-        if asked:
-            raise Refusal(400, f"{asked[0]} is not supported", asked[0], "unsupported_parameter")
+        for name, value in (self.model_extra or {}).items():
+            if value and value not in _UNDONE.get(name, (value,)):
+                raise Refusal(400, f"{name} is not supported", name, "unsupported_parameter")
         if self.n not in (None, 1):
             raise Refusal(400, "n: one answer at a time", "n", "unsupported_parameter")
 
@@ -143,6 +154,9 @@ class ChatRequest(BaseModel):
         if not last.question.strip():
             raise Refusal(400, "there is no question", "messages")
         return conversation
+
+    def has_pictures(self) -> bool:
+        return any(message.urls() for message in self.messages)
 
     def conversation(self, usual: str | None, open_url: Callable[[str, str], Picture]) -> Conversation:
         """Its messages, answered or not."""
@@ -169,30 +183,66 @@ class ChatRequest(BaseModel):
         return Conversation(tuple(turns), system)
 
 
-def open_url(url: str, name: str, sandboxes: Sandboxes, remote: bool) -> Picture:
-    """The picture that a request brings, or with `remote` names by a public address. A file of this machine's never."""
-    try:
-        data = fetch(url, public=True) if remote and is_url(url) else _brought(url, name)
-        found = sandboxes.open(name, data)
-    except LlavaError as error:
-        found = error
-    if isinstance(found, LlavaError):
-        raise Refusal(400, f"{name}: {found.reason}", "messages", "invalid_image")
-    return found
+class Opener:
+    """Opens the pictures of one request: those that it brings, or with `remote` names by a public address.
+
+    A file of this machine's never. `own` requests may be as large as this user's files may be.
+    """
+
+    def __init__(self, sandboxes: Sandboxes, remote: bool, own: bool) -> None:
+        self._sandboxes, self._remote = sandboxes, remote
+        self._most = MAX_BYTES if own else PICTURE_BYTES
+        self._pixels: float = math.inf if own else PIXELS
+
+    def __call__(self, url: str, name: str) -> Picture:
+        """Raises `Refusal`."""
+        try:
+            remote = self._remote and is_url(url)
+            found = self._sandboxes.open(name, fetch(url, public=True) if remote else _brought(url, name, self._most))
+        except LlavaError as error:
+            found = error
+        if isinstance(found, LlavaError):
+            raise Refusal(400, f"{name}: {found.reason}", "messages", "invalid_image")
+        self._pixels -= found.image.width * found.image.height
+        if self._pixels < 0:
+            most = f"at most {PIXELS // 1_000_000} megapixels in all pictures together"
+            raise Refusal(400, most, "messages", "image_too_large")
+        return found
 
 
-def _brought(url: str, name: str) -> bytes:
+def _brought(url: str, name: str, most: int) -> bytes:
     """What a data: URI holds."""
     if is_url(url):
         raise Refusal(400, f"{name}: remote pictures are off; send a data: URI", "messages", "remote_url")
     if not (start := _DATA.match(url)):
         raise Refusal(400, f"{name}: not a base64 data: URI", "messages", "invalid_image_url")
-    if len(url) > PICTURE_BYTES * 4 // 3 + 200:
-        raise Refusal(400, f"{name}: larger than {PICTURE_BYTES // 1_000_000} MB", "messages", "image_too_large")
+    if len(url) > most * 4 // 3 + 200:
+        raise Refusal(400, f"{name}: larger than {most // 1_000_000} MB", "messages", "image_too_large")
     try:
         return base64.b64decode(url[start.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise Refusal(400, f"{name}: damaged base64", "messages", "invalid_image_url") from None
+
+
+def mistake(errors: Sequence[Any]) -> Refusal:
+    """What is wrong with a body, of all that pydantic says: where it got farthest, for a content may be two things."""
+    worst = max(errors, key=lambda error: len(error["loc"]))
+    if worst["type"] == "json_invalid":
+        return Refusal(400, "the body is no JSON")
+    if worst["loc"] == ("body",):
+        return Refusal(400, "the body has to be a JSON object, sent as Content-Type: application/json")
+    place = ".".join(str(part) for part in worst["loc"][1:] if str(part) not in _KINDS and "[" not in str(part))
+    words = {
+        "missing": "is missing",
+        "model_type": "has to be an object",
+        "model_attributes_type": "has to be an object",
+    }
+    message = words.get(worst["type"]) or worst["msg"][:1].lower() + worst["msg"][1:]
+    return Refusal(400, f"{place}: {message}", place)
+
+
+_KINDS = ("str", "int", "float", "bool")
+"""What pydantic calls a branch where a value may be several things."""
 
 
 def usage(answer: Answer) -> dict[str, Any]:

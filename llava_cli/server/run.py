@@ -12,14 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
-from llava_cli.place import check_free, listen, socket_path, status
+from llava_cli.place import check_free, in_between, listening, log_of, socket_path, status
 from llava_cli.settings import Settings
 
 EXTRA = "pip install 'llava-cli[serve]'"
@@ -118,18 +118,9 @@ def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[d
 
 @contextmanager
 def _sockets(path: Path, address: Address) -> Iterator[list[socket.socket]]:
-    """Both sockets, taken before the model is loaded; the file of the one goes with them."""
-    sockets = [listen(path)]
-    mine = path.stat().st_ino
-    try:
-        sockets.append(address.listen())
-        yield sockets
-    finally:
-        for one in sockets:
-            one.close()
-        with suppress(OSError):
-            if path.stat().st_ino == mine:
-                path.unlink()
+    """Both sockets, taken before the model is loaded."""
+    with listening(path) as own, closing(address.listen()) as outside:
+        yield [own, outside]
 
 
 def _said(service: Any, address: Address, settings: Settings, held: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +195,7 @@ def detach(words: list[str]) -> dict[str, Any]:
     """Starts `llava serve` with these words as a process of its own; what it says of itself once it answers."""
     path = socket_path()
     check_free(path)
-    log = path.with_suffix(".log")
+    log = log_of(path)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as output:
         process = subprocess.Popen(
@@ -235,6 +226,8 @@ def stop(patience: float) -> dict[str, Any] | None:
     """Tells the server to stop and waits until it has; what it said of itself, None where there was none."""
     path = socket_path()
     if (said := status(path)) is None:
+        if pid := in_between(path):
+            raise OutputTaken(f"pid {pid}", "is beginning, or finishes its answers", f"kill {shlex.quote(pid)}")
         return None
     with suppress(ProcessLookupError):
         os.kill(said["pid"], signal.SIGTERM)
