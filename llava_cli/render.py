@@ -59,14 +59,17 @@ class SafeText:
 
 def show(chunks: Iterable[Chunk]) -> Answer:
     """Writes an answer to stdout as it comes, safe on a terminal and as it is in a pipe."""
+    global _mid_line
     safe = SafeText() if sys.stdout.isatty() else None
     begun, answer = False, None
     try:
         for chunk in chunks:
             begun, answer = True, chunk.answer
+            _mid_line = safe is not None
             sys.stdout.write(safe.put(chunk.text) if safe else chunk.text)
             sys.stdout.flush()
     finally:
+        _mid_line = False
         if begun:  # also after Ctrl-C: the shell's prompt belongs on a line of its own
             sys.stdout.write((safe.end() if safe else "") + "\n")
             sys.stdout.flush()
@@ -126,9 +129,13 @@ def say(text: str) -> None:
     print(safe.put(text) + safe.end() if sys.stdout.isatty() else text, flush=True)
 
 
+_mid_line = False
+"""Whether the cursor of the terminal stands behind a part of an answer."""
+
+
 def note(line: str) -> None:
     """One line for the person, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print("\n" * (_mid_line and sys.stderr.isatty()) + line, file=sys.stderr, flush=True)
 
 
 def say_demo(settings: Settings, engine: Engine) -> None:

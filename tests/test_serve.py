@@ -417,6 +417,20 @@ def test_no_longer_than_they_may_take(serve: Serve, checkpoint: Callable[[str], 
     assert not server.socket.exists()
 
 
+def test_told_twice_it_stops_at_once_and_without_noise(serve: Serve, checkpoint: Callable[[str], Path]) -> None:
+    server = serve("-m", checkpoint("llava-llama"), "--max-tokens", "1900")
+    stream = server.client().chat.completions.create(model="default", messages=[said("what?")], stream=True)
+    next(iter(stream))
+    server.process.terminate()
+    while status(server.socket):  # until it takes no more
+        pass
+    server.process.terminate()
+    errors = server.process.communicate(timeout=60)[1]
+    assert server.process.returncode in (0, -signal.SIGTERM)  # the latter where it had ended its answer by then
+    assert errors == ""
+    assert not server.socket.exists()
+
+
 def test_one_goes_on_in_the_background_until_it_is_told(shell: Shell, tmp_path: Path) -> None:
     environment = {**os.environ, "LLAVA_SOCKET": str(tmp_path / "run" / "server.sock")}
     assert shell("serve", "--status", env=environment).returncode == 1

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pexpect
 import pytest
 from conftest import Run, Shell
 from PIL import Image
@@ -94,6 +95,7 @@ def test_batch_is_answered_by_the_server(serve: Serve, run: Run, drawing: Path, 
     server = serve()
     assert run(*words, "--verify", "2").stdout == alone.stdout
     assert server.metric("llava_requests_total") >= 8
+    assert f" · llava serve (pid {server.process.pid})\n" in run(*words[:-1]).stderr
 
 
 def test_a_picture_that_is_not_whole(serve: Serve, run: Run, drawing: Path) -> None:
@@ -161,6 +163,20 @@ def test_a_server_that_is_killed_in_the_midst_of_an_answer(
     assert process.returncode == 0
     assert errors.count(b"going on without it") == 1
     assert b"Traceback" not in errors
+
+
+def test_what_is_said_in_the_midst_of_an_answer_has_a_line_of_its_own(
+    serve: Serve, drawing: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    server = serve("-m", checkpoint("llava-llama"))
+    words = ["-m", "llava_cli", "ask", str(drawing), "what is this?", "-m", str(checkpoint("llava-llama"))]
+    child = pexpect.spawn(sys.executable, [*words, "--max-tokens", "1200", "-q", *FP32], encoding="utf-8", timeout=60)
+    child.expect(r"\S")
+    server.process.send_signal(signal.SIGKILL)
+    child.expect(r"\r\nllava: serve: [^\r\n]*; going on without it\r\n")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
 
 
 def test_a_server_that_is_killed_in_the_midst_of_a_batch(

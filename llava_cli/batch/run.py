@@ -120,7 +120,7 @@ def _answer(job: Job, journal: Journal | None, tally: Tally, engine: Engine, ope
         return "nothing left to do"
     seconds = time.monotonic() - begin
     rates = f"{pictures / seconds:.1f} pictures/s · {(tally.tokens - tokens) / seconds:.1f} tokens/s"
-    return f"{rates} · {seconds:.1f} s"
+    return f"{rates} · {seconds:.1f} s" + (f" · {engine.where}" if engine.where else "")
 
 
 def _verify(job: Job, tally: Tally, engine: Engine, opener: Opener, stopping: Stopping) -> None:

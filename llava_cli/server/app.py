@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing, nullcontext, suppress
 from typing import Any
 from uuid import uuid4
 
@@ -71,7 +71,8 @@ class Service:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def put(event: Token | Answer | LlavaError) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, event)
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever asked
+                loop.call_soon_threadsafe(queue.put_nowait, event)
 
         def ask() -> Asked:
             conversation = chat.question(usual.system, self.opener(own))

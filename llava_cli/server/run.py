@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import os
 import shlex
 import signal
@@ -113,7 +114,8 @@ def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[d
             asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(said())))
         finally:
             service.sandboxes.close()
-        # What is still being answered after its time has been taken from its client, and is not waited for.
+    if live.running:  # though nobody hears it any more, and ending torch in the midst of it would abort
+        os._exit(0)
 
 
 @contextmanager
@@ -150,6 +152,8 @@ async def _until_told(
 ) -> None:
     import uvicorn
 
+    from llava_cli.server.connection import Connection
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -161,6 +165,7 @@ async def _until_told(
 
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -169,6 +174,7 @@ async def _until_told(
         timeout_graceful_shutdown=max(1, round(terms.drain)),
         timeout_keep_alive=75,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     server = Server(config)
     loop = asyncio.get_running_loop()
 
@@ -189,6 +195,11 @@ async def _until_told(
         await server.serve(sockets)
     finally:
         watching.cancel()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a failure is more than an answer that was broken off in the end."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def detach(words: list[str]) -> dict[str, Any]:
