@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import json
 import os
@@ -80,6 +79,8 @@ def check_free(path: Path) -> None:
 
 def in_between(path: Path) -> str | None:
     """The process that has the socket's place, whether it answers yet, or any more, or not."""
+    import fcntl  # which not every system has, and without a server is not needed
+
     with suppress(FileNotFoundError), open(_beside(path, "lock")) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -95,6 +96,8 @@ def listening(path: Path) -> Iterator[socket.socket]:
     A lock beside it says whose it is: while a model is loaded or answers are finished nobody answers there, and still
     another server may neither take the socket for left behind nor delete it.
     """
+    import fcntl
+
     check_free(path)
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o077)  # from the first moment on

@@ -17,5 +17,6 @@ params.hostnames, params.port = ["127.0.0.1"], 0
 params.n_parallel, params.n_ctx = SLOTS, SLOTS * 1024  # which they share
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # more of them wait for each other busily
 server = xllamacpp.Server(params)
-print("ready", server.listening_address, flush=True)
+sys.stdout.write(f"ready {server.listening_address}\n")  # at once: its own thread's words go the same way
+sys.stdout.flush()
 threading.Event().wait()

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, suppress
 from typing import Any
 from uuid import uuid4
 
@@ -78,13 +78,17 @@ class Service:
             conversation = chat.question(usual.system, self.opener(own))
             return self.live.ask(Asking(conversation, chat.sampling(usual)), put, chat.stream, top)
 
-        async with self._opening if chat.has_pictures() else nullcontext():
-            asking = asyncio.ensure_future(run_in_threadpool(ask))
-            try:
-                asked = await asyncio.shield(asking)
-            except asyncio.CancelledError:  # its thread goes on, and asks
-                asking.add_done_callback(self._leave)
-                raise
+        pictures = chat.has_pictures()
+        if pictures:
+            await self._opening.acquire()
+        asking = asyncio.ensure_future(run_in_threadpool(ask))
+        if pictures:
+            asking.add_done_callback(lambda _: self._opening.release())
+        try:
+            asked = await asyncio.shield(asking)
+        except asyncio.CancelledError:  # its thread goes on, and asks
+            asking.add_done_callback(self._leave)
+            raise
         whole = False
         try:
             while not whole:
