@@ -1,4 +1,4 @@
-"""Leaves out of a process what transformers imports and a run of ours never needs: half of a start.
+"""Leaves out of a process what transformers imports and a run of ours never needs: a third of a start.
 
 For the command line alone, whose process is its own; who imports `llava_cli` has transformers whole.
 """
@@ -54,12 +54,15 @@ def _as_it_is(function: Callable[..., Any] | None = None, *args: Any, **options:
 
 def _defer(name: str, part: str, **ready: object) -> None:
     """Puts off running a package, but for one module of it, until something is asked of it that is not `ready`."""
-    spec = find_spec(name)
-    if name in sys.modules or spec is None:
+    if name in sys.modules or (spec := find_spec(name)) is None:
         return
     module = sys.modules[name] = module_from_spec(spec)
     vars(module).update(ready)
-    import_module(f"{name}.{part}")
+    try:
+        import_module(f"{name}.{part}")
+    except ImportError:  # another torch, of which nothing is left out
+        del sys.modules[name]
+        return
     del module.__path__  # which importing another of its modules asks for
     module.__class__ = _Deferred
 

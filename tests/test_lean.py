@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from llava_cli import lean
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,3 +60,23 @@ def test_what_was_put_off_is_there_when_it_is_asked_for(after: str) -> None:
 
 def test_everything_is_imported_where_fast_paths_are_off() -> None:
     assert "torch._dynamo.convert_frame" in run(LLAVA_FAST="0")[1]
+
+
+@pytest.mark.parametrize("part", ["light", "missing"])
+def test_a_package_is_put_off_if_its_light_part_is_there(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another version it may be elsewhere, and then all is imported."""
+    (folder := tmp_path / "some_package").mkdir()
+    (folder / "__init__.py").write_text("from some_package import heavy\nmark = 'its own'\n")
+    (folder / "light.py").write_text("")
+    (folder / "heavy.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("some_package", "some_package.light", "some_package.heavy"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    lean._defer("some_package", part, mark="ours")
+    package = importlib.import_module("some_package")
+    assert package.mark == ("ours" if part == "light" else "its own")
+    assert ("some_package.heavy" in sys.modules) is (part == "missing")
+    assert package.heavy
+    assert package.mark == "its own"
