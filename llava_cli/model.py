@@ -85,7 +85,7 @@ def _ready(model: Any, copy: Path | None) -> Any:
     return model.eval()
 
 
-def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], double_quant: bool | None = None) -> Any:
+def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], double_quant: bool = False) -> Any:
     """The model with its weights; those of one that is not stored quantised are, if `how` says so, on their way."""
     import torch
     from transformers import AutoModelForImageTextToText
@@ -108,7 +108,7 @@ def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], d
         if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
             options["attn_implementation"] = how.attention
         if how.precision in QUANTISED and not stored:
-            options["quantization_config"] = _quantization(name, how, config, dtype, bool(double_quant))
+            options["quantization_config"] = _quantization(name, how, config, dtype, double_quant)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llava_cli.errors import OutputTaken, plainly
 
@@ -81,7 +81,7 @@ def in_between(path: Path) -> str | None:
     """The process that has the socket's place, whether it answers yet, or any more, or not."""
     import fcntl  # which not every system has, and without a server is not needed
 
-    with suppress(FileNotFoundError), open(_beside(path, "lock")) as file:
+    with suppress(OSError), open(_beside(path, "lock")) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -99,37 +99,51 @@ def listening(path: Path) -> Iterator[socket.socket]:
     import fcntl
 
     check_free(path)
-    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o077)  # from the first moment on
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(_beside(path, "lock"), "a+")  # noqa: SIM115  # until the process ends
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open_beside(path, "lock") as lock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as one:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            check_free(path)
+            raise OutputTaken(str(path), "another server has just been there", "llava serve --status") from None
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)
-        if is_ours(path):
-            path.unlink()
-        os.umask(0o177)
-        one.bind(str(path))
-        one.listen(128)
-    except OSError as error:
-        one.close()
-        check_free(path)
-        raise OutputTaken(str(path), plainly(error), "LLAVA_SOCKET=PATH names another one") from None
-    finally:
-        os.umask(before)
+        try:
+            if is_ours(path):
+                path.unlink()
+            with _umask(0o177):  # from the first moment on
+                one.bind(str(path))
+            one.listen(128)
+        except OSError as error:
+            raise _unusable(path, error) from None
+        try:
+            yield one
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def open_beside(path: Path, kind: str) -> TextIO:
+    """A file of mode 0600 beside a socket, for its `kind` of thing. Raises `OutputTaken` where there can be none."""
     try:
-        yield one
-    finally:
-        one.close()
-        path.unlink(missing_ok=True)
-        lock.close()
-
-
-def log_of(path: Path) -> Path:
-    """Where a server in the background says what it has to say."""
-    return _beside(path, "log")
+        with _umask(0o077):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open(_beside(path, kind), "a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise _unusable(path, error) from None
 
 
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f"{path.name}.{kind}")
+
+
+def _unusable(path: Path, error: OSError) -> OutputTaken:
+    return OutputTaken(str(path), error.strerror or plainly(error), "LLAVA_SOCKET=PATH names another one")
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

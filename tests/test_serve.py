@@ -503,3 +503,17 @@ def test_one_that_does_not_answer_yet_keeps_its_place(serve: Serve, shell: Shell
     finally:
         server.process.send_signal(signal.SIGCONT)
     assert (status(server.socket) or {})["pid"] == server.process.pid
+
+
+@pytest.mark.parametrize("words", [(), ("--detach",)])
+@pytest.mark.parametrize("taken", ["server.sock", "run"])
+def test_a_place_where_no_socket_can_be(taken: str, words: tuple[str, ...], shell: Shell, tmp_path: Path) -> None:
+    """It is not taken for a server's, and the file that is there stays."""
+    (tmp_path / taken).write_text("mine")
+    socket_path = tmp_path / ("run/server.sock" if taken == "run" else taken)
+    result = shell("serve", "--port", "0", *words, env={**os.environ, "LLAVA_SOCKET": str(socket_path)})
+    assert result.returncode == 73
+    assert result.stderr.startswith(f"llava: {socket_path}: ".encode())
+    assert b"LLAVA_SOCKET=PATH names another one" in result.stderr
+    assert b"a server is beginning" not in result.stderr
+    assert (tmp_path / taken).read_text() == "mine"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
-from llava_cli.place import check_free, in_between, listening, log_of, socket_path, status
+from llava_cli.place import check_free, in_between, listening, open_beside, socket_path, status
 from llava_cli.settings import Settings
 
 EXTRA = "pip install 'llava-cli[serve]'"
@@ -206,21 +206,21 @@ def detach(words: list[str]) -> dict[str, Any]:
     """Starts `llava serve` with these words as a process of its own; what it says of itself once it answers."""
     path = socket_path()
     check_free(path)
-    log = log_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as output:
+    with open_beside(path, "log") as log:
+        log.truncate(0)
         process = subprocess.Popen(
             [sys.executable, "-m", "llava_cli", "serve", *words],
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
+            stdout=log,
+            stderr=log,
             start_new_session=True,
         )
-    while process.poll() is None:
-        if (said := status(path)) and said["pid"] == process.pid:
-            return said
-        time.sleep(BEAT)
-    raise Failed(process.returncode, log.read_text("utf-8", "replace"))
+        while process.poll() is None:
+            if (said := status(path)) and said["pid"] == process.pid:
+                return said
+            time.sleep(BEAT)
+        log.seek(0)
+        raise Failed(process.returncode, log.read())
 
 
 class Failed(LlavaError):
