@@ -115,7 +115,7 @@ CONTENDERS = [
     Contender("llava 4bit", "ours.py", "4bit", here, checkpoint, OURS),
     Contender("llava 8bit", "ours.py", "8bit", here, checkpoint, OURS, ("1B",)),
     Contender("llava bf16", "ours.py", "bf16", here, checkpoint, OURS, ("1B",)),
-    Contender("transformers nf4", "plain.py", "nf4", here, checkpoint, OURS),
+    Contender("transformers nf4", "plain.py", "nf4", here, checkpoint, OURS, ("1B",)),
     Contender("transformers bf16", "plain.py", "bf16", here, checkpoint, OURS, ("1B",)),
     Contender("llama.cpp Q4_0", "llama_run.py", "Q4_0", llama_python, gguf, ("llama-cpp-python",)),
     Contender("OpenVINO int4", "ov_run.py", "int4", openvino_python, exported, ("openvino-genai",)),

@@ -12,7 +12,8 @@ Of OpenVINO's time to the first token, what it calls preparing embeddings is the
 the first token of a conversation's third turn. "batch" is four pictures with answers of 32 tokens, at once where a
 contender can do that, else one after another.
 
-At 7B bf16 is left out: two such models are more than 24 GiB. Those in 4 bits fit at once, and alternate.
+At 7B what is larger than 4 bits a weight is left out, and so is transformers, which takes 19 GB for its 4: the others
+fit at once, and alternate. `--only` names who else should be there.
 
 Times say little while other processes are busy. Work during which they took more than a tenth of the machine is done
 again, for up to `--patience` seconds; what they took all the same is said below the table.

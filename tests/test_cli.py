@@ -192,12 +192,42 @@ def test_terminal_shows_a_spinner_and_ctrl_c_ends_the_answer(terminal: pexpect.s
     assert (terminal.before or "").endswith("\n")
 
 
-def test_sigterm_ends_it_with_its_code(terminal: pexpect.spawn[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_libraries_are_imported_ends_it_with_its_code(
+    number: signal.Signals, terminal: pexpect.spawn[str]
+) -> None:
     terminal.expect("loading the model")
-    terminal.kill(signal.SIGTERM)
+    terminal.kill(number)
     terminal.expect(pexpect.EOF)
     terminal.close()
-    assert terminal.exitstatus == 143
+    assert terminal.exitstatus == 128 + number
+    assert (terminal.before or "").endswith("\x1b[2K\x1b[?25h")  # nothing is said, and the cursor is back
+
+
+def test_ctrl_c_in_an_objects_end_ends_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    done = subprocess.run([sys.executable, script], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+INTERRUPTED = """
+import signal, sys, threading
+from llava_cli import cli
+
+class Ending:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+@cli.app.command()
+def end():
+    ending = Ending()
+    del ending
+    threading.Event().wait()
+
+sys.argv = ["llava", "end"]
+cli.main()
+"""
 
 
 def test_doctor_names_what_it_would_choose(run: Run) -> None:
