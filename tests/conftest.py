@@ -17,11 +17,12 @@ from PIL import Image, ImageDraw
 from servers import Serve, Server, begin
 from typer.testing import CliRunner, Result
 
-from llava_cli.cli import app
+from llava_cli.cli import app, register
 
 if TYPE_CHECKING:
     from llava_cli.engine.local import LocalEngine
 
+register()
 # Two workers whose torch takes two threads each spend most of their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Whoever runs the tests in the background may have had SIGINT ignored, and every process started here would ignore it.

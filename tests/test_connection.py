@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -44,3 +45,9 @@ def test_half_a_head_is_not_waited_for(pieces: tuple[bytes, ...], monkeypatch: p
     monkeypatch.setattr(module, "HEAD_SECONDS", 0.05)
     answer = asyncio.run(asyncio.wait_for(told(*pieces), 30))
     assert answer.count(b"HTTP/1.1 200") == sum(piece.endswith(b"\r\n\r\n") for piece in pieces)
+
+
+def test_what_is_no_http_is_refused_in_openais_shape() -> None:
+    head, _, body = asyncio.run(asyncio.wait_for(told(b"hello\r\n\r\n\0"), 30)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"

@@ -251,6 +251,7 @@ def test_what_is_no_request_is_refused_in_the_same_shape(server: Server) -> None
         ("/v1/chat/completions", "GET", None, 405),
         ("/v1/nothing", "GET", None, 404),
         ("/llava", "GET", None, 404),
+        ("/llava/prompt", "POST", {}, 404),
         ("/docs", "GET", None, 404),
     ):
         told, _, answer = server.ask(path, method, body, Content_Type="application/json")
@@ -463,6 +464,9 @@ def test_one_that_cannot_begin_says_why(shell: Shell, tmp_path: Path) -> None:
         result = shell("serve", "--port", str(taken.getsockname()[1]), env=environment)
     assert result.returncode == 73
     assert b"llava serve --port N" in result.stderr
+    result = shell("serve", "--host", "192.0.2.1", env={**environment, "LLAVA_API_KEY": "a"})  # nobody's address
+    assert result.returncode == 73
+    assert b"llava serve --host 127.0.0.1" in result.stderr
     assert not (tmp_path / "server.sock").exists()
 
 

@@ -41,10 +41,10 @@ def test_ask_is_answered_by_the_server(serve: Serve, run: Run, drawing: Path) ->
 def test_nothing_heavy_is_imported(serve: Serve, drawing: Path) -> None:
     serve()
     script = (
-        "import atexit, sys; from llava_cli.cli import app\n"
+        "import atexit, sys; from llava_cli.cli import main\n"
         "heavy = {'torch', 'transformers', 'numpy', 'rich', 'httpx'}\n"
         "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))\n"
-        "app(sys.argv[1:])"
+        "main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "ask", drawing, QUESTION, *FP32], capture_output=True, text=True

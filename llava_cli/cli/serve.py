@@ -92,10 +92,12 @@ def serve(
         said = run.stop(_seconds("--drain", drain) + 5) if end else place.status()
         if json:
             render.show_json(said)
+        elif said:
+            render.say(f"stopped: {_line(said)}" if end else _line(said))
+        elif pid := place.in_between(place.socket_path()):
+            render.say(f"a server begins or ends (pid {pid})")
         else:
-            pid = None if said else place.in_between(place.socket_path())
-            what = _line(said) if said else f"a server begins or ends (pid {pid})" if pid else "no server is running"
-            render.say(f"stopped: {what}" if end and said else what)
+            render.say("no server is running")
         if said is None and status:
             raise typer.Exit(1)
         return

@@ -123,15 +123,11 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
         return {"status": "stopping" if service.draining else "ok"}
 
     @app.get("/llava")
-    async def itself(request: Request) -> dict[str, Any]:
-        if not is_own_socket(request.scope):
-            raise HTTPException(404)
+    async def itself() -> dict[str, Any]:
         return said()
 
     @app.post("/llava/prompt")
-    async def prompt(request: Request, body: ChatRequest) -> dict[str, Any]:
-        if not is_own_socket(request.scope):
-            raise HTTPException(404)
+    async def prompt(body: ChatRequest) -> dict[str, Any]:
         conversation = await run_in_threadpool(body.conversation, None, service.opener(own=True))
         count = await run_in_threadpool(service.live.count, conversation)
         return {"prompt": engine.prompt(conversation), "tokens": count}

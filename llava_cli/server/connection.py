@@ -1,10 +1,14 @@
-"""A connection whose client has to say in time what it wants."""
+"""A connection whose client has to say in time, and in HTTP, what it wants."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llava_cli.server.openai import Refusal
 
 HEAD_SECONDS = 10.0
 
@@ -32,6 +36,14 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_no_more()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is refused in OpenAI's shape too."""
+        body = json.dumps(Refusal(400, msg).body()).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def _expect(self) -> None:
         self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)

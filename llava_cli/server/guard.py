@@ -15,6 +15,8 @@ BODY_BYTES = 64_000_000
 OWN_BODY_BYTES = 280_000_000
 """Of the user's own commands: two of the largest pictures that they open."""
 BODY_SECONDS = 60.0
+OWN_PATHS = "/llava"
+"""What begins so is for the user's own commands alone."""
 
 
 class Guard:
@@ -57,6 +59,8 @@ class Guard:
             raise Refusal(403, "this host is not served", code="host")
         if origin is not None and origin not in self.origins:
             raise Refusal(403, "this origin is not allowed", code="origin")
+        if path.startswith(OWN_PATHS):
+            raise Refusal(404, "Not Found")
         if self.key is None or path == "/health" or method == "OPTIONS":
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import logging
 import os
@@ -46,7 +47,7 @@ class Address:
             )
 
     def listen(self) -> socket.socket:
-        """A TCP socket. Raises `OutputTaken` where the port is another's."""
+        """A TCP socket. Raises `OutputTaken` where it cannot be had."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -55,7 +56,8 @@ class Address:
             listening.listen(128)
         except OSError as error:
             listening.close()
-            raise OutputTaken(self.url, error.strerror or str(error), "llava serve --port N") from None
+            which = "--port N" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host 127.0.0.1"
+            raise OutputTaken(self.url, error.strerror or str(error), f"llava serve {which}") from None
         return listening
 
     @property
