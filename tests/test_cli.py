@@ -211,6 +211,20 @@ def test_ctrl_c_in_an_objects_end_ends_it(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
+def test_ctrl_c_is_ignored_where_it_was() -> None:
+    """As it is in what a script runs with `&`."""
+    code = (
+        "import signal, sys; from llava_cli.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "sys.argv = ['llava', '--version']\n"
+        "try:\n    main()\n"
+        "finally:\n    signal.raise_signal(signal.SIGINT)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
 INTERRUPTED = """
 import signal, sys, threading
 from llava_cli import cli

@@ -113,8 +113,9 @@ def main() -> None:
         os.environ.update(
             {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
         )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell has what it runs behind it ignore it
+        signal.signal(signal.SIGINT, _end)
     sys.unraisablehook = _end_after
     lean.start()
     register(*sys.argv[1:2])
