@@ -889,6 +889,17 @@ def test_without_an_output_a_signal_ends_on_a_whole_row(
     assert "to go on" not in result.stderr
 
 
+def test_ctrl_c_is_ignored_where_it_was(photos: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is in what a script runs with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        signalled(monkeypatch, (3, signal.SIGINT))
+        assert len(rows_of(run(*photos))) == 12
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("second", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_second_signal_ends_at_once(
     second: int, code: int, photos: list[str], run: Run, monkeypatch: pytest.MonkeyPatch

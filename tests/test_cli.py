@@ -211,6 +211,19 @@ def test_ctrl_c_in_an_objects_end_ends_it(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
+def test_ctrl_c_waits_for_an_import_where_it_is_to_stop_an_answer(tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text("import signal; signal.raise_signal(signal.SIGINT); print('imported')")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import threading; from llava_cli import signals\n"
+        "signals.start(); signals.spare_imports()\n"
+        "try:\n    import library; threading.Event().wait()\n"
+        "except KeyboardInterrupt:\n    print('stopped')"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "imported\nstopped\n", "")
+
+
 def test_ctrl_c_is_ignored_where_it_was() -> None:
     """As it is in what a script runs with `&`."""
     code = (

@@ -432,6 +432,21 @@ def test_told_twice_it_stops_at_once_and_without_noise(serve: Serve, checkpoint:
     assert not server.socket.exists()
 
 
+def test_ctrl_c_is_ignored_where_it_was(serve: Serve, checkpoint: Callable[[str], Path]) -> None:
+    """As it is in what a script runs with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        server = serve("-m", checkpoint("llava-llama"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for _ in range(2):  # one would let answers finish, a second one end it
+        server.process.send_signal(signal.SIGINT)
+    create = server.client().chat.completions.create
+    assert (
+        create(model="default", messages=[said("what is this?")], max_tokens=2).choices[0].message.content is not None
+    )
+
+
 def test_one_goes_on_in_the_background_until_it_is_told(shell: Shell, tmp_path: Path) -> None:
     environment = {**os.environ, "LLAVA_SOCKET": str(tmp_path / "run" / "server.sock")}
     assert shell("serve", "--status", env=environment).returncode == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llava_cli import __version__, render
+from llava_cli import __version__, render, signals
 from llava_cli.batch.journal import Journal
 from llava_cli.batch.opener import Opener
 from llava_cli.batch.rows import to_line
@@ -167,7 +167,8 @@ class Stopping:
 
     def __enter__(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._stop)
+            if not signals.is_ignored(number):
+                self._before[number] = signal.signal(number, self._stop)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import warnings
 from importlib import import_module
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from llava_cli import __version__, lean
+from llava_cli import __version__, lean, signals
 from llava_cli.errors import LlavaError, OutputError, UsageError
 
 
@@ -113,41 +110,7 @@ def main() -> None:
         os.environ.update(
             {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
         )
-    signal.signal(signal.SIGTERM, _end)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell has what it runs behind it ignore it
-        signal.signal(signal.SIGINT, _end)
-    sys.unraisablehook = _end_after
+    signals.start()
     lean.start()
     register(*sys.argv[1:2])
     app(prog_name="llava")
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    """Ends the process in order, SIGTERM in two seconds at the latest.
-
-    At once while something is imported: what is raised there, libraries catch, or abort.
-    """
-    if _is_importing(frame):
-        if sys.stderr.isatty():
-            os.write(2, b"\r\x1b[2K\x1b[?25h")  # a spinner's line goes, and the cursor that it hid comes back
-        os._exit(128 + number)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    anyway = threading.Timer(2, os._exit, (128 + number,))
-    anyway.daemon = True
-    anyway.start()
-    sys.exit(128 + number)
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame and "importlib._bootstrap" not in frame.f_code.co_filename:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _end_after(ignored: Any) -> None:
-    """Ctrl-C in the midst of an object's end, from where nothing can be raised: once more, a moment later."""
-    if isinstance(ignored.exc_value, KeyboardInterrupt):
-        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
-    else:
-        sys.__unraisablehook__(ignored)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llava_cli import render
+from llava_cli import render, signals
 from llava_cli.cli import app
 from llava_cli.cli.arguments import open_named
 from llava_cli.cli.options import (
@@ -126,5 +126,6 @@ def chat(
         talk.note(f"chat {number} goes on after {len(talk.conversation.turns)} turn(s); llava chats show {number}")
     talk.note(f"{engine.model}: /help lists commands, Ctrl-D leaves")
     history = store.folder / "history" if store else None
+    signals.spare_imports()
     converse(talk, plain_keyboard() if plain else keyboard(history), quiet, stats)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C too many must not spoil the way out

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llava_cli import signals
 from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
 from llava_cli.place import check_free, in_between, listening, open_beside, socket_path, status
 from llava_cli.settings import Settings
@@ -185,7 +186,8 @@ async def _until_told(
         server.should_exit = service.draining = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+        if not signals.is_ignored(number):
+            loop.add_signal_handler(number, stop)
 
     async def idle() -> None:
         while not (terms.idle and not service.busy and time.monotonic() - service.last > terms.idle):
