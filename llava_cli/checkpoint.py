@@ -68,8 +68,8 @@ def _weights(checkpoint: Checkpoint) -> list[Path]:
 def _check_shard(checkpoint: Checkpoint, path: Path) -> None:
     """Reads a safetensors file's header and compares it with the file's length."""
     try:
-        header, length = _header(path)
-        end = max((tensor["data_offsets"][1] for k, tensor in header.items() if k != "__metadata__"), default=0)
+        tensors, length = header(path)
+        end = max((tensor["data_offsets"][1] for k, tensor in tensors.items() if k != "__metadata__"), default=0)
         whole = path.stat().st_size == 8 + length + end
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
@@ -77,7 +77,7 @@ def _check_shard(checkpoint: Checkpoint, path: Path) -> None:
         raise ModelUnusable(checkpoint.name, f"{path.name} is damaged or cut off", again(checkpoint.name))
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON at the front of a safetensors file, and its length in bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -88,7 +88,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 def stored_bytes(path: Path) -> float:
     """Bytes a weight takes in the file."""
-    kinds = {t.get("dtype") for k, t in _header(path)[0].items() if k != "__metadata__"}
+    kinds = {t.get("dtype") for k, t in header(path)[0].items() if k != "__metadata__"}
     return 4.0 if kinds == {"F32"} else 2.0
 
 

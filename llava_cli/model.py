@@ -78,8 +78,8 @@ def _from_copy(checkpoint: Checkpoint, how: Plan, copy: Path) -> Any:
 
 def _ready(model: Any, copy: Path | None) -> Any:
     """The model with all that makes it fast; weights are arranged for that in `copy`."""
+    from llava_cli.arranged import Arranged
     from llava_cli.engine.fast import speed_up
-    from llava_cli.quantised import Arranged
 
     speed_up(model, Arranged(copy))
     return model.eval()

@@ -14,6 +14,7 @@ from families import FAMILIES
 from test_engine import CONVERSATIONS
 
 from llava_cli import Conversation, Sampling, load
+from llava_cli.arranged import Arranged
 from llava_cli.engine import attention, decoder, int8, packed
 from llava_cli.engine.attention import NAME, attend
 from llava_cli.engine.cache import ROOM
@@ -25,7 +26,6 @@ from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.nf4 import Kernel, joined_bias
 from llava_cli.engine.packed import Packed, in_pairs
 from llava_cli.engine.step import Step, bound
-from llava_cli.quantised import Arranged
 
 Plainly = Callable[..., LocalEngine]
 SAMPLING = Sampling(max_tokens=12)
@@ -212,16 +212,19 @@ def test_4_bit_kernel_says_what_bitsandbytes_says(
 
 
 @pytest.mark.parametrize("biases", [(False,), (True, False, True)])
-def test_products_in_8_bits(biases: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_in_8_bits(biases: tuple[bool, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layers = [four_bits(32 * (i + 2), bias) for i, bias in enumerate(biases)]
-    x = torch.randn(2, 40, 128, dtype=torch.bfloat16)
+    x = torch.randn(2, 40, 128, dtype=dtype)
     x[0, 0] = 0
+    given = x.clone()
     with torch.inference_mode():
         found = Products(**whole_numbers(layers), bias=joined_bias(layers))(x)
-        expected = torch.cat([layer(x) for layer in layers], -1)
+        expected = torch.cat([layer(given) for layer in layers], -1)
     assert (found - expected).norm() < 0.02 * expected.norm()
-    assert torch.equal(found[0, 0], expected[0, 0])
+    assert torch.equal(found[0, 0].bfloat16(), expected[0, 0].bfloat16())  # the biases
+    assert torch.equal(x, given)
 
 
 @pytest.mark.parametrize("biases", [(True,), (False, False, False), (True, False)])

@@ -11,7 +11,11 @@ import torch
 from conftest import Run
 from test_engine import CONVERSATIONS
 
-from llava_cli import Sampling, load, quantised
+from llava_cli import Sampling, arranged, load, quantised
+from llava_cli.arranged import Arranged
+from llava_cli.engine import int8
+from llava_cli.engine.fast import Joined
+from llava_cli.engine.int8 import Products
 from llava_cli.registry import quantised_cache
 from llava_cli.settings import Precision
 
@@ -88,7 +92,7 @@ def test_a_copy_that_is_cut_off_is_made_again(checkpoint: Callable[[str], Path],
     assert weights.stat().st_size == len(whole)
 
 
-def arranged() -> dict[str, Path]:
+def arranged_files() -> dict[str, Path]:
     return {path.stem: path for path in quantised_cache().rglob("arranged-*/*.safetensors")}
 
 
@@ -101,13 +105,13 @@ def said(folder: Path) -> str:
 def arranging(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of each file that is made."""
     made: list[str] = []
-    write = quantised._write
+    write = arranged._write
 
     def told(tensors: dict[str, torch.Tensor], path: Path) -> None:
         made.append(path.stem)
         write(tensors, path)
 
-    monkeypatch.setattr(quantised, "_write", told)
+    monkeypatch.setattr(arranged, "_write", told)
     return made
 
 
@@ -117,20 +121,43 @@ def test_weights_are_arranged_once(checkpoint: Callable[[str], Path], arranging:
 
     folder = checkpoint("llava-llama")
     first = said(folder)
-    assert sorted(arranging) == sorted(arranged())
+    assert sorted(arranging) == sorted(arranged_files())
     if not torch.cpu._is_vnni_supported():
         return
     assert [name for name in arranging if name.endswith("-8")]
     assert said(folder) == first
-    assert len(arranging) == len(arranged())
-    for path in arranged().values():
+    assert len(arranging) == len(arranged_files())
+    for path in arranged_files().values():
         assert all(tensor.data_ptr() % 64 == 0 for tensor in load_file(path).values())
-    name, path = next(iter(arranged().items()))
+    name, path = next(iter(arranged_files().items()))
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert said(folder) == first
     assert arranging[-1] == name
     assert path.read_bytes() == whole
+
+
+@pytest.mark.skipif(not int8.suits_here(), reason="no products in 8 bits on this CPU")
+def test_weights_for_many_tokens_stay_in_memory_no_longer_than_they_are_used(tmp_path: Path) -> None:
+    def make() -> dict[str, torch.Tensor]:
+        return {"whole": torch.randint(-127, 128, (256, 512), dtype=torch.int8), "scale": torch.rand(512)}
+
+    torch.manual_seed(0)
+    tensors = Arranged(tmp_path)("layer", make)
+    (path,) = tmp_path.rglob("*.safetensors")
+    products, x = Joined(Products(**tensors), Products(**tensors), tensors.let_go), torch.randn(64, 256)
+    few = products(x[:16])
+    assert in_memory(path) > 128
+    many = products(x)
+    assert in_memory(path) == 0
+    assert torch.equal(products(x), many)
+    assert torch.equal(products(x[:16]), few)
+
+
+def in_memory(path: Path) -> int:
+    """How many KiB of a file this process has."""
+    _, _, after = Path("/proc/self/smaps").read_text().partition(str(path))
+    return int(after.partition("Rss:")[2].split()[0])
 
 
 def test_weights_of_a_checkpoint_that_was_quantised_by_others(
@@ -145,7 +172,7 @@ def test_weights_of_a_checkpoint_that_was_quantised_by_others(
     arranging.clear()
     assert said(tmp_path / "theirs") == said(tmp_path / "theirs") == said(checkpoint("llava-llama"))
     assert len(arranging) == len(set(arranging))
-    assert len(arranged()) == len(arranging)
+    assert len(arranged_files()) == len(arranging)
     engine = load(str(tmp_path / "theirs"), precision="4bit", device="cpu")
     with as_transformers(engine.network):  # its own weights are as they were
         assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=3)).answer_tokens == 3

@@ -13,7 +13,7 @@ from llava_cli.engine.packed import Packed, in_pairs
 if TYPE_CHECKING:
     import torch
 
-    from llava_cli.quantised import Arranged
+    from llava_cli.arranged import Arranged
 
 _ROWS = 4096
 """Of its weights are quantised at a time: they stand in memory several times on the way."""

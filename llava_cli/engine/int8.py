@@ -99,7 +99,7 @@ class Products:
         tokens = x.reshape(-1, x.shape[-1])
         # In fp32, for bf16 would round some of them up to 128.
         size = tokens.abs().amax(-1, keepdim=True).float().clamp_(min=1e-6).div_(127)
-        whole = tokens.float().div_(size).round_().to(torch.int8)
+        whole = torch.div(tokens, size).round_().to(torch.int8)  # and not in place: what is given stays as it is
         out = x.new_empty(len(tokens), len(self._scale))
         for begin in range(0, len(out), _AT_ONCE):
             some = slice(begin, begin + _AT_ONCE)

@@ -1,0 +1,108 @@
+"""Weights in the order in which this processor multiplies them: made once, and then mapped from files."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_cli.checkpoint import header
+from llava_cli.quantised import SPARE
+
+if TYPE_CHECKING:
+    import torch
+
+_KINDS = {"U8": "uint8", "I8": "int8", "BF16": "bfloat16", "F32": "float32"}
+"""Of numbers: safetensors' names and torch's."""
+
+
+class Tensors(dict[str, "torch.Tensor"]):
+    """Tensors by name. Those of a file come into memory as they are used, and out of it when they are let go."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], file: mmap.mmap | None = None) -> None:
+        super().__init__(tensors)
+        self._file = file
+
+    @classmethod
+    def of(cls, path: Path) -> Tensors:
+        """Those of a file in safetensors' format. Raises `OSError`, and `ValueError` where it is damaged."""
+        import torch
+
+        names, length = header(path)
+        with open(path, "rb") as opened:
+            file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # of one to be read alone torch warns
+        numbers, tensors = torch.frombuffer(file, dtype=torch.uint8)[8 + length :], {}
+        if len(numbers) != max((its["data_offsets"][1] for its in names.values()), default=0):
+            raise ValueError(f"{path} is cut off")
+        for name, its in names.items():
+            begin, end = its["data_offsets"]
+            tensors[name] = numbers[begin:end].view(getattr(torch, _KINDS[its["dtype"]])).view(its["shape"])
+        return cls(tensors, file)
+
+    def let_go(self) -> None:
+        """Takes what is mapped out of this process' memory; the system keeps it as long as it has room."""
+        if self._file and hasattr(mmap, "MADV_DONTNEED"):
+            self._file.madvise(mmap.MADV_DONTNEED)
+
+
+class Arranged:
+    """Tensors in the order in which this processor multiplies them: made once, and then mapped from files.
+
+    They stand in a folder beside a copy's weights, one file for each name; or in memory, without a folder.
+    """
+
+    def __init__(self, copy: Path | None = None) -> None:
+        self._folder = copy and copy / f"arranged-{_processor()}"
+
+    def __call__(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
+        """The tensors of that name; `make` makes them where there are none."""
+        if not self._folder:
+            return Tensors(make())
+        path = self._folder / f"{name}.safetensors"
+        with suppress(OSError, ValueError):
+            return Tensors.of(path)
+        tensors, new = Tensors(make()), path.with_suffix(f".{os.getpid()}")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self._folder).free < sum(part.nbytes for part in tensors.values()) + SPARE:
+                return tensors
+            _write(tensors, new)
+            os.rename(new, path)
+            return Tensors.of(path)  # of which no more is in memory than is used
+        except OSError:
+            return tensors
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """As safetensors, but with all numbers at multiples of 64 bytes: else a processor reads them at half the speed."""
+    import torch
+
+    kinds, names, end = {getattr(torch, kind): name for name, kind in _KINDS.items()}, {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        names[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(names).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())  # a file that lost power would be whole by its size, and full of zeros
+
+
+def _processor() -> str:
+    """What the order of weights depends on."""
+    from importlib.metadata import version
+
+    import torch
+
+    able = {"bf16": torch.cpu._is_avx512_bf16_supported(), "vnni": torch.cpu._is_vnni_supported()}
+    return "-".join([version("bitsandbytes"), *(name for name, has in able.items() if has)])
