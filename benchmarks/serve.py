@@ -2,7 +2,7 @@
 
 Answers a second of requests one after another and of eight at once, in turn; what a command takes, from its start to
 its first token, beyond the engine's own time. `--load MINUTES` asks for so long instead, many at once, one in twenty no
-good: every answer is held against that of an engine here, and the server's memory is told every minute.
+good, in fp32: every answer is held against that of an engine here, and the server's memory is told every minute.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         os.environ["LLAVA_SOCKET"] = str(path := Path(name) / "server.sock")
         serve = [sys.executable, "-m", "llava_cli", "serve"]
-        subprocess.run([*serve, "--detach", "--port", "0"], check=True)
+        # In fp32 an answer does not depend on those that are made beside it.
+        precision = ["-p", "fp32"] if args.load else []
+        subprocess.run([*serve, "--detach", "--port", "0", *precision], check=True)
         try:
             ask(path, picture(-1), QUESTIONS[0])
             if args.load:

@@ -97,12 +97,16 @@ class Prompter:
 
     def encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The model's inputs: `input_ids` [1, tokens] with image tokens expanded, `pixel_values`, …"""
-        with self._lock:
-            return self._encode(conversation)
-
-    def _encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
-        text = self._render(conversation)
         images = self._views_of([picture.image for picture in conversation.pictures])
+        # Without the lock: nobody should wait for another one's large pictures.
+        processed = self.processor.image_processor.ahead(images) if images else None
+        with self._lock:
+            if processed:
+                self.processor.image_processor.last = processed
+            return self._encode(conversation, images)
+
+    def _encode(self, conversation: Conversation, images: list[Image]) -> dict[str, torch.Tensor]:
+        text = self._render(conversation)
         if images and self._last and self._last[0] == text:
             # A batch asks one thing about many pictures: of all that the processor does, only pixels are new.
             seen = self.processor.image_processor.again(images)
@@ -136,8 +140,9 @@ class Prompter:
 
     def _views_of(self, images: list[Image]) -> list[Image]:
         """The pictures that the processor gets, the same objects for the same pictures as in the last prompt."""
-        self._views = {id(image): self._views.get(id(image)) or (image, self._view(image)) for image in images}
-        return [self._views[id(image)][1] for image in images]
+        views = {id(image): self._views.get(id(image)) or (image, self._view(image)) for image in images}
+        self._views = views
+        return [views[id(image)][1] for image in images]
 
     def _view(self, image: Image) -> Image:
         mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
@@ -241,29 +246,42 @@ def _known(value: Any) -> object:
     return value.shape if value.is_floating_point() else value.tolist()
 
 
+Processed = tuple[list["Image"], dict[str, Any], dict[str, Any]]
+"""Pictures, the options that they were processed with, and what came of them."""
+
+
 class _Once:
     """An image processor that does not process again what the last prompt had: a chat repeats its pictures."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._last: tuple[list[Image], dict[str, Any], dict[str, Any]] | None = None
+        self.last: Processed | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
+    def ahead(self, images: list[Image]) -> Processed | None:
+        """These pictures, processed as the last ones were, to be the `last` ones; None as long as there were none."""
+        if (last := self.last) is None or same_images(last[0], images):
+            return last
+        return self._processed(images, last[1])
+
     def again(self, images: list[Image]) -> Any:
         """As the last ones were processed."""
-        assert self._last is not None
-        return self(images, **self._last[1])
+        assert self.last is not None
+        return self(images, **self.last[1])
 
     def __call__(self, images: list[Image], **options: Any) -> Any:
         from transformers import BatchFeature
 
         images = images[0] if isinstance(images[0], list) else images
-        if self._last is None or not same_images(self._last[0], images) or self._last[1] != options:
-            # In a list of their own: several pictures of one prompt, which OneVision's does not cut into tiles.
-            self._last = images, options, dict(self._inner([images], **options))
-        return BatchFeature(dict(self._last[2]))  # a copy: some processors take things out of it
+        if self.last is None or not same_images(self.last[0], images) or self.last[1] != options:
+            self.last = self._processed(images, options)
+        return BatchFeature(dict(self.last[2]))  # a copy: some processors take things out of it
+
+    def _processed(self, images: list[Image], options: dict[str, Any]) -> Processed:
+        # In a list of their own: several pictures of one prompt, which OneVision's does not cut into tiles.
+        return images, options, dict(self._inner([images], **options))
 
 
 def same_images(before: list[Image], now: list[Image]) -> bool:

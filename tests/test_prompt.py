@@ -155,9 +155,12 @@ def test_pictures_of_any_size_after_one_another(family: str, checkpoint: Callabl
         assert all(before[name].tolist() == alone[name].tolist() for name in alone)
 
 
-def test_one_prompt_is_prepared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch prepares prompts in one thread and answers what cannot stand in rows in another."""
+@pytest.mark.parametrize("first", [True, False])
+def test_prompts_are_prepared_in_several_threads(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very first one by itself; later on none waits for another one's pictures."""
     prompter = load_prompter(Settings(model="builtin"))
+    if not first:
+        prompter.encode(Conversation().ask("what?", [DOT]))
     one, two = (
         Conversation().ask(f"what?{color}", [Picture("", Image.new("RGB", (30, 30), color), sha256="")])
         for color in ("red", "blue")
@@ -177,14 +180,14 @@ def test_one_prompt_is_prepared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
             if not overtaken:
                 overtaken.append(False)
                 other.start()
-                other.join(0.2)  # as long as it is let wait
+                other.join(0.2 if first else 60)
                 overtaken[0] = not other.is_alive()
             return process(*args, **options)
 
     monkeypatch.setattr(pictures, "_inner", Midst())
     found[one] = prompter.encode(one)
     other.join()
-    assert overtaken == [False]
+    assert overtaken == [not first]
     for talk, inputs in found.items():
         assert isinstance(inputs, dict)
         assert all(inputs[name].equal(value) for name, value in alone[talk].items())

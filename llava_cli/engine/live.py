@@ -53,7 +53,6 @@ class Live:
         self._asked: dict[int, Asked] = {}
         self._numbers = itertools.count()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._preparing = threading.Lock()  # a tokenizer serves one thread at a time
         self._ended = False
         self._answered = 0  # since memory was given back
         self._thread = threading.Thread(target=self._run, name="llava engine", daemon=True)
@@ -73,8 +72,7 @@ class Live:
         begin = time.perf_counter()
         pictures = tuple(picture.sha256 for picture in request.conversation.pictures)
         number = next(self._numbers)
-        with self._preparing:
-            row = self.engine.row(number, request, pictures)
+        row = self.engine.row(number, request, pictures)
         asked = Asked(number, put, begin, row)
         if row is not None:
             row.pictures, row.show, row.top = pictures, put if stream or top is not None else None, top
@@ -84,8 +82,7 @@ class Live:
 
     def count(self, conversation: Conversation) -> int:
         """How many tokens the conversation's prompt has."""
-        with self._preparing:
-            return self.engine.count(conversation)
+        return self.engine.count(conversation)
 
     def leave(self, asked: Asked) -> None:
         """Nobody waits for this answer any more."""
