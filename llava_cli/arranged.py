@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_cli.checkpoint import header
+from llava_cli.memory import forget
 from llava_cli.quantised import SPARE
 
 if TYPE_CHECKING:
@@ -24,30 +24,34 @@ _KINDS = {"U8": "uint8", "I8": "int8", "BF16": "bfloat16", "F32": "float32"}
 class Tensors(dict[str, "torch.Tensor"]):
     """Tensors by name. Those of a file come into memory as they are used, and out of it when they are let go."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], file: mmap.mmap | None = None) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], file: torch.Tensor | None = None) -> None:
         super().__init__(tensors)
         self._file = file
 
     @classmethod
     def of(cls, path: Path) -> Tensors:
-        """Those of a file in safetensors' format. Raises `OSError`, and `ValueError` where it is damaged."""
+        """Those of a file that `_write` has written. Raises `OSError`, and `ValueError` where it is damaged."""
         import torch
 
-        names, length = header(path)
-        with open(path, "rb") as opened:
-            file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # of one to be read alone torch warns
-        numbers, tensors = torch.frombuffer(file, dtype=torch.uint8)[8 + length :], {}
-        if len(numbers) != max((its["data_offsets"][1] for its in names.values()), default=0):
-            raise ValueError(f"{path} is cut off")
-        for name, its in names.items():
-            begin, end = its["data_offsets"]
-            tensors[name] = numbers[begin:end].view(getattr(torch, _KINDS[its["dtype"]])).view(its["shape"])
+        size = path.stat().st_size
+        try:
+            names, length = header(path)
+            # Private, and never written to: what were written would be lost with what is let go.
+            file = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            numbers, tensors = file[8 + length :], {}
+            if len(numbers) != max((its["data_offsets"][1] for its in names.values()), default=0):
+                raise ValueError("cut off")
+            for name, its in names.items():
+                begin, end = its["data_offsets"]
+                tensors[name] = numbers[begin:end].view(getattr(torch, _KINDS[its["dtype"]])).view(its["shape"])
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged") from error
         return cls(tensors, file)
 
     def let_go(self) -> None:
         """Takes what is mapped out of this process' memory; the system keeps it as long as it has room."""
-        if self._file and hasattr(mmap, "MADV_DONTNEED"):
-            self._file.madvise(mmap.MADV_DONTNEED)
+        if self._file is not None:
+            forget(self._file.data_ptr(), self._file.nbytes)
 
 
 class Arranged:
@@ -74,25 +78,27 @@ class Arranged:
             _write(tensors, new)
             os.rename(new, path)
             return Tensors.of(path)  # of which no more is in memory than is used
-        except OSError:
+        except (OSError, ValueError):
             return tensors
         finally:
             new.unlink(missing_ok=True)
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """As safetensors, but with all numbers at multiples of 64 bytes: else a processor reads them at half the speed."""
+    """Like safetensors, but with numbers at multiples of 64 bytes: else a processor reads them at half the speed."""
     import torch
 
     kinds, names, end = {getattr(torch, kind): name for name, kind in _KINDS.items()}, {}, 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
+        begin = end + -end % 64
+        end = begin + tensor.nbytes
         names[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(names).encode()
     text += b" " * (-(8 + len(text)) % 64)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
+            file.write(bytes(-file.tell() % 64))
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())  # a file that lost power would be whole by its size, and full of zeros

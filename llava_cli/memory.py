@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -99,18 +100,33 @@ def read_once(files: Iterable[Path]) -> Iterator[None]:
         thread.join()
 
 
+def forget(begin: int, size: int) -> None:
+    """Takes a file's pages, mapped at `begin`, out of this process' memory; the system may keep them (on Linux).
+
+    They are read again when they are wanted. What was written to them is lost.
+    """
+    _advise(begin, size, _DONT_NEED)
+
+
 def _page_out(names: Collection[str]) -> None:
-    """Takes the pages of files of these names out of this process' memory; they are read again when they are wanted."""
-    advise = ctypes.CDLL(None).madvise
+    """Takes the pages of files of these names out of memory; they are read again when they are wanted."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, *_, name = line.split(maxsplit=5)
         if name in names:
             begin, end = (int(number, 16) for number in addresses.split("-"))
-            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _PAGE_OUT)
+            _advise(begin, end - begin, _PAGE_OUT)
 
 
+def _advise(begin: int, size: int, advice: int) -> None:
+    """It is advice: where the system does not take it, all goes on as it would have without."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+
+
+_DONT_NEED = 4
+"""MADV_DONTNEED of mman.h."""
 _PAGE_OUT = 21
-"""MADV_PAGEOUT of mman.h: with it no change is lost, were there one."""
+"""MADV_PAGEOUT: with it no change is lost, were there one."""
 _EVERY = 0.5
 """Seconds."""
 

@@ -12,9 +12,9 @@ from typing import Any
 
 def start() -> None:
     """Takes both over for the process's life."""
-    signal.signal(signal.SIGTERM, _end)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell has what it runs behind it ignore it
-        signal.signal(signal.SIGINT, _end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if not is_ignored(number):  # as a shell has SIGINT ignored by what it runs behind it
+            signal.signal(number, _end)
     sys.unraisablehook = _unraisable
 
 
@@ -35,7 +35,7 @@ def _end(number: int, frame: FrameType | None) -> None:
     At once while something is imported: what is raised there, libraries catch, or abort.
     """
     if _is_importing(frame):
-        if sys.stderr.isatty():
+        if sys.stderr and sys.stderr.isatty():
             os.write(2, b"\r\x1b[2K\x1b[?25h")  # a spinner's line goes, and the cursor that it hid comes back
         os._exit(128 + number)
     if number == signal.SIGINT:
@@ -58,10 +58,22 @@ def _is_importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
+_waiting: threading.Timer | None = None
+
+
 def _interrupt_later() -> None:
-    again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
-    again.daemon = True
-    again.start()
+    """Once, however often Ctrl-C was pressed by then: the second one would leave the chat."""
+    global _waiting
+    if _waiting is None:
+        _waiting = threading.Timer(0.01, _interrupt_again)
+        _waiting.daemon = True
+        _waiting.start()
+
+
+def _interrupt_again() -> None:
+    global _waiting
+    _waiting = None
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _unraisable(ignored: Any) -> None:

@@ -63,15 +63,15 @@ def _quantised_kinds() -> set[str]:
     return {"Linear4bit", "Linear8bitLt"} if packed.suits_here() or int8.suits_here() else {"Linear4bit"}
 
 
-LONG = 64
-"""Tokens after which weights are let go that stand in a file: a 7B takes 5 GB, not 11.6. The next product has to find
-them again in the system's cache, which takes 3 % of the time of 620 tokens, and would take 15 % of a turn of 16."""
+LET_GO_FROM = 64
+"""Tokens after which weights in 8 bits are let go that stand in a file: a 7B takes 5.3 GB, not 11.5. The next product
+finds them in the system's cache, for 3 % of the time of 620 tokens; it would be 15 % of a chat's turn of 16."""
 
 
 class Joined:
     """Quantised layers that multiply the same input: one way for few tokens, and one for many.
 
-    After a long prompt's `let_go` takes out of memory what the latter multiplies by.
+    After those of a prompt `let_go` takes out of memory what the latter multiplies by.
     """
 
     def __init__(self, few: Product, many: Product, let_go: Callable[[], None] | None = None) -> None:
@@ -111,7 +111,7 @@ class Joined:
         if tokens < TOKENS:
             return self.few(x)
         out = self.many(x)
-        if self._let_go and tokens >= LONG:
+        if self._let_go and tokens >= LET_GO_FROM and x.shape[-2] > 1:  # and not at each step of a batch
             self._let_go()
         return out
 
