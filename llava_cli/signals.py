@@ -36,7 +36,9 @@ def _end(number: int, frame: FrameType | None) -> None:
     """
     if _is_importing(frame):
         if sys.stderr and sys.stderr.isatty():
-            os.write(2, b"\r\x1b[2K\x1b[?25h")  # a spinner's line goes, and the cursor that it hid comes back
+            screen = os.dup(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # lest a spinner's thread draws once more
+            os.write(screen, b"\r\x1b[2K\x1b[?25h")  # its line goes, and the cursor that it hid comes back
         os._exit(128 + number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt

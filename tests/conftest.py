@@ -73,7 +73,7 @@ def shell() -> Shell:
 
     def invoke(*args: str | Path, **options: object) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "llava_cli", *map(str, args)]
-        return subprocess.run(command, capture_output=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+        return subprocess.run(command, capture_output=True, timeout=600, **options)  # type: ignore[call-overload, no-any-return]
 
     return invoke
 

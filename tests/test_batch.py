@@ -1020,7 +1020,7 @@ def test_progress_and_ctrl_c_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     words = ["-m", "llava_cli", *held]
-    child = pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(40, 120), timeout=60)
+    child = pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(40, 120), timeout=600)
     child.expect("8/13")
     child.expect("0 failed · .* pictures/s · .* tokens/s · left")
     child.sendintr()

@@ -29,7 +29,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
 
     def start(*args: str | Path) -> pexpect.spawn[str]:
         words = ["-m", "llava_cli", "chat", *map(str, args)]
-        child = pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(40, 100), timeout=60)
+        child = pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(40, 100), timeout=600)
         opened.append(child)
         if "-q" not in words:
             child.expect("Ctrl-D leaves")
@@ -38,7 +38,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
 
     yield start
     for child in opened:
-        child.close(force=True)
+        child.kill(signal.SIGKILL)
+        child.wait()
+        child.close()
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def test_path_is_completed_and_the_picture_shown(terminal: Open, drawing: Path) 
 
 
 def test_model_gives_the_terminal_no_orders(terminal: Open, checkpoint: Callable[[str], Path], drawing: Path) -> None:
-    child = terminal(drawing, "--plain", "-m", checkpoint("vip-llava"), "--no-save", "-q")
+    child = terminal(drawing, "--plain", "-m", checkpoint("vip-llava"), "-p", "fp32", "--no-save", "-q")
     child.sendline("what is this?")
     child.expect("Question: ")
     said = (child.before or "").replace("\r\n", "\n")

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from conftest import Run, Shell
@@ -300,8 +299,9 @@ def test_too_large_for_this_machine(folder: Path, refused: Refused) -> None:
     assert "4bit" not in said, "that does not fit either"
 
 
-def test_too_large_at_this_precision(folder: Path, refused: Refused) -> None:
-    of_size(2 * (psutil.virtual_memory().available // 2 * 2))(folder)
+def test_too_large_at_this_precision(folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_cli.memory.free_memory", lambda device: 10**10)
+    of_size(2 * 10**10)(folder)
     assert f"\n  llava ask -m {folder} -p 4bit\n" in refused(71).stderr
 
 

@@ -177,7 +177,7 @@ def terminal(drawing: Path, tmp_path: Path) -> pexpect.spawn[str]:
     shutil.copytree(builtin_folder(), endless)
     (endless / "generation_config.json").write_text('{"eos_token_id": []}')
     words = ["-m", "llava_cli", "ask", str(drawing), "what is this?", "-m", str(endless), "--max-tokens", "1000"]
-    return pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(24, 100), timeout=90)
+    return pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(24, 100), timeout=600)
 
 
 def test_terminal_shows_a_spinner_and_ctrl_c_ends_the_answer(terminal: pexpect.spawn[str]) -> None:
@@ -194,14 +194,33 @@ def test_terminal_shows_a_spinner_and_ctrl_c_ends_the_answer(terminal: pexpect.s
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_libraries_are_imported_ends_it_with_its_code(
-    number: signal.Signals, terminal: pexpect.spawn[str]
+    number: signal.Signals, drawing: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HELD)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "hook")}
+    words = ["-m", "llava_cli", "ask", str(drawing), "what is this?"]
+    terminal = pexpect.spawn(sys.executable, words, env=environment, encoding="utf-8", timeout=600)
+    terminal.expect("held")
     terminal.expect("loading the model")
     terminal.kill(number)
     terminal.expect(pexpect.EOF)
     terminal.close()
     assert terminal.exitstatus == 128 + number
     assert (terminal.before or "").endswith("\x1b[2K\x1b[?25h")  # nothing is said, and the cursor is back
+
+
+HELD = """
+import sys, threading
+
+class Held:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("held", flush=True)
+            threading.Event().wait()
+
+sys.meta_path.insert(0, Held())
+"""
 
 
 def test_ctrl_c_in_an_objects_end_ends_it(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def run(precision: str = "fp32", after: str = "", **env: str) -> list[str]:
     """The lines that an answer prints, which heavy modules it has imported, and what `after` prints after it."""
     code = RUN.replace("PRECISION", precision).replace("AFTER", after)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -106,11 +107,11 @@ def test_another_picture_is_another_prompt(live: Callable[[str], Live], engines:
 def test_who_comes_later_does_not_wait(live: Callable[[str], Live]) -> None:
     """It joins at the next step, and may be answered before those that were there."""
     serving = live("llava-llama")
-    long, _ = begin(serving, Conversation().ask("what is this?", [seen(1)]), Sampling(max_tokens=400))
+    long, _ = begin(serving, Conversation().ask("what is this?", [seen(1)]), Sampling(max_tokens=600))
     long.first()
     assert ask(serving, Conversation().ask("and this?", [seen(2)]), Sampling(max_tokens=2)).answer_tokens == 2
     assert serving.running == 1
-    assert long.end().answer_tokens == 400
+    assert long.end().answer_tokens == 600
 
 
 def test_who_leaves_frees_the_place(live: Callable[[str], Live]) -> None:
@@ -157,8 +158,10 @@ def test_where_memory_runs_out_answers_go_on_in_smaller_batches(
     """And what had been shown of them is not shown again."""
     step = Batch.step
     tripped: list[int] = []
+    all_there = threading.Event()
 
     def runs_out(self: Batch) -> object:
+        all_there.wait()
         if len(self.rows) > 2 and len(self.rows[0].ids) > len(self.rows[0].prompt) + 4:
             tripped.append(len(self.rows))
             raise MemoryError
@@ -167,7 +170,9 @@ def test_where_memory_runs_out_answers_go_on_in_smaller_batches(
     monkeypatch.setattr(Batch, "step", runs_out)
     serving = live("llava-llama")
     talks = [Conversation().ask("what is this?", [seen(i)]) for i in range(4)]
-    answers = [listener.end().text for listener, _ in [begin(serving, talk) for talk in talks]]
+    begun = [begin(serving, talk) for talk in talks]
+    all_there.set()
+    answers = [listener.end().text for listener, _ in begun]
     assert tripped
     assert answers == [engines("llava-llama").answer(talk, SAMPLING).text for talk in talks]
 

@@ -20,6 +20,12 @@ Engines = Callable[[str], LocalEngine]
 SAMPLING = Sampling(max_tokens=12)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is being prepared is waited for, on however slow a machine."""
+    monkeypatch.setattr("llava_cli.engine.local.GATHER", 60.0)
+
+
 def requests(sampling: Sampling = SAMPLING) -> list[Request]:
     """Pictures of several shapes with questions of several lengths, some about the same picture, some in turns."""
     same, wide = picture(60, 60, 1), picture(200, 50, 2)
@@ -76,6 +82,7 @@ def test_repetition_penalty(engines: Engines, monkeypatch: pytest.MonkeyPatch) -
     same_as_alone(engine, requests(), 4)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_picture_is_read_once(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, seen = engines("llava-llama"), []
     forward = Batch._forward
@@ -112,6 +119,7 @@ def test_what_cannot_be_answered_is_said_and_the_rest_goes_on(engines: Engines) 
     assert all(isinstance(answer, Answer) for answer in found.values()) and len(found) == len(asked) - 1
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("most", [5, 2, 1])
 def test_out_of_memory_halves_the_batch_and_loses_no_row(
     most: int, engines: Engines, monkeypatch: pytest.MonkeyPatch
@@ -142,6 +150,7 @@ def test_memory_for_not_even_one_row_is_that_rows_error(engines: Engines, monkey
     assert {type(error).__name__ for error in found.values()} == {"OutOfMemory"}
 
 
+@pytest.mark.usefixtures("patient")
 def test_no_more_are_begun_once_it_should_stop(engines: Engines) -> None:
     begun: list[int] = []
 

@@ -35,7 +35,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.fail("there is no Chromium to open the page in: apt-get install -y chromium", pytrace=False)
     environment = {**os.environ, "HOME": str(tmp_path_factory.mktemp("chromium"))}
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=ARGS, env=environment)
+        browser = driver.chromium.launch(executable_path=found, args=ARGS, env=environment, timeout=300_000)
         yield browser
         browser.close()
 
@@ -47,7 +47,8 @@ def opened(browser: Browser) -> Iterator[Open]:
     wrong: list[str] = []
     urls: list[str] = []
     context = browser.new_context(viewport={"width": 1000, "height": 800}, reduced_motion="reduce")
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(120_000)
+    expect.set_options(timeout=120_000)
 
     def open_page(path: Path) -> Page:
         page = context.new_page()

@@ -391,7 +391,7 @@ def test_too_many_wait(serve: Serve, checkpoint: Callable[[str], Path]) -> None:
 
 
 def test_answers_in_hand_are_finished_when_it_is_to_stop(serve: Serve, checkpoint: Callable[[str], Path]) -> None:
-    server = serve("-m", checkpoint("llava-llama"), "--max-tokens", "600")
+    server = serve("-m", checkpoint("llava-llama"), "--max-tokens", "600", "--drain", "600")
     stream = iter(
         server.client().chat.completions.create(model="default", messages=[said("what is this?")], stream=True)
     )

@@ -170,7 +170,7 @@ def test_what_is_said_in_the_midst_of_an_answer_has_a_line_of_its_own(
 ) -> None:
     server = serve("-m", checkpoint("llava-llama"))
     words = ["-m", "llava_cli", "ask", str(drawing), "what is this?", "-m", str(checkpoint("llava-llama"))]
-    child = pexpect.spawn(sys.executable, [*words, "--max-tokens", "1200", "-q", *FP32], encoding="utf-8", timeout=60)
+    child = pexpect.spawn(sys.executable, [*words, "--max-tokens", "1200", "-q", *FP32], encoding="utf-8", timeout=600)
     child.expect(r"\S")
     server.process.send_signal(signal.SIGKILL)
     child.expect(r"\r\nllava: serve: [^\r\n]*; going on without it\r\n")

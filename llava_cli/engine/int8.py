@@ -112,7 +112,8 @@ class Products:
 
         room = Products._room
         if room is None or room.numel() < _AT_ONCE * len(self._scale):
-            room = Products._room = torch.empty(_AT_ONCE * len(self._scale), dtype=torch.int32)
+            with torch.inference_mode(False):  # for who computes otherwise, too
+                room = Products._room = torch.empty(_AT_ONCE * len(self._scale), dtype=torch.int32)
         sums = torch._int_mm(numbers, self._whole, out=room[: out.numel()].view(out.shape))
         for begin in range(0, len(out), _ROWS):
             some = slice(begin, begin + _ROWS)
