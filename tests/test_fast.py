@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES
 from test_engine import CONVERSATIONS
 
-from llava_cli import Conversation, Sampling, load
+from llava_cli import Conversation, Sampling, load, open_picture
 from llava_cli.arranged import Arranged
 from llava_cli.engine import attention, decoder, int8, packed
 from llava_cli.engine.attention import NAME, attend
@@ -26,6 +26,7 @@ from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.nf4 import Kernel, joined_bias
 from llava_cli.engine.packed import Packed, in_pairs
 from llava_cli.engine.step import Step, bound
+from llava_cli.settings import Precision
 
 Plainly = Callable[..., LocalEngine]
 SAMPLING = Sampling(max_tokens=12)
@@ -357,6 +358,30 @@ def test_vision_layers_that_nobody_sees_are_not_computed(
     with as_transformers(network):
         assert bool(computed()) == bool(unused)
     assert computed() == 0
+
+
+@pytest.mark.parametrize("precision", ["4bit", "8bit"])
+def test_a_wide_vision_tower_sees_the_same_in_8_bits(
+    precision: Precision, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_cli.engine.fast.WIDE", 0)
+    engine = load("builtin", precision=precision, device="cpu")
+    ways = {name for name, layer in engine.network.named_modules() if isinstance(vars(layer).get("forward"), Joined)}
+    here = int8.suits_here() or packed.suits_here()
+    assert sum(".vision_tower." in name for name in ways) == (36 if here else 0)
+    inputs = engine.inputs(Conversation().ask("what is this?", [open_picture(str(drawing))]))
+
+    def features() -> torch.Tensor:
+        with torch.inference_mode():
+            found = engine.network.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+        return torch.stack(list(found.pooler_output)).float()
+
+    found = features()
+    with as_transformers(engine.network):
+        expected = features()
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert (error.mean() > 0) == here
+    assert error.mean() < 0.04
 
 
 def test_no_8_bits_where_memory_is_short(

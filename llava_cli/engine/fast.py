@@ -38,7 +38,8 @@ def speed_up(model: Any, arranged: Arranged) -> None:
     if attends := model.config._attn_implementation == "sdpa":
         use_plain_attention(model)
     layers = {layer: name for name, layer in model.named_modules() if type(layer).__name__ in _quantised_kinds()}
-    in_8_bits = bool(layers) and (packed.suits_here() or int8.suits_here()) and has_room(layers)
+    seeing = wide_vision_layers(model)
+    in_8_bits = bool(layers) and (packed.suits_here() or int8.suits_here()) and has_room([*layers, *seeing])
     have_8_bits = any(layer.weight.dtype == torch.int8 for layer in layers)
 
     def join(some: list[Any]) -> Product | None:
@@ -53,6 +54,9 @@ def speed_up(model: Any, arranged: Arranged) -> None:
         else:
             for layer in layers:
                 vars(layer)["forward"] = join([layer]) or layer.forward
+        if in_8_bits:
+            for layer, name in seeing.items():
+                vars(layer)["forward"] = Joined.for_many(layer, name, arranged)
         if layers and (head := Head.of(output, arranged, have_8_bits)):
             vars(output)["forward"] = head
     packed.finish()
@@ -63,6 +67,10 @@ def _quantised_kinds() -> set[str]:
     return {"Linear4bit", "Linear8bitLt"} if packed.suits_here() or int8.suits_here() else {"Linear4bit"}
 
 
+WIDE = 512
+"""Inputs that a layer of the vision tower needs for it: CLIP-L/336 takes 1.0 s for a picture in 8 bits, 2.8 in bf16
+without AMX; the built-in model's, 192 wide, 14 ms and not 7. Features are 1.7 % off with random weights, where bf16
+has them off by 1.3 %; with the built-in model's trained ones 1.6 % and 0.7 %, and as many answers are right."""
 LET_GO_FROM = 64
 """Tokens after which weights in 8 bits are let go that stand in a file: a 7B takes 5.3 GB, not 11.5. The next product
 finds them in the system's cache, for 3 % of the time of 620 tokens; it would be 15 % of a chat's turn of 16."""
@@ -106,6 +114,14 @@ class Joined:
         plain: Product = few or partial(each, layers)
         return cls(plain, many or plain, let_go)
 
+    @classmethod
+    def for_many(cls, layer: Any, name: str, arranged: Arranged) -> Joined:
+        """A layer that has no quantised weights, with products in 8 bits for many tokens."""
+        if packed.suits_here():
+            return cls(layer.forward, Packed(**arranged(f"{name}-rows", partial(in_pairs, [layer])), bias=layer.bias))
+        numbers = arranged(f"{name}-8", partial(whole_numbers, [layer]))
+        return cls(layer.forward, Products(**numbers, bias=layer.bias), numbers.let_go)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.numel() // x.shape[-1]
         if tokens < TOKENS:
@@ -114,6 +130,17 @@ class Joined:
         if self._let_go and tokens >= LET_GO_FROM and x.shape[-2] > 1:  # and not at each step of a batch
             self._let_go()
         return out
+
+
+def wide_vision_layers(model: Any) -> dict[Any, str]:
+    """The vision tower's linear layers that are worth computing in 8 bits, and their names."""
+    unused = {part for layer in unused_layers(model) for part in layer.modules()}
+    return {
+        layer: name
+        for name, layer in model.named_modules()
+        if ".vision_tower." in name and type(layer).__name__ == "Linear" and layer.in_features >= WIDE
+        if layer not in unused
+    }
 
 
 def unused_layers(model: Any) -> list[Any]:
