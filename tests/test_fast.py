@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from types import FunctionType
 from typing import Any
 
@@ -226,6 +227,26 @@ def test_products_in_8_bits(biases: tuple[bool, ...], dtype: torch.dtype) -> Non
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert torch.equal(found[0, 0].bfloat16(), expected[0, 0].bfloat16())  # the biases
     assert torch.equal(x, given)
+
+
+def test_products_in_8_bits_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is computed whole while another one has its sums, and nothing else yet."""
+    torch.manual_seed(0)
+    one, two = (Products(**whole_numbers([torch.nn.Linear(128, 64, bias=False)])) for _ in range(2))
+    x, multiply = torch.randn(40, 128), torch._int_mm
+    with torch.inference_mode():
+        expected = one(x)
+
+        def overtaken(*args: Any, **options: Any) -> torch.Tensor:
+            sums = multiply(*args, **options)
+            monkeypatch.setattr(torch, "_int_mm", multiply)
+            other = Thread(target=two, args=(x,))
+            other.start()
+            other.join()
+            return sums
+
+        monkeypatch.setattr(torch, "_int_mm", overtaken)
+        assert torch.equal(one(x), expected)
 
 
 @pytest.mark.parametrize("biases", [(True,), (False, False, False), (True, False)])

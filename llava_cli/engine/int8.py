@@ -9,8 +9,9 @@ Weights that have 8 bits are multiplied as they are: a token of such a 1B takes 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from llava_cli.memory import free_memory
 
@@ -24,6 +25,8 @@ _ROWS = 32
 """At a time stay in the processor's cache."""
 _AT_ONCE = 640
 """Tokens that are multiplied: a prompt with a picture. Half as many would read the weights twice: 5 % slower."""
+_room = threading.local()
+"""For a thread's sums, of its widest product so far: new memory for each one takes a tenth of its time."""
 _SHARE = 0.5  # of the memory that is free may go
 
 
@@ -87,9 +90,6 @@ class Products:
     `whole` [inputs, outputs] are the weights in int8, `scale` [outputs] is what one of each column is worth.
     """
 
-    _room: ClassVar[torch.Tensor | None] = None
-    """For sums, of the widest product so far: new memory for each one takes a tenth of its time."""
-
     def __init__(self, whole: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._whole, self._scale, self._bias = whole, scale, bias
 
@@ -110,10 +110,10 @@ class Products:
     def _multiply(self, numbers: torch.Tensor, size: torch.Tensor, out: torch.Tensor) -> None:
         import torch
 
-        room = Products._room
+        room = getattr(_room, "sums", None)
         if room is None or room.numel() < _AT_ONCE * len(self._scale):
             with torch.inference_mode(False):  # for who computes otherwise, too
-                room = Products._room = torch.empty(_AT_ONCE * len(self._scale), dtype=torch.int32)
+                room = _room.sums = torch.empty(_AT_ONCE * len(self._scale), dtype=torch.int32)
         sums = torch._int_mm(numbers, self._whole, out=room[: out.numel()].view(out.shape))
         for begin in range(0, len(out), _ROWS):
             some = slice(begin, begin + _ROWS)
