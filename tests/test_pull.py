@@ -148,12 +148,12 @@ def test_one_pull_outlives_a_hiccup(shell: Shell, hub: Hub) -> None:
     assert [r.begins_at for r in hub.fetched("model.safetensors")] == [0, 10 * 2**20]
 
 
-def size_of(part: Path) -> int:
-    """0 for one that has just become a file of another name."""
+def is_under_way(home: Path) -> bool:
+    """Once the first 10 MB are in a file. Meanwhile others come, and go."""
     try:
-        return part.stat().st_size
+        return any(part.stat().st_size >= 10 * 2**20 for part in home.rglob("*.incomplete"))
     except FileNotFoundError:
-        return 0
+        return False
 
 
 @pytest.mark.parametrize("by, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
@@ -161,8 +161,7 @@ def test_an_interrupted_pull_goes_on(run: Run, hub: Hub, home: Path, by: signal.
     hub.hangs_after = HALF
     command = [sys.executable, "-m", "llava_cli", "models", "pull", NAME]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as pulling:
-        # It is under way once the first 10 MB are in a file.
-        while not any(size_of(part) >= 10 * 2**20 for part in home.rglob("*.incomplete")):
+        while not is_under_way(home):
             assert pulling.poll() is None
             hub.go_on.wait(0.02)
         pulling.send_signal(by)
