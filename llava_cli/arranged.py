@@ -17,7 +17,7 @@ from llava_cli.quantised import SPARE
 if TYPE_CHECKING:
     import torch
 
-_KINDS = {"U8": "uint8", "I8": "int8", "BF16": "bfloat16", "F32": "float32"}
+_KINDS = {"U8": "uint8", "I8": "int8", "F16": "float16", "F32": "float32"}
 """Of numbers: safetensors' names and torch's."""
 
 
@@ -61,7 +61,7 @@ class Arranged:
     """
 
     def __init__(self, copy: Path | None = None) -> None:
-        self._folder = copy and copy / f"arranged-{_processor()}"
+        self._folder = copy and copy / "arranged"
 
     def __call__(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
         """The tensors of that name; `make` makes them where there are none."""
@@ -102,13 +102,3 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())  # a file that lost power would be whole by its size, and full of zeros
-
-
-def _processor() -> str:
-    """What the order of weights depends on."""
-    from importlib.metadata import version
-
-    import torch
-
-    able = {"bf16": torch.cpu._is_avx512_bf16_supported(), "vnni": torch.cpu._is_vnni_supported()}
-    return "-".join([version("bitsandbytes"), *(name for name, has in able.items() if has)])

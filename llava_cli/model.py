@@ -90,11 +90,14 @@ def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], d
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from llava_cli.engine.fast import compile_ahead
     from llava_cli.machine import native
 
     name, stored = checkpoint.name, getattr(config, "quantization_config", None)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
+    if how.precision in QUANTISED and how.device == "cpu":
+        compile_ahead(how.precision == "4bit", dtype == torch.bfloat16)
     with model_errors(name, "its weights cannot be loaded", again(name)):
         options: dict[str, Any] = {
             "config": config,

@@ -13,7 +13,6 @@ from test_engine import CONVERSATIONS
 
 from llava_cli import Sampling, arranged, load, quantised
 from llava_cli.arranged import Arranged, Tensors
-from llava_cli.engine import int8
 from llava_cli.engine.fast import Joined
 from llava_cli.engine.int8 import Products
 from llava_cli.registry import quantised_cache
@@ -93,7 +92,7 @@ def test_a_copy_that_is_cut_off_is_made_again(checkpoint: Callable[[str], Path],
 
 
 def arranged_files() -> dict[str, Path]:
-    return {path.stem: path for path in quantised_cache().rglob("arranged-*/*.safetensors")}
+    return {path.stem: path for path in quantised_cache().rglob("arranged/*.safetensors")}
 
 
 def said(folder: Path) -> str:
@@ -120,9 +119,7 @@ def test_weights_are_arranged_once(checkpoint: Callable[[str], Path], arranging:
     folder = checkpoint("llava-llama")
     first = said(folder)
     assert sorted(arranging) == sorted(arranged_files())
-    if not torch.cpu._is_vnni_supported():
-        return
-    assert [name for name in arranging if name.endswith("-8")]
+    assert [name for name in arranging if name.endswith("-tiles")]
     assert said(folder) == first
     assert len(arranging) == len(arranged_files())
     for path in arranged_files().values():
@@ -152,7 +149,6 @@ def test_damaged_files_are_made_again(damage: tuple[bytes, bytes], tmp_path: Pat
         assert path.read_bytes() == whole
 
 
-@pytest.mark.skipif(not int8.suits_here(), reason="no products in 8 bits on this CPU")
 def test_weights_for_many_tokens_stay_in_memory_no_longer_than_they_are_used(tmp_path: Path) -> None:
     def make() -> dict[str, torch.Tensor]:
         return {"whole": torch.randint(-127, 128, (256, 512), dtype=torch.int8), "scale": torch.rand(512)}
@@ -186,7 +182,7 @@ def test_weights_of_a_checkpoint_that_was_quantised_by_others(
     said(checkpoint("llava-llama"))
     (copy,) = quantised_cache().iterdir()
     shutil.copytree(checkpoint("llava-llama"), tmp_path / "theirs", ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copytree(copy, tmp_path / "theirs", ignore=shutil.ignore_patterns("arranged-*"), dirs_exist_ok=True)
+    shutil.copytree(copy, tmp_path / "theirs", ignore=shutil.ignore_patterns("arranged"), dirs_exist_ok=True)
     arranging.clear()
     assert said(tmp_path / "theirs") == said(tmp_path / "theirs") == said(checkpoint("llava-llama"))
     assert len(arranging) == len(set(arranging))

@@ -8,18 +8,25 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine import int8, packed
+from llava_cli.engine import compiled, int8, tiles
 from llava_cli.engine.attention import NAME, use_plain_attention
 from llava_cli.engine.decoder import Decoder, Product, suits
 from llava_cli.engine.head import Head
 from llava_cli.engine.int8 import TOKENS, Products, as_they_are, has_room, whole_numbers
-from llava_cli.engine.nf4 import Kernel, each, in_kernel_order, is_arranged, joined_bias
-from llava_cli.engine.packed import Packed, in_pairs
+from llava_cli.engine.tiles import Tiled, in_tiles, joined_bias
 
 if TYPE_CHECKING:
     import torch
 
     from llava_cli.arranged import Arranged
+
+
+def compile_ahead(in_4_bits: bool, bf16: bool) -> None:
+    """Begins to compile what a quantised model on a CPU will want, while its weights are read."""
+    if os.environ.get("LLAVA_FAST") == "0":
+        return
+    for bits in (4, 8) if in_4_bits else (8,):  # a wide vision tower has 8
+        compiled.ahead(bits, bf16)
 
 
 def speed_up(model: Any, arranged: Arranged) -> None:
@@ -37,15 +44,13 @@ def speed_up(model: Any, arranged: Arranged) -> None:
             activation.forward = _quick_gelu
     if attends := model.config._attn_implementation == "sdpa":
         use_plain_attention(model)
-    layers = {layer: name for name, layer in model.named_modules() if type(layer).__name__ in _quantised_kinds()}
-    seeing = wide_vision_layers(model)
-    in_8_bits = bool(layers) and (packed.suits_here() or int8.suits_here()) and has_room([*layers, *seeing])
-    have_8_bits = any(layer.weight.dtype == torch.int8 for layer in layers)
+    layers = {layer: name for name, layer in model.named_modules() if type(layer).__name__ in _QUANTISED}
+    seeing = wide_vision_layers(model) if layers else {}
+    copies = [*layers, *seeing] if int8.suits_here() else seeing
+    room, in_8_bits = has_room(copies), any(layer.weight.dtype == torch.int8 for layer in layers)
 
     def join(some: list[Any]) -> Product | None:
-        if not all(layer in layers for layer in some):
-            return None
-        return Joined.of(some, layers[some[0]], in_8_bits, arranged)
+        return joined(some, layers[some[0]], room, arranged) if all(layer in layers for layer in some) else None
 
     decoder, output = model.get_decoder(), model.get_output_embeddings()
     with torch.inference_mode():
@@ -54,19 +59,15 @@ def speed_up(model: Any, arranged: Arranged) -> None:
         else:
             for layer in layers:
                 vars(layer)["forward"] = join([layer]) or layer.forward
-        if in_8_bits:
-            for layer, name in seeing.items():
-                vars(layer)["forward"] = Joined.for_many(layer, name, arranged)
-        if layers and (head := Head.of(output, arranged, have_8_bits)):
+        for layer, name in seeing.items():
+            if room and (many := in_8_bits_of(layer, name, arranged)):
+                vars(layer)["forward"] = Joined(layer.forward, *many)
+        if layers and (head := Head.of(output, arranged, in_8_bits)):
             vars(output)["forward"] = head
-    packed.finish()
 
 
-def _quantised_kinds() -> set[str]:
-    """The names of bitsandbytes' layers that there are faster products for on this CPU."""
-    return {"Linear4bit", "Linear8bitLt"} if packed.suits_here() or int8.suits_here() else {"Linear4bit"}
-
-
+_QUANTISED = ("Linear4bit", "Linear8bitLt")
+"""bitsandbytes' layers, by the names of their classes."""
 WIDE = 512
 """Inputs and outputs, at least, of a layer of the vision tower that is worth it: CLIP-L/336 takes 1.0 s for a picture
 in 8 bits, 2.8 in bf16 without AMX; the built-in model's, 192 wide, 14 ms and not 7. Features are 1.7 % off with random
@@ -77,58 +78,48 @@ LET_GO_FROM = 64
 finds them in the system's cache, for 3 % of the time of 620 tokens; it would be 15 % of a chat's turn of 16."""
 
 
-class Joined:
-    """Quantised layers that multiply the same input: one way for few tokens, and one for many.
+def joined(layers: list[Any], name: str, room: bool, arranged: Arranged) -> Product | None:
+    """The product of quantised layers that multiply the same input; None where nothing is better than themselves.
 
-    After those of a prompt `let_go` takes out of memory what the latter multiplies by.
+    `room` is there for copies of their weights in 8 bits.
     """
+    import torch
 
-    def __init__(self, few: Product, many: Product, let_go: Callable[[], None] | None = None) -> None:
-        self.few, self.many, self._let_go = few, many, let_go
+    bias, have_8_bits = joined_bias(layers), layers[0].weight.dtype == torch.int8
+    if have_8_bits and int8.suits_here():
+        return Products(**as_they_are(layers), bias=bias)
+    if not tiles.suits(layers):
+        return None
+    few = Tiled(**arranged(f"{name}-tiles", partial(in_tiles, layers)), bias=bias)
+    if not (room and int8.suits_here()):
+        return few
+    numbers = arranged(f"{name}-8", partial(whole_numbers, layers))
+    return Joined(few, Products(**numbers, bias=bias), numbers.let_go)
 
-    @classmethod
-    def of(cls, layers: list[Any], name: str, in_8_bits: bool, arranged: Arranged) -> Joined | None:
-        """None where there is nothing better than the layers themselves."""
-        import torch
 
-        bias, many, few, let_go = joined_bias(layers), None, None, None
-        if in_8_bits and packed.suits_here():
-            both = Packed(**arranged(f"{name}-rows", partial(in_pairs, layers)), bias=bias)
-            return cls(both, both)
-        if layers[0].weight.dtype == torch.int8:
-            if not int8.suits_here():
-                return None
-            products = Products(**as_they_are(layers), bias=bias)
-            return cls(products, products)
-        # Before bitsandbytes arranges the weights: it then has lost how to make numbers of them.
-        if in_8_bits:
-            numbers = arranged(f"{name}-8", partial(whole_numbers, layers))
-            many, let_go = Products(**numbers, bias=bias), numbers.let_go
-        if tensors := arranged(f"{name}-4", partial(in_kernel_order, layers)):
-            few = Kernel(**tensors, bias=bias)
-            parts = torch.split(tensors["weights"], [layer.out_features for layer in layers])
-            for layer, its in zip(layers, parts, strict=True):
-                if is_arranged(layer):
-                    layer.weight.data = its  # not twice
-        if not many and not few:
-            return None
-        plain: Product = few or partial(each, layers)
-        return cls(plain, many or plain, let_go)
-
-    @classmethod
-    def for_many(cls, layer: Any, name: str, arranged: Arranged) -> Joined:
-        """A layer that has no quantised weights, with products in 8 bits for many tokens."""
-        if packed.suits_here():
-            return cls(layer.forward, Packed(**arranged(f"{name}-rows", partial(in_pairs, [layer])), bias=layer.bias))
+def in_8_bits_of(layer: Any, name: str, arranged: Arranged) -> tuple[Product, Callable[[], None]] | None:
+    """The product of a layer in 8 bits that has more, and what takes its weights out of memory; None without one."""
+    if int8.suits_here():
         numbers = arranged(f"{name}-8", partial(whole_numbers, [layer]))
-        return cls(layer.forward, Products(**numbers, bias=layer.bias), numbers.let_go)
+        return Products(**numbers, bias=layer.bias), numbers.let_go
+    if not tiles.suits([layer]):
+        return None
+    numbers = arranged(f"{name}-tiles", partial(in_tiles, [layer]))
+    return Tiled(**numbers, bias=layer.bias), numbers.let_go
+
+
+class Joined:
+    """One product for few tokens, and one for many, after which `let_go` takes out of memory what it multiplied by."""
+
+    def __init__(self, few: Product, many: Product, let_go: Callable[[], None]) -> None:
+        self.few, self.many, self._let_go = few, many, let_go
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.numel() // x.shape[-1]
         if tokens < TOKENS:
             return self.few(x)
         out = self.many(x)
-        if self._let_go and tokens >= LET_GO_FROM and x.shape[-2] > 1:  # and not at each step of a batch
+        if tokens >= LET_GO_FROM and x.shape[-2] > 1:  # and not at each step of a batch
             self._let_go()
         return out
 
@@ -179,7 +170,9 @@ def as_transformers(model: Any) -> Iterator[None]:
     if attends:
         model.set_attn_implementation("sdpa")
     own = _passed_on, _quick_gelu
-    ours = [layer for layer, way in ways.items() if way in own or isinstance(way, (Decoder, Joined, Head))]
+    ours = [
+        layer for layer, way in ways.items() if way in own or isinstance(way, (Decoder, Joined, Tiled, Products, Head))
+    ]
     for layer in ours:
         del layer.forward
     try:

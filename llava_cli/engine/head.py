@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine import packed
-from llava_cli.engine.int8 import Products
-from llava_cli.engine.nf4 import Kernel, in_kernel_order
-from llava_cli.engine.packed import Packed, in_pairs
+from llava_cli.engine import tiles
+from llava_cli.engine.tiles import Tiled, in_tiles
 
 if TYPE_CHECKING:
     import torch
@@ -20,30 +18,25 @@ _ROWS = 4096
 
 
 class Head:
-    """In 4 bits a quarter to read (1B 6.7 -> 1.6 ms); in 8 where the layers have as many, or no bf16 instructions.
+    """In 4 bits a quarter to read (1B 6.7 -> 1.6 ms), or in 8 where the layers have as many.
 
     What that finds likeliest is computed once more as it should be; the others are as exact as the layers are.
     """
 
     LIKELIEST = 64
 
-    def __init__(self, head: torch.nn.Linear, roughly: Kernel | Packed | Products) -> None:
+    def __init__(self, head: torch.nn.Linear, roughly: Tiled) -> None:
         self._plain, self._weight, self._roughly = head.forward, head.weight.data, roughly
 
     @classmethod
     def of(cls, head: Any, arranged: Arranged, in_8_bits: bool) -> Head | None:
-        """None where the head is of another kind, or there is no kernel for it."""
+        """None where the head is of another kind, or there is no product for it."""
         import torch
 
-        if type(head) is not torch.nn.Linear or head.bias is not None:
+        if type(head) is not torch.nn.Linear or head.bias is not None or not tiles.suits([head]):
             return None
-        if packed.suits_here() or in_8_bits:
-            rows = arranged("head-rows", partial(in_pairs, [head]))
-            return cls(head, Packed(**rows) if packed.suits_here() else Products(rows["whole"].t(), rows["scale"]))
-        if head.weight.dtype != torch.bfloat16 or head.out_features % 32 or head.in_features % 64:
-            return None
-        tensors = arranged("head", partial(_head_in_kernel_order, head.weight.data))
-        return cls(head, Kernel(**tensors)) if tensors else None
+        make = partial(in_tiles, [head]) if in_8_bits else partial(_in_4_bits, head.weight.data)
+        return cls(head, Tiled(**arranged(f"head-{8 if in_8_bits else 4}", make)))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden size] -> logits [..., vocabulary], those of one token in fp32."""
@@ -58,14 +51,14 @@ class Head:
         return logits
 
 
-def _head_in_kernel_order(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def _in_4_bits(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     import torch
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     layers = []
     for part in torch.split(weight, _ROWS):
-        layer: Any = Linear4bit(weight.shape[1], len(part), bias=False, compute_dtype=torch.bfloat16, device="meta")
+        layer: Any = Linear4bit(weight.shape[1], len(part), bias=False, device="meta")
         weights: Any = Params4bit(part, requires_grad=False, quant_type="nf4", module=layer)
         layer.weight = weights.to("cpu")
-        layers.append(layer.eval())
-    return in_kernel_order(layers)
+        layers.append(layer)
+    return in_tiles(layers)

@@ -1,10 +1,8 @@
-"""Products in 8 bits, on a CPU: of many tokens for weights that have 4, and of all for those that have 8.
+"""Products in 8 bits on a CPU with AMX: of many tokens for weights that have 4, and of all for those that have 8.
 
-At 1B geometry and 620 tokens a layer's product takes 12 ms in bitsandbytes' kernel and 6 here: weights in 8 bits per
-output channel beside those in 4, activations in 8 bits per token, multiplied by oneDNN (VNNI). The error is 1.2 % of
-a product's norm, where that of nf4 weights is 9 %. It takes a byte a weight more, and is left where memory is short.
-
-Weights that have 8 bits are multiplied as they are: a token of such a 1B takes two thirds of bitsandbytes' time.
+oneDNN has them at 2.2 TOP/s there, twice as many as there are without AMX. For weights in 4 bits there are copies in 8,
+a byte a weight more, which are left where memory is short; activations are in 8 bits per token. The error is 1.2 % of
+a product's norm, where that of nf4 weights is 9 %. Weights that have 8 bits are multiplied as they are.
 """
 
 from __future__ import annotations
@@ -18,9 +16,8 @@ from llava_cli.memory import free_memory
 if TYPE_CHECKING:
     import torch
 
-TOKENS = 8
-"""From so many on. Fewer are faster in 4 bits, whose weights are half as much to read, but whose kernel reads them
-again for each token: a layer's product of 1B takes 1.7 ms for 4 tokens and 6.8 for 16, in 8 bits 2.2 and 3.0 (VNNI)."""
+TOKENS = 32
+"""From so many on. Fewer are faster in 4 bits, whose weights are half as much to read."""
 _ROWS = 32
 """At a time stay in the processor's cache."""
 _AT_ONCE = 640
@@ -31,10 +28,10 @@ _SHARE = 0.5  # of the memory that is free may go
 
 
 def suits_here() -> bool:
-    """Whether this CPU has the instructions (VNNI)."""
+    """Whether this CPU has the instructions."""
     import torch
 
-    return bool(torch.cpu._is_vnni_supported())
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def has_room(layers: Iterable[Any]) -> bool:

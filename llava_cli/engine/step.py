@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli.engine.attention import attend_one
 from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.int8 import Products
-from llava_cli.engine.nf4 import Kernel, in_turn
-from llava_cli.engine.packed import Packed
+from llava_cli.engine.tiles import Tiled
 
 if TYPE_CHECKING:
     import torch
@@ -107,10 +106,10 @@ def bound(group: Group, x: torch.Tensor, out: torch.Tensor) -> Call:
     """What writes to `out` [1, outputs of all] what a group's layers make of `x` [1, inputs] at that time."""
     import torch
 
-    few = getattr(group.joined, "few", None)
-    if isinstance(few, Kernel):
+    few = getattr(group.joined, "few", group.joined)
+    if isinstance(few, Tiled):
         return few.bound(x, out)
-    if isinstance(few, (Packed, Products)):
+    if isinstance(few, Products):
         return partial(_copied, few, x, out)
     calls: list[Call] = []
     for layer, part in zip(group.layers, torch.split(out, group.outputs, -1), strict=True):
@@ -120,8 +119,13 @@ def bound(group: Group, x: torch.Tensor, out: torch.Tensor) -> Call:
             calls.append(partial(torch.mm, x, layer.weight.t(), out=part))
         else:
             calls.append(partial(torch.addmm, layer.bias, x, layer.weight.t(), out=part))
-    return calls[0] if len(calls) == 1 else partial(in_turn, calls)
+    return calls[0] if len(calls) == 1 else partial(_in_turn, calls)
 
 
 def _copied(layer: Any, x: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(layer(x))
+
+
+def _in_turn(calls: list[Call]) -> None:
+    for call in calls:
+        call()
