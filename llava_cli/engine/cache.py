@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from llava_cli.engine.attention import turns_keys
-
 if TYPE_CHECKING:
     import torch
 
@@ -113,16 +111,6 @@ class RoomyLayer(DynamicLayer):
         setattr(self, name, self._stores[name][:rows, :, :tokens])
 
 
-class TurnedLayer(RoomyLayer):
-    """With keys that are [rows, heads, width, tokens] in memory: a step's scores are sums of such rows."""
-
-    def _new(self, name: str, old: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
-        rows, heads, tokens, width = shape
-        if name == "values":
-            return super()._new(name, old, shape)
-        return old.new_empty(rows, heads, width, tokens).transpose(2, 3)
-
-
 def _to_the_right(place: torch.Tensor, tokens: torch.Tensor) -> None:
     """Fills `place` from its right end; with zeros where there are not enough."""
     begin = max(0, place.shape[2] - tokens.shape[2])
@@ -144,4 +132,4 @@ class RoomyCache(Cache):
     """
 
     def __init__(self, model: Any) -> None:
-        super().__init__(layer_class_to_replicate=TurnedLayer if turns_keys(model) else RoomyLayer)
+        super().__init__(layer_class_to_replicate=RoomyLayer)

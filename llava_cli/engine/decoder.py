@@ -77,7 +77,7 @@ class Decoder:
         if tokens > 1 and not (seen is None and tokens == keys and torchs_is_faster()):
             causal = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
             seen = causal[None, None] if seen is None else seen & causal
-        add = None if seen is None else added(seen, x.dtype)
+        add = seen if seen is None or tokens == 1 else added(seen, x.dtype)
         cos, sin = self._angles(x, position_ids)
         half = sin.shape[-1] // 2
         if add is None and len(x) == tokens == 1 < keys:

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine import compiled, int8, tiles
+from llava_cli.engine import int8, tiles
 from llava_cli.engine.attention import NAME, use_plain_attention
 from llava_cli.engine.decoder import Decoder, Product, suits
 from llava_cli.engine.head import Head
 from llava_cli.engine.int8 import TOKENS, Products, as_they_are, has_room, whole_numbers
+from llava_cli.engine.kernels.compiled import ahead, kinds_here
+from llava_cli.engine.plain import Plain
 from llava_cli.engine.tiles import Tiled, in_tiles, joined_bias
 
 if TYPE_CHECKING:
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
 
 def compile_ahead(in_4_bits: bool, bf16: bool) -> None:
     """Begins to compile what a quantised model on a CPU will want, while its weights are read."""
-    if os.environ.get("LLAVA_FAST") == "0":
+    if os.environ.get("LLAVA_FAST") == "0" or not (kinds := kinds_here()):
         return
+    from llava_cli.engine.kernels.tiles import write
+
     for bits in (4, 8) if in_4_bits else (8,):  # a wide vision tower has 8
-        compiled.ahead(bits, bf16)
+        ahead(write, kinds[0], bf16, bits)
 
 
 def speed_up(model: Any, arranged: Arranged) -> None:
@@ -62,7 +66,7 @@ def speed_up(model: Any, arranged: Arranged) -> None:
         for layer, name in seeing.items():
             if room and (many := in_8_bits_of(layer, name, arranged)):
                 vars(layer)["forward"] = Joined(layer.forward, *many)
-        if layers and (head := Head.of(output, arranged, in_8_bits)):
+        if head := Head.of(output, arranged, in_8_bits) if layers else Plain.of(output):
             vars(output)["forward"] = head
 
 
@@ -171,7 +175,9 @@ def as_transformers(model: Any) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
     own = _passed_on, _quick_gelu
     ours = [
-        layer for layer, way in ways.items() if way in own or isinstance(way, (Decoder, Joined, Tiled, Products, Head))
+        layer
+        for layer, way in ways.items()
+        if way in own or isinstance(way, (Decoder, Joined, Tiled, Products, Plain, Head))
     ]
     for layer in ours:
         del layer.forward

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.attention import attend_one
+from llava_cli.engine.attention import one_token
 from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.int8 import Products
+from llava_cli.engine.plain import Plain
 from llava_cli.engine.tiles import Tiled
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Step:
         self._halves = [both.view(-1, 2, width // 2), turned.view(-1, 2, width // 2)]
         self._first, self._second = (tuple(part[:, i] for part in self._halves) for i in (0, 1))
         query, key = torch.split(turned.view(-1, width), [heads, key_heads])
-        self._query, self._found = query.view(key_heads, -1, width), found.view(key_heads, -1, width)
+        shape = 1, key_heads, heads // key_heads, width
+        self._attend = one_token(query.view(shape), found.view(shape), first.scaling)
         self._key, self._value = key.view(-1, 1, width), value.view(-1, 1, width)
         self._gate, self._up = gated.view(2, 1, -1)
         self._layers = [
@@ -82,7 +84,7 @@ class Step:
             turned_first.addcmul_(second, sin, value=-1)
             turned_second.addcmul_(first, sin)
             keys, values = cache.layers[layer.number].append(self._key, self._value)
-            self._found.copy_(attend_one(self._query, keys, values, tokens, layer.scaling))
+            self._attend(keys, values, tokens)
             to_out()
             stream.add_(out)
             self._norm(layer.norms[1])
@@ -113,7 +115,9 @@ def bound(group: Group, x: torch.Tensor, out: torch.Tensor) -> Call:
         return partial(_copied, few, x, out)
     calls: list[Call] = []
     for layer, part in zip(group.layers, torch.split(out, group.outputs, -1), strict=True):
-        if type(layer) is not torch.nn.Linear:
+        if plain := Plain.of(layer):
+            calls.append(plain.bound(x, part))
+        elif type(layer) is not torch.nn.Linear:
             calls.append(partial(_copied, layer, x, part))
         elif layer.bias is None:
             calls.append(partial(torch.mm, x, layer.weight.t(), out=part))

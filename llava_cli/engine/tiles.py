@@ -1,4 +1,4 @@
-"""Linear layers with weights in 4 or 8 bits, multiplied as `kernel` has it: one way for few tokens and for many."""
+"""Linear layers with weights in 4 or 8 bits, multiplied by `kernels.tiles`: one way for few tokens and many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ctypes import byref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.compiled import kinds_here, product
+from llava_cli.engine.kernels.compiled import compiled, kinds_here
 
 if TYPE_CHECKING:
     import torch
@@ -147,14 +147,14 @@ class Tiled:
     def _call(self, x: torch.Tensor, out: torch.Tensor, room: _Room) -> Callable[[], object]:
         import torch
 
-        from llava_cli.engine.kernel import Task
+        from llava_cli.engine.kernels.tiles import Task, write
 
         tokens = x.numel() // (BLOCK * self._blocks)
         tensors = {"x": x, "out": out, **self._given, **room.of(tokens, self._blocks)}
         counts = {"tokens": tokens, "tiles": self._tiles, "blocks": self._blocks, "threads": torch.get_num_threads()}
         task = Task(**{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}, **counts)
         task.tensors = tensors  # as long as it is told where they are
-        return partial(product(self._bits, x.dtype == torch.bfloat16, self._kind), byref(task))
+        return partial(compiled(write, self._kind, x.dtype == torch.bfloat16, self._bits), byref(task))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         import torch

@@ -1,4 +1,4 @@
-"""Machine code for this CPU: `kernel`'s products, each made once in a process, in 0.4 s.
+"""Kernels as machine code for this CPU, each made once in a process, in 0.1 to 0.4 s.
 
 Their threads are torch's own, for two pools would wait for each other's cores.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava_cli.engine.kernel import Kind
+    from llava_cli.engine.kernels.writer import Kind
 
 
 @cache
@@ -29,7 +29,7 @@ def kinds_here() -> tuple[Kind, ...]:
     try:
         from llvmlite.binding import get_host_cpu_features
 
-        from llava_cli.engine.kernel import KINDS
+        from llava_cli.engine.kernels.writer import KINDS
     except ImportError:
         return ()
     has = get_host_cpu_features()
@@ -50,32 +50,27 @@ def _openmp() -> Any:
     return library if hasattr(library, "GOMP_parallel") else None
 
 
-def ahead(bits: int, bf16: bool) -> None:
-    """Begins to make the best product for such weights and activations, which will be wanted."""
-    if kinds := kinds_here():
-        _made(bits, bf16, kinds[0])
-
-
-def product(bits: int, bf16: bool, kind: Kind) -> Callable[[Any], None]:
-    """What does a task that it is given a reference to; see `kernel` for what that is."""
-    return _made(bits, bf16, kind).result()
+def compiled(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Callable[[Any], None]:
+    """The `run` of what `write` writes for such instructions and numbers: it does the task that it is given."""
+    return ahead(write, kind, bf16, *more).result()
 
 
 @cache
-def _made(bits: int, bf16: bool, kind: Kind) -> Future[Callable[[Any], None]]:
-    return _maker().submit(_make, bits, bf16, kind)
+def ahead(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Future[Callable[[Any], None]]:
+    """Begins with it, for it will be wanted."""
+    return _compiler().submit(_compile, write(kind, bf16, *more), kind)
 
 
 @cache
-def _maker() -> ThreadPoolExecutor:
-    """One thread: LLVM's code is made one after the other."""
+def _compiler() -> ThreadPoolExecutor:
+    """One thread: LLVM makes one after the other."""
     return ThreadPoolExecutor(1, "compiler")
 
 
-def _make(bits: int, bf16: bool, kind: Kind) -> Callable[[Any], None]:
+def _compile(text: str, kind: Kind) -> Callable[[Any], None]:
     import llvmlite.binding as llvm
 
-    from llava_cli.engine.kernel import KINDS, written
+    from llava_cli.engine.kernels.writer import KINDS
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -85,13 +80,13 @@ def _make(bits: int, bf16: bool, kind: Kind) -> Callable[[Any], None]:
         has.update(dict.fromkeys(set(better.needs) - set(kind.needs), False))
     cpu = llvm.get_host_cpu_name()
     target = llvm.Target.from_default_triple().create_target_machine(cpu, has.flatten(), opt=3, jit=True)
-    module = llvm.parse_assembly(written(bits, bf16, kind))
+    module = llvm.parse_assembly(text)
     passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, target)
     engine.finalize_object()
     _engines.append(engine)
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("multiply"))
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("run"))
 
 
 _engines: list[Any] = []

@@ -1,0 +1,190 @@
+"""What kernels are written with: functions for LLVM that get one task, and share it between threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32, NONE = ir.HalfType(), ir.FloatType(), ir.VoidType()
+Value = Any
+"""Of LLVM: what an instruction makes."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of instructions: what a CPU must have for them, and what suits them."""
+
+    name: str
+    needs: tuple[str, ...]
+    """In LLVM's names."""
+    lanes: int
+    """Numbers of 32 bits in a register."""
+    groups: tuple[int, ...]
+    """Tokens that are multiplied at once: as many as there are registers for, while so many are left."""
+    vnni: bool
+    levels: int
+    """What a 4-bit weight of 1 becomes. AVX2 sums two products in 16 bits, and with 7 bits of a weight they fit."""
+
+
+KINDS = (
+    Kind("avx512vnni", ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), 16, (10, 8, 4, 2, 1), True, 127),
+    Kind("avxvnni", ("avx2", "fma", "f16c", "avxvnni"), 8, (8, 4, 2, 1), True, 127),
+    Kind("avx2", ("avx2", "fma", "f16c"), 8, (8, 4, 2, 1), False, 63),
+)
+"""The best first."""
+
+
+def task(pointers: Sequence[str], counts: Sequence[str]) -> type[ctypes.Structure]:
+    """What a kernel is given a reference to: where things are, and how many there are."""
+    fields = [(name, ctypes.c_void_p) for name in pointers] + [(name, ctypes.c_int64) for name in counts]
+    return type("Task", (ctypes.Structure,), {"_fields_": fields})
+
+
+def many(value: Any, kind: Any, lanes: int) -> Value:
+    """A constant in each lane."""
+    return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
+
+
+class Writer:
+    """Of a module whose `run` does a task, the last of whose counts are `threads` and `next`.
+
+    Numbers that it is given, and gives, are in bf16 or in fp32; it computes in fp32.
+    """
+
+    def __init__(self, task: type[ctypes.Structure], kind: Kind, bf16: bool) -> None:
+        self.module, self.kind, self.bf16 = ir.Module("kernel"), kind, bf16
+        self.number, self.bytes = (I16, 2) if bf16 else (F32, 4)
+        self._names = [name for name, *_ in task._fields_]
+        fields = [I8.as_pointer() if kind is ctypes.c_void_p else I64 for _, kind, *_ in task._fields_]
+        self._task_type = ir.LiteralStructType(fields).as_pointer()
+
+    def run(self, function: ir.Function) -> None:
+        """Writes that all threads do this, with nothing taken of what they share."""
+        work = ir.FunctionType(NONE, [self._task_type]).as_pointer()
+        start = ir.FunctionType(NONE, [work, self._task_type, I32, I32])
+        in_threads = self.module.globals.get("GOMP_parallel") or ir.Function(self.module, start, "GOMP_parallel")
+        self.store("next", 0)
+        self.b.call(in_threads, [function, self._task, self.b.trunc(self.count("threads"), I32), I32(0)])
+
+    @contextmanager
+    def function(self, name: str) -> Iterator[ir.Function]:
+        """One that is given a task."""
+        function = ir.Function(self.module, ir.FunctionType(NONE, [self._task_type]), name)
+        self.b, self._task = ir.IRBuilder(function.append_basic_block()), function.args[0]
+        yield function
+        self.b.ret_void()
+
+    def _field(self, name: str) -> Value:
+        return self.b.gep(self._task, [I32(0), I32(self._names.index(name))], inbounds=True)
+
+    def count(self, name: str) -> Value:
+        return self.b.load(self._field(name))
+
+    def array(self, name: str, kind: Any) -> Value:
+        return self.b.bitcast(self.b.load(self._field(name)), kind.as_pointer())
+
+    def store(self, name: str, count: int) -> None:
+        self.b.store(I64(count), self._field(name))
+
+    @contextmanager
+    def loop(self, begin: Value, end: Value, step: int = 1) -> Iterator[Value]:
+        """From `begin` to before `end`."""
+        b, before = self.b, self.b.block
+        head, body, after = (b.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        number = b.phi(I64)
+        number.add_incoming(begin, before)
+        b.cbranch(b.icmp_signed("<", number, end), body, after)
+        b.position_at_end(body)
+        yield number
+        number.add_incoming(b.add(number, I64(step)), b.block)
+        b.branch(head)
+        b.position_at_end(after)
+
+    @contextmanager
+    def shared(self, size: int, end: Value) -> Iterator[tuple[Value, Value]]:
+        """Of so many the next few, from and to, that no thread has taken, until there are none."""
+        b = self.b
+        head, body, after = (b.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        begin = b.atomic_rmw("add", self._field("next"), I64(size), "monotonic")
+        b.cbranch(b.icmp_signed("<", begin, end), body, after)
+        b.position_at_end(body)
+        yield begin, self._least(b.add(begin, I64(size)), end)
+        b.branch(head)
+        b.position_at_end(after)
+
+    def _least(self, x: Value, y: Value) -> Value:
+        return self.b.select(self.b.icmp_signed("<", x, y), x, y)
+
+    def at(self, array: Value, *steps: Value) -> Value:
+        """The place in an array that is the sum of steps away."""
+        place = steps[0]
+        for step in steps[1:]:
+            place = self.b.add(place, step)
+        return self.b.gep(array, [place], inbounds=True)
+
+    def read(self, place: Value, kind: Any, lanes: int) -> Value:
+        vector = ir.VectorType(kind, lanes)
+        return self.b.load(self.b.bitcast(place, vector.as_pointer()), align=1)
+
+    def write(self, vector: Value, place: Value) -> None:
+        self.b.store(vector, self.b.bitcast(place, vector.type.as_pointer()), align=1)
+
+    def spread(self, value: Value, lanes: int) -> Value:
+        """A vector that has it in each lane."""
+        vector, nothing = ir.VectorType(value.type, lanes), ir.VectorType(I32, lanes)
+        first = self.b.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+        return self.b.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(nothing, None))
+
+    def call(self, name: str, kind: Any, *given: Value) -> Value:
+        function = self.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.module, ir.FunctionType(kind, [value.type for value in given]), name)
+        return self.b.call(function, given)
+
+    def as_(self, vector: Value, kind: Any, lanes: int) -> Value:
+        return self.b.bitcast(vector, ir.VectorType(kind, lanes))
+
+    def fma(self, x: Value, y: Value, z: Value) -> Value:
+        """x * y + z"""
+        return self.b.fadd(self.b.fmul(x, y, flags=("contract",)), z, flags=("contract",))
+
+    def sum(self, vector: Value) -> Value:
+        """Of all lanes, in fp32."""
+        lanes = vector.type.count
+        name = f"llvm.vector.reduce.fadd.v{lanes}f32"
+        function = self.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.module, ir.FunctionType(F32, [F32, vector.type]), name)
+        return self.b.call(function, [F32(-0.0), vector], fastmath=("reassoc",))
+
+    def prefetch(self, place: Value, size: int, ahead: int = 0) -> None:
+        """Tells memory of what will be read: bytes, from so many ahead of a place on."""
+        place = self.b.bitcast(place, I8.as_pointer())
+        for begin in range(ahead, ahead + size, 64):
+            self.call("llvm.prefetch.p0", NONE, self.at(place, I64(begin)), I32(0), I32(3), I32(1))
+
+    def floats(self, place: Value, lanes: int) -> Value:
+        if not self.bf16:
+            return self.read(place, F32, lanes)
+        halves = self.b.zext(self.read(place, I16, lanes), ir.VectorType(I32, lanes))
+        return self.as_(self.b.shl(halves, many(16, I32, lanes)), F32, lanes)
+
+    def put(self, numbers: Value, place: Value) -> None:
+        """Numbers in fp32 to where they are wanted; in bf16 what is between two goes to the even one."""
+        if self.bf16:
+            b, lanes = self.b, numbers.type.count
+            whole = self.as_(numbers, I32, lanes)
+            odd = b.and_(b.lshr(whole, many(16, I32, lanes)), many(1, I32, lanes))
+            whole = b.add(whole, b.add(odd, many(0x7FFF, I32, lanes)))
+            numbers = b.trunc(b.lshr(whole, many(16, I32, lanes)), ir.VectorType(I16, lanes))
+        self.write(numbers, place)
