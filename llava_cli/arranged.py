@@ -17,6 +17,8 @@ from llava_cli.quantised import SPARE
 if TYPE_CHECKING:
     import torch
 
+LAYOUT = 1
+"""Changes with the order."""
 _KINDS = {"U8": "uint8", "I8": "int8", "F16": "float16", "F32": "float32"}
 """Of numbers: safetensors' names and torch's."""
 
@@ -35,15 +37,13 @@ class Tensors(dict[str, "torch.Tensor"]):
 
         size = path.stat().st_size
         try:
-            names, length = header(path)
+            names, begin = header(path)
             # Private, and never written to: what were written would be lost with what is let go.
             file = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            numbers, tensors = file[8 + length :], {}
-            if len(numbers) != max((its["data_offsets"][1] for its in names.values()), default=0):
-                raise ValueError("cut off")
+            numbers, tensors = file[begin:], {}
             for name, its in names.items():
-                begin, end = its["data_offsets"]
-                tensors[name] = numbers[begin:end].view(getattr(torch, _KINDS[its["dtype"]])).view(its["shape"])
+                part = numbers[slice(*its["data_offsets"])]
+                tensors[name] = part.view(getattr(torch, _KINDS[its["dtype"]])).view(its["shape"])
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged") from error
         return cls(tensors, file)
@@ -61,7 +61,8 @@ class Arranged:
     """
 
     def __init__(self, copy: Path | None = None) -> None:
-        self._folder = copy and copy / "arranged"
+        self.kept = copy is not None
+        self._folder = copy and copy / f"arranged-{LAYOUT}"
 
     def __call__(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
         """The tensors of that name; `make` makes them where there are none."""

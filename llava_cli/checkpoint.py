@@ -66,29 +66,36 @@ def _weights(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _check_shard(checkpoint: Checkpoint, path: Path) -> None:
-    """Reads a safetensors file's header and compares it with the file's length."""
     try:
-        tensors, length = header(path)
-        end = max((tensor["data_offsets"][1] for k, tensor in tensors.items() if k != "__metadata__"), default=0)
-        whole = path.stat().st_size == 8 + length + end
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise ModelUnusable(checkpoint.name, f"{path.name} is damaged or cut off", again(checkpoint.name))
+        header(path)
+    except (OSError, ValueError):
+        raise ModelUnusable(checkpoint.name, f"{path.name} is damaged or cut off", again(checkpoint.name)) from None
 
 
 def header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON at the front of a safetensors file, and its length in bytes."""
+    """What a safetensors file says of its tensors, and at which byte their numbers begin.
+
+    Raises `OSError`, and `ValueError` where that is no such header, or the file does not end with the last number.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > 100_000_000:
             raise ValueError("no safetensors header")
-        return json.loads(file.read(length)), length
+        text = file.read(length)
+    try:
+        tensors = {name: its for name, its in json.loads(text).items() if name != "__metadata__"}
+        end = max((its["data_offsets"][1] for its in tensors.values()), default=0)
+        whole = path.stat().st_size == 8 + length + end
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError("no safetensors header") from error
+    if not whole:
+        raise ValueError("cut off")
+    return tensors, 8 + length
 
 
 def stored_bytes(path: Path) -> float:
     """Bytes a weight takes in the file."""
-    kinds = {t.get("dtype") for k, t in header(path)[0].items() if k != "__metadata__"}
+    kinds = {tensor.get("dtype") for tensor in header(path)[0].values()}
     return 4.0 if kinds == {"F32"} else 2.0
 
 

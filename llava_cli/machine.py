@@ -96,7 +96,7 @@ def report(settings: Settings) -> dict[str, str]:
         found[f"gpu {i}"] = f"{torch.cuda.get_device_name(i)}, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
     found |= {"device": how.device, "precision": f"{how.precision} ({how.why})", "attention": how.attention}
     found["default model"] = default_name(settings)
-    for package in ("torch", "transformers", "bitsandbytes", "accelerate", "pillow"):
+    for package in ("torch", "transformers", "bitsandbytes", "accelerate", "llvmlite", "pillow"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 
@@ -58,9 +59,8 @@ def prepare_for_many(kernels: int) -> None:
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(kernels // 2))
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL(None)
         for parameter, value in _HEAP.items():
-            libc.mallopt(parameter, value)
+            _libc().mallopt(parameter, value)
 
 
 _HEAP = {-8: 1, -3: 1 << 20, -1: 16 << 20}
@@ -74,7 +74,7 @@ TIDY = 200
 def give_back_memory() -> None:
     """Returns to the system what glibc keeps between what is in use: in a long run that becomes more and more."""
     with suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc().malloc_trim(0)
 
 
 @contextmanager
@@ -120,7 +120,12 @@ def _page_out(names: Collection[str]) -> None:
 def _advise(begin: int, size: int, advice: int) -> None:
     """It is advice: where the system does not take it, all goes on as it would have without."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 _DONT_NEED = 4

@@ -96,8 +96,8 @@ def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], d
     name, stored = checkpoint.name, getattr(config, "quantization_config", None)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
-    if how.precision in QUANTISED and how.device == "cpu":
-        compile_ahead(how.precision == "4bit", dtype == torch.bfloat16)
+    if how.device == "cpu":
+        compile_ahead(config.get_text_config(), how.precision, dtype == torch.bfloat16)
     with model_errors(name, "its weights cannot be loaded", again(name)):
         options: dict[str, Any] = {
             "config": config,
@@ -118,7 +118,8 @@ def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], d
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
     for weight in model.parameters():  # of a quantised one transformers leaves some as they were saved elsewhere
-        if weight.is_floating_point() and weight.dtype != dtype and how.precision in QUANTISED:
+        packed = hasattr(weight, "quant_state")  # whose bytes may be called numbers
+        if weight.is_floating_point() and weight.dtype != dtype and how.precision in QUANTISED and not packed:
             weight.data = weight.data.to(dtype)
     return model
 
@@ -173,7 +174,7 @@ def _quantization(name: str, how: Plan, config: Any, dtype: torch.dtype, double:
     if decoder is model:
         raise ModelUnusable(name, f"cannot be loaded in {how.precision}: its language model is not apart")
     inner = set(decoder.modules())
-    # bitsandbytes' CPU kernels take whole blocks of 64 weights a row.
+    # On a CPU products take whole blocks of 64 weights a row.
     blocks = 64 if how.precision == "4bit" and how.device == "cpu" else 1
     kept = [
         layer

@@ -19,7 +19,7 @@ from test_engine import CONVERSATIONS
 
 from llava_cli import Conversation, Sampling, load, open_picture
 from llava_cli.arranged import Arranged
-from llava_cli.engine import attention, decoder, int8, plain, tiles
+from llava_cli.engine import attention, decoder, fast, int8, plain, tiles
 from llava_cli.engine.attention import NAME, OneToken, attend
 from llava_cli.engine.cache import ROOM
 from llava_cli.engine.decoder import Decoder, Group, suits
@@ -164,12 +164,14 @@ def test_what_is_faster_is_there_for_what_it_suits(plainly: Plainly, monkeypatch
     assert ways(load("builtin", precision="4bit", device="cpu")) == {Decoder, FunctionType}
 
 
-def four_bits(outputs: int, bias: bool, weight: torch.Tensor | None = None, double: bool = False) -> Any:
+def four_bits(
+    outputs: int, bias: bool, weight: torch.Tensor | None = None, double: bool = False, **options: Any
+) -> Any:
     """A layer of 128 inputs with random weights."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    options = {"compress_statistics": double, "quant_type": "nf4"}
-    layer: Any = Linear4bit(128, outputs, bias=bias, compute_dtype=torch.bfloat16, **options).eval()
+    options = {"compress_statistics": double, "quant_type": "nf4"} | options
+    layer: Any = Linear4bit(128, outputs, bias=bias, compute_dtype=torch.bfloat16).eval()
     weight = torch.randn(outputs, 128, dtype=torch.bfloat16) if weight is None else weight
     layer.weight = Params4bit(weight, requires_grad=False, module=layer, **options).to("cpu")  # type: ignore[arg-type]
     return layer
@@ -220,7 +222,7 @@ def test_products_of_tiles(kind: int, make: Any, biases: tuple[bool, ...], dtype
             error = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_(min=1e-6)
             assert error.max() < (0.012 if its.vnni else 0.02)
             out = torch.empty_like(found)
-            product.bound(x, out)()
+            product.bound(x.view(-1, 128), out.view(-1, out.shape[-1]))()
             assert torch.equal(out, found)
             assert torch.equal(product(x.mT.contiguous().mT), found)
 
@@ -236,14 +238,40 @@ def test_products_of_tiles_do_not_overflow(kind: int, make: Any) -> None:
             assert torch.allclose(product(x), x @ weight.t(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+@pytest.mark.parametrize("make", [four_bits, eight_bits])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_none(wrong: float) -> None:
-    product = Tiled(**in_tiles([sixteen_bits(32, True)]))
-    x = torch.ones(3, 128)
+def test_what_is_no_number_stays_none(wrong: float, dtype: torch.dtype, make: Any, kind: int) -> None:
+    x = torch.ones(3, 128, dtype=dtype)
     x[1, 70] = wrong
-    found = product(x)
+    with torch.inference_mode(), of_kind(kind):
+        found = Tiled(**in_tiles([make(32, True)]))(x)
     assert not found[1].isfinite().any()
     assert found[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("inputs", [100, 4304])
+def test_products_of_tiles_where_columns_are_no_whole_blocks(inputs: int) -> None:
+    """As in SigLIP's tower."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(inputs, 48)
+    assert tiles.suits([layer])
+    with torch.inference_mode():
+        x = torch.randn(2, 1500, inputs)
+        found, expected = Tiled(**in_tiles([layer]), bias=layer.bias)(x), layer(x)
+    assert (found - expected).norm() < 0.012 * expected.norm()
+
+
+@pytest.mark.parametrize("options", [{"blocksize": 128}, {"quant_storage": torch.bfloat16}, {"quant_type": "fp4"}])
+def test_products_of_tiles_with_weights_that_others_have_quantised(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = four_bits(32, False, **options)
+    assert tiles.suits([layer])
+    with torch.inference_mode():
+        x = torch.randn(7, 128)
+        found, expected = Tiled(**in_tiles([layer]))(x), x @ next(weights_of([layer])).t()
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_products_of_tiles_of_several_threads() -> None:
@@ -257,10 +285,12 @@ def test_products_of_tiles_of_several_threads() -> None:
             assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("make, columns", [(sixteen_bits, 128), (four_bits, 128)])
-def test_layers_of_other_shapes_stay_as_they_are(make: Any, columns: int) -> None:
-    assert joined([make(24, False)], "layer", False, Arranged()) is None
-    assert isinstance(joined([make(32, False)], "layer", False, Arranged()), Tiled)
+def test_layers_of_other_shapes_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "suits_here", lambda: False)
+    for make in (four_bits, eight_bits):
+        assert joined([make(24, False)], "layer", True, Arranged()) is None
+        assert joined([make(32, False)], "layer", False, Arranged()) is None  # it would be in memory twice
+        assert isinstance(joined([make(32, False)], "layer", True, Arranged()), Tiled)
 
 
 @pytest.mark.parametrize("biases", [(False,), (True, False, True)])
@@ -355,7 +385,8 @@ def test_bitsandbytes_multiplies_where_nothing_can_be_compiled(
         monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     else:
         monkeypatch.setattr(compiled, "_openmp", lambda: None)
-    monkeypatch.setattr(tiles, "kinds_here", kinds_here.__wrapped__)
+    for module in (tiles, plain, attention, fast):
+        monkeypatch.setattr(module, "kinds_here", kinds_here.__wrapped__)
     monkeypatch.setattr(int8, "suits_here", lambda: False)
     engine = load("builtin", precision="4bit", device="cpu")
     assert not any(isinstance(vars(m).get("forward"), (Tiled, Head)) for m in engine.network.modules())
@@ -513,3 +544,23 @@ def test_other_layers_are_not_plain() -> None:
     for layer in (linear(64, 4), linear(64, 6, dtype=torch.bfloat16), linear(60, 4, dtype=torch.bfloat16)):
         assert Plain.of(layer) is None
     assert Plain.of(four_bits(32, False)) is None
+
+
+def test_attention_of_one_token_of_what_is_not_in_one_piece() -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, 4, 7, 16)[:, :, -1:]  # the last of a prompt's
+    both = torch.randn(3, 9, 4, 32).transpose(1, 2)
+    key, value = both[..., :16], both[..., 16:]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    assert torch.allclose(attend(Module(True), query, key, value, None)[0], expected, atol=1e-5)
+    wide = torch.randn(3, 4, 9, 32)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, wide).transpose(1, 2)
+    assert torch.allclose(attend(Module(True), query, key, wide, None)[0], expected, atol=1e-5)
+
+
+def test_a_step_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch, drawing: Path) -> None:
+    for module in (tiles, plain, attention, int8, fast):
+        monkeypatch.setattr(module, "kinds_here", lambda: ())
+    for precision in ("fp32", "bf16", "8bit"):
+        engine = load("builtin", precision=precision, device="cpu")
+        assert engine.ask(str(drawing), "what color is the circle?") == "red"

@@ -92,7 +92,7 @@ def test_a_copy_that_is_cut_off_is_made_again(checkpoint: Callable[[str], Path],
 
 
 def arranged_files() -> dict[str, Path]:
-    return {path.stem: path for path in quantised_cache().rglob("arranged/*.safetensors")}
+    return {path.stem: path for path in quantised_cache().rglob("arranged-*/*.safetensors")}
 
 
 def said(folder: Path) -> str:
@@ -182,7 +182,7 @@ def test_weights_of_a_checkpoint_that_was_quantised_by_others(
     said(checkpoint("llava-llama"))
     (copy,) = quantised_cache().iterdir()
     shutil.copytree(checkpoint("llava-llama"), tmp_path / "theirs", ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copytree(copy, tmp_path / "theirs", ignore=shutil.ignore_patterns("arranged"), dirs_exist_ok=True)
+    shutil.copytree(copy, tmp_path / "theirs", ignore=shutil.ignore_patterns("arranged-*"), dirs_exist_ok=True)
     arranging.clear()
     assert said(tmp_path / "theirs") == said(tmp_path / "theirs") == said(checkpoint("llava-llama"))
     assert len(arranging) == len(set(arranging))

@@ -1,4 +1,4 @@
-"""Attention on a CPU as plain products, where that is faster than torch's own."""
+"""Attention on a CPU: of many tokens as plain products where that is faster than torch's own, of one compiled."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from ctypes import byref
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.kernels import SPARE, WIDTH
 from llava_cli.engine.kernels.compiled import compiled, kinds_here
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def attend(
     """query [rows, heads, queries, width], key, value [rows, key heads, keys, width] -> [rows, queries, heads, width].
 
     `attention_mask` [rows or 1, 1, queries, keys] is true, or 0, where a key is seen; None means all, of earlier
-    ones if the module is causal. Rounds as transformers' eager attention does.
+    ones if the module is causal. Rounds as transformers' eager attention does, that of one token in fp32.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -64,8 +65,9 @@ def attend(
     rows, heads, queries, width = query.shape
     keys, scaling = key.shape[2], width**-0.5 if scaling is None else scaling
     unusual = any(options.get(name) is not None for name in _UNUSUAL)
-    if queries == 1 and not unusual and OneToken.suits(query):
-        together = query.reshape(rows, key.shape[1], -1, width)
+    unusual = unusual or key.shape != value.shape  # values of another width
+    if queries == 1 and not unusual and key.dtype == query.dtype and OneToken.suits(query):
+        together = query.reshape(rows, key.shape[1], -1, width).contiguous()
         out = torch.empty_like(together)
         OneToken(together, out, scaling)(_with_room(key), _with_room(value), keys, _seen(attention_mask, rows))
         return out.view(rows, 1, heads, width), None
@@ -135,7 +137,7 @@ class OneToken:
         rows, heads, each, width = query.shape
         self._query, self._out, self._numbers = query, out, rows * heads * each
         self._attend = compiled(write, kinds_here()[0], query.dtype == torch.bfloat16, width, scaling)
-        self._scaled, self._scores = torch.empty(query.shape, dtype=torch.float32), torch.empty(0)
+        self._scaled, self._scores = _floats(self._numbers * width), _floats(0)
         places = {"query": query, "out": out, "scaled": self._scaled}
         counts = {"items": rows * heads, "heads": heads, "each": each, "threads": torch.get_num_threads()}
         self._task = Task(**{name: tensor.data_ptr() for name, tensor in places.items()}, **counts)
@@ -146,7 +148,7 @@ class OneToken:
         """Whether it is there for such a query on this CPU."""
         import torch
 
-        whole = query.shape[-1] % 16 == 0 and query.dtype in (torch.bfloat16, torch.float32)
+        whole = query.shape[-1] % WIDTH == 0 and query.dtype in (torch.bfloat16, torch.float32)
         return whole and query.device.type == "cpu" and bool(kinds_here())
 
     def __call__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int, seen: torch.Tensor | None = None) -> None:
@@ -154,11 +156,10 @@ class OneToken:
 
         What is `seen` of them is true in [rows, tokens], in one piece; None is all.
         """
-        import torch
 
         task, rows = self._task, len(self._query)
-        if len(self._scores) < (room := self._numbers * (keys.shape[-2] + 16)):
-            self._scores = torch.empty(room)
+        if len(self._scores) < (room := self._numbers * (keys.shape[-2] + SPARE)):
+            self._scores = _floats(room)
             task.scores = self._scores.data_ptr()
         mask = _all(1024 * -(-rows * tokens // 1024)) if seen is None else seen
         task.keys, task.values, task.mask = keys.data_ptr(), values.data_ptr(), mask.data_ptr()
@@ -166,11 +167,17 @@ class OneToken:
         self._attend(self._given)
 
 
+def _floats(count: int) -> torch.Tensor:
+    import torch
+
+    return torch.empty(count, dtype=torch.float32, device="cpu")
+
+
 @lru_cache(maxsize=2)
 def _all(count: int) -> torch.Tensor:
     import torch
 
-    return torch.ones(count, dtype=torch.bool)
+    return torch.ones(count, dtype=torch.bool, device="cpu")
 
 
 def added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -194,9 +201,9 @@ def _seen(mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
 
 def _with_room(tensor: torch.Tensor) -> torch.Tensor:
     """Keys or values [rows, heads, tokens, width] and the room behind them, in one piece; copied only if need be."""
-    rows, heads, _, width = tensor.shape
+    rows, heads, tokens, width = tensor.shape
     room = tensor.stride(1) // width
-    whole = (rows, heads, room, width)
-    if (rows > 1 and tensor.stride(0) != heads * room * width) or tensor.stride()[1:] != (room * width, width, 1):
+    strides = heads * room * width, room * width, width, 1
+    if room < tokens or tensor.stride()[1:] != strides[1:] or (rows > 1 and tensor.stride(0) != strides[0]):
         return tensor.contiguous()
-    return tensor.as_strided(whole, (heads * room * width, room * width, width, 1))
+    return tensor.as_strided((rows, heads, room, width), strides)

@@ -13,6 +13,7 @@ from llava_cli.engine.attention import NAME, use_plain_attention
 from llava_cli.engine.decoder import Decoder, Product, suits
 from llava_cli.engine.head import Head
 from llava_cli.engine.int8 import TOKENS, Products, as_they_are, has_room, whole_numbers
+from llava_cli.engine.kernels import BLOCK, WIDTH
 from llava_cli.engine.kernels.compiled import ahead, kinds_here
 from llava_cli.engine.plain import Plain
 from llava_cli.engine.tiles import Tiled, in_tiles, joined_bias
@@ -23,14 +24,20 @@ if TYPE_CHECKING:
     from llava_cli.arranged import Arranged
 
 
-def compile_ahead(in_4_bits: bool, bf16: bool) -> None:
-    """Begins to compile what a quantised model on a CPU will want, while its weights are read."""
+def compile_ahead(decoder: Any, precision: str, bf16: bool) -> None:
+    """Begins to compile what a model with such a `decoder`, its config, wants on a CPU, while its weights are read."""
     if os.environ.get("LLAVA_FAST") == "0" or not (kinds := kinds_here()):
         return
-    from llava_cli.engine.kernels.tiles import write
+    from llava_cli.engine.kernels import attention, rows
+    from llava_cli.engine.kernels import tiles as tiled
 
-    for bits in (4, 8) if in_4_bits else (8,):  # a wide vision tower has 8
-        ahead(write, kinds[0], bf16, bits)
+    heads = getattr(decoder, "num_attention_heads", None)
+    if heads and (width := getattr(decoder, "head_dim", None) or decoder.hidden_size // heads) % WIDTH == 0:
+        ahead(attention.write, kinds[0], bf16, width, width**-0.5)
+    if precision == "bf16":
+        ahead(rows.write, kinds[0], bf16)
+    for bits in {"4bit": (4, 8), "8bit": (8,)}.get(precision, ()):  # a wide vision tower has 8
+        ahead(tiled.write, kinds[0], bf16, bits)
 
 
 def speed_up(model: Any, arranged: Arranged) -> None:
@@ -50,7 +57,7 @@ def speed_up(model: Any, arranged: Arranged) -> None:
         use_plain_attention(model)
     layers = {layer: name for name, layer in model.named_modules() if type(layer).__name__ in _QUANTISED}
     seeing = wide_vision_layers(model) if layers else {}
-    copies = [*layers, *seeing] if int8.suits_here() else seeing
+    copies = [*layers, *seeing] if int8.suits_here() or not arranged.kept else seeing
     room, in_8_bits = has_room(copies), any(layer.weight.dtype == torch.int8 for layer in layers)
 
     def join(some: list[Any]) -> Product | None:
@@ -85,20 +92,28 @@ finds them in the system's cache, for 3 % of the time of 620 tokens; it would be
 def joined(layers: list[Any], name: str, room: bool, arranged: Arranged) -> Product | None:
     """The product of quantised layers that multiply the same input; None where nothing is better than themselves.
 
-    `room` is there for copies of their weights in 8 bits.
+    `room` is there for copies of their weights in 8 bits, or for such that cannot be kept in files.
     """
     import torch
 
     bias, have_8_bits = joined_bias(layers), layers[0].weight.dtype == torch.int8
     if have_8_bits and int8.suits_here():
         return Products(**as_they_are(layers), bias=bias)
-    if not tiles.suits(layers):
-        return None
-    few = Tiled(**arranged(f"{name}-tiles", partial(in_tiles, layers)), bias=bias)
+    few: Product | None = None
+    if tiles.suits(layers) and layers[0].in_features % BLOCK == 0 and (room or arranged.kept):
+        few = Tiled(**arranged(f"{name}-tiles", partial(in_tiles, layers)), bias=bias)
     if not (room and int8.suits_here()):
         return few
     numbers = arranged(f"{name}-8", partial(whole_numbers, layers))
+    few = few or partial(_each, [layer.forward for layer in layers])
     return Joined(few, Products(**numbers, bias=bias), numbers.let_go)
+
+
+def _each(products: list[Product], x: torch.Tensor) -> torch.Tensor:
+    """What several layers make of one input, side by side."""
+    import torch
+
+    return torch.cat([product(x) for product in products], -1)
 
 
 def in_8_bits_of(layer: Any, name: str, arranged: Arranged) -> tuple[Product, Callable[[], None]] | None:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine import tiles
+from llava_cli.engine.kernels import BLOCK
 from llava_cli.engine.tiles import Tiled, in_tiles
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class Head:
         """None where the head is of another kind, or there is no product for it."""
         import torch
 
-        if type(head) is not torch.nn.Linear or head.bias is not None or not tiles.suits([head]):
+        if type(head) is not torch.nn.Linear or head.bias is not None:
+            return None
+        if not tiles.suits([head]) or head.in_features % BLOCK:
             return None
         make = partial(in_tiles, [head]) if in_8_bits else partial(_in_4_bits, head.weight.data)
         return cls(head, Tiled(**arranged(f"head-{8 if in_8_bits else 4}", make)))
@@ -58,7 +61,7 @@ def _in_4_bits(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     layers = []
     for part in torch.split(weight, _ROWS):
         layer: Any = Linear4bit(weight.shape[1], len(part), bias=False, device="meta")
-        weights: Any = Params4bit(part, requires_grad=False, quant_type="nf4", module=layer)
+        weights: Any = Params4bit(part, requires_grad=False, quant_type="nf4", compress_statistics=False, module=layer)
         layer.weight = weights.to("cpu")
         layers.append(layer)
     return in_tiles(layers)

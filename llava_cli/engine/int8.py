@@ -1,8 +1,9 @@
-"""Products in 8 bits on a CPU with AMX: of many tokens for weights that have 4, and of all for those that have 8.
+"""Products in 8 bits by oneDNN: of many tokens for weights that have 4 bits, and of all for those that have 8.
 
-oneDNN has them at 2.2 TOP/s there, twice as many as there are without AMX. For weights in 4 bits there are copies in 8,
-a byte a weight more, which are left where memory is short; activations are in 8 bits per token. The error is 1.2 % of
-a product's norm, where that of nf4 weights is 9 %. Weights that have 8 bits are multiplied as they are.
+With AMX they come at 2.2 TOP/s, twice as fast as those that are compiled; without it they are what there is where
+nothing can be compiled. For weights in 4 bits there are copies in 8, a byte a weight more, which are left where memory
+is short; activations are in 8 bits per token. The error is 1.2 % of a product's norm, where that of nf4 weights is 9 %.
+Weights that have 8 bits are multiplied as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.kernels.compiled import kinds_here
 from llava_cli.memory import free_memory
 
 if TYPE_CHECKING:
@@ -28,10 +30,12 @@ _SHARE = 0.5  # of the memory that is free may go
 
 
 def suits_here() -> bool:
-    """Whether this CPU has the instructions."""
+    """Whether they are the fastest that this CPU has."""
     import torch
 
-    return bool(torch.cpu._is_amx_tile_supported())
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_vnni_supported() and not kinds_here()
 
 
 def has_room(layers: Iterable[Any]) -> bool:

@@ -188,7 +188,7 @@ class Batch:
 
         if begun := groups[0].rows[0].read:
             return self._read_on(groups[0].rows[0], begun)
-        cache = RoomyCache(self.model)
+        cache = RoomyCache()
         ids, mask = self._left_padded([group.rows[0].ids[: group.head] for group in groups])
         self._forward({"input_ids": ids, **_stacked([group.rows[0].inputs for group in groups])}, cache, mask)
         if rows > len(groups):
@@ -202,7 +202,7 @@ class Batch:
 
     def _read_on(self, row: Row, begun: Beginning) -> tuple[RoomyCache, torch.Tensor]:
         """Reads what is left of one row, but for its last token, behind what was read of it before."""
-        cache = RoomyCache(self.model)
+        cache = RoomyCache()
         for number, (keys, values) in enumerate(begun.layers):
             cache.update(keys, values, number)
         ids, mask = self._left_padded([row.ids[:-1]])

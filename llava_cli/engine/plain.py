@@ -7,13 +7,11 @@ from ctypes import byref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.kernels import COLUMNS, ROWS
 from llava_cli.engine.kernels.compiled import compiled, kinds_here
 
 if TYPE_CHECKING:
     import torch
-
-ROWS, COLUMNS = 4, 64
-"""Outputs and inputs are multiples of them."""
 
 
 class Plain:
@@ -23,7 +21,8 @@ class Plain:
         import torch
 
         self._plain, self._weight = layer.forward, layer.weight.data
-        self._bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.data.float()
+        none = torch.zeros(layer.out_features, dtype=torch.float32, device="cpu")
+        self._bias = none if layer.bias is None else layer.bias.data.float()
 
     @classmethod
     def of(cls, layer: Any) -> Plain | None:
@@ -50,7 +49,7 @@ class Plain:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]"""
-        if x.numel() != x.shape[-1] or x.dtype != self._weight.dtype:
+        if x.numel() != self._weight.shape[1] or x.dtype != self._weight.dtype:
             many: torch.Tensor = self._plain(x)
             return many
         given = x.contiguous()

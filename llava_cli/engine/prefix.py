@@ -43,7 +43,7 @@ class PrefixCache:
         from transformers import DynamicCache
 
         self._read: tuple[list[int], dict[str, torch.Tensor]] = [], {}
-        self._cache = RoomyCache(self.model) if self._cuttable else DynamicCache(config=self.model.config)
+        self._cache = RoomyCache() if self._cuttable else DynamicCache(config=self.model.config)
 
     def can_part(self, inputs: Collection[str]) -> bool:
         """Whether prompts with inputs of these names can be read a part at a time, or as rows beside others."""

@@ -8,28 +8,33 @@ from ctypes import byref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.kernels import BLOCK, TILE_ROWS
 from llava_cli.engine.kernels.compiled import compiled, kinds_here
 
 if TYPE_CHECKING:
     import torch
 
 
-ROWS, BLOCK = 16, 64
-"""Of a tile, and the columns of a block of it."""
-_AT_ONCE = 512
-"""Rows that are put in order: their numbers stand in memory several times on the way."""
-_room = threading.local()
-"""For the whole numbers of a thread's inputs."""
+_ROWS = 512
+"""At a time are put in order: their numbers stand in memory several times on the way."""
+_AT_ONCE = 1280
+"""Tokens that are multiplied, for they have to stand in memory in 8 bits: two prompts with a picture."""
 
 
 def suits(layers: list[Any]) -> bool:
     """Whether these layers can be multiplied so, side by side, on this CPU."""
 
     def fits(layer: Any) -> bool:
-        block: int = getattr(getattr(layer.weight, "quant_state", None), "blocksize", BLOCK)
-        return layer.out_features % ROWS == layer.in_features % BLOCK == 0 and block == BLOCK
+        state = _state(layer)
+        whole: bool = not state or state.blocksize % BLOCK == layer.in_features % state.blocksize == 0
+        return whole and bool(layer.out_features % TILE_ROWS == 0)
 
     return bool(kinds_here()) and all(map(fits, layers))
+
+
+def _state(layer: Any) -> Any:
+    """What bitsandbytes has to say of weights in 4 bits; None of others."""
+    return getattr(layer.weight, "quant_state", None)
 
 
 def joined_bias(layers: list[Any]) -> torch.Tensor | None:
@@ -38,20 +43,26 @@ def joined_bias(layers: list[Any]) -> torch.Tensor | None:
 
     if all(layer.bias is None for layer in layers):
         return None
-    return torch.cat([torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
+    return torch.cat([_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
+
+
+def _zeros(count: int) -> torch.Tensor:
+    import torch
+
+    return torch.zeros(count, dtype=torch.float32, device="cpu")
 
 
 def in_tiles(layers: list[Any]) -> dict[str, torch.Tensor]:
     """What `Tiled` multiplies by: the numbers of bitsandbytes' layers as they are, in another order.
 
-    Of other layers each row is rounded to 8 bits.
+    Of other layers each row is rounded to 8 bits. Columns that a block lacks are 0.
     """
     import torch
 
-    if layers[0].weight.dtype == torch.uint8:
+    if _state(layers[0]):
         parts = [(_in_bytes(bits), _by_tile(scales)) for bits, scales in _of_4_bits(layers)]
         weights, scales = (torch.cat(part) for part in zip(*parts, strict=True))
-        return {"weights": weights, "scales": scales, "codes": layers[0].weight.quant_state.code.float()}
+        return {"weights": weights, "scales": scales, "codes": _state(layers[0]).code.float()}
     parts = [(_tiled(whole), worth) for whole, worth in _of_8_bits(layers)]
     weights, worth = (torch.cat(part) for part in zip(*parts, strict=True))
     return {"weights": weights, "worth": worth}
@@ -60,7 +71,7 @@ def in_tiles(layers: list[Any]) -> dict[str, torch.Tensor]:
 def _tiled(numbers: torch.Tensor) -> torch.Tensor:
     """[rows, columns] -> [tiles, blocks, fours of a block, rows of a tile, 4]"""
     rows, columns = numbers.shape
-    apart = numbers.view(rows // ROWS, ROWS, columns // BLOCK, BLOCK // 4, 4)
+    apart = numbers.view(rows // TILE_ROWS, TILE_ROWS, columns // BLOCK, BLOCK // 4, 4)
     return apart.permute(0, 2, 3, 1, 4).contiguous()
 
 
@@ -74,7 +85,7 @@ def _in_bytes(bits: torch.Tensor) -> torch.Tensor:
 
 def _by_tile(scales: torch.Tensor) -> torch.Tensor:
     """[rows, blocks] -> [tiles, blocks, rows of a tile] in fp16"""
-    return scales.view(-1, ROWS, scales.shape[1]).transpose(1, 2).half()
+    return scales.view(-1, TILE_ROWS, scales.shape[1]).transpose(1, 2).half()
 
 
 def _of_4_bits(layers: list[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -83,26 +94,29 @@ def _of_4_bits(layers: list[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]
     from bitsandbytes.functional import dequantize_blockwise
 
     for layer in layers:
-        state, rows = layer.weight.quant_state, layer.out_features
+        state, rows = _state(layer), layer.out_features
         scales = state.absmax
         if state.nested:
             scales = dequantize_blockwise(scales, state.state2) + state.offset
-        both = layer.weight.data.view(rows, -1), scales.float().view(rows, -1)
-        yield from zip(*(torch.split(part, _AT_ONCE) for part in both), strict=True)
+        scales = scales.float().view(rows, -1).repeat_interleave(state.blocksize // BLOCK, 1)
+        both = layer.weight.data.view(torch.uint8).view(rows, -1), scales
+        yield from zip(*(torch.split(part, _ROWS) for part in both), strict=True)
 
 
 def _of_8_bits(layers: list[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Some rows at a time: whole numbers, and what one of each row is worth."""
     import torch
+    from torch.nn.functional import pad
 
     for layer in layers:
-        for begin in range(0, layer.out_features, _AT_ONCE):
-            rows = layer.weight.data[begin : begin + _AT_ONCE]
+        for begin in range(0, layer.out_features, _ROWS):
+            rows = layer.weight.data[begin : begin + _ROWS]
             if rows.dtype == torch.int8:
-                yield rows, layer.weight.SCB[begin : begin + _AT_ONCE].float() / 127
+                worth = layer.weight.SCB[begin : begin + _ROWS].float() / 127
             else:
                 worth = rows.float().abs().amax(1).clamp_(min=1e-12).div_(127)
-                yield (rows / worth[:, None]).round_().to(torch.int8), worth
+                rows = (rows / worth[:, None]).round_().to(torch.int8)
+            yield pad(rows, (0, -layer.in_features % BLOCK)), worth
 
 
 class Tiled:
@@ -124,21 +138,23 @@ class Tiled:
 
         self._kind = kinds_here()[0]
         self._tiles, self._blocks = weights.shape[:2]
-        self._outputs, self._bits = ROWS * self._tiles, 4 if weights.dtype == torch.uint8 else 8
+        self._bits, self._outputs = 4 if scales is not None else 8, TILE_ROWS * self._tiles
+        self.inputs: int = BLOCK * self._blocks
+        """Columns that a block lacks, too."""
         levels = self._kind.levels
         if codes is not None:  # from 0 on
             codes = (codes * levels).round_().add_(levels + 1).to(torch.uint8)
-            worth = torch.full((self._outputs,), 1 / levels)
+            worth = _zeros(self._outputs) + 1 / levels
         self._given = {
             "weights": weights,
             "scales": scales,
             "codes": codes,
             "worth": worth,
-            "bias": torch.zeros(self._outputs) if bias is None else bias.float(),
+            "bias": _zeros(self._outputs) if bias is None else bias.float(),
         }
 
     def bound(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
-        """Writes to `out` what becomes of `x` at the time that it is called.
+        """Writes to `out` [tokens, outputs] what becomes of `x` [tokens, `inputs`] at the time that it is called.
 
         Both in bf16 or both in fp32, and in one piece. Not for two threads at a time.
         """
@@ -149,7 +165,7 @@ class Tiled:
 
         from llava_cli.engine.kernels.tiles import Task, write
 
-        tokens = x.numel() // (BLOCK * self._blocks)
+        tokens = len(x)
         tensors = {"x": x, "out": out, **self._given, **room.of(tokens, self._blocks)}
         counts = {"tokens": tokens, "tiles": self._tiles, "blocks": self._blocks, "threads": torch.get_num_threads()}
         task = Task(**{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}, **counts)
@@ -158,12 +174,16 @@ class Tiled:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         import torch
+        from torch.nn.functional import pad
 
-        given = x.contiguous() if x.dtype == torch.bfloat16 else x.float().contiguous()
-        out = given.new_empty(*x.shape[:-1], self._outputs)
-        room = vars(_room).setdefault("room", _Room())
-        self._call(given, out, room)()
-        return out.to(x.dtype)
+        tokens = x.reshape(-1, x.shape[-1])
+        given = (tokens if x.dtype == torch.bfloat16 else tokens.float()).contiguous()
+        if x.shape[-1] != self.inputs:
+            given = pad(given, (0, -x.shape[-1] % BLOCK)).view(-1, self.inputs)
+        out = given.new_empty(len(given), self._outputs)
+        for part, to in zip(torch.split(given, _AT_ONCE), torch.split(out, _AT_ONCE), strict=True):
+            self._call(part, to, _rooms.room)()
+        return out.view(*x.shape[:-1], self._outputs).to(x.dtype)
 
 
 class _Room:
@@ -177,7 +197,16 @@ class _Room:
 
         sizes = {"numbers": tokens * blocks * BLOCK, "sizes": 4 * tokens * blocks, "minus": 4 * tokens * blocks}
         if self._bytes is None or len(self._bytes) < sum(sizes.values()):
-            with torch.inference_mode(False):  # for who computes otherwise, too
-                self._bytes = torch.empty(sum(sizes.values()), dtype=torch.uint8)
+            self._bytes = torch.empty(sum(sizes.values()), dtype=torch.uint8, device="cpu")
         parts = torch.split(self._bytes[: sum(sizes.values())], list(sizes.values()))
         return dict(zip(sizes, parts, strict=True))
+
+
+class _Rooms(threading.local):
+    """One for each thread."""
+
+    def __init__(self) -> None:
+        self.room = _Room()
+
+
+_rooms = _Rooms()

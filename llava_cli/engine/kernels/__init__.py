@@ -1,1 +1,13 @@
-"""Code for LLVM, which makes machine code of it for the CPU at hand: what there is no fast library for."""
+"""Code for LLVM, which makes machine code of it for the CPU at hand: what there is no fast library for.
+
+Here are the shapes that it takes, for who asks whether it suits.
+"""
+
+TILE_ROWS, BLOCK = 16, 64
+"""Of weights in 4 and 8 bits a tile has so many rows, and a block of it so many columns."""
+ROWS, COLUMNS = 4, 64
+"""Of weights as a checkpoint has them, as many are multiplied at a time."""
+WIDTH = 16
+"""A head's width is a multiple of it."""
+SPARE = 16
+"""Scores that there is room for behind each row of them."""

@@ -10,12 +10,9 @@ from functools import reduce
 
 from llvmlite import ir
 
+from llava_cli.engine.kernels import SPARE
 from llava_cli.engine.kernels.writer import F32, I8, I32, I64, Kind, Value, Writer, many, task
 
-WIDTH = 16
-"""A head's width is a multiple of it."""
-SPARE = 16
-"""Scores that there is room for behind each row of them."""
 _AHEAD = 8192
 """Bytes ahead of what is read that memory is told of."""
 _TOKENS = 4

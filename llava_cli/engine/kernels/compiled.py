@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -20,33 +19,34 @@ if TYPE_CHECKING:
 
 @cache
 def kinds_here() -> tuple[Kind, ...]:
-    """The kinds of instructions that there are products for here, the best one first.
+    """The kinds of instructions that there are kernels for here, the best one first.
 
-    None of them on another processor than an x86 with AVX2, without llvmlite, or where torch has no OpenMP.
+    None on another processor than an x86 with AVX2, without llvmlite, where nobody may run what he has compiled, and
+    where torch has other threads than OpenMP's.
     """
     if platform.machine() not in ("x86_64", "AMD64") or not _openmp():
         return ()
     try:
-        from llvmlite.binding import get_host_cpu_features
+        from llvmlite import binding
 
         from llava_cli.engine.kernels.writer import KINDS
-    except ImportError:
+
+        binding.check_jit_execution()
+    except (ImportError, OSError):
         return ()
-    has = get_host_cpu_features()
+    has = binding.get_host_cpu_features()
     return tuple(kind for kind in KINDS if all(has.get(need) for need in kind.needs))
 
 
 @cache
 def _openmp() -> Any:
-    """What torch's threads come from, as it is loaded (on Linux)."""
+    """Where torch's threads come from: its library, through which that of OpenMP is found (on Linux)."""
     import torch
 
-    _ = torch.get_num_threads()
     try:
-        found = re.search(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*", Path("/proc/self/maps").read_text())
-    except OSError:
+        library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+    except OSError:  # another system
         return None
-    library = ctypes.CDLL(found[0]) if found else None
     return library if hasattr(library, "GOMP_parallel") else None
 
 
@@ -58,7 +58,7 @@ def compiled(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) ->
 @cache
 def ahead(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Future[Callable[[Any], None]]:
     """Begins with it, for it will be wanted."""
-    return _compiler().submit(_compile, write(kind, bf16, *more), kind)
+    return _compiler().submit(_compile, write, kind, bf16, *more)
 
 
 @cache
@@ -67,20 +67,20 @@ def _compiler() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "compiler")
 
 
-def _compile(text: str, kind: Kind) -> Callable[[Any], None]:
+def _compile(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Callable[[Any], None]:
     import llvmlite.binding as llvm
-
-    from llava_cli.engine.kernels.writer import KINDS
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     llvm.add_symbol("GOMP_parallel", ctypes.cast(_openmp().GOMP_parallel, ctypes.c_void_p).value)
     has = llvm.get_host_cpu_features()
-    for better in KINDS[: KINDS.index(kind)]:  # than what is asked for: without what only it needs
-        has.update(dict.fromkeys(set(better.needs) - set(kind.needs), False))
+    if kind.lanes < 16:  # as if it had no wider registers
+        has.update({name: False for name in has if name.startswith(("avx512", "avx10", "amx"))})
+    if not kind.vnni:
+        has["avxvnni"] = False
     cpu = llvm.get_host_cpu_name()
     target = llvm.Target.from_default_triple().create_target_machine(cpu, has.flatten(), opt=3, jit=True)
-    module = llvm.parse_assembly(text)
+    module = llvm.parse_assembly(write(kind, bf16, *more))
     passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, target)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from llava_cli.engine.kernels import COLUMNS, ROWS
 from llava_cli.engine.kernels.writer import F32, I64, Kind, Value, Writer, many, task
 
-COLUMNS, ROWS = 64, 4
-"""That are multiplied at a time: inputs and outputs of a layer are multiples of them."""
 _CHUNK = 32
 """Rows that a thread takes."""
 

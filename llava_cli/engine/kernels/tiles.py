@@ -16,12 +16,9 @@ from functools import partial, reduce
 
 from llvmlite import ir
 
+from llava_cli.engine.kernels import BLOCK, TILE_ROWS
 from llava_cli.engine.kernels.writer import F16, F32, I8, I16, I32, I64, Kind, Value, Writer, many, task
 
-BLOCK = 64
-"""Columns that have one scale of 4-bit weights, and one size of a token's activations."""
-ROWS = 16
-"""Of a tile."""
 CHUNK = 4
 """Tiles that a thread takes at a time; they stay in its cache for all tokens."""
 AHEAD = 4096
@@ -111,15 +108,15 @@ class _Tiles(Writer):
         with self.function("multiply_tiles") as function:
             b = self.b
             sums = [b.alloca(ir.VectorType(F32, self.kind.lanes)) for _ in range(self.kind.groups[0])]
-            names = {"x": I8, "out": self.number, "weights": I8, "scales": F16, "codes": I8}
+            names = {"out": self.number, "weights": I8, "scales": F16, "codes": I8}
             names |= {"worth": F32, "bias": F32, "numbers": I8, "sizes": F32, "minus": I32}
             self._arrays = {name: self.array(name, kind) for name, kind in names.items()}
-            self._blocks, self._rows = self.count("blocks"), b.mul(self.count("tiles"), I64(ROWS))
+            self._blocks, self._rows = self.count("blocks"), b.mul(self.count("tiles"), I64(TILE_ROWS))
             ends = self._ends()
             with self.shared(CHUNK, self.count("tiles")) as (first, end):
                 for begin, to, size in ends:
                     with self.loop(begin, to, size) as token, self.loop(first, end) as tile:
-                        for half in range(ROWS // self.kind.lanes):
+                        for half in range(TILE_ROWS // self.kind.lanes):
                             self._tile(tile, half, token, sums[:size])
         return function
 
@@ -135,8 +132,8 @@ class _Tiles(Writer):
     def _tile(self, tile: Value, half: int, token: Value, sums: list[Value]) -> None:
         """So many tokens, from `token` on, with as many of a tile's rows as there are lanes."""
         b, lanes, its = self.b, self.kind.lanes, self._arrays
-        kind, size = ir.VectorType(F32, lanes), self._bits * BLOCK * ROWS // 8
-        row = b.add(b.mul(tile, I64(ROWS)), I64(half * lanes))
+        kind, size = ir.VectorType(F32, lanes), self._bits * BLOCK * TILE_ROWS // 8
+        row = b.add(b.mul(tile, I64(TILE_ROWS)), I64(half * lanes))
         line = b.mul(token, self._blocks)
         for place in sums:
             b.store(many(0.0, F32, lanes), place)
@@ -156,7 +153,7 @@ class _Tiles(Writer):
                     found[i] = self._dot(found[i], whole, self.spread(four, lanes))
             scale = None
             if self._bits == 4:
-                place = self.at(its["scales"], b.add(b.mul(at, I64(ROWS)), I64(half * lanes)))
+                place = self.at(its["scales"], b.add(b.mul(at, I64(TILE_ROWS)), I64(half * lanes)))
                 scale = b.fpext(self.read(place, F16, lanes), kind)
             for i, (whole, place) in enumerate(zip(found, sums, strict=True)):
                 worth = self.spread(b.load(self.at(its["sizes"], group, I64(i))), lanes)
@@ -171,7 +168,7 @@ class _Tiles(Writer):
     def _whole(self, weights: Value, half: int) -> Iterator[tuple[int, Value]]:
         """A block's columns, four at a time: the number of the first, and the weights of all rows in 8 bits."""
         b, size = self.b, 4 * self.kind.lanes
-        starts = range(half * size, self._bits * BLOCK * ROWS // 8, 4 * ROWS)
+        starts = range(half * size, self._bits * BLOCK * TILE_ROWS // 8, 4 * TILE_ROWS)
         if self._bits == 8:
             for number, start in enumerate(starts):
                 whole = self.read(self.at(weights, I64(start)), I8, size)

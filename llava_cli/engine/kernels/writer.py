@@ -130,7 +130,7 @@ class Writer:
         place = steps[0]
         for step in steps[1:]:
             place = self.b.add(place, step)
-        return self.b.gep(array, [place], inbounds=True)
+        return self.b.gep(array, [place])
 
     def read(self, place: Value, kind: Any, lanes: int) -> Value:
         vector = ir.VectorType(kind, lanes)
