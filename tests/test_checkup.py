@@ -81,7 +81,6 @@ def test_double_quantisation(run: Run, drawing: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("LLAVA_DOUBLE_QUANT", "maybe")
     assert run(*args).exit_code == 2
     monkeypatch.setenv("LLAVA_DOUBLE_QUANT", "yes")
-    monkeypatch.setenv("LLAVA_FAST", "0")  # bitsandbytes' own way for a CPU keeps the scales as they once were
     nested = {
         layer.weight.quant_state.nested
         for layer in load("builtin", precision="4bit", device="cpu").network.modules()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from ctypes import byref
 from functools import cache, lru_cache
@@ -137,7 +138,7 @@ class OneToken:
         rows, heads, each, width = query.shape
         self._query, self._out, self._numbers = query, out, rows * heads * each
         self._attend = compiled(write, kinds_here()[0], query.dtype == torch.bfloat16, width, scaling)
-        self._scaled, self._scores = _floats(self._numbers * width), _floats(0)
+        self._scaled = _floats(self._numbers * width)
         places = {"query": query, "out": out, "scaled": self._scaled}
         counts = {"items": rows * heads, "heads": heads, "each": each, "threads": torch.get_num_threads()}
         self._task = Task(**{name: tensor.data_ptr() for name, tensor in places.items()}, **counts)
@@ -158,13 +159,25 @@ class OneToken:
         """
 
         task, rows = self._task, len(self._query)
-        if len(self._scores) < (room := self._numbers * (keys.shape[-2] + SPARE)):
-            self._scores = _floats(room)
-            task.scores = self._scores.data_ptr()
+        task.scores = _rooms.of(self._numbers * (tokens + SPARE)).data_ptr()
         mask = _all(1024 * -(-rows * tokens // 1024)) if seen is None else seen
         task.keys, task.values, task.mask = keys.data_ptr(), values.data_ptr(), mask.data_ptr()
         task.room, task.tokens = keys.shape[-2], tokens
         self._attend(self._given)
+
+
+class _Rooms(threading.local):
+    """For the scores of a thread."""
+
+    _scores: torch.Tensor | None = None
+
+    def of(self, count: int) -> torch.Tensor:
+        if self._scores is None or len(self._scores) < count:
+            self._scores = _floats(2 * count)
+        return self._scores
+
+
+_rooms = _Rooms()
 
 
 def _floats(count: int) -> torch.Tensor:
