@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.kernels import SPARE, WIDTH
-from llava_cli.engine.kernels.compiled import compiled, kinds_here
+from llava_cli.engine.kernels.compiled import compiled, kinds_here, threads_for
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ class OneToken:
         self._attend = compiled(write, kinds_here()[0], query.dtype == torch.bfloat16, width, scaling)
         self._scaled = _floats(self._numbers * width)
         places = {"query": query, "out": out, "scaled": self._scaled}
-        counts = {"items": rows * heads, "heads": heads, "each": each, "threads": torch.get_num_threads()}
+        counts = {"items": rows * heads, "heads": heads, "each": each}
         self._task = Task(**{name: tensor.data_ptr() for name, tensor in places.items()}, **counts)
         self._given = byref(self._task)
 
@@ -163,6 +163,7 @@ class OneToken:
         mask = _all(1024 * -(-rows * tokens // 1024)) if seen is None else seen
         task.keys, task.values, task.mask = keys.data_ptr(), values.data_ptr(), mask.data_ptr()
         task.room, task.tokens = keys.shape[-2], tokens
+        task.threads = threads_for(2 * tokens * len(self._scaled))
         self._attend(self._given)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.kernels import COLUMNS, ROWS
-from llava_cli.engine.kernels.compiled import compiled, kinds_here
+from llava_cli.engine.kernels.compiled import compiled, kinds_here, threads_for
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +36,13 @@ class Plain:
 
     def bound(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
         """Writes to `out` [1, outputs] what becomes of `x` [1, inputs] at the time that it is called."""
-        import torch
 
         from llava_cli.engine.kernels.rows import Task, write
 
         rows, columns = self._weight.shape
         tensors = {"x": x, "out": out, "weights": self._weight, "bias": self._bias}
         places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        task = Task(**places, rows=rows, columns=columns, threads=torch.get_num_threads())
+        task = Task(**places, rows=rows, columns=columns, threads=threads_for(rows * columns))
         task.tensors = tensors  # as long as it is told where they are
         return partial(compiled(write, kinds_here()[0], True), byref(task))
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.kernels import BLOCK, TILE_ROWS
-from llava_cli.engine.kernels.compiled import compiled, kinds_here
+from llava_cli.engine.kernels.compiled import compiled, kinds_here, threads_for
 
 if TYPE_CHECKING:
     import torch
@@ -166,8 +166,9 @@ class Tiled:
         from llava_cli.engine.kernels.tiles import Task, write
 
         tokens = len(x)
+        threads = threads_for(tokens * self.inputs * self._outputs)
         tensors = {"x": x, "out": out, **self._given, **room.of(tokens, self._blocks)}
-        counts = {"tokens": tokens, "tiles": self._tiles, "blocks": self._blocks, "threads": torch.get_num_threads()}
+        counts = {"tokens": tokens, "tiles": self._tiles, "blocks": self._blocks, "threads": threads}
         task = Task(**{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}, **counts)
         task.tensors = tensors  # as long as it is told where they are
         return partial(compiled(write, self._kind, x.dtype == torch.bfloat16, self._bits), byref(task))

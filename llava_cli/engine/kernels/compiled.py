@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_cli.engine.kernels.writer import Kind
 
+SMALL = 1 << 19
+"""Products that a thread makes in some 10 us."""
+
 
 @cache
 def kinds_here() -> tuple[Kind, ...]:
@@ -36,6 +39,13 @@ def kinds_here() -> tuple[Kind, ...]:
         return ()
     has = binding.get_host_cpu_features()
     return tuple(kind for kind in KINDS if all(has.get(need) for need in kind.needs))
+
+
+def threads_for(products: int) -> int:
+    """How many threads a kernel with so many products takes: to wake others for a few takes longer than to do them."""
+    import torch
+
+    return torch.get_num_threads() if products >= SMALL else 1
 
 
 @cache

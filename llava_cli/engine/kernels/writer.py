@@ -69,8 +69,13 @@ class Writer:
         work = ir.FunctionType(NONE, [self._task_type]).as_pointer()
         start = ir.FunctionType(NONE, [work, self._task_type, I32, I32])
         in_threads = self.module.globals.get("GOMP_parallel") or ir.Function(self.module, start, "GOMP_parallel")
+        b, threads = self.b, self.count("threads")
         self.store("next", 0)
-        self.b.call(in_threads, [function, self._task, self.b.trunc(self.count("threads"), I32), I32(0)])
+        with b.if_else(b.icmp_signed("==", threads, I64(1))) as (alone, together):
+            with alone:
+                b.call(function, [self._task])
+            with together:
+                b.call(in_threads, [function, self._task, b.trunc(threads, I32), I32(0)])
 
     @contextmanager
     def function(self, name: str) -> Iterator[ir.Function]:
