@@ -150,6 +150,7 @@ def _text(words: PreTrainedTokenizerFast, kind: Callable[..., Any] = LlamaConfig
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,
         max_position_embeddings=2048,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,

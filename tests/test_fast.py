@@ -19,20 +19,21 @@ from test_engine import CONVERSATIONS
 
 from llava_cli import Conversation, Sampling, load, open_picture
 from llava_cli.arranged import Arranged
-from llava_cli.engine import attention, decoder, fast, int8, plain, tiles
+from llava_cli.engine import attention, decoder, fast, int8, plain, step, tiles
 from llava_cli.engine.attention import NAME, OneToken, attend
-from llava_cli.engine.cache import ROOM
+from llava_cli.engine.cache import ROOM, RoomyCache
 from llava_cli.engine.decoder import Decoder, Group, suits
 from llava_cli.engine.fast import Joined, _quick_gelu, as_transformers, joined, unused_layers
+from llava_cli.engine.forward import Forward
 from llava_cli.engine.head import Head
 from llava_cli.engine.int8 import Products, as_they_are, weights_of, whole_numbers
-from llava_cli.engine.kernels import compiled
+from llava_cli.engine.kernels import FEW, compiled
 from llava_cli.engine.kernels.compiled import kinds_here
 from llava_cli.engine.kernels.writer import KINDS, Kind
 from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.plain import Plain
 from llava_cli.engine.step import Step, bound
-from llava_cli.engine.tiles import Tiled, in_tiles, joined_bias
+from llava_cli.engine.tiles import Room, Tiled, in_tiles, joined_bias
 from llava_cli.settings import Precision
 
 Plainly = Callable[..., LocalEngine]
@@ -67,7 +68,7 @@ def either_attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 def each_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the best instructions that it has, with those that any has, and with the products that suit AMX."""
     if request.param == "another CPU":
-        for module in (tiles, plain, attention):
+        for module in (tiles, plain, attention, step):
             monkeypatch.setattr(module, "kinds_here", lambda: kinds_here()[-1:])
     monkeypatch.setattr(int8, "suits_here", lambda: request.param == "AMX")
 
@@ -104,6 +105,14 @@ def test_logits_are_within_bounds(
     assert one.argmax() == other.argmax()
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the number of rows of each step that is taken."""
+    steps: list[int] = []
+    take = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, x, *args: steps.append(len(x)) or take(self, x, *args))
+    return steps
+
+
 @pytest.mark.parametrize("precision, bound", [("fp32", 1e-5), ("bf16", 0.08), ("4bit", 0.25), ("8bit", 0.25)])
 @pytest.mark.parametrize("family", ["llava-llama", "llava-next-mistral", "llava-onevision", "smolvlm"])
 def test_a_step_says_what_reading_all_says(
@@ -116,9 +125,7 @@ def test_a_step_says_what_reading_all_says(
     each_cpu: None,
 ) -> None:
     """One token behind others, far enough for the cache to move. With such weights bf16 is 4 to 7 % off fp32 itself."""
-    steps: list[int] = []
-    step = Step.__call__
-    monkeypatch.setattr(Step, "__call__", lambda self, *args: steps.append(1) or step(self, *args))
+    steps = counted(monkeypatch)
     engine = load(str(checkpoint(family)), precision=precision, device="cpu")
     torch.manual_seed(0)
     ids = torch.randint(3, 40, (1, ROOM + 25))
@@ -130,6 +137,34 @@ def test_a_step_says_what_reading_all_says(
     expected = engine.logits({"input_ids": ids})
     assert len(steps) == ids.shape[1] - 20
     assert (found - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize("precision, bound", [("fp32", 1e-5), ("bf16", 0.03), ("4bit", 0.1), ("8bit", 0.1)])
+def test_a_step_of_several_rows_says_what_reading_all_says(
+    precision: Precision,
+    bound: float,
+    checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    each_cpu: None,
+) -> None:
+    """Of different lengths, so that padding stands on the left of some."""
+    engine = load(str(checkpoint("llava-llama")), precision=precision, device="cpu")
+    forward, steps = Forward(engine.network), counted(monkeypatch)
+    torch.manual_seed(0)
+    ids, mask = torch.randint(3, 40, (5, 30)), torch.ones(5, 30, dtype=torch.bool)
+    for row in range(1, 5):
+        mask[row, : 3 * row] = False
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = RoomyCache()
+    forward({"input_ids": ids[:, :20]}, cache, mask[:, :20], positions[:, :20])
+    for end in range(21, 31):
+        inputs = {"input_ids": ids[:, end - 1 : end]}
+        found = forward(inputs, cache, mask[:, :end], positions[:, end - 1 : end])
+    assert steps == [5] * 10
+    expected = forward({"input_ids": ids}, RoomyCache(), mask, positions)
+    assert (found - expected).norm() < bound * expected.norm()
+    alone = torch.cat([engine.logits({"input_ids": ids[row : row + 1, 3 * row :]}) for row in range(5)])
+    assert (found - alone).norm() < bound * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -152,15 +187,19 @@ def test_what_is_faster_is_there_for_what_it_suits(plainly: Plainly, monkeypatch
     def ways(engine: LocalEngine) -> set[type]:
         return {type(vars(m)["forward"]) for m in engine.network.modules() if "forward" in vars(m)}
 
+    monkeypatch.setattr(Head, "LARGE", 0)
     four = load("builtin", precision="4bit", device="cpu")
     assert ways(four) == {Decoder, Head, FunctionType}
-    assert ways(load("builtin", precision="bf16", device="cpu")) == {Decoder, Plain, FunctionType}
-    assert ways(load("builtin", precision="fp32", device="cpu")) == {Decoder, FunctionType}
+    for precision in ("bf16", "fp32"):
+        assert ways(load("builtin", precision=precision, device="cpu")) == {Decoder, Plain, FunctionType}
     assert ways(plainly("builtin", "4bit")) == set()
     for amx in (True, False):
         monkeypatch.setattr(int8, "suits_here", lambda amx=amx: amx)
         assert ways(load("builtin", precision="8bit", device="cpu")) == {Decoder, Head, FunctionType}
+    monkeypatch.undo()
+    assert ways(load("builtin", precision="4bit", device="cpu")) == {Decoder, Plain, FunctionType}
     monkeypatch.setattr(tiles, "kinds_here", lambda: ())
+    monkeypatch.setattr(plain, "kinds_here", lambda: ())
     assert ways(load("builtin", precision="4bit", device="cpu")) == {Decoder, FunctionType}
 
 
@@ -193,7 +232,7 @@ def of_kind(number: int) -> Iterator[Kind]:
     if number >= len(kinds):
         pytest.skip("this CPU does not have so many kinds of instructions")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (tiles, plain, attention):
+        for module in (tiles, plain, attention, step):
             patch.setattr(module, "kinds_here", lambda: kinds[number:])
         yield kinds[number]
 
@@ -222,7 +261,7 @@ def test_products_of_tiles(kind: int, make: Any, biases: tuple[bool, ...], dtype
             error = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_(min=1e-6)
             assert error.max() < (0.012 if its.vnni else 0.02)
             out = torch.empty_like(found)
-            product.bound(x.view(-1, 128), out.view(-1, out.shape[-1]))()
+            product.bound(x.view(-1, 128), out.view(-1, out.shape[-1]), Room())()
             assert torch.equal(out, found)
             assert torch.equal(product(x.mT.contiguous().mT), found)
 
@@ -341,14 +380,16 @@ def test_products_of_8_bits_are_bitsandbytes(biases: tuple[bool, ...], tokens: t
         products = Products(**as_they_are(layers), bias=joined_bias(layers))
         expected = torch.cat([layer(x) for layer in layers], -1)
         found, out = products(x), torch.empty_like(expected)
-        bound(Group(layers, lambda _: products), x, out)()
+        for call in bound(Group(layers, lambda _: products), x, out, Room()):
+            call()
     assert (found - exact).norm() < 0.02 * exact.norm()
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert torch.equal(out, found)
 
 
 @pytest.mark.parametrize("bound, in_8_bits", [(0.15, False), (0.03, True)])
-def test_head_is_exact_about_the_likeliest(bound: float, in_8_bits: bool) -> None:
+def test_head_is_exact_about_the_likeliest(bound: float, in_8_bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Head, "LARGE", 0)
     torch.manual_seed(0)
     plain = torch.nn.Linear(128, 9600, bias=False, dtype=torch.bfloat16)
     head = Head.of(plain, Arranged(), in_8_bits)
@@ -372,7 +413,8 @@ def test_head_is_exact_about_the_likeliest(bound: float, in_8_bits: bool) -> Non
         torch.nn.Identity(),
     ],
 )
-def test_other_heads_stay_as_they_are(other: torch.nn.Module) -> None:
+def test_other_heads_stay_as_they_are(other: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Head, "LARGE", 0)
     assert Head.of(other, Arranged(), in_8_bits=False) is None
 
 
@@ -385,7 +427,7 @@ def test_bitsandbytes_multiplies_where_nothing_can_be_compiled(
         monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     else:
         monkeypatch.setattr(compiled, "_openmp", lambda: None)
-    for module in (tiles, plain, attention, fast):
+    for module in (tiles, plain, attention, step, fast):
         monkeypatch.setattr(module, "kinds_here", kinds_here.__wrapped__)
     monkeypatch.setattr(int8, "suits_here", lambda: False)
     engine = load("builtin", precision="4bit", device="cpu")
@@ -526,22 +568,27 @@ def test_attention_of_one_token(
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])
 @pytest.mark.parametrize("inputs, outputs", [(64, 4), (128, 100), (1024, 512)])
-def test_a_plain_layer_for_one_token(inputs: int, outputs: int, bias: bool, kind: int) -> None:
+def test_a_plain_layer_for_few_tokens(
+    inputs: int, outputs: int, dtype: torch.dtype, bound: float, bias: bool, kind: int
+) -> None:
+    """What becomes of one is the same to the bit whatever stands beside it."""
     torch.manual_seed(0)
-    layer = torch.nn.Linear(inputs, outputs, bias, dtype=torch.bfloat16)
+    layer = torch.nn.Linear(inputs, outputs, bias, dtype=dtype)
     with torch.inference_mode(), of_kind(kind):
         product = Plain.of(layer)
         assert product
-        one, many = (torch.randn(1, tokens, inputs, dtype=torch.bfloat16) for tokens in (1, 3))
-        found, exact = product(one), one.float() @ layer.weight.float().t() + (layer.bias.float() if bias else 0)
-        assert (found - exact).norm() < 0.004 * exact.norm()
+        few, many = (torch.randn(1, tokens, inputs, dtype=dtype) for tokens in (FEW - 1, FEW + 1))
+        found, exact = product(few), few.float() @ layer.weight.float().t() + (layer.bias.float() if bias else 0)
+        assert (found - exact).norm() < bound * exact.norm()
+        assert torch.equal(product(few[:, 5:6]), found[:, 5:6])
         assert torch.equal(product(many), layer(many))
 
 
 def test_other_layers_are_not_plain() -> None:
-    linear = torch.nn.Linear
-    for layer in (linear(64, 4), linear(64, 6, dtype=torch.bfloat16), linear(60, 4, dtype=torch.bfloat16)):
+    linear = partial(torch.nn.Linear, dtype=torch.bfloat16)
+    for layer in (linear(64, 6), linear(60, 4), linear(64, 4).half()):
         assert Plain.of(layer) is None
     assert Plain.of(four_bits(32, False)) is None
 
@@ -559,7 +606,7 @@ def test_attention_of_one_token_of_what_is_not_in_one_piece() -> None:
 
 
 def test_a_step_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch, drawing: Path) -> None:
-    for module in (tiles, plain, attention, int8, fast):
+    for module in (tiles, plain, attention, step, int8, fast):
         monkeypatch.setattr(module, "kinds_here", lambda: ())
     for precision in ("fp32", "bf16", "8bit"):
         engine = load("builtin", precision=precision, device="cpu")

@@ -12,8 +12,8 @@ from test_engine import picture
 
 from llava_cli import Answer, Conversation, Sampling
 from llava_cli.engine import Request
+from llava_cli.engine.forward import Forward
 from llava_cli.engine.local import LocalEngine
-from llava_cli.engine.many import Batch
 from llava_cli.errors import LlavaError, PromptTooLong
 
 Engines = Callable[[str], LocalEngine]
@@ -85,13 +85,13 @@ def test_repetition_penalty(engines: Engines, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("patient")
 def test_a_picture_is_read_once(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, seen = engines("llava-llama"), []
-    forward = Batch._forward
+    forward = Forward.__call__
 
-    def counting(self: Batch, inputs: dict[str, Any], cache: Any, mask: torch.Tensor) -> torch.Tensor:
+    def counting(self: Forward, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         seen.append(len(inputs.get("pixel_values", ())))
-        return forward(self, inputs, cache, mask)
+        return forward(self, inputs, *args)
 
-    monkeypatch.setattr(Batch, "_forward", counting)
+    monkeypatch.setattr(Forward, "__call__", counting)
     one = picture(60, 60)
     asked = [Request(Conversation().ask(f"what is {n}?", [one]), SAMPLING) for n in range(10)]
     assert len(dict(engine.answer_many(asked))) == 10
@@ -125,26 +125,26 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(
     most: int, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device with room for so many rows; torch says so as a CPU does."""
-    engine, forward, sizes = engines("llava-llama"), Batch._forward, []
+    engine, forward, sizes = engines("llava-llama"), Forward.__call__, []
     alone = [engine.answer(request.conversation, request.sampling).text for request in requests()]
 
-    def small(self: Batch, inputs: dict[str, Any], cache: Any, mask: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(mask))
-        if len(mask) > most:
+    def small(self: Forward, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > most:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-        return forward(self, inputs, cache, mask)
+        return forward(self, inputs, *args)
 
-    monkeypatch.setattr(Batch, "_forward", small)
+    monkeypatch.setattr(Forward, "__call__", small)
     found = dict(engine.answer_many(requests(), 8))
     assert [found[n].text for n in range(len(alone))] == alone  # type: ignore[union-attr]
     assert max(sizes) > most
 
 
 def test_memory_for_not_even_one_row_is_that_rows_error(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(self: Batch, *args: Any) -> torch.Tensor:
+    def none(self: Forward, *args: Any) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(Batch, "_forward", none)
+    monkeypatch.setattr(Forward, "__call__", none)
     found = dict(engines("llava-llama").answer_many(requests(), 4))
     assert len(found) == len(requests())
     assert {type(error).__name__ for error in found.values()} == {"OutOfMemory"}
@@ -183,9 +183,9 @@ def test_families_that_cannot_stand_in_rows_answer_one_by_one(
 
 
 def test_errors_reach_the_caller_as_ours(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(self: Batch, *args: Any) -> torch.Tensor:
+    def breaks(self: Forward, *args: Any) -> torch.Tensor:
         raise RuntimeError("a matrix of the wrong shape")
 
-    monkeypatch.setattr(Batch, "_forward", breaks)
+    monkeypatch.setattr(Forward, "__call__", breaks)
     with pytest.raises(LlavaError, match="fails while answering"):
         list(engines("llava-llama").answer_many(requests()))

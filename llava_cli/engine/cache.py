@@ -39,19 +39,17 @@ class RoomyLayer(DynamicLayer):
             self._hold(name, rows, end)
         return self.keys, self.values  # type: ignore[return-value]
 
-    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One more token of the only row: all there is of both and the room behind it [heads, tokens, width].
+    def grow(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """By one token of each row, to be written: all there is of both, and the room behind it.
 
-        `key`, `value` [heads, 1, width].
+        [rows and more, heads, room, width], in one piece.
         """
-        begin, both = self.get_seq_length(), []
-        for name, new in zip(_BOTH, (key, value), strict=True):
-            if not self._fits(name, 1, begin + 1):
-                self._move(name, getattr(self, name), 1, begin, begin + 1)
-            store = self._stores[name][0]
-            store.narrow(1, begin, 1).copy_(new)
-            self._hold(name, 1, begin + 1)
-            both.append(store)
+        (rows, _, begin, _), both = self.keys.shape, []  # type: ignore[union-attr]
+        for name in _BOTH:
+            if not self._fits(name, rows, begin + 1):
+                self._move(name, getattr(self, name), rows, begin, begin + 1)
+            self._hold(name, rows, begin + 1)
+            both.append(self._stores[name])
         return both[0], both[1]
 
     def make_room(self, rows: int, width: int) -> None:

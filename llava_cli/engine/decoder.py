@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.attention import added, attend, torchs_is_faster
 from llava_cli.engine.cache import RoomyCache
+from llava_cli.engine.kernels import FEW
 from llava_cli.engine.step import Step
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ class Decoder:
     """
 
     def __init__(self, decoder: Any, join: Join) -> None:
-        self._plain, self._norm, self._angles = decoder.forward, decoder.norm, decoder.rotary_emb
+        self._plain, self._norm, self._angles = decoder.forward, decoder.norm, Angles(decoder.rotary_emb)
         self._window: int | None = getattr(decoder.config, "sliding_window", None)
         self._layers = [Layer(layer, join) for layer in decoder.layers]
-        self._step = Step(self._layers, decoder.norm.weight.dtype)
+        self._steps: dict[int, Step] | None = {} if Step.suits(self._layers, decoder.norm) else None
 
     def __call__(
         self,
@@ -72,25 +73,64 @@ class Decoder:
         keys = cache.get_seq_length() + tokens
         if position_ids is None:
             position_ids = torch.arange(keys - tokens, keys)[None]
-        seen = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        seen = None if attention_mask is None else attention_mask.bool().contiguous()
+        cos, sin = self._angles(x, position_ids)
+        if tokens == 1 < keys and (step := self._step(len(x))):
+            x = step(x, cos[:, 0], sin[:, 0], cache, seen)
+            return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+        seen = None if seen is None else seen[:, None, None]
         # Torch's own has a way for prompts that are read at once, without a mask: by a third faster.
         if tokens > 1 and not (seen is None and tokens == keys and torchs_is_faster()):
             causal = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
             seen = causal[None, None] if seen is None else seen & causal
         add = seen if seen is None or tokens == 1 else added(seen, x.dtype)
-        cos, sin = self._angles(x, position_ids)
-        half = sin.shape[-1] // 2
-        if add is None and len(x) == tokens == 1 < keys:
-            x = self._step(x, cos[0, 0, :half], sin[0, 0, :half], cache)
-        else:
-            turn = cos[:, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, None]
-            for layer in self._layers:
-                x = layer(x, turn, add, cache, last=layer is self._layers[-1])
+        turn = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        for layer in self._layers:
+            x = layer(x, turn, add, cache, last=layer is self._layers[-1])
         return BaseModelOutputWithPast(last_hidden_state=self._norm(x), past_key_values=cache)
+
+    def _step(self, rows: int) -> Step | None:
+        """One token of so many; None where their products are what counts, or nothing is compiled."""
+        if self._steps is None or rows > FEW:
+            return None
+        if rows not in self._steps:
+            self._steps[rows] = Step(self._layers, self._norm, rows)
+        return self._steps[rows]
 
     def _slides(self, cache: RoomyCache, x: torch.Tensor) -> bool:
         """Whether a window of tokens would leave some behind."""
         return self._window is not None and cache.get_seq_length() + x.shape[1] > self._window
+
+
+class Angles:
+    """What tokens' heads are turned by; from a table, where that does not depend on how long a prompt is."""
+
+    def __init__(self, compute: Any) -> None:
+        self._compute = compute
+        self._varies = compute.rope_type in ("dynamic", "longrope")
+        self._table: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [rows or 1, tokens] -> cos, sin [rows or 1, tokens, half of a head's width], of x's type."""
+        import torch
+
+        if self._varies:
+            return self._of(x, positions)
+        most = int(positions.max()) + 1
+        if self._table is None or len(self._table[0]) < most:
+            cos, sin = self._of(x, torch.arange(-(-most // _AT_A_TIME) * _AT_A_TIME)[None])
+            self._table = cos[0].contiguous(), sin[0].contiguous()
+        cos, sin = self._table
+        return cos[positions], sin[positions]
+
+    def _of(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self._compute(x, positions)
+        half = cos.shape[-1] // 2
+        return cos[..., :half], sin[..., :half]
+
+
+_AT_A_TIME = 2048
+"""Positions that the table grows by."""
 
 
 class Group:

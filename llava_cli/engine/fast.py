@@ -73,7 +73,7 @@ def speed_up(model: Any, arranged: Arranged) -> None:
         for layer, name in seeing.items():
             if room and (many := in_8_bits_of(layer, name, arranged)):
                 vars(layer)["forward"] = Joined(layer.forward, *many)
-        if head := Head.of(output, arranged, in_8_bits) if layers else Plain.of(output):
+        if head := (Head.of(output, arranged, in_8_bits) if layers else None) or Plain.of(output):
             vars(output)["forward"] = head
 
 

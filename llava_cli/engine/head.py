@@ -25,6 +25,8 @@ class Head:
     """
 
     LIKELIEST = 64
+    LARGE = 1 << 22
+    """Weights; of fewer all are read sooner than it is found out which matter."""
 
     def __init__(self, head: torch.nn.Linear, roughly: Tiled) -> None:
         self._plain, self._weight, self._roughly = head.forward, head.weight.data, roughly
@@ -34,7 +36,7 @@ class Head:
         """None where the head is of another kind, or there is no product for it."""
         import torch
 
-        if type(head) is not torch.nn.Linear or head.bias is not None:
+        if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.numel() < cls.LARGE:
             return None
         if not tiles.suits([head]) or head.in_features % BLOCK:
             return None

@@ -65,8 +65,8 @@ class Kept:
         return Beginning(its, pictures, [(keys[:, :, :its], values[:, :, :its]) for keys, values in read.layers])
 
     def put(self, row: Row, cache: RoomyCache, number: int, mask: torch.Tensor) -> None:
-        """Keeps what a cache holds of its row `number`, whose tokens are where `mask` [columns] is 1."""
-        there, its = mask.bool(), slice(number, number + 1)
+        """Keeps what a cache holds of its row `number`, whose tokens are where `mask` [columns] is true."""
+        there, its = mask, slice(number, number + 1)
         every: list[Any] = cache.layers
         layers = [(layer.keys[its, :, there], layer.values[its, :, there]) for layer in every]
         read = Read(row.ids[: int(there.sum())], row.pictures, layers)

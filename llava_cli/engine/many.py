@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli.engine.base import Answer
 from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.decode import Chooser
+from llava_cli.engine.forward import Forward
 from llava_cli.engine.kept import Beginning, Kept
 from llava_cli.engine.prefix import ROWS, WHOLE, alike
 from llava_cli.engine.reply import Reply
@@ -109,13 +110,13 @@ class Batch:
     """The rows that are being answered together by one model."""
 
     def __init__(self, model: Any, kept: Kept | None = None) -> None:
-        self.model, self._kept = model, kept
+        self.model, self._kept, self._forward = model, kept, Forward(model)
         self.rows: list[Row] = []
         self._image: int | None = getattr(model.config, "image_token_id", None)
         # A sliding window counts columns: with padding in their midst it would hide too much.
         self._shares = not getattr(model.config.get_text_config(), "sliding_window", None)
         self._cache: Any = None
-        self._mask: torch.Tensor = None  # type: ignore[assignment]  # [rows, columns], 1 where a token is
+        self._mask: torch.Tensor = None  # type: ignore[assignment]  # [rows, columns], true where a token is
 
     def join(self, rows: Sequence[Row]) -> None:
         """Reads the rows' prompts, all but their last tokens, and puts them to those that are being answered."""
@@ -150,10 +151,11 @@ class Batch:
         """One more token for every row; returns those whose `reply` is then done, which have left."""
         import torch
 
-        ones = self._mask.new_ones(len(self.rows), 1)
-        self._mask = torch.cat([self._mask, ones], dim=1)
-        ids = torch.tensor([row.ids[-1:] for row in self.rows], device=self._mask.device)
-        logits = self._forward({"input_ids": ids}, self._cache, self._mask).float()
+        device = self._mask.device
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
+        ids = torch.tensor([row.ids[-1:] for row in self.rows], device=device)
+        positions = torch.tensor([[len(row.ids) - 1] for row in self.rows], device=device)
+        logits = self._forward({"input_ids": ids}, self._cache, _if_padded(self._mask), positions).float()
         tokens: list[int]
         if all(row.choose.greedy for row in self.rows):
             tokens = logits.argmax(-1).tolist()
@@ -190,14 +192,14 @@ class Batch:
             return self._read_on(groups[0].rows[0], begun)
         cache = RoomyCache()
         ids, mask = self._left_padded([group.rows[0].ids[: group.head] for group in groups])
-        self._forward({"input_ids": ids, **_stacked([group.rows[0].inputs for group in groups])}, cache, mask)
+        self._read_columns({"input_ids": ids, **_stacked([group.rows[0].inputs for group in groups])}, cache, mask)
         if rows > len(groups):
             index = torch.tensor([i for i, group in enumerate(groups) for _ in group.rows], device=mask.device)
             cache.batch_select_indices(index)
             ids, tail = self._left_padded([row.ids[group.head : -1] for group in groups for row in group.rows])
             mask = torch.cat([mask[index], tail], dim=1)
             if ids.shape[1]:
-                self._forward({"input_ids": ids}, cache, mask)
+                self._read_columns({"input_ids": ids}, cache, mask)
         return cache, mask
 
     def _read_on(self, row: Row, begun: Beginning) -> tuple[RoomyCache, torch.Tensor]:
@@ -211,7 +213,7 @@ class Batch:
             inputs |= {name: row.inputs[name][begun.pictures :] for name in ROWS if name in row.inputs}
             inputs |= {name: row.inputs[name] for name in WHOLE if name in row.inputs}
         if inputs["input_ids"].shape[1]:
-            self._forward(inputs, cache, mask)
+            self._read_columns(inputs, cache, mask)
         return cache, mask
 
     def _make_room(self, rows: int, width: int) -> None:
@@ -254,34 +256,26 @@ class Batch:
             for layer in self._cache.layers:
                 layer.drop(done[::-1])
 
-    def _forward(self, inputs: dict[str, Any], cache: Any, mask: torch.Tensor) -> torch.Tensor:
-        """Reads the last columns of `mask` [rows, columns] -> logits after the last [rows, vocabulary]."""
-        import torch
-
+    def _read_columns(self, inputs: dict[str, Any], cache: Any, mask: torch.Tensor) -> None:
+        """Reads the last columns of `mask` [rows, columns]."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
-        padded = not bool(mask.all())  # without, the model makes no mask of its own for every step
-        with torch.inference_mode():
-            out = self.model(
-                **inputs,
-                attention_mask=mask if padded else None,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits: torch.Tensor = out.logits[:, -1]
-        return logits
+        self._forward(inputs, cache, _if_padded(mask), positions)
 
     def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids [rows, longest] with padding on their left, and the mask that is 1 where they are."""
+        """Ids [rows, longest] with padding on their left, and the mask that is true where they are."""
         import torch
 
         width, padding = max(map(len, rows)), int(self._image == 0)  # any token that is no picture: it is never seen
         ids = [[padding] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
         device = self.model.device
         shape = len(rows), width
-        return torch.tensor(ids, device=device).view(shape).long(), torch.tensor(mask, device=device).view(shape).long()
+        return torch.tensor(ids, device=device).view(shape).long(), torch.tensor(mask, device=device).view(shape).bool()
+
+
+def _if_padded(mask: torch.Tensor) -> torch.Tensor | None:
+    """Without one the model makes none of its own."""
+    return None if mask.all() else mask
 
 
 def _parts(groups: Sequence[_Group]) -> Iterator[Sequence[_Group]]:

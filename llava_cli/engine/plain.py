@@ -1,21 +1,21 @@
-"""Linear layers with weights in bf16, for one token."""
+"""Linear layers with weights as a checkpoint has them, for few tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from ctypes import byref
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.kernels import COLUMNS, ROWS
-from llava_cli.engine.kernels.compiled import compiled, kinds_here, threads_for
+from llava_cli.engine.kernels import COLUMNS, FEW, ROWS
+from llava_cli.engine.kernels.compiled import Kernel, compiled, kinds_here, threads_for
 
 if TYPE_CHECKING:
     import torch
 
 
 class Plain:
-    """A layer that reads its weights as fast as memory gives them: oneDNN reads bf16 at two thirds of that."""
+    """A layer that reads its weights as fast as memory gives them: oneDNN reads bf16 at two thirds of that.
+
+    What it makes of a token does not depend on those beside it.
+    """
 
     def __init__(self, layer: torch.nn.Linear) -> None:
         import torch
@@ -31,27 +31,28 @@ class Plain:
 
         if type(layer) is not torch.nn.Linear or not kinds_here() or layer.weight.device.type != "cpu":
             return None
-        known = layer.weight.dtype == torch.bfloat16 and layer.weight.is_contiguous()
+        known = layer.weight.dtype in (torch.bfloat16, torch.float32) and layer.weight.is_contiguous()
         return cls(layer) if known and layer.out_features % ROWS == layer.in_features % COLUMNS == 0 else None
 
-    def bound(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
-        """Writes to `out` [1, outputs] what becomes of `x` [1, inputs] at the time that it is called."""
+    def bound(self, x: torch.Tensor, out: torch.Tensor) -> Kernel:
+        """Writes to `out` [tokens, outputs] what becomes of `x` [tokens, inputs], in one piece, when it is called."""
+        import torch
 
         from llava_cli.engine.kernels.rows import Task, write
 
         rows, columns = self._weight.shape
         tensors = {"x": x, "out": out, "weights": self._weight, "bias": self._bias}
         places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        task = Task(**places, rows=rows, columns=columns, threads=threads_for(rows * columns))
-        task.tensors = tensors  # as long as it is told where they are
-        return partial(compiled(write, kinds_here()[0], True), byref(task))
+        threads = threads_for(len(x) * rows * columns)
+        task = Task(**places, tokens=len(x), apart=out.stride(0), rows=rows, columns=columns, threads=threads)
+        return Kernel(compiled(write, kinds_here()[0], x.dtype == torch.bfloat16), task, tensors)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]"""
-        if x.numel() != self._weight.shape[1] or x.dtype != self._weight.dtype:
+        if x.numel() > FEW * self._weight.shape[1] or x.dtype != self._weight.dtype:
             many: torch.Tensor = self._plain(x)
             return many
-        given = x.contiguous()
-        out = given.new_empty(*x.shape[:-1], len(self._weight))
+        given = x.reshape(-1, x.shape[-1]).contiguous()
+        out = given.new_empty(len(given), len(self._weight))
         self.bound(given, out)()
-        return out
+        return out.view(*x.shape[:-1], -1)

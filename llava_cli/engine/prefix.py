@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.cache import RoomyCache, plain_cache
+from llava_cli.engine.forward import Forward
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ class PrefixCache:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model, self._forward = model, Forward(model)
         self.found = 0  # how many tokens of the last prompt did not have to be read
         self._reader: object = None
         self._image: int | None = getattr(model.config, "image_token_id", None)
@@ -68,7 +69,7 @@ class PrefixCache:
         else:
             self._forget()
             step = inputs
-        logits = self._forward(step)
+        logits = self._forward(step, self._cache)
         self._read, self.found = (ids, rows), kept
         return logits
 
@@ -78,16 +79,8 @@ class PrefixCache:
 
         if reader is not self._reader:
             raise RuntimeError("another answer was begun before this one was complete")
-        logits = self._forward({"input_ids": torch.tensor([[token]], device=self.model.device)})
+        logits = self._forward({"input_ids": torch.tensor([[token]], device=self.model.device)}, self._cache)
         self._read[0].append(token)
-        return logits
-
-    def _forward(self, inputs: dict[str, Any]) -> torch.Tensor:
-        import torch
-
-        with torch.inference_mode():
-            out = self.model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        logits: torch.Tensor = out.logits[:, -1]
         return logits
 
     def _shared(

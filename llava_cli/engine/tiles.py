@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from ctypes import byref
-from functools import partial
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.kernels import BLOCK, TILE_ROWS
-from llava_cli.engine.kernels.compiled import compiled, kinds_here, threads_for
+from llava_cli.engine.kernels.compiled import Kernel, compiled, kinds_here, threads_for
 
 if TYPE_CHECKING:
     import torch
@@ -153,14 +151,11 @@ class Tiled:
             "bias": _zeros(self._outputs) if bias is None else bias.float(),
         }
 
-    def bound(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
-        """Writes to `out` [tokens, outputs] what becomes of `x` [tokens, `inputs`] at the time that it is called.
+    def bound(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> Kernel:
+        """Writes to `out` [tokens, outputs] what becomes of `x` [tokens, `inputs`] when it is called.
 
-        Both in bf16 or both in fp32, and in one piece. Not for two threads at a time.
+        Both in bf16 or both in fp32, and in one piece. Who shares `room` waits for it.
         """
-        return self._call(x, out, _Room())
-
-    def _call(self, x: torch.Tensor, out: torch.Tensor, room: _Room) -> Callable[[], object]:
         import torch
 
         from llava_cli.engine.kernels.tiles import Task, write
@@ -170,8 +165,7 @@ class Tiled:
         tensors = {"x": x, "out": out, **self._given, **room.of(tokens, self._blocks)}
         counts = {"tokens": tokens, "tiles": self._tiles, "blocks": self._blocks, "threads": threads}
         task = Task(**{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}, **counts)
-        task.tensors = tensors  # as long as it is told where they are
-        return partial(compiled(write, self._kind, x.dtype == torch.bfloat16, self._bits), byref(task))
+        return Kernel(compiled(write, self._kind, x.dtype == torch.bfloat16, self._bits), task, tensors)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         import torch
@@ -183,11 +177,11 @@ class Tiled:
             given = pad(given, (0, -x.shape[-1] % BLOCK)).view(-1, self.inputs)
         out = given.new_empty(len(given), self._outputs)
         for part, to in zip(torch.split(given, _AT_ONCE), torch.split(out, _AT_ONCE), strict=True):
-            self._call(part, to, _rooms.room)()
+            self.bound(part, to, _rooms.room)()
         return out.view(*x.shape[:-1], self._outputs).to(x.dtype)
 
 
-class _Room:
+class Room:
     """For activations in 8 bits, what they are worth, and what their sums begin with."""
 
     def __init__(self) -> None:
@@ -207,7 +201,7 @@ class _Rooms(threading.local):
     """One for each thread."""
 
     def __init__(self) -> None:
-        self.room = _Room()
+        self.room = Room()
 
 
 _rooms = _Rooms()

@@ -11,3 +11,5 @@ WIDTH = 16
 """A head's width is a multiple of it."""
 SPARE = 16
 """Scores that there is room for behind each row of them."""
+FEW = 16
+"""Rows of a step, each with its token, that are computed by what is compiled for few of them."""

@@ -6,12 +6,12 @@ reads them at half of that on a CPU without AMX. All is computed in fp32.
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Iterator
 
 from llvmlite import ir
 
 from llava_cli.engine.kernels import SPARE
-from llava_cli.engine.kernels.writer import F32, I8, I32, I64, Kind, Value, Writer, many, task
+from llava_cli.engine.kernels.writer import F32, I8, I64, Kind, Value, Writer, many, task
 
 _AHEAD = 8192
 """Bytes ahead of what is read that memory is told of."""
@@ -22,23 +22,28 @@ _SUMS = 8
 _LEAST = -3e38
 
 Task = task(
-    ("query", "out", "keys", "values", "mask", "scaled", "scores"),
+    ("query", "out", "keys", "values", "mask", "scaled", "scores", "cos", "sin"),
     ("items", "heads", "each", "room", "tokens", "threads", "next"),
 )
 """query, out [rows, heads, each, width], of `each` query heads that share one of keys; keys, values [rows, heads, room,
 width], of whose room the first `tokens` count; mask [rows, tokens] in bytes, 0 where nothing is seen. Room in fp32 for
 the query, scaled, and scores [rows, heads, each, tokens + SPARE]. There are as many items as rows times heads.
+
+Where it turns, query is what comes of a product, [rows, all heads, width]: those of queries, of keys and of values.
+Each of the first two is turned by its row's angles, cos and sin [rows, width / 2], and keys and values are put where
+the last ones belong.
 """
 
 
-def write(kind: Kind, bf16: bool, width: int, scaling: float) -> str:
-    return str(_Attention(kind, bf16, width, scaling).module)
+def write(kind: Kind, bf16: bool, width: int, scaling: float, turns: bool = False) -> str:
+    return str(_Attention(kind, bf16, width, scaling, turns).module)
 
 
 class _Attention(Writer):
-    def __init__(self, kind: Kind, bf16: bool, width: int, scaling: float) -> None:
+    def __init__(self, kind: Kind, bf16: bool, width: int, scaling: float, turns: bool) -> None:
         super().__init__(Task, kind, bf16)
-        self._width, self._scaling, self._starts = width, scaling, range(0, width, kind.lanes)
+        self._width, self._scaling, self._turns = width, scaling, turns
+        self._starts = range(0, width, kind.lanes)
         attend = self._attend()
         with self.function("run"):
             self.run(attend)
@@ -51,39 +56,65 @@ class _Attention(Writer):
             self._sums = [b.alloca(self._vector) for _ in self._starts[:_SUMS]]
             query, out, keys, values = (self.array(name, self.number) for name in ("query", "out", "keys", "values"))
             mask, scaled, scores = self.array("mask", I8), self.array("scaled", F32), self.array("scores", F32)
-            each, tokens = self.count("each"), self.count("tokens")
-            long = b.add(tokens, I64(SPARE))
+            each, tokens, heads = self.count("each"), self.count("tokens"), self.count("heads")
+            long, queries = b.add(tokens, I64(SPARE)), b.mul(heads, each)
+            whole = b.add(queries, b.mul(heads, I64(2 * self._turns)))  # heads of a row
             with self.shared(1, self.count("items")) as (item, _):
-                its_mask = self.at(mask, b.mul(b.sdiv(item, self.count("heads")), tokens))
+                row, head = b.sdiv(item, heads), b.srem(item, heads)
+                its_mask = self.at(mask, b.mul(row, tokens))
                 first = self._first_seen(its_mask, tokens)
                 before = b.mul(b.mul(item, self.count("room")), width)
                 its_keys, its_values = self.at(keys, before), self.at(values, before)
-                heads = b.mul(item, each)
-                with self.loop(I64(0), each) as head:
-                    place = b.mul(b.add(heads, head), width)
+                sources = self.at(query, b.mul(b.mul(row, whole), width))
+                if self._turns:
+                    last = b.mul(b.sub(tokens, I64(1)), width)
+                    key = self.at(sources, b.mul(b.add(queries, head), width))
+                    for start, numbers in self._turned(key, row):
+                        self.put(numbers, self.at(its_keys, last, I64(start)))
+                    value = self.at(key, b.mul(heads, width))
                     for start in self._starts:
-                        numbers = self.floats(self.at(query, place, I64(start)), lanes)
-                        numbers = b.fmul(numbers, many(self._scaling, F32, lanes))
-                        self.write(numbers, self.at(scaled, place, I64(start)))
+                        self.put(self.floats(self.at(value, I64(start)), lanes), self.at(its_values, last, I64(start)))
+                first_query, numbers_of = b.mul(item, each), self._turned if self._turns else self._given
+                with self.loop(I64(0), each) as number:
+                    asked = self.at(sources, b.mul(b.add(b.mul(head, each), number), width))
+                    to = self.at(scaled, b.mul(b.add(first_query, number), width))
+                    for start, numbers in numbers_of(asked, row):
+                        self.write(b.fmul(numbers, many(self._scaling, F32, lanes)), self.at(to, I64(start)))
                 begin = first
                 for size in (_TOKENS, 1):
                     end = b.sub(tokens, b.srem(b.sub(tokens, begin), I64(size)))
                     with self.loop(begin, end, size) as token:
                         self.prefetch(self.at(its_keys, b.mul(token, width)), size * self._width * self.bytes, _AHEAD)
-                        with self.loop(I64(0), each) as head:
-                            number = b.add(heads, head)
+                        with self.loop(first_query, b.add(first_query, each)) as number:
                             line = self.at(scores, b.mul(number, long), token)
                             asked = self.at(scaled, b.mul(number, width))
                             self._score(
                                 asked, self.at(its_keys, b.mul(token, width)), self.at(its_mask, token), line, size
                             )
                     begin = end
-                with self.loop(I64(0), each) as head:
-                    number = b.add(heads, head)
+                with self.loop(first_query, b.add(first_query, each)) as number:
                     line = self.at(scores, b.mul(number, long))
                     self._share(line, first, tokens)
                     self._sum(line, its_values, first, tokens, self.at(out, b.mul(number, width)))
         return function
+
+    def _given(self, line: Value, row: Value) -> Iterator[tuple[int, Value]]:
+        """A head's numbers, and where they begin."""
+        for start in self._starts:
+            yield start, self.floats(self.at(line, I64(start)), self.kind.lanes)
+
+    def _turned(self, line: Value, row: Value) -> Iterator[tuple[int, Value]]:
+        """The same, each of the first half turned with one of the second."""
+        b, lanes, half = self.b, self.kind.lanes, self._width // 2
+        angles = b.mul(row, I64(half))
+        for start in range(0, half, lanes):
+            cos, sin = (
+                self.floats(self.at(self.array(name, self.number), angles, I64(start)), lanes)
+                for name in ("cos", "sin")
+            )
+            first, second = (self.floats(self.at(line, I64(start + begin)), lanes) for begin in (0, half))
+            yield start, b.fsub(b.fmul(first, cos), b.fmul(second, sin))
+            yield half + start, b.fadd(b.fmul(second, cos), b.fmul(first, sin))
 
     def _first_seen(self, mask: Value, tokens: Value) -> Value:
         """The first token that is seen, behind padding."""
@@ -128,23 +159,9 @@ class _Attention(Writer):
         best = self.spread(best, lanes)
         with self.loop(first, tokens, lanes) as token:
             place = self.at(scores, token)
-            share = self._power(b.fsub(self.read(place, F32, lanes), best))
+            share = self.power(b.fsub(self.read(place, F32, lanes), best))
             self.write(share, place)
             b.store(b.fadd(b.load(self._total), share), self._total)
-
-    def _power(self, x: Value) -> Value:
-        """e to the power of x, which is 0 or less; to 1e-7 of it (Cephes' expf)."""
-        b, lanes = self.b, self.kind.lanes
-        x = self.call(f"llvm.maximum.v{lanes}f32", self._vector, x, many(-87.0, F32, lanes))
-        twos = self.call(f"llvm.rint.v{lanes}f32", self._vector, b.fmul(x, many(1.4426950408889634, F32, lanes)))
-        rest = self.fma(twos, many(-0.693359375, F32, lanes), x)
-        rest = self.fma(twos, many(2.12194440e-4, F32, lanes), rest)
-        terms = [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5, 1.0, 1.0]
-        found = reduce(
-            lambda sum_, term: self.fma(sum_, rest, many(term, F32, lanes)), terms[1:], many(terms[0], F32, lanes)
-        )
-        whole = b.add(b.fptosi(twos, ir.VectorType(I32, lanes)), many(127, I32, lanes))
-        return b.fmul(found, self.as_(b.shl(whole, many(23, I32, lanes)), F32, lanes))
 
     def _sum(self, shares: Value, values: Value, first: Value, tokens: Value, out: Value) -> None:
         """Values times their shares."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -60,15 +60,56 @@ def _openmp() -> Any:
     return library if hasattr(library, "GOMP_parallel") else None
 
 
-def compiled(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Callable[[Any], None]:
-    """The `run` of what `write` writes for such instructions and numbers: it does the task that it is given."""
+Run = Callable[[Any], None]
+"""Does the task that it is given."""
+
+
+def compiled(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Run:
+    """The `run` of what `write` writes for such instructions and numbers."""
     return ahead(write, kind, bf16, *more).result()
 
 
 @cache
-def ahead(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Future[Callable[[Any], None]]:
+def ahead(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Future[Run]:
     """Begins with it, for it will be wanted."""
     return _compiler().submit(_compile, write, kind, bf16, *more)
+
+
+class Kernel:
+    """Machine code and its task, done with each call. What the task only has the addresses of lives in `holds`."""
+
+    def __init__(self, run: Run, task: ctypes.Structure, holds: Any = None) -> None:
+        self.run, self.task, self.holds = run, task, holds
+        self._given = ctypes.byref(task)
+
+    def __call__(self) -> None:
+        self.run(self._given)
+
+
+def chained(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+    """The same, but that kernels which follow each other are one: Python takes 1 us for each, and keeps its lock."""
+    chain: list[Callable[[], object]] = []
+    kernels: list[Kernel] = []
+    for call in calls:
+        if isinstance(call, Kernel):
+            kernels.append(call)
+            continue
+        chain += [*_linked(kernels), call]
+        kernels = []
+    return chain + _linked(kernels)
+
+
+def _linked(kernels: list[Kernel]) -> list[Kernel]:
+    """As one; none of none."""
+    if not kernels:
+        return []
+    from llava_cli.engine.kernels.chain import Task, write
+
+    pointers = ctypes.c_void_p * len(kernels)
+    runs = pointers(*(ctypes.cast(kernel.run, ctypes.c_void_p).value for kernel in kernels))  # type: ignore[arg-type]
+    tasks = pointers(*(ctypes.addressof(kernel.task) for kernel in kernels))
+    task = Task(runs=ctypes.addressof(runs), tasks=ctypes.addressof(tasks), kernels=len(kernels))
+    return [Kernel(compiled(write, kinds_here()[0], False), task, (runs, tasks, kernels))]
 
 
 @cache
@@ -77,7 +118,7 @@ def _compiler() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "compiler")
 
 
-def _compile(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Callable[[Any], None]:
+def _compile(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Run:
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()

@@ -75,7 +75,7 @@ class _Tiles(Writer):
             b, lanes = self.b, ir.VectorType(F32, 16)
             x, numbers = self.array("x", self.number), self.array("numbers", I8)
             sizes, minus, blocks = self.array("sizes", F32), self.array("minus", I32), self.count("blocks")
-            ends = self._ends()
+            ends = self.groups(self.count("tokens"), self.kind.groups)
             with self.shared(1, self.count("tokens")) as (token, _):
                 first, size = token, I64(1)  # of its group
                 for begin, end, its in reversed(ends):
@@ -112,22 +112,13 @@ class _Tiles(Writer):
             names |= {"worth": F32, "bias": F32, "numbers": I8, "sizes": F32, "minus": I32}
             self._arrays = {name: self.array(name, kind) for name, kind in names.items()}
             self._blocks, self._rows = self.count("blocks"), b.mul(self.count("tiles"), I64(TILE_ROWS))
-            ends = self._ends()
+            ends = self.groups(self.count("tokens"), self.kind.groups)
             with self.shared(CHUNK, self.count("tiles")) as (first, end):
                 for begin, to, size in ends:
                     with self.loop(begin, to, size) as token, self.loop(first, end) as tile:
                         for half in range(TILE_ROWS // self.kind.lanes):
                             self._tile(tile, half, token, sums[:size])
         return function
-
-    def _ends(self) -> list[tuple[Value, Value, int]]:
-        """From which token on, and up to which one, tokens are multiplied in groups of a size."""
-        b, tokens, begin, ends = self.b, self.count("tokens"), I64(0), []
-        for size in self.kind.groups:
-            end = b.sub(tokens, b.srem(b.sub(tokens, begin), I64(size)))
-            ends.append((begin, end, size))
-            begin = end
-        return ends
 
     def _tile(self, tile: Value, half: int, token: Value, sums: list[Value]) -> None:
         """So many tokens, from `token` on, with as many of a tile's rows as there are lanes."""

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -127,6 +128,15 @@ class Writer:
         b.branch(head)
         b.position_at_end(after)
 
+    def groups(self, end: Value, sizes: Sequence[int]) -> list[tuple[Value, Value, int]]:
+        """All before `end` in groups, of the first size as long as there are so many: from, to, and size."""
+        b, begin, groups = self.b, I64(0), []
+        for size in sizes:
+            to = b.sub(end, b.srem(b.sub(end, begin), I64(size)))
+            groups.append((begin, to, size))
+            begin = to
+        return groups
+
     def _least(self, x: Value, y: Value) -> Value:
         return self.b.select(self.b.icmp_signed("<", x, y), x, y)
 
@@ -172,6 +182,20 @@ class Writer:
             function = ir.Function(self.module, ir.FunctionType(F32, [F32, vector.type]), name)
         return self.b.call(function, [F32(-0.0), vector], fastmath=("reassoc",))
 
+    def power(self, x: Value) -> Value:
+        """e to the power of x, which is 0 or less; to 1e-7 of it (Cephes' expf)."""
+        b, lanes = self.b, x.type.count
+        x = self.call(f"llvm.maximum.v{lanes}f32", x.type, x, many(-87.0, F32, lanes))
+        twos = self.call(f"llvm.rint.v{lanes}f32", x.type, b.fmul(x, many(1.4426950408889634, F32, lanes)))
+        rest = self.fma(twos, many(-0.693359375, F32, lanes), x)
+        rest = self.fma(twos, many(2.12194440e-4, F32, lanes), rest)
+        terms = [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5, 1.0, 1.0]
+        found = reduce(
+            lambda sum_, term: self.fma(sum_, rest, many(term, F32, lanes)), terms[1:], many(terms[0], F32, lanes)
+        )
+        whole = b.add(b.fptosi(twos, ir.VectorType(I32, lanes)), many(127, I32, lanes))
+        return b.fmul(found, self.as_(b.shl(whole, many(23, I32, lanes)), F32, lanes))
+
     def prefetch(self, place: Value, size: int, ahead: int = 0) -> None:
         """Tells memory of what will be read: bytes, from so many ahead of a place on."""
         place = self.b.bitcast(place, I8.as_pointer())
@@ -179,17 +203,29 @@ class Writer:
             self.call("llvm.prefetch.p0", NONE, self.at(place, I64(begin)), I32(0), I32(3), I32(1))
 
     def floats(self, place: Value, lanes: int) -> Value:
-        if not self.bf16:
-            return self.read(place, F32, lanes)
-        halves = self.b.zext(self.read(place, I16, lanes), ir.VectorType(I32, lanes))
-        return self.as_(self.b.shl(halves, many(16, I32, lanes)), F32, lanes)
+        """Numbers as they are given, in fp32."""
+        return self._widened(self.read(place, self.number, lanes))
+
+    def rounded(self, numbers: Value) -> Value:
+        """Numbers in fp32 to what they are where they are given; in bf16 what is between two goes to the even one."""
+        return self._widened(self._narrowed(numbers))
 
     def put(self, numbers: Value, place: Value) -> None:
-        """Numbers in fp32 to where they are wanted; in bf16 what is between two goes to the even one."""
-        if self.bf16:
-            b, lanes = self.b, numbers.type.count
-            whole = self.as_(numbers, I32, lanes)
-            odd = b.and_(b.lshr(whole, many(16, I32, lanes)), many(1, I32, lanes))
-            whole = b.add(whole, b.add(odd, many(0x7FFF, I32, lanes)))
-            numbers = b.trunc(b.lshr(whole, many(16, I32, lanes)), ir.VectorType(I16, lanes))
-        self.write(numbers, place)
+        """Numbers in fp32, rounded, to where they are wanted."""
+        self.write(self._narrowed(numbers), place)
+
+    def _widened(self, numbers: Value) -> Value:
+        if not self.bf16:
+            return numbers
+        lanes = numbers.type.count
+        halves = self.b.zext(numbers, ir.VectorType(I32, lanes))
+        return self.as_(self.b.shl(halves, many(16, I32, lanes)), F32, lanes)
+
+    def _narrowed(self, numbers: Value) -> Value:
+        if not self.bf16:
+            return numbers
+        b, lanes = self.b, numbers.type.count
+        whole = self.as_(numbers, I32, lanes)
+        odd = b.and_(b.lshr(whole, many(16, I32, lanes)), many(1, I32, lanes))
+        whole = b.add(whole, b.add(odd, many(0x7FFF, I32, lanes)))
+        return b.trunc(b.lshr(whole, many(16, I32, lanes)), ir.VectorType(I16, lanes))

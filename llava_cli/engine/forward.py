@@ -1,0 +1,44 @@
+"""One model's forward pass: over a prompt, or part of it, or one more token of each answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llava_cli.engine.decoder import Decoder
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Forward:
+    """Reads what is new of some rows into a KV cache -> logits after their last token [rows, vocabulary]."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self._decoder = model, model.get_decoder()
+        self._embed, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+
+    def __call__(
+        self,
+        inputs: dict[str, Any],
+        cache: Any,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`inputs` [rows, tokens] as a processor makes them, without what the cache holds already.
+
+        `mask` [rows, columns] is true where a token is, of the cache's too, and `positions` [rows, tokens] are theirs;
+        without them there is no padding.
+        """
+        import torch
+
+        with torch.inference_mode():
+            decoder = vars(self._decoder).get("forward")
+            if len(inputs) == inputs["input_ids"].shape[1] == 1 and isinstance(decoder, Decoder):
+                # What the model does around its decoder for tokens alone, which takes it as long as a small decoder.
+                x = self._embed(inputs["input_ids"])
+                out = decoder(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache)
+                logits: torch.Tensor = self._head(out.last_hidden_state)
+            else:
+                rows = {"attention_mask": None if mask is None else mask.long(), "position_ids": positions}
+                logits = self.model(**rows | inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return logits[:, -1]
