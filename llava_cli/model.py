@@ -97,7 +97,7 @@ def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], d
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
     if how.device == "cpu":
-        compile_ahead(config.get_text_config(), how.precision, dtype == torch.bfloat16)
+        compile_ahead(config, how.precision, dtype == torch.bfloat16)
     with model_errors(name, "its weights cannot be loaded", again(name)):
         options: dict[str, Any] = {
             "config": config,

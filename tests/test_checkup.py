@@ -54,9 +54,8 @@ def test_what_a_wrong_number_of_image_tokens_looks_like(run: Run, checkpoint: Ch
 def test_a_fast_way_that_is_wrong_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_cli.engine import attention
 
-    right = attention._products
-    monkeypatch.setattr(attention, "torchs_is_faster", lambda: False)
-    monkeypatch.setattr(attention, "_products", lambda *args: right(*args) * 1.5)
+    right = attention._of_many
+    monkeypatch.setattr(attention, "_of_many", lambda *args: right(*args) * 1.5)
     assert failed(run, "builtin", "-p", "fp32", "--device", "cpu") == ["forward pass"]
 
 

@@ -19,7 +19,7 @@ from test_engine import CONVERSATIONS
 
 from llava_cli import Conversation, Sampling, load, open_picture
 from llava_cli.arranged import Arranged
-from llava_cli.engine import attention, decoder, fast, int8, plain, step, tiles
+from llava_cli.engine import attention, fast, int8, plain, step, tiles
 from llava_cli.engine.attention import NAME, OneToken, attend
 from llava_cli.engine.cache import ROOM, RoomyCache
 from llava_cli.engine.decoder import Decoder, Group, suits
@@ -57,11 +57,10 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> Plainly:
     return get
 
 
-@pytest.fixture(params=["plain products", "torch's attention"])
+@pytest.fixture(params=["ours", "torch's"])
 def either_attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU without AMX, and as on one that has it."""
-    for module in (attention, decoder):
-        monkeypatch.setattr(module, "torchs_is_faster", lambda: request.param == "torch's attention")
+    """Of many tokens."""
+    monkeypatch.setattr(attention, "_torchs_is_faster", lambda dtype, keys: request.param == "torch's")
 
 
 @pytest.fixture(params=["this CPU", "another CPU", "AMX"])
@@ -499,35 +498,66 @@ def test_no_copies_in_8_bits_where_memory_is_short(
 
 
 class Module(torch.nn.Module):
-    def __init__(self, causal: bool) -> None:
+    def __init__(self, causal: bool, groups: int = 1) -> None:
         super().__init__()
-        self.is_causal = causal
+        self.is_causal, self.num_key_value_groups = causal, groups
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("mask", ["none", "true", "numbers"])
-@pytest.mark.parametrize("queries", [1, 7])
-@pytest.mark.parametrize("heads, key_heads", [(4, 4), (6, 2)])
-@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("mask", ["none", "true", "numbers", "one for all"])
+@pytest.mark.parametrize("queries", [1, 13, 7])
+@pytest.mark.parametrize("heads, key_heads, width", [(4, 4, 8), (4, 4, 16), (6, 2, 80)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])
+@pytest.mark.parametrize("kind", range(len(KINDS)))
 def test_our_attention_is_torchs(
-    width: int, heads: int, key_heads: int, queries: int, mask: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+    kind: int,
+    dtype: torch.dtype,
+    bound: float,
+    heads: int,
+    key_heads: int,
+    width: int,
+    queries: int,
+    mask: str,
+    causal: bool,
+    either_attention: None,
 ) -> None:
-    """With room behind keys, more rows than fit at a time, padding in one; of one query compiled where heads suit."""
-    monkeypatch.setattr(attention, "torchs_is_faster", lambda: False)
-    monkeypatch.setattr(attention, "SCORES", heads * queries * 20 * 2)
+    """With room behind keys, and padding in one row; compiled where heads suit."""
     torch.manual_seed(0)
     rows, keys = 5, 13
-    query = torch.randn(rows, heads, queries, width)
-    key, value = (torch.randn(rows, key_heads, 20, width)[:, :, :keys] for _ in range(2))
-    seen = torch.ones(rows, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
-    seen[2, :, :, :4] = False
-    given = {"none": None, "true": seen, "numbers": torch.zeros(seen.shape).masked_fill(~seen, -1e9)}[mask]
-    by_itself = torch.ones_like(seen).tril(keys - queries) if causal and queries > 1 else None
-    key_of, value_of = (part.repeat_interleave(heads // key_heads, 1) for part in (key, value))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, key_of, value_of, attn_mask=by_itself if given is None else seen
-    )
-    found, _ = attend(Module(causal), query, key, value, given)
+    query = torch.randn(rows, heads, queries, width).to(dtype)
+    key, value = (torch.randn(rows, key_heads, 20, width)[:, :, :keys].to(dtype) for _ in range(2))
+    shown = torch.ones(rows, 1, 1, keys, dtype=torch.bool)
+    shown[2, :, :, :4] = False
+    earlier = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    seen = shown & earlier
+    given = {
+        "none": None,
+        "true": seen,
+        "numbers": torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -1e9),
+        "one for all": shown,
+    }[mask]
+    by_itself = earlier if causal and queries > 1 else torch.ones_like(earlier)
+    exact = {"none": by_itself.expand(rows, 1, -1, -1), "one for all": shown & by_itself}.get(mask, seen)
+    key_of, value_of = (part.float().repeat_interleave(heads // key_heads, 1) for part in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), key_of, value_of, attn_mask=exact)
+    with of_kind(kind):
+        found, _ = attend(Module(causal, heads // key_heads), query, key, value, given)
+    # A query that sees nothing, padding itself, may find anything but what is no number.
+    sees, found = exact.any(-1).expand(rows, heads, -1), found.transpose(1, 2).float()
+    assert found.isfinite().all()
+    assert (found - expected)[sees].norm() < bound * expected[sees].norm()
+
+
+@pytest.mark.parametrize("rows, heads, key_heads, tokens, width", [(2, 4, 4, 65, 32), (1, 8, 2, 130, 64)])
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_attention_of_many_tokens(kind: int, rows: int, heads: int, key_heads: int, tokens: int, width: int) -> None:
+    """As projections make them, token by token, with threads; of keys that share a register with what comes later."""
+    torch.manual_seed(0)
+    query = torch.randn(rows, tokens, heads, width).transpose(1, 2)
+    key, value = (torch.randn(rows, tokens, key_heads, width).transpose(1, 2) for _ in range(2))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    with of_kind(kind):
+        found, _ = attend(Module(True), query, key, value, None)
     assert torch.allclose(found, expected.transpose(1, 2), atol=1e-5)
 
 

@@ -1,40 +1,33 @@
-"""Attention on a CPU: of many tokens as plain products where that is faster than torch's own, of one compiled."""
+"""Attention on a CPU: compiled, or torch's own where that is faster or nothing can be compiled."""
 
 from __future__ import annotations
 
 import threading
+from ctypes import byref
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.kernels import SPARE, WIDTH
+from llava_cli.engine.kernels import PADDED, QUERIES, SPARE, WIDTH
 from llava_cli.engine.kernels.compiled import Kernel, compiled, kinds_here, threads_for
 
 if TYPE_CHECKING:
     import torch
 
-NAME = "plain products"
-SCORES = 1 << 24
-"""Numbers that are computed at a time, for they should stay in the processor's cache: 32 MB in bf16."""
+NAME = "llava"
+LONG = 1024
+"""Keys of a head that stay in a core's cache in fp32; of more torch's own is faster, in fp32."""
 
 
 @cache
-def torchs_is_faster() -> bool:
-    """Whether torch's own attention is: on a CPU with AMX, and one that computes in fp32 for it has no bf16.
-
-    With AMX a layer of 1B takes 5 ms for 620 tokens, where plain products take 16; 27 pictures of 65 patches take 0.7
-    and 2.2. A 1B in fp32 reads 640 tokens by a tenth faster.
-    """
+def has_amx() -> bool:
+    """Whether torch's own is faster than any other in bf16: of 620 tokens of a 1B it takes 5 ms a layer."""
     import torch
 
-    return torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported()
+    return torch.cpu._is_amx_tile_supported()
 
 
-def use_plain_attention(model: Any) -> None:
-    """Lets a model on a CPU attend by `attend`, if it takes its attention from transformers' interface.
-
-    torch's kernel for a CPU takes 30 ms for 620 tokens of 7B geometry, where plain products take 13; 3.4 ms for 64
-    pictures of 65 patches, against 1.1.
-    """
+def use_our_attention(model: Any) -> None:
+    """Lets a model on a CPU attend by `attend`, if it takes its attention from transformers' interface."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -55,55 +48,92 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """query [rows, heads, queries, width], key, value [rows, key heads, keys, width] -> [rows, queries, heads, width].
 
-    `attention_mask` [rows or 1, 1, queries, keys] is true, or 0, where a key is seen; None means all, of earlier
-    ones if the module is causal. Rounds as transformers' eager attention does, that of one token in fp32.
+    `attention_mask` [rows or 1, 1, queries, keys] is true, or 0, where a key is seen. Without it, or where it is one
+    for all queries, a causal module's see none behind themselves. What is compiled computes in fp32.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     rows, heads, queries, width = query.shape
     keys, scaling = key.shape[2], width**-0.5 if scaling is None else scaling
-    unusual = any(options.get(name) is not None for name in _UNUSUAL)
-    unusual = unusual or key.shape != value.shape  # values of another width
-    if queries == 1 and not unusual and key.dtype == query.dtype and OneToken.suits(query):
+    usual = not any(options.get(name) is not None for name in _UNUSUAL) and OneToken.suits(query)
+    usual = usual and key.shape == value.shape and key.dtype == query.dtype
+    if queries == 1 and usual:
         together = query.reshape(rows, key.shape[1], -1, width).contiguous()
         out = torch.empty_like(together)
         OneToken(together, out, scaling)(_with_room(key), _with_room(value), keys, _seen(attention_mask, rows))
         return out.view(rows, 1, heads, width), None
-    if torchs_is_faster() or unusual:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **options
-        )
     causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if attention_mask is None and causal:
-        attention_mask = torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
-    add = None if attention_mask is None else added(attention_mask, query.dtype)
-    query = query * scaling
-    few = max(1, SCORES // (heads * queries * key.shape[2]))
-    parts = [slice(i, i + few) for i in range(0, rows, few)]
-    found = [
-        _products(query[part], key[part], value[part], add if add is None or len(add) == 1 else add[part])
-        for part in parts
-    ]
-    return (found[0] if len(found) == 1 else torch.cat(found)).transpose(1, 2), None
+    causal = causal and (attention_mask is None or attention_mask.shape[2] == 1)
+    whole_numbers = attention_mask is not None and attention_mask.dtype != torch.bool
+    if usual and not whole_numbers and not _torchs_is_faster(query.dtype, keys):
+        return _of_many(query, key, value, attention_mask, scaling, causal), None
+    if causal and (attention_mask is not None or queries != keys):  # torch's is of the first tokens, not the last
+        earlier = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        attention_mask = earlier[None, None] if attention_mask is None else attention_mask & earlier
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **options
+    )
 
 
 _UNUSUAL = ("softcap", "position_bias", "s_aux")
 
 
-def _products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, add: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of query times key, `add` added, times value."""
+def _torchs_is_faster(dtype: torch.dtype, keys: int) -> bool:
     import torch
 
-    rows, heads, queries, width = query.shape
-    # Query heads that share a key head stand below each other, so that one product serves them all.
-    together, keys = rows * key.shape[1], key.shape[2]
-    scores = torch.bmm(query.reshape(together, -1, width), key.reshape(together, keys, width).transpose(1, 2))
-    scores = scores.view(rows, heads, queries, keys)
-    if add is not None:
-        scores += add
-    shares = scores.softmax(-1).view(together, -1, keys)
-    return torch.bmm(shares, value.reshape(together, keys, width)).view(rows, heads, queries, width)
+    return keys > LONG if dtype == torch.float32 else has_amx()
+
+
+def _of_many(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    causal: bool,
+) -> torch.Tensor:
+    """Attention of many tokens, of the shapes that `attend` takes.
+
+    A layer of 1B takes 8 ms for 620 tokens, and torch's own 12 in fp32 and 20 in bf16 (without AMX).
+    """
+    import torch
+    from torch.nn.functional import pad
+
+    from llava_cli.engine.kernels.prompts import Task, write
+
+    (rows, heads, queries, width), (_, key_heads, keys, _) = query.shape, key.shape
+    if key.stride() != value.stride() or key.stride(-1) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    padded = -(-keys // PADDED) * PADDED
+    shown = _all(padded)[None, None] if mask is None else pad(mask[:, 0], (0, padded - keys)).contiguous()
+    out = torch.empty(rows, queries, heads, width, dtype=query.dtype)
+    threads, each = threads_for(2 * keys * query.numel()), heads // key_heads
+    together = each if rows * key_heads >= 4 * threads else 1
+    room = _rooms.of(threads * (padded * (width + QUERIES) + QUERIES * width))
+    strides = {
+        **dict(zip(("query_row", "query_head", "query_token"), query.stride(), strict=False)),
+        **dict(zip(("key_row", "key_head", "key_token"), key.stride(), strict=False)),
+        "mask_row": shown.stride(0) if len(shown) > 1 else 0,
+        "mask_query": shown.stride(1) if shown.shape[1] > 1 else 0,
+    }
+    tensors = {"query": query, "out": out, "keys": key, "values": value, "mask": shown, "room": room}
+    task = Task(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        **strides,
+        heads=heads,
+        each=each,
+        together=together,
+        items=rows * heads // together,
+        queries=queries,
+        tokens=keys,
+        padded=padded,
+        causal=int(causal),
+        threads=threads,
+    )
+    compiled(write, kinds_here()[0], query.dtype == torch.bfloat16, width, scaling)(byref(task))
+    return out
 
 
 class OneToken:
@@ -187,15 +217,6 @@ def _all(count: int) -> torch.Tensor:
     import torch
 
     return torch.ones(count, dtype=torch.bool, device="cpu")
-
-
-def added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as what is added to the scores: 0 where a key is seen, else as little as can be."""
-    import torch
-
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _seen(mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine import int8, tiles
-from llava_cli.engine.attention import NAME, use_plain_attention
+from llava_cli.engine.attention import NAME, has_amx, use_our_attention
 from llava_cli.engine.decoder import Decoder, Product, suits
 from llava_cli.engine.head import Head
 from llava_cli.engine.int8 import TOKENS, Products, as_they_are, has_room, whole_numbers
@@ -24,20 +24,30 @@ if TYPE_CHECKING:
     from llava_cli.arranged import Arranged
 
 
-def compile_ahead(decoder: Any, precision: str, bf16: bool) -> None:
-    """Begins to compile what a model with such a `decoder`, its config, wants on a CPU, while its weights are read."""
+def compile_ahead(config: Any, precision: str, bf16: bool) -> None:
+    """Begins to compile what a model of such a config wants on a CPU, while its weights are read."""
     if os.environ.get("LLAVA_FAST") == "0" or not (kinds := kinds_here()):
         return
-    from llava_cli.engine.kernels import attention, rows
+    from llava_cli.engine.kernels import attention, chain, layer, prompts, rows
     from llava_cli.engine.kernels import tiles as tiled
 
-    heads = getattr(decoder, "num_attention_heads", None)
-    if heads and (width := getattr(decoder, "head_dim", None) or decoder.hidden_size // heads) % WIDTH == 0:
-        ahead(attention.write, kinds[0], bf16, width, width**-0.5)
-    if precision == "bf16":
-        ahead(rows.write, kinds[0], bf16)
+    kind, decoder, wanted = kinds[0], config.get_text_config(), list[tuple[Any, ...]]()
+    for part in (getattr(config, "vision_config", None), decoder):
+        heads = getattr(part, "num_attention_heads", 0)
+        width = (getattr(part, "head_dim", None) or part.hidden_size // heads) if heads else 0  # type: ignore[union-attr]
+        suits = width > 0 and width % WIDTH == 0
+        if suits and not (bf16 and has_amx()):
+            wanted.append((prompts.write, bf16, width, width**-0.5))
+    if suits:
+        wanted += [(attention.write, bf16, width, width**-0.5, turns) for turns in (True, False)]
+    if epsilon := getattr(decoder, "rms_norm_eps", None):
+        wanted += [(layer.write_norm, bf16, epsilon), (layer.write_gate, bf16), (chain.write, False)]
+    if precision in ("fp32", "bf16"):
+        wanted.append((rows.write, bf16))
     for bits in {"4bit": (4, 8), "8bit": (8,)}.get(precision, ()):  # a wide vision tower has 8
-        ahead(tiled.write, kinds[0], bf16, bits)
+        wanted.append((tiled.write, bf16, bits))
+    for write, *numbers in wanted:
+        ahead(write, kind, *numbers)
 
 
 def speed_up(model: Any, arranged: Arranged) -> None:
@@ -54,7 +64,7 @@ def speed_up(model: Any, arranged: Arranged) -> None:
         if type(activation).__name__ == "QuickGELUActivation":
             activation.forward = _quick_gelu
     if attends := model.config._attn_implementation == "sdpa":
-        use_plain_attention(model)
+        use_our_attention(model)
     layers = {layer: name for name, layer in model.named_modules() if type(layer).__name__ in _QUANTISED}
     seeing = wide_vision_layers(model) if layers else {}
     copies = [*layers, *seeing] if int8.suits_here() or not arranged.kept else seeing

@@ -13,3 +13,5 @@ SPARE = 16
 """Scores that there is room for behind each row of them."""
 FEW = 16
 """Rows of a step, each with its token, that are computed by what is compiled for few of them."""
+QUERIES, PADDED = 8, 64
+"""Of a prompt so many attend at a time, at most; its mask has room for a multiple of so many tokens."""
