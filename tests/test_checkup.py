@@ -55,7 +55,7 @@ def test_a_fast_way_that_is_wrong_is_found(run: Run, monkeypatch: pytest.MonkeyP
     from llava_cli.engine import attention
 
     right = attention._of_many
-    monkeypatch.setattr(attention, "_of_many", lambda *args: right(*args) * 1.5)
+    monkeypatch.setattr(attention, "_of_many", lambda *args: right(*args[:-2], 1.5 * args[-2], args[-1]))
     assert failed(run, "builtin", "-p", "fp32", "--device", "cpu") == ["forward pass"]
 
 

@@ -19,7 +19,7 @@ from test_engine import CONVERSATIONS
 
 from llava_cli import Conversation, Sampling, load, open_picture
 from llava_cli.arranged import Arranged
-from llava_cli.engine import attention, fast, int8, plain, step, tiles
+from llava_cli.engine import attention, decoder, fast, int8, passes, plain, tiles
 from llava_cli.engine.attention import NAME, OneToken, attend
 from llava_cli.engine.cache import ROOM, RoomyCache
 from llava_cli.engine.decoder import Decoder, Group, suits
@@ -31,8 +31,8 @@ from llava_cli.engine.kernels import FEW, compiled
 from llava_cli.engine.kernels.compiled import kinds_here
 from llava_cli.engine.kernels.writer import KINDS, Kind
 from llava_cli.engine.local import LocalEngine
+from llava_cli.engine.passes import Step, bound
 from llava_cli.engine.plain import Plain
-from llava_cli.engine.step import Step, bound
 from llava_cli.engine.tiles import Room, Tiled, in_tiles, joined_bias
 from llava_cli.settings import Precision
 
@@ -67,7 +67,7 @@ def either_attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 def each_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the best instructions that it has, with those that any has, and with the products that suit AMX."""
     if request.param == "another CPU":
-        for module in (tiles, plain, attention, step):
+        for module in (tiles, plain, attention, passes):
             monkeypatch.setattr(module, "kinds_here", lambda: kinds_here()[-1:])
     monkeypatch.setattr(int8, "suits_here", lambda: request.param == "AMX")
 
@@ -231,7 +231,7 @@ def of_kind(number: int) -> Iterator[Kind]:
     if number >= len(kinds):
         pytest.skip("this CPU does not have so many kinds of instructions")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (tiles, plain, attention, step):
+        for module in (tiles, plain, attention, passes):
             patch.setattr(module, "kinds_here", lambda: kinds[number:])
         yield kinds[number]
 
@@ -260,7 +260,8 @@ def test_products_of_tiles(kind: int, make: Any, biases: tuple[bool, ...], dtype
             error = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_(min=1e-6)
             assert error.max() < (0.012 if its.vnni else 0.02)
             out = torch.empty_like(found)
-            product.bound(x.view(-1, 128), out.view(-1, out.shape[-1]), Room())()
+            for kernel in product.bound(x.view(-1, 128), out.view(-1, out.shape[-1]), Room()):
+                kernel()
             assert torch.equal(out, found)
             assert torch.equal(product(x.mT.contiguous().mT), found)
 
@@ -368,7 +369,7 @@ def test_products_in_8_bits_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("biases", [(True,), (False, False, False), (True, False)])
-@pytest.mark.parametrize("tokens", [(1, 1), (3,), (2, 40)])
+@pytest.mark.parametrize("tokens", [(1,), (3,), (80,)])
 def test_products_of_8_bits_are_bitsandbytes(biases: tuple[bool, ...], tokens: tuple[int, ...]) -> None:
     """Whose weights they take as they are: what it makes of them stays the same."""
     torch.manual_seed(0)
@@ -379,7 +380,7 @@ def test_products_of_8_bits_are_bitsandbytes(biases: tuple[bool, ...], tokens: t
         products = Products(**as_they_are(layers), bias=joined_bias(layers))
         expected = torch.cat([layer(x) for layer in layers], -1)
         found, out = products(x), torch.empty_like(expected)
-        for call in bound(Group(layers, lambda _: products), x, out, Room()):
+        for call in bound(Group(layers, lambda _: products), x[None], out[None], Room()):
             call()
     assert (found - exact).norm() < 0.02 * exact.norm()
     assert (found - expected).norm() < 0.02 * expected.norm()
@@ -426,7 +427,7 @@ def test_bitsandbytes_multiplies_where_nothing_can_be_compiled(
         monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     else:
         monkeypatch.setattr(compiled, "_openmp", lambda: None)
-    for module in (tiles, plain, attention, step, fast):
+    for module in (tiles, plain, attention, passes, decoder, fast):
         monkeypatch.setattr(module, "kinds_here", kinds_here.__wrapped__)
     monkeypatch.setattr(int8, "suits_here", lambda: False)
     engine = load("builtin", precision="4bit", device="cpu")
@@ -636,7 +637,7 @@ def test_attention_of_one_token_of_what_is_not_in_one_piece() -> None:
 
 
 def test_a_step_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch, drawing: Path) -> None:
-    for module in (tiles, plain, attention, step, int8, fast):
+    for module in (tiles, plain, attention, passes, decoder, int8, fast):
         monkeypatch.setattr(module, "kinds_here", lambda: ())
     for precision in ("fp32", "bf16", "8bit"):
         engine = load("builtin", precision=precision, device="cpu")

@@ -28,27 +28,24 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        rows, begin = len(key_states), self.get_seq_length()
-        end = begin + key_states.shape[2]
-        for name, new in zip(_BOTH, (key_states, value_states), strict=True):
-            if not self._fits(name, rows, end):
-                self._move(name, getattr(self, name) if begin else new[:, :, :0], rows, begin, end)
-            self._stores[name][:rows, :, begin:end] = new
-            self._hold(name, rows, end)
+        begin = self.get_seq_length()
+        for store, new in zip(self.grow(key_states, value_states), (key_states, value_states), strict=True):
+            store[: len(new), :, begin : begin + new.shape[2]] = new
         return self.keys, self.values  # type: ignore[return-value]
 
-    def grow(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """By one token of each row, to be written: all there is of both, and the room behind it.
+    def grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """By as many tokens as those have [rows, heads, tokens, width], which are to be written behind the others.
 
-        [rows and more, heads, room, width], in one piece.
+        All there is of both, and the room behind it [rows and more, heads, room, width], in one piece each.
         """
-        (rows, _, begin, _), both = self.keys.shape, []  # type: ignore[union-attr]
-        for name in _BOTH:
-            if not self._fits(name, rows, begin + 1):
-                self._move(name, getattr(self, name), rows, begin, begin + 1)
-            self._hold(name, rows, begin + 1)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin, both = self.get_seq_length(), []
+        for name, new in zip(_BOTH, (key_states, value_states), strict=True):
+            rows, end = len(new), begin + new.shape[2]
+            if not self._fits(name, rows, end):
+                self._move(name, getattr(self, name) if begin else new[:, :, :0], rows, begin, end)
+            self._hold(name, rows, end)
             both.append(self._stores[name])
         return both[0], both[1]
 

@@ -41,7 +41,12 @@ def compile_ahead(config: Any, precision: str, bf16: bool) -> None:
     if suits:
         wanted += [(attention.write, bf16, width, width**-0.5, turns) for turns in (True, False)]
     if epsilon := getattr(decoder, "rms_norm_eps", None):
-        wanted += [(layer.write_norm, bf16, epsilon), (layer.write_gate, bf16), (chain.write, False)]
+        wanted += [
+            (layer.write_norm, bf16, epsilon),
+            (layer.write_turn, bf16),
+            (layer.write_gate, bf16),
+            (chain.write, False),
+        ]
     if precision in ("fp32", "bf16"):
         wanted.append((rows.write, bf16))
     for bits in {"4bit": (4, 8), "8bit": (8,)}.get(precision, ()):  # a wide vision tower has 8

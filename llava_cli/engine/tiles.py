@@ -151,11 +151,17 @@ class Tiled:
             "bias": _zeros(self._outputs) if bias is None else bias.float(),
         }
 
-    def bound(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> Kernel:
-        """Writes to `out` [tokens, outputs] what becomes of `x` [tokens, `inputs`] when it is called.
+    def bound(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> list[Kernel]:
+        """Writes to `out` [tokens, outputs] what becomes of `x` [tokens, `inputs`], some tokens at a time.
 
         Both in bf16 or both in fp32, and in one piece. Who shares `room` waits for it.
         """
+        import torch
+
+        parts = zip(torch.split(x, _AT_ONCE), torch.split(out, _AT_ONCE), strict=True)
+        return [self._kernel(part, to, room) for part, to in parts]
+
+    def _kernel(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> Kernel:
         import torch
 
         from llava_cli.engine.kernels.tiles import Task, write
@@ -176,8 +182,8 @@ class Tiled:
         if x.shape[-1] != self.inputs:
             given = pad(given, (0, -x.shape[-1] % BLOCK)).view(-1, self.inputs)
         out = given.new_empty(len(given), self._outputs)
-        for part, to in zip(torch.split(given, _AT_ONCE), torch.split(out, _AT_ONCE), strict=True):
-            self.bound(part, to, _rooms.room)()
+        for kernel in self.bound(given, out, _rooms.room):
+            kernel()
         return out.view(*x.shape[:-1], self._outputs).to(x.dtype)
 
 

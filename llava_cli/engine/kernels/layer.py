@@ -1,4 +1,4 @@
-"""What is between the products of a decoder's layer, of some tokens: norms, and the gate."""
+"""What is between the products of a decoder's layer, of some tokens: norms, turning heads, and the gate."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from functools import reduce
 from llvmlite import ir
 
 from llava_cli.engine.kernels import COLUMNS
-from llava_cli.engine.kernels.writer import F32, I64, Kind, Writer, many, task
+from llava_cli.engine.kernels.writer import F32, I64, Kind, Value, Writer, many, task
 
 NormTask = task(("x", "more", "weight", "out"), ("tokens", "width", "threads", "next"))
 """x, more and out [tokens, width]; `more` is added to x. weight [width]."""
 GateTask = task(("x", "out"), ("tokens", "width", "threads", "next"))
 """x [tokens, 2, width], the gate's and then the others; out [tokens, width]."""
+
+TurnTask = task(
+    ("x", "keys", "values", "cos", "sin"),
+    ("tokens", "apart", "heads", "key_heads", "width", "room", "begin", "threads", "next"),
+)
+"""x [tokens, all heads, width], of queries, of keys and of values, in each row as many tokens as it is `apart` from the
+next; cos and sin [tokens, width / 2]. Queries are turned where they are; keys, turned, and values go to [rows, key
+heads, room, width], from token `begin` on.
+"""
 
 
 def write_norm(kind: Kind, bf16: bool, epsilon: float) -> str:
@@ -23,6 +32,11 @@ def write_norm(kind: Kind, bf16: bool, epsilon: float) -> str:
 def write_gate(kind: Kind, bf16: bool) -> str:
     """SiLU of the gate's numbers, times the others."""
     return str(_Gate(kind, bf16).module)
+
+
+def write_turn(kind: Kind, bf16: bool) -> str:
+    """Turns queries and keys by their tokens' angles (RoPE), and puts keys and values where they belong."""
+    return str(_Turn(kind, bf16).module)
 
 
 class _Norm(Writer):
@@ -85,3 +99,46 @@ class _Gate(Writer):
                     silu = self.rounded(b.fmul(gate, share))
                     self.put(b.fmul(silu, up), self.at(out, b.mul(token, width), column))
         return function
+
+
+class _Turn(Writer):
+    def __init__(self, kind: Kind, bf16: bool) -> None:
+        super().__init__(TurnTask, kind, bf16)
+        turn = self._turn()
+        with self.function("run"):
+            self.run(turn)
+
+    def _turn(self) -> ir.Function:
+        with self.function("turn") as function:
+            b, lanes, width, apart = self.b, self.kind.lanes, self.count("width"), self.count("apart")
+            heads, key_heads = self.count("heads"), self.count("key_heads")
+            x, keys, values = (self.array(name, self.number) for name in ("x", "keys", "values"))
+            whole = b.mul(b.add(heads, b.mul(key_heads, I64(2))), width)
+            with self.shared(1, self.count("tokens")) as (token, _):
+                row, number = b.sdiv(token, apart), b.srem(token, apart)
+                queries = self.at(x, b.mul(token, whole))
+                with self.loop(I64(0), heads) as head:
+                    query = self.at(queries, b.mul(head, width))
+                    self._turned(query, query, token)
+                place = b.mul(b.add(self.count("begin"), number), width)
+                with self.loop(I64(0), key_heads) as head:
+                    key = self.at(queries, b.mul(b.add(heads, head), width))
+                    value = self.at(key, b.mul(key_heads, width))
+                    line = b.mul(b.mul(b.add(b.mul(row, key_heads), head), self.count("room")), width)
+                    self._turned(key, self.at(keys, line, place), token)
+                    with self.loop(I64(0), width, lanes) as start:
+                        self.put(self.floats(self.at(value, start), lanes), self.at(values, line, place, start))
+        return function
+
+    def _turned(self, head: Value, to: Value, token: Value) -> None:
+        """Each number of a head's first half is turned with one of the second."""
+        b, lanes = self.b, self.kind.lanes
+        half = b.sdiv(self.count("width"), I64(2))
+        with self.loop(I64(0), half, lanes) as start:
+            cos, sin = (
+                self.floats(self.at(self.array(name, self.number), b.mul(token, half), start), lanes)
+                for name in ("cos", "sin")
+            )
+            first, second = (self.floats(self.at(head, begin, start), lanes) for begin in (I64(0), half))
+            self.put(b.fsub(b.fmul(first, cos), b.fmul(second, sin)), self.at(to, start))
+            self.put(b.fadd(b.fmul(second, cos), b.fmul(first, sin)), self.at(to, half, start))
