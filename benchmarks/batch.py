@@ -47,7 +47,6 @@ ENVIRONMENT = {
     "generate": {"LLAVA_FAST": "0"},
     "batch": {
         "LLAVA_FAST": "1",
-        "GOMP_SPINCOUNT": "10000",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
         "LRU_CACHE_CAPACITY": "16",
     },

@@ -10,15 +10,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `llava batch` has it; read when torch is loaded
 
 import torch
 from geometry import loaded

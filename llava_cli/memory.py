@@ -47,9 +47,6 @@ def prepare_for_many(kernels: int) -> None:
     is lost; with 16 a tenth of the time went into making them anew. Requests that come as they like have more shapes:
     with 128 a server of a small model answers a fifth more of them than with 32.
 
-    Threads of torch that wait for each other soon leave the cores to what opens pictures and prepares prompts: 8 %
-    more pictures a second with a small model.
-
     glibc does not hold ever more of what a long run once needed: one heap for all threads, and none for what is as
     large as a batch's activations, which goes back when it is let go: 11,000 pictures took 20 MB more than 1,000 that
     way, 55 where only tensors of 4 MB went back. What is free at the heap's end stays for the next pass, for to take
@@ -57,7 +54,6 @@ def prepare_for_many(kernels: int) -> None:
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kernels))
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(kernels // 2))
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with suppress(AttributeError, OSError):  # another C library
         for parameter, value in _HEAP.items():
             _libc().mallopt(parameter, value)

@@ -162,20 +162,20 @@ def _text(words: PreTrainedTokenizerFast, kind: Callable[..., Any] = LlamaConfig
 
 def _clip() -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=2,
         image_size=SIDE,
         patch_size=PATCH,
-        projection_dim=32,
+        projection_dim=64,
     )
 
 
 def _siglip() -> SiglipVisionConfig:
     return SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=2,
         image_size=SIDE,
@@ -280,7 +280,7 @@ def _onevision(**config: Any) -> tuple[Any, Any]:
 
 def _smolvlm(kind: Any = Idefics3Config, **config: Any) -> tuple[Any, Any]:
     words = _smol()
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
     made = kind(
         vision_config={**vision, "image_size": SIDE, "patch_size": PATCH},
         text_config=_text(words),
@@ -327,6 +327,8 @@ def save(family: str, folder: Path, tied: bool = False, shard: str = "5GB", **co
     made, processor = FAMILIES[family](**config)
     made.tie_word_embeddings = made.text_config.tie_word_embeddings = tied
     model = AutoModelForImageTextToText.from_config(made)
+    with torch.no_grad():  # so that its answers do not soon end
+        model.get_output_embeddings().weight[made.text_config.eos_token_id] = 0
     model.save_pretrained(folder, max_shard_size=shard)
     processor.save_pretrained(folder)
     return folder

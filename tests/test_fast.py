@@ -19,7 +19,7 @@ from test_engine import CONVERSATIONS
 
 from llava_cli import Conversation, Sampling, load, open_picture
 from llava_cli.arranged import Arranged
-from llava_cli.engine import attention, decoder, fast, int8, passes, plain, tiles
+from llava_cli.engine import attention, decoder, fast, int8, passes, plain, tiles, tower
 from llava_cli.engine.attention import NAME, OneToken, attend
 from llava_cli.engine.cache import ROOM, RoomyCache
 from llava_cli.engine.decoder import Decoder, Group, suits
@@ -34,10 +34,13 @@ from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.passes import Step, bound
 from llava_cli.engine.plain import Plain
 from llava_cli.engine.tiles import Room, Tiled, in_tiles, joined_bias
+from llava_cli.engine.tower import TowerLayer
 from llava_cli.settings import Precision
 
 Plainly = Callable[..., LocalEngine]
 SAMPLING = Sampling(max_tokens=12)
+COMPILED = attention, decoder, fast, int8, passes, plain, tiles, tower
+"""Where kernels are used."""
 
 
 def logits(engine: LocalEngine, conversation: Conversation) -> torch.Tensor:
@@ -67,7 +70,7 @@ def either_attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 def each_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the best instructions that it has, with those that any has, and with the products that suit AMX."""
     if request.param == "another CPU":
-        for module in (tiles, plain, attention, passes):
+        for module in COMPILED:
             monkeypatch.setattr(module, "kinds_here", lambda: kinds_here()[-1:])
     monkeypatch.setattr(int8, "suits_here", lambda: request.param == "AMX")
 
@@ -188,18 +191,18 @@ def test_what_is_faster_is_there_for_what_it_suits(plainly: Plainly, monkeypatch
 
     monkeypatch.setattr(Head, "LARGE", 0)
     four = load("builtin", precision="4bit", device="cpu")
-    assert ways(four) == {Decoder, Head, FunctionType}
+    assert ways(four) == {Decoder, TowerLayer, Head, FunctionType}
     for precision in ("bf16", "fp32"):
-        assert ways(load("builtin", precision=precision, device="cpu")) == {Decoder, Plain, FunctionType}
+        assert ways(load("builtin", precision=precision, device="cpu")) == {Decoder, TowerLayer, Plain, FunctionType}
     assert ways(plainly("builtin", "4bit")) == set()
     for amx in (True, False):
         monkeypatch.setattr(int8, "suits_here", lambda amx=amx: amx)
-        assert ways(load("builtin", precision="8bit", device="cpu")) == {Decoder, Head, FunctionType}
+        assert ways(load("builtin", precision="8bit", device="cpu")) == {Decoder, TowerLayer, Head, FunctionType}
     monkeypatch.undo()
-    assert ways(load("builtin", precision="4bit", device="cpu")) == {Decoder, Plain, FunctionType}
-    monkeypatch.setattr(tiles, "kinds_here", lambda: ())
-    monkeypatch.setattr(plain, "kinds_here", lambda: ())
-    assert ways(load("builtin", precision="4bit", device="cpu")) == {Decoder, FunctionType}
+    assert ways(load("builtin", precision="4bit", device="cpu")) == {Decoder, TowerLayer, Plain, FunctionType}
+    for module in COMPILED:
+        monkeypatch.setattr(module, "kinds_here", lambda: ())
+    assert ways(load("builtin", precision="fp32", device="cpu")) == {FunctionType}
 
 
 def four_bits(
@@ -231,7 +234,7 @@ def of_kind(number: int) -> Iterator[Kind]:
     if number >= len(kinds):
         pytest.skip("this CPU does not have so many kinds of instructions")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (tiles, plain, attention, passes):
+        for module in COMPILED:
             patch.setattr(module, "kinds_here", lambda: kinds[number:])
         yield kinds[number]
 
@@ -427,7 +430,7 @@ def test_bitsandbytes_multiplies_where_nothing_can_be_compiled(
         monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     else:
         monkeypatch.setattr(compiled, "_openmp", lambda: None)
-    for module in (tiles, plain, attention, passes, decoder, fast):
+    for module in COMPILED:
         monkeypatch.setattr(module, "kinds_here", kinds_here.__wrapped__)
     monkeypatch.setattr(int8, "suits_here", lambda: False)
     engine = load("builtin", precision="4bit", device="cpu")
@@ -466,22 +469,41 @@ def test_vision_layers_that_nobody_sees_are_not_computed(
 def test_a_wide_vision_tower_sees_the_same_in_8_bits(
     precision: Precision, drawing: Path, monkeypatch: pytest.MonkeyPatch, each_cpu: None
 ) -> None:
-    monkeypatch.setattr("llava_cli.engine.fast.WIDE", 0)
     engine = load("builtin", precision=precision, device="cpu")
-    ways = {name for name, layer in engine.network.named_modules() if isinstance(vars(layer).get("forward"), Joined)}
-    assert sum(".vision_tower." in name for name in ways) == 36
+    ways = [vars(layer).get("forward") for layer in engine.network.modules()]
+    layers = [way for way in ways if isinstance(way, TowerLayer)]
+    assert len(layers) == 6
+    assert {type(group.joined) for way in layers for group in (way._sources, way._out, way._first, way._second)} == {
+        Joined
+    }
+    assert 0 < off(engine, drawing) < 0.04
+
+
+@pytest.mark.parametrize("precision, bound", [("fp32", 1e-5), ("bf16", 0.02)])
+@pytest.mark.parametrize("family", ["llava-llama", "llava-onevision"])
+def test_towers_of_clip_and_siglip_see_the_same(
+    family: str, precision: Precision, bound: float, checkpoint: Callable[[str], Path], drawing: Path, each_cpu: None
+) -> None:
+    engine = load(str(checkpoint(family)), precision=precision, device="cpu")
+    assert any(isinstance(vars(layer).get("forward"), TowerLayer) for layer in engine.network.modules())
+    assert off(engine, drawing) < bound
+
+
+def off(engine: LocalEngine, drawing: Path) -> float:
+    """How far features are off those that transformers finds, of their own norm."""
     inputs = engine.inputs(Conversation().ask("what is this?", [open_picture(str(drawing))]))
+    tower = engine.network.model.vision_tower
 
     def features() -> torch.Tensor:
         with torch.inference_mode():
-            found = engine.network.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-        return torch.stack(list(found.pooler_output)).float()
+            pixels = inputs["pixel_values"].flatten(end_dim=-4)
+            found: torch.Tensor = tower(pixels, output_hidden_states=True).hidden_states[-2]
+            return found.float()
 
     found = features()
     with as_transformers(engine.network):
         expected = features()
-    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert 0 < error.mean() < 0.04
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean())
 
 
 def test_no_copies_in_8_bits_where_memory_is_short(
@@ -637,7 +659,7 @@ def test_attention_of_one_token_of_what_is_not_in_one_piece() -> None:
 
 
 def test_a_step_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch, drawing: Path) -> None:
-    for module in (tiles, plain, attention, passes, decoder, int8, fast):
+    for module in COMPILED:
         monkeypatch.setattr(module, "kinds_here", lambda: ())
     for precision in ("fp32", "bf16", "8bit"):
         engine = load("builtin", precision=precision, device="cpu")

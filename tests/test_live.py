@@ -52,10 +52,6 @@ def seen(number: int) -> Picture:
     return replace(picture(60 + 30 * (number % 3), 60, number), sha256=f"{number}")
 
 
-LONG = 12
-"""What is seen of it, a model of random weights goes on about for 900 tokens."""
-
-
 def begin(live: Live, conversation: Conversation, sampling: Sampling = SAMPLING) -> tuple[Listener, Asked]:
     listener = Listener()
     return listener, live.ask(Request(conversation, sampling), listener.put)
@@ -111,7 +107,7 @@ def test_another_picture_is_another_prompt(live: Callable[[str], Live], engines:
 def test_who_comes_later_does_not_wait(live: Callable[[str], Live]) -> None:
     """It joins at the next step, and may be answered before those that were there."""
     serving = live("llava-llama")
-    long, _ = begin(serving, Conversation().ask("what is this?", [seen(LONG)]), Sampling(max_tokens=600))
+    long, _ = begin(serving, Conversation().ask("what is this?", [seen(1)]), Sampling(max_tokens=600))
     long.first()
     assert ask(serving, Conversation().ask("and this?", [seen(2)]), Sampling(max_tokens=2)).answer_tokens == 2
     assert serving.running == 1
@@ -120,7 +116,7 @@ def test_who_comes_later_does_not_wait(live: Callable[[str], Live]) -> None:
 
 def test_who_leaves_frees_the_place(live: Callable[[str], Live]) -> None:
     serving = live("llava-llama")
-    listener, asked = begin(serving, Conversation().ask("what is this?", [seen(LONG)]), Sampling(max_tokens=1900))
+    listener, asked = begin(serving, Conversation().ask("what is this?", [seen(1)]), Sampling(max_tokens=1900))
     listener.first()
     serving.leave(asked)
     serving.leave(asked)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine import int8, tiles
+from llava_cli.engine import int8, tiles, tower
 from llava_cli.engine.attention import NAME, has_amx, use_our_attention
 from llava_cli.engine.decoder import Decoder, Product, suits
 from llava_cli.engine.head import Head
@@ -16,7 +16,8 @@ from llava_cli.engine.int8 import TOKENS, Products, as_they_are, has_room, whole
 from llava_cli.engine.kernels import BLOCK, WIDTH
 from llava_cli.engine.kernels.compiled import ahead, kinds_here
 from llava_cli.engine.plain import Plain
-from llava_cli.engine.tiles import Tiled, in_tiles, joined_bias
+from llava_cli.engine.tiles import Room, Tiled, copied, in_tiles, joined_bias
+from llava_cli.engine.tower import ACTIVATIONS, TowerLayer
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +29,11 @@ def compile_ahead(config: Any, precision: str, bf16: bool) -> None:
     """Begins to compile what a model of such a config wants on a CPU, while its weights are read."""
     if os.environ.get("LLAVA_FAST") == "0" or not (kinds := kinds_here()):
         return
-    from llava_cli.engine.kernels import attention, chain, layer, prompts, rows
+    from llava_cli.engine.kernels import attention, chain, layer, prompts, rows, vision
     from llava_cli.engine.kernels import tiles as tiled
 
     kind, decoder, wanted = kinds[0], config.get_text_config(), list[tuple[Any, ...]]()
-    for part in (getattr(config, "vision_config", None), decoder):
+    for part in (seeing := getattr(config, "vision_config", None), decoder):
         heads = getattr(part, "num_attention_heads", 0)
         width = (getattr(part, "head_dim", None) or part.hidden_size // heads) if heads else 0  # type: ignore[union-attr]
         suits = width > 0 and width % WIDTH == 0
@@ -47,6 +48,10 @@ def compile_ahead(config: Any, precision: str, bf16: bool) -> None:
             (layer.write_gate, bf16),
             (chain.write, False),
         ]
+    if gelu := ACTIVATIONS.get(getattr(seeing, "hidden_act", "")):
+        epsilon = getattr(seeing, "layer_norm_eps", 1e-5)
+        wanted += [(vision.write_norm, bf16, epsilon, adds) for adds in (False, True)]
+        wanted.append((vision.write_gelu, bf16, *gelu))
     if precision in ("fp32", "bf16"):
         wanted.append((rows.write, bf16))
     for bits in {"4bit": (4, 8), "8bit": (8,)}.get(precision, ()):  # a wide vision tower has 8
@@ -61,7 +66,7 @@ def speed_up(model: Any, arranged: Arranged) -> None:
 
     if os.environ.get("LLAVA_FAST") == "0":
         return
-    for layer in unused_layers(model):
+    for layer in (unused := unused_layers(model)):
         layer.forward = _passed_on
     if model.device.type != "cpu":
         return
@@ -70,6 +75,7 @@ def speed_up(model: Any, arranged: Arranged) -> None:
             activation.forward = _quick_gelu
     if attends := model.config._attn_implementation == "sdpa":
         use_our_attention(model)
+    used = [layer for layer in model.modules() if attends and tower.suits(layer) and layer not in unused]
     layers = {layer: name for name, layer in model.named_modules() if type(layer).__name__ in _QUANTISED}
     seeing = wide_vision_layers(model) if layers else {}
     copies = [*layers, *seeing] if int8.suits_here() or not arranged.kept else seeing
@@ -78,6 +84,9 @@ def speed_up(model: Any, arranged: Arranged) -> None:
     def join(some: list[Any]) -> Product | None:
         return joined(some, layers[some[0]], room, arranged) if all(layer in layers for layer in some) else None
 
+    def join_seeing(some: list[Any]) -> Product | None:
+        return in_8_bits_of(some, seeing[some[0]], arranged) if room and all(one in seeing for one in some) else None
+
     decoder, output = model.get_decoder(), model.get_output_embeddings()
     with torch.inference_mode():
         if attends and suits(decoder):
@@ -85,20 +94,21 @@ def speed_up(model: Any, arranged: Arranged) -> None:
         else:
             for layer in layers:
                 vars(layer)["forward"] = join([layer]) or layer.forward
-        for layer, name in seeing.items():
-            if room and (many := in_8_bits_of(layer, name, arranged)):
-                vars(layer)["forward"] = Joined(layer.forward, *many)
+        for layer in used:
+            vars(layer)["forward"] = TowerLayer(layer, join_seeing)
+        for layer in seeing if not used else ():
+            vars(layer)["forward"] = join_seeing([layer]) or layer.forward
         if head := (Head.of(output, arranged, in_8_bits) if layers else None) or Plain.of(output):
             vars(output)["forward"] = head
 
 
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
 """bitsandbytes' layers, by the names of their classes."""
-WIDE = 512
-"""Inputs and outputs, at least, of a layer of the vision tower that is worth it: CLIP-L/336 takes 0.9 s for a picture
-in 8 bits, 2.8 in bf16 without AMX; the built-in model's, 192 wide, 14 ms and not 7. Features are 1.7 % off with random
-weights, where bf16 has them off by 1.3 %; with the built-in model's trained ones 1.6 % and 0.7 %, and as many answers
-are right."""
+WIDE = 128
+"""Inputs and outputs, at least, of a layer of the vision tower that is worth it: CLIP-L/336 takes 0.7 s for a picture
+in 8 bits, 2.8 in bf16 without AMX; eight pictures take the built-in model's tower TOWER8 ms and TOWER16. Features are
+1.7 % off with random weights, where bf16 has them off by 1.3 %; with the built-in model's trained ones 1.6 % and 0.7 %,
+and as many answers are right."""
 LET_GO_FROM = 64
 """Tokens after which weights in 8 bits are let go that stand in a file and serve many tokens alone: a 7B's are 6.5 GB.
 The next product finds them in the system's cache, for 3 % of the time of 620 tokens."""
@@ -131,15 +141,17 @@ def _each(products: list[Product], x: torch.Tensor) -> torch.Tensor:
     return torch.cat([product(x) for product in products], -1)
 
 
-def in_8_bits_of(layer: Any, name: str, arranged: Arranged) -> tuple[Product, Callable[[], None]] | None:
-    """The product of a layer in 8 bits that has more, and what takes its weights out of memory; None without one."""
+def in_8_bits_of(layers: list[Any], name: str, arranged: Arranged) -> Product | None:
+    """The product in 8 bits of layers that have more, for many tokens; None without one."""
+    few, bias, number = partial(_each, [layer.forward for layer in layers]), joined_bias(layers), len(layers)
+    name = f"{name}-{number}" if number > 1 else name
     if int8.suits_here():
-        numbers = arranged(f"{name}-8", partial(whole_numbers, [layer]))
-        return Products(**numbers, bias=layer.bias), numbers.let_go
-    if not tiles.suits([layer]):
+        numbers = arranged(f"{name}-8", partial(whole_numbers, layers))
+        return Joined(few, Products(**numbers, bias=bias), numbers.let_go)
+    if not tiles.suits(layers):
         return None
-    numbers = arranged(f"{name}-tiles", partial(in_tiles, [layer]))
-    return Tiled(**numbers, bias=layer.bias), numbers.let_go
+    numbers = arranged(f"{name}-tiles", partial(in_tiles, layers))
+    return Joined(few, Tiled(**numbers, bias=bias), numbers.let_go)
 
 
 class Joined:
@@ -149,13 +161,25 @@ class Joined:
         self.few, self.many, self._let_go = few, many, let_go
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.numel() // x.shape[-1]
-        if tokens < TOKENS:
-            return self.few(x)
-        out = self.many(x)
-        if tokens >= LET_GO_FROM and x.shape[-2] > 1:  # and not at each step of a batch
+        product, lets_go = self._product(x)
+        out = product(x)
+        if lets_go:
             self._let_go()
         return out
+
+    def bound(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> list[Callable[[], object]]:
+        """What writes to `out` [rows, tokens, outputs] what becomes of `x` [rows, tokens, inputs] at that time."""
+        product, lets_go = self._product(x)
+        calls: list[Callable[[], object]] = [partial(copied, product, x, out)]
+        if isinstance(product, Tiled):
+            calls = product.bound(x, out, room)
+        return [*calls, self._let_go] if lets_go else calls
+
+    def _product(self, x: torch.Tensor) -> tuple[Product, bool]:
+        """The one for so many tokens, and whether its weights are let go then: not at each step of a batch."""
+        tokens = x.numel() // x.shape[-1]
+        many = tokens >= TOKENS
+        return self.many if many else self.few, many and tokens >= LET_GO_FROM and x.shape[-2] > 1
 
 
 def wide_vision_layers(model: Any) -> dict[Any, str]:
@@ -207,7 +231,7 @@ def as_transformers(model: Any) -> Iterator[None]:
     ours = [
         layer
         for layer, way in ways.items()
-        if way in own or isinstance(way, (Decoder, Joined, Tiled, Products, Plain, Head))
+        if way in own or isinstance(way, (Decoder, TowerLayer, Joined, Tiled, Products, Plain, Head))
     ]
     for layer in ours:
         del layer.forward

@@ -15,7 +15,7 @@ from llava_cli.engine.cache import RoomyCache, RoomyLayer
 from llava_cli.engine.kernels import FEW
 from llava_cli.engine.kernels.compiled import Kernel, chained, compiled, kinds_here, threads_for
 from llava_cli.engine.plain import Plain
-from llava_cli.engine.tiles import Room, Tiled
+from llava_cli.engine.tiles import Room, copied
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ class _Buffers:
 
         tensors = {"x": self.x, "more": self.more, "weight": norm.weight.data, "out": self.read}
         run = compiled(write_norm, kinds_here()[0], _in_bf16(self.x), norm.variance_epsilon)
-        return Kernel(run, _task(NormTask, tensors, tokens=len(self.x), width=self.x.shape[1]), tensors)
+        return Kernel(run, task_of(NormTask, tensors, tokens=len(self.x), width=self.x.shape[1]), tensors)
 
     def sources_of(self, layer: Layer) -> list[Call]:
         return [self.norm(layer.norms[0]), *self.product(layer.sources, self.read, self.sources)]
@@ -70,7 +70,7 @@ class _Buffers:
         from llava_cli.engine.kernels.layer import GateTask, write_gate
 
         tensors = {"x": self.gated, "out": self.given}
-        task = _task(GateTask, tensors, tokens=len(self.given), width=self.given.shape[1])
+        task = task_of(GateTask, tensors, tokens=len(self.given), width=self.given.shape[1])
         return Kernel(compiled(write_gate, kinds_here()[0], _in_bf16(self.x)), task, tensors)
 
     def product(self, group: Group, x: torch.Tensor, out: torch.Tensor) -> Sequence[Call]:
@@ -78,36 +78,32 @@ class _Buffers:
 
 
 def bound(group: Group, x: torch.Tensor, out: torch.Tensor, room: Room) -> Sequence[Call]:
-    """Writes to `out` [rows, tokens, outputs of all] what a group's layers make of `x` [rows, tokens, inputs] then."""
+    """What writes to `out` [rows, tokens, outputs of all] what a group's layers make of `x` [rows, tokens, inputs]."""
     import torch
 
-    few, lines, to = getattr(group.joined, "few", group.joined), x.flatten(0, 1), out.flatten(0, 1)
-    if isinstance(few, Tiled) and (few is group.joined or len(lines) <= FEW):
-        return few.bound(lines, to, room)
-    if group.joined is not None:
-        return [partial(_copied, group.joined, x, out)]
-    parts = zip(group.layers, torch.split(to, group.outputs, -1), strict=True)
-    return [_one_product(layer, lines, part) for layer, part in parts]
+    if product := group.joined:
+        calls: Sequence[Call] = (
+            product.bound(x, out, room) if hasattr(product, "bound") else [partial(copied, product, x, out)]
+        )
+        return calls
+    lines, parts = x.flatten(0, 1), torch.split(out.flatten(0, 1), group.outputs, -1)
+    return [_one_product(layer, lines, part) for layer, part in zip(group.layers, parts, strict=True)]
 
 
 def _one_product(layer: Any, x: torch.Tensor, out: torch.Tensor) -> Call:
     import torch
 
-    if len(x) <= FEW and (plain := Plain.of(layer)):
-        return plain.bound(x, out)
-    # Of bf16 torch makes what is in one piece alone.
+    if len(x) <= FEW and (few := Plain.of(layer)):
+        return few.bound(x, out)
+    # In bf16 torch writes in one piece.
     if type(layer) is not torch.nn.Linear or not (x.dtype == torch.float32 or out.is_contiguous()):
-        return partial(_copied, layer, x, out)
+        return partial(copied, layer, x, out)
     if layer.bias is None:
         return partial(torch.mm, x, layer.weight.t(), out=out)
     return partial(torch.addmm, layer.bias, x, layer.weight.t(), out=out)
 
 
-def _copied(layer: Any, x: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(layer(x))
-
-
-def _task(kind: Any, tensors: dict[str, torch.Tensor], **counts: int) -> Any:
+def task_of(kind: Any, tensors: dict[str, torch.Tensor], **counts: int) -> Any:
     """A kernel's, with as many threads as suit its first tensor."""
     threads = threads_for(_STEPS * next(iter(tensors.values())).numel())
     return kind(**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **counts, threads=threads)
@@ -219,5 +215,5 @@ def _turn(buffers: _Buffers, layer: Layer, keys: torch.Tensor, values: torch.Ten
     (heads, key_heads), (_, apart) = layer.heads, buffers.shape
     tensors = {"x": buffers.sources, "keys": keys, "values": values, "cos": buffers.cos, "sin": buffers.sin}
     counts = {"tokens": len(buffers.x), "apart": apart, "heads": heads, "key_heads": key_heads, "width": layer.width}
-    task = _task(TurnTask, tensors, **counts, room=keys.shape[2], begin=begin)
+    task = task_of(TurnTask, tensors, **counts, room=keys.shape[2], begin=begin)
     Kernel(compiled(write_turn, kinds_here()[0], _in_bf16(buffers.x)), task, tensors)()

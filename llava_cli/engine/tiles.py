@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.kernels import BLOCK, TILE_ROWS
@@ -151,14 +152,17 @@ class Tiled:
             "bias": _zeros(self._outputs) if bias is None else bias.float(),
         }
 
-    def bound(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> list[Kernel]:
-        """Writes to `out` [tokens, outputs] what becomes of `x` [tokens, `inputs`], some tokens at a time.
+    def bound(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> list[Callable[[], object]]:
+        """What writes to `out` [..., outputs] what becomes of `x` [..., inputs] at that time, some tokens at a time.
 
         Both in bf16 or both in fp32, and in one piece. Who shares `room` waits for it.
         """
         import torch
 
-        parts = zip(torch.split(x, _AT_ONCE), torch.split(out, _AT_ONCE), strict=True)
+        if x.shape[-1] != self.inputs:
+            return [partial(copied, self, x, out)]
+        lines, to = x.flatten(end_dim=-2), out.flatten(end_dim=-2)
+        parts = zip(torch.split(lines, _AT_ONCE), torch.split(to, _AT_ONCE), strict=True)
         return [self._kernel(part, to, room) for part, to in parts]
 
     def _kernel(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> Kernel:
@@ -185,6 +189,11 @@ class Tiled:
         for kernel in self.bound(given, out, _rooms.room):
             kernel()
         return out.view(*x.shape[:-1], self._outputs).to(x.dtype)
+
+
+def copied(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes to `out` what a product makes of `x`."""
+    out.copy_(product(x))
 
 
 class Room:

@@ -86,17 +86,12 @@ class _Gate(Writer):
         with self.function("gate") as function:
             b, lanes, width = self.b, self.kind.lanes, self.count("width")
             x, out = self.array("x", self.number), self.array("out", self.number)
-            one = many(1.0, F32, lanes)
             with self.shared(1, self.count("tokens")) as (token, _):
                 gates = b.mul(token, b.mul(width, I64(2)))
                 with self.loop(I64(0), width, lanes) as column:
                     gate = self.floats(self.at(x, gates, column), lanes)
                     up = self.floats(self.at(x, gates, width, column), lanes)
-                    side = self.call(f"llvm.fabs.v{lanes}f32", gate.type, gate)
-                    power = self.power(b.fneg(side))
-                    positive = b.fcmp_ordered(">=", gate, many(0.0, F32, lanes))
-                    share = b.fdiv(b.select(positive, one, power), b.fadd(one, power))
-                    silu = self.rounded(b.fmul(gate, share))
+                    silu = self.rounded(b.fmul(gate, self.sigmoid(gate)))
                     self.put(b.fmul(silu, up), self.at(out, b.mul(token, width), column))
         return function
 

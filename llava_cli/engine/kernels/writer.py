@@ -196,6 +196,13 @@ class Writer:
         whole = b.add(b.fptosi(twos, ir.VectorType(I32, lanes)), many(127, I32, lanes))
         return b.fmul(found, self.as_(b.shl(whole, many(23, I32, lanes)), F32, lanes))
 
+    def sigmoid(self, x: Value) -> Value:
+        b, lanes = self.b, x.type.count
+        one = many(1.0, F32, lanes)
+        power = self.power(b.fneg(self.call(f"llvm.fabs.v{lanes}f32", x.type, x)))
+        positive = b.fcmp_ordered(">=", x, many(0.0, F32, lanes))
+        return b.fdiv(b.select(positive, one, power), b.fadd(one, power))
+
     def prefetch(self, place: Value, size: int, ahead: int = 0) -> None:
         """Tells memory of what will be read: bytes, from so many ahead of a place on."""
         place = self.b.bitcast(place, I8.as_pointer())
