@@ -327,8 +327,8 @@ def save(family: str, folder: Path, tied: bool = False, shard: str = "5GB", **co
     made, processor = FAMILIES[family](**config)
     made.tie_word_embeddings = made.text_config.tie_word_embeddings = tied
     model = AutoModelForImageTextToText.from_config(made)
-    with torch.no_grad():  # so that its answers do not soon end
-        model.get_output_embeddings().weight[made.text_config.eos_token_id] = 0
+    with torch.no_grad():  # so that its answers do not soon end, and show no pictures
+        model.get_output_embeddings().weight[[made.text_config.eos_token_id, made.image_token_id]] = 0
     model.save_pretrained(folder, max_shard_size=shard)
     processor.save_pretrained(folder)
     return folder

@@ -32,22 +32,15 @@ def compile_ahead(config: Any, precision: str, bf16: bool) -> None:
     from llava_cli.engine.kernels import attention, chain, layer, prompts, rows, vision
     from llava_cli.engine.kernels import tiles as tiled
 
-    kind, decoder, wanted = kinds[0], config.get_text_config(), list[tuple[Any, ...]]()
-    for part in (seeing := getattr(config, "vision_config", None), decoder):
-        heads = getattr(part, "num_attention_heads", 0)
-        width = (getattr(part, "head_dim", None) or part.hidden_size // heads) if heads else 0  # type: ignore[union-attr]
-        suits = width > 0 and width % WIDTH == 0
-        if suits and not (bf16 and has_amx()):
-            wanted.append((prompts.write, bf16, width, width**-0.5))
-    if suits:
+    wanted: list[tuple[Any, ...]] = []
+    seeing, decoder = getattr(config, "vision_config", None), config.get_text_config()
+    if not (bf16 and has_amx()):
+        wanted += [(prompts.write, bf16, width, width**-0.5) for width in {_width(seeing), _width(decoder)} - {0}]
+    if width := _width(decoder):
         wanted += [(attention.write, bf16, width, width**-0.5, turns) for turns in (True, False)]
     if epsilon := getattr(decoder, "rms_norm_eps", None):
-        wanted += [
-            (layer.write_norm, bf16, epsilon),
-            (layer.write_turn, bf16),
-            (layer.write_gate, bf16),
-            (chain.write, False),
-        ]
+        wanted += [(layer.write_norm, bf16, epsilon), (chain.write, False)]
+        wanted += [(write, bf16) for write in (layer.write_turn, layer.write_gate)]
     if gelu := ACTIVATIONS.get(getattr(seeing, "hidden_act", "")):
         epsilon = getattr(seeing, "layer_norm_eps", 1e-5)
         wanted += [(vision.write_norm, bf16, epsilon, adds) for adds in (False, True)]
@@ -57,7 +50,14 @@ def compile_ahead(config: Any, precision: str, bf16: bool) -> None:
     for bits in {"4bit": (4, 8), "8bit": (8,)}.get(precision, ()):  # a wide vision tower has 8
         wanted.append((tiled.write, bf16, bits))
     for write, *numbers in wanted:
-        ahead(write, kind, *numbers)
+        ahead(write, kinds[0], *numbers)
+
+
+def _width(config: Any) -> int:
+    """Of a head; 0 where there are none, or none that suit kernels."""
+    heads = getattr(config, "num_attention_heads", 0)
+    width: int = (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
+    return width if width % WIDTH == 0 else 0
 
 
 def speed_up(model: Any, arranged: Arranged) -> None:

@@ -98,9 +98,10 @@ def _one_product(layer: Any, x: torch.Tensor, out: torch.Tensor) -> Call:
     # In bf16 torch writes in one piece.
     if type(layer) is not torch.nn.Linear or not (x.dtype == torch.float32 or out.is_contiguous()):
         return partial(copied, layer, x, out)
+    weight = layer.weight.data.t()
     if layer.bias is None:
-        return partial(torch.mm, x, layer.weight.t(), out=out)
-    return partial(torch.addmm, layer.bias, x, layer.weight.t(), out=out)
+        return partial(torch.mm, x, weight, out=out)
+    return partial(torch.addmm, layer.bias.data, x, weight, out=out)
 
 
 def task_of(kind: Any, tensors: dict[str, torch.Tensor], **counts: int) -> Any:
