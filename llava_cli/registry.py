@@ -163,11 +163,20 @@ def hub_cache() -> Path:
 
 def quantised_cache() -> Path:
     """Where quantised copies of checkpoints are kept."""
+    return _cache() / "quantised"
+
+
+def kernel_cache() -> Path:
+    """Where machine code is kept that was made for this CPU."""
+    return _cache() / "kernels"
+
+
+def _cache() -> Path:
     if cache := os.environ.get("LLAVA_CACHE"):
-        return Path(cache) / "quantised"
+        return Path(cache)
     from platformdirs import user_cache_path
 
-    return user_cache_path("llava") / "quantised"
+    return user_cache_path("llava")
 
 
 def default_name(settings: Settings) -> str:

@@ -27,7 +27,7 @@ from llava_cli.engine.fast import Joined, _quick_gelu, as_transformers, joined, 
 from llava_cli.engine.forward import Forward
 from llava_cli.engine.head import Head
 from llava_cli.engine.int8 import Products, as_they_are, weights_of, whole_numbers
-from llava_cli.engine.kernels import FEW, compiled
+from llava_cli.engine.kernels import FEW, chain, compiled
 from llava_cli.engine.kernels.compiled import kinds_here
 from llava_cli.engine.kernels.writer import KINDS, Kind
 from llava_cli.engine.local import LocalEngine
@@ -35,6 +35,7 @@ from llava_cli.engine.passes import Step, bound
 from llava_cli.engine.plain import Plain
 from llava_cli.engine.tiles import Room, Tiled, in_tiles, joined_bias
 from llava_cli.engine.tower import TowerLayer
+from llava_cli.registry import kernel_cache
 from llava_cli.settings import Precision
 
 Plainly = Callable[..., LocalEngine]
@@ -203,6 +204,24 @@ def test_what_is_faster_is_there_for_what_it_suits(plainly: Plainly, monkeypatch
     for module in COMPILED:
         monkeypatch.setattr(module, "kinds_here", lambda: ())
     assert ways(load("builtin", precision="fp32", device="cpu")) == {FunctionType}
+
+
+def test_machine_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For later processes, and made anew where its file is not whole, or nothing can be written."""
+    make, written = partial(compiled._compile, chain.write, kinds_here()[0], False), chain._Chain
+    make()
+    (file,) = kernel_cache().iterdir()
+    whole = file.read_bytes()
+    monkeypatch.setattr(chain, "_Chain", None)
+    make()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(TypeError):
+        make()
+    monkeypatch.setattr(chain, "_Chain", written)
+    make()
+    assert file.read_bytes() == whole
+    monkeypatch.setenv("LLAVA_CACHE", str(file))  # no folder
+    make()
 
 
 def four_bits(

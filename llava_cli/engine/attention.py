@@ -182,7 +182,7 @@ class OneToken:
         """
         task = self._task
         task.scores = _rooms.of(self._numbers * (tokens + SPARE)).data_ptr()
-        mask = _all(1024 * -(-self._rows * tokens // 1024)) if seen is None else seen
+        mask = _all(self._rows * tokens) if seen is None else seen
         task.keys, task.values, task.mask = keys.data_ptr(), values.data_ptr(), mask.data_ptr()
         task.room, task.tokens = keys.shape[-2], tokens
         task.threads = threads_for(tokens * self._products)
@@ -212,11 +212,16 @@ def _floats(count: int) -> torch.Tensor:
     return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
-@lru_cache(maxsize=2)
 def _all(count: int) -> torch.Tensor:
+    """A mask that hides nothing of so many."""
+    return _ones(-(-count // 1024))[:count]
+
+
+@lru_cache(maxsize=2)
+def _ones(thousands: int) -> torch.Tensor:
     import torch
 
-    return torch.ones(count, dtype=torch.bool, device="cpu")
+    return torch.ones(1024 * thousands, dtype=torch.bool, device="cpu")
 
 
 def _seen(mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:

@@ -80,7 +80,7 @@ class Decoder:
         keys = cache.get_seq_length() + tokens
         if position_ids is None:
             position_ids = torch.arange(keys - tokens, keys)[None]
-        seen = None if attention_mask is None else attention_mask.bool().contiguous()
+        seen = None if attention_mask is None or attention_mask.all() else attention_mask.bool().contiguous()
         cos, sin = self._angles(x, position_ids)
         if tokens == 1 < keys and len(x) <= FEW:
             x = self._step(len(x))(x, cos, sin, cache, seen)

@@ -1,4 +1,4 @@
-"""Kernels as machine code for this CPU, each made once in a process, in 0.1 to 0.4 s.
+"""Kernels as machine code for this CPU, each made once, in 0.1 to 0.4 s, and kept in the user's cache.
 
 Their threads are torch's own, for two pools would wait for each other's cores.
 """
@@ -6,12 +6,17 @@ Their threads are torch's own, for two pools would wait for each other's cores.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llava_cli.registry import kernel_cache
 
 if TYPE_CHECKING:
     from llava_cli.engine.kernels.writer import Kind
@@ -131,13 +136,45 @@ def _compile(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) ->
         has["avxvnni"] = False
     cpu = llvm.get_host_cpu_name()
     target = llvm.Target.from_default_triple().create_target_machine(cpu, has.flatten(), opt=3, jit=True)
-    module = llvm.parse_assembly(write(kind, bf16, *more))
-    passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(module, passes)
-    engine = llvm.create_mcjit_compiler(module, target)
+
+    def make() -> bytes:
+        module = llvm.parse_assembly(write(kind, bf16, *more))
+        passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(module, passes)
+        return bytes(target.emit_object(module))
+
+    made_of = llvm.llvm_version_info, _source(), write.__module__, write.__name__, kind.name, bf16, more
+    code = _kept(repr((*made_of, cpu, has.flatten())), make)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("run"))
+
+
+@cache
+def _source() -> str:
+    """A digest of what kernels are written by."""
+    return _digest(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+
+
+def _kept(name: str, make: Callable[[], bytes]) -> bytes:
+    """What was made under that name before, in this process or another; a file that is not whole is made anew."""
+    path = kernel_cache() / f"{_digest(name.encode())[:32]}.o"
+    with suppress(OSError):
+        digest, _, code = path.read_bytes().partition(b"\n")
+        if digest.decode("latin-1") == _digest(code):
+            return code
+    code, new = make(), path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):  # without room for it the next start makes it again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(_digest(code).encode() + b"\n" + code)
+        os.replace(new, path)
+    return code
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 _engines: list[Any] = []

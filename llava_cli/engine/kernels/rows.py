@@ -34,16 +34,15 @@ class _Rows(Writer):
             vector = ir.VectorType(F32, self.kind.lanes)
             sums = [[b.alloca(vector) for _ in range(ROWS)] for _ in range(self._most)]
             tokens, columns = self.count("tokens"), self.count("columns")
-            alone = b.icmp_signed("<=", tokens, I64(1))
             groups = self.groups(tokens, [size for size in (4, 2, 1) if size <= self._most])
             with self.shared(_CHUNK, self.count("rows")) as (first, end), self.loop(first, end, ROWS) as row:
                 for begin, to, size in groups:
                     with self.loop(begin, to, size) as token:
-                        self._rows(row, token, sums[:size], columns, alone)
+                        self._rows(row, token, sums[:size], columns)
         return function
 
-    def _rows(self, row: Value, token: Value, sums: list[list[Value]], columns: Value, alone: Value) -> None:
-        """Four rows with so many tokens; one that is `alone` waits for memory, which is told of the next rows."""
+    def _rows(self, row: Value, token: Value, sums: list[list[Value]], columns: Value) -> None:
+        """Four rows with so many tokens; one alone waits for memory, which is told of the next rows."""
         b, lanes = self.b, self.kind.lanes
         x, out, weights = (self.array(name, self.number) for name in ("x", "out", "weights"))
         for its in sums:
