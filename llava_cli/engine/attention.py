@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "llava"
 LONG = 1024
-"""Keys of a head that stay in a core's cache in fp32; of more torch's own is faster, in fp32."""
+"""Keys of a head, turned over, that stay in a core's cache; of more torch's own is faster in fp32, and not in bf16."""
 
 
 @cache
@@ -60,7 +60,7 @@ def attend(
     causal = causal and (attention_mask is None or attention_mask.shape[2] == 1)
     usual = not any(options.get(name) is not None for name in _UNUSUAL) and OneToken.suits(query)
     if usual and key.shape == value.shape and key.dtype == query.dtype:
-        out = torch.empty(rows, queries, heads, width, dtype=query.dtype)
+        out = torch.empty(rows, queries, heads, width, dtype=query.dtype, device="cpu")
         if queries == 1:
             together = query.reshape(rows, key.shape[1], -1, width).contiguous()
             attending = OneToken(together, out.view(together.shape), scaling)
@@ -71,7 +71,7 @@ def attend(
             return out, None
     if causal and (attention_mask is not None or queries != keys):  # torch's is of the first tokens, not the last
         earlier = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-        attention_mask = earlier[None, None] if attention_mask is None else attention_mask & earlier
+        attention_mask = earlier[None, None] if attention_mask is None else _truths(attention_mask) & earlier
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **options
     )
@@ -112,7 +112,7 @@ def _of_many(
     shown = _all(padded)[None, None] if mask is None else pad(mask[:, 0], (0, padded - keys)).contiguous()
     threads, each = threads_for(2 * keys * query.numel()), heads // key_heads
     together = each if rows * key_heads >= 4 * threads else 1
-    room = _rooms.of(threads * (padded * (width + QUERIES) + QUERIES * width))
+    room = _floats(threads * (padded * (width + QUERIES) + QUERIES * width))
     strides = {
         **dict(zip(("query_row", "query_head", "query_token"), query.stride(), strict=False)),
         **dict(zip(("key_row", "key_head", "key_token"), key.stride(), strict=False)),
@@ -178,12 +178,12 @@ class OneToken:
     def over(self, keys: torch.Tensor, values: torch.Tensor, tokens: int, seen: torch.Tensor | None = None) -> None:
         """The `kernel` is to attend to the first `tokens` of keys and values [rows, key heads, room, width].
 
-        What is `seen` of them is true in [rows, tokens]; None is all. All three in one piece, and there as long as it.
+        What is `seen` of them is true in [rows, tokens]; None is all. All three in one piece.
         """
-        task = self._task
-        task.scores = _rooms.of(self._numbers * (tokens + SPARE)).data_ptr()
+        task, scores = self._task, _rooms.of(self._numbers * (tokens + SPARE))
         mask = _all(self._rows * tokens) if seen is None else seen
-        task.keys, task.values, task.mask = keys.data_ptr(), values.data_ptr(), mask.data_ptr()
+        self._over = keys, values, mask, scores  # as long as the task is told where they are
+        task.keys, task.values, task.mask, task.scores = (tensor.data_ptr() for tensor in self._over)
         task.room, task.tokens = keys.shape[-2], tokens
         task.threads = threads_for(tokens * self._products)
 
@@ -226,12 +226,16 @@ def _ones(thousands: int) -> torch.Tensor:
 
 def _seen(mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
     """A mask of one query as truths [rows, keys]."""
-    import torch
 
     if mask is None:
         return None
-    truths = mask if mask.dtype == torch.bool else mask == 0
-    return truths[:, 0, 0].expand(rows, -1).contiguous()
+    return _truths(mask)[:, 0, 0].expand(rows, -1).contiguous()
+
+
+def _truths(mask: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def _with_room(tensor: torch.Tensor) -> torch.Tensor:

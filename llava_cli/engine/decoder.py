@@ -14,6 +14,7 @@ from llava_cli.engine.cache import RoomyCache
 from llava_cli.engine.kernels import COLUMNS, FEW, WIDTH
 from llava_cli.engine.kernels.compiled import kinds_here
 from llava_cli.engine.passes import Step, read
+from llava_cli.engine.plain import Plain
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ Join = Callable[[list[Any]], "Product | None"]
 """Layers that multiply the same input -> their outputs side by side, or None if that is nothing for them."""
 
 _KINDS = ("LlamaModel", "MistralModel", "Qwen2Model")
+"""Around which a model does nothing to tokens alone but look them up before and multiply by its head behind."""
 
 
 def suits(decoder: Any) -> bool:
@@ -37,8 +39,15 @@ def suits(decoder: Any) -> bool:
     )
     if not known or not kinds_here():
         return False
-    attention, down = decoder.layers[0].self_attn, decoder.layers[0].mlp.down_proj
-    return bool(attention.head_dim % (2 * WIDTH) == down.out_features % COLUMNS == down.in_features % WIDTH == 0)
+    shapes = {_shape(layer.self_attn, layer.mlp) for layer in decoder.layers}
+    width, _, _, inner, size = next(iter(shapes))
+    return len(shapes) == 1 and width % (2 * WIDTH) == size % COLUMNS == inner % WIDTH == 0
+
+
+def _shape(attention: Any, mlp: Any) -> tuple[int, ...]:
+    """A head's width; numbers of queries, of keys, within the gated product and of a token."""
+    both, down = (attention.q_proj.out_features, attention.k_proj.out_features), mlp.down_proj
+    return attention.head_dim, *both, down.in_features, down.out_features
 
 
 class Decoder:
@@ -130,10 +139,11 @@ _AT_A_TIME = 2048
 
 
 class Group:
-    """Linear layers that multiply the same input."""
+    """Linear layers that multiply the same input: `joined`, or each alone, for few tokens by what `few` has for it."""
 
     def __init__(self, layers: list[Any], join: Join) -> None:
         self.layers, self.joined = layers, join(layers)
+        self.few = [Plain.of(layer) for layer in layers]
         self.outputs: list[int] = [layer.out_features for layer in layers]
 
 

@@ -45,8 +45,7 @@ def compile_ahead(config: Any, precision: str, bf16: bool) -> None:
         epsilon = getattr(seeing, "layer_norm_eps", 1e-5)
         wanted += [(vision.write_norm, bf16, epsilon, adds) for adds in (False, True)]
         wanted.append((vision.write_gelu, bf16, *gelu))
-    if precision in ("fp32", "bf16"):
-        wanted.append((rows.write, bf16))
+    wanted.append((rows.write, bf16))
     for bits in {"4bit": (4, 8), "8bit": (8,)}.get(precision, ()):  # a wide vision tower has 8
         wanted.append((tiled.write, bf16, bits))
     for write, *numbers in wanted:
@@ -55,9 +54,10 @@ def compile_ahead(config: Any, precision: str, bf16: bool) -> None:
 
 def _width(config: Any) -> int:
     """Of a head; 0 where there are none, or none that suit kernels."""
-    heads = getattr(config, "num_attention_heads", 0)
-    width: int = (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
-    return width if width % WIDTH == 0 else 0
+    size, heads, width = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "head_dim"))
+    if not width and isinstance(size, int) and isinstance(heads, int):
+        width = size // heads
+    return width if isinstance(width, int) and width % WIDTH == 0 else 0
 
 
 def speed_up(model: Any, arranged: Arranged) -> None:
@@ -106,9 +106,8 @@ _QUANTISED = ("Linear4bit", "Linear8bitLt")
 """bitsandbytes' layers, by the names of their classes."""
 WIDE = 128
 """Inputs and outputs, at least, of a layer of the vision tower that is worth it: CLIP-L/336 takes 0.7 s for a picture
-in 8 bits, 2.8 in bf16 without AMX; eight pictures take the built-in model's tower TOWER8 ms and TOWER16. Features are
-1.7 % off with random weights, where bf16 has them off by 1.3 %; with the built-in model's trained ones 1.6 % and 0.7 %,
-and as many answers are right."""
+in 8 bits, 2.8 in bf16 without AMX. Features are 1.7 % off with random weights, where bf16 has them off by 1.3 %; with
+the built-in model's trained ones 1.6 % and 0.7 %, and as many answers are right."""
 LET_GO_FROM = 64
 """Tokens after which weights in 8 bits are let go that stand in a file and serve many tokens alone: a 7B's are 6.5 GB.
 The next product finds them in the system's cache, for 3 % of the time of 620 tokens."""

@@ -33,7 +33,7 @@ class Forward:
 
         with torch.inference_mode():
             decoder = vars(self._decoder).get("forward")
-            if len(inputs) == inputs["input_ids"].shape[1] == 1 and isinstance(decoder, Decoder):
+            if len(inputs) == inputs["input_ids"].shape[1] == 1 and self._head and isinstance(decoder, Decoder):
                 # What the model does around its decoder for tokens alone, which takes it as long as a small decoder.
                 x = self._embed(inputs["input_ids"])
                 out = decoder(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache)

@@ -44,7 +44,6 @@ class TowerLayer:
         self._gelu = ACTIVATIONS[mlp.config.hidden_act]
 
     def __call__(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
-
         if attention_mask is not None or hidden_states.dtype != self._norms[0].weight.dtype:
             return self._plain(hidden_states, attention_mask=attention_mask, **options)
         (*shape, size), its, room = hidden_states.shape, self._attention, Room()

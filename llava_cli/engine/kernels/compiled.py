@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_cli import __version__
 from llava_cli.registry import kernel_cache
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ def _compiler() -> ThreadPoolExecutor:
 
 
 def _compile(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Run:
+    import llvmlite
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -143,7 +146,7 @@ def _compile(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) ->
         passes.getModulePassManager().run(module, passes)
         return bytes(target.emit_object(module))
 
-    made_of = llvm.llvm_version_info, _source(), write.__module__, write.__name__, kind.name, bf16, more
+    made_of = __version__, llvmlite.__version__, _source(), write.__module__, write.__name__, kind.name, bf16, more
     code = _kept(repr((*made_of, cpu, has.flatten())), make)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
@@ -159,17 +162,27 @@ def _source() -> str:
 
 
 def _kept(name: str, make: Callable[[], bytes]) -> bytes:
-    """What was made under that name before, in this process or another; a file that is not whole is made anew."""
+    """What was made under that name before, in this process or another.
+
+    A file that is not whole is made anew, and so is one that somebody else may have written.
+    """
     path = kernel_cache() / f"{_digest(name.encode())[:32]}.o"
-    with suppress(OSError):
-        digest, _, code = path.read_bytes().partition(b"\n")
-        if digest.decode("latin-1") == _digest(code):
+    with suppress(OSError), open(path, "rb") as file:
+        its = os.fstat(file.fileno())
+        digest, _, code = file.read().partition(b"\n")
+        if its.st_uid == os.getuid() and not its.st_mode & 0o022 and digest.decode("latin-1") == _digest(code):
             return code
-    code, new = make(), path.with_suffix(f".{os.getpid()}")
+    code = make()
     with suppress(OSError):  # without room for it the next start makes it again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(_digest(code).encode() + b"\n" + code)
-        os.replace(new, path)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, new = tempfile.mkstemp(dir=path.parent)  # which only this user may read or write
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(_digest(code).encode() + b"\n" + code)
+            os.replace(new, path)
+        except OSError:
+            os.unlink(new)
+            raise
     return code
 
 

@@ -53,7 +53,7 @@ def many(value: Any, kind: Any, lanes: int) -> Value:
 
 
 class Writer:
-    """Of a module whose `run` does a task, the last of whose counts are `threads` and `next`.
+    """Of a module whose `run` does a task; one for several threads counts `threads` and the `next` that is to be done.
 
     Numbers that it is given, and gives, are in bf16 or in fp32; it computes in fp32.
     """
