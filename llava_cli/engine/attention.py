@@ -226,7 +226,6 @@ def _ones(thousands: int) -> torch.Tensor:
 
 def _seen(mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
     """A mask of one query as truths [rows, keys]."""
-
     if mask is None:
         return None
     return _truths(mask)[:, 0, 0].expand(rows, -1).contiguous()

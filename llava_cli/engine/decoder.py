@@ -143,7 +143,7 @@ class Group:
 
     def __init__(self, layers: list[Any], join: Join) -> None:
         self.layers, self.joined = layers, join(layers)
-        self.few = [Plain.of(layer) for layer in layers]
+        self.few = [None if self.joined else Plain.of(layer) for layer in layers]
         self.outputs: list[int] = [layer.out_features for layer in layers]
 
 

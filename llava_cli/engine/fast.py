@@ -142,15 +142,14 @@ def _each(products: list[Product], x: torch.Tensor) -> torch.Tensor:
 
 def in_8_bits_of(layers: list[Any], name: str, arranged: Arranged) -> Product | None:
     """The product in 8 bits of layers that have more, for many tokens; None without one."""
-    few, bias, number = partial(_each, [layer.forward for layer in layers]), joined_bias(layers), len(layers)
-    name = f"{name}-{number}" if number > 1 else name
-    if int8.suits_here():
-        numbers = arranged(f"{name}-8", partial(whole_numbers, layers))
-        return Joined(few, Products(**numbers, bias=bias), numbers.let_go)
-    if not tiles.suits(layers):
+    in_tiles_here = not int8.suits_here()
+    if in_tiles_here and not tiles.suits(layers):
         return None
-    numbers = arranged(f"{name}-tiles", partial(in_tiles, layers))
-    return Joined(few, Tiled(**numbers, bias=bias), numbers.let_go)
+    kind, made, arrange = (Tiled, "tiles", in_tiles) if in_tiles_here else (Products, "8", whole_numbers)
+    name = f"{name}-{len(layers)}" if len(layers) > 1 else name
+    numbers = arranged(f"{name}-{made}", partial(arrange, layers))
+    few = partial(_each, [layer.forward for layer in layers])
+    return Joined(few, kind(**numbers, bias=joined_bias(layers)), numbers.let_go)
 
 
 class Joined:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from llvmlite import ir
 
 from llava_cli.engine.kernels import SPARE
-from llava_cli.engine.kernels.writer import F32, I8, I64, Kind, Value, Writer, many, task
+from llava_cli.engine.kernels.writer import F32, I8, I64, LEAST, Kind, Value, Writer, many, task
 
 _AHEAD = 8192
 """Bytes ahead of what is read that memory is told of."""
@@ -19,7 +19,6 @@ _TOKENS = 4
 """Whose scores are computed together."""
 _SUMS = 8
 """Registers for sums of values, at a time."""
-_LEAST = -3e38
 
 Task = task(
     ("query", "out", "keys", "values", "mask", "scaled", "scores", "cos", "sin"),
@@ -94,7 +93,9 @@ class _Attention(Writer):
                     begin = end
                 with self.loop(first_query, b.add(first_query, each)) as number:
                     line = self.at(scores, b.mul(number, long))
-                    self._share(line, first, tokens)
+                    for start in range(0, SPARE, lanes):
+                        self.write(many(LEAST, F32, lanes), self.at(line, tokens, I64(start)))
+                    self.share(line, first, tokens, self._best, self._total)
                     self._sum(line, its_values, first, tokens, self.at(out, b.mul(number, width)))
         return function
 
@@ -142,26 +143,7 @@ class _Attention(Writer):
                 sums[i] = self.fma(key, numbers, sums[i])
         for i, products in enumerate(sums):
             hidden = b.icmp_signed("==", b.load(self.at(mask, I64(i))), I8(0))
-            b.store(b.select(hidden, F32(_LEAST), self.sum(products)), self.at(scores, I64(i)))
-
-    def _share(self, scores: Value, first: Value, tokens: Value) -> None:
-        """Makes shares of scores: e to the power of each, over the sum of all, which is kept for later."""
-        b, lanes = self.b, self.kind.lanes
-        least, name = many(_LEAST, F32, lanes), f"llvm.maximum.v{lanes}f32"
-        for start in range(0, SPARE, lanes):
-            self.write(least, self.at(scores, tokens, I64(start)))
-        b.store(least, self._best)
-        b.store(many(0.0, F32, lanes), self._total)
-        with self.loop(first, tokens, lanes) as token:
-            its = self.read(self.at(scores, token), F32, lanes)
-            b.store(self.call(name, self._vector, b.load(self._best), its), self._best)
-        best = self.call(f"llvm.vector.reduce.fmaximum.v{lanes}f32", F32, b.load(self._best))
-        best = self.spread(best, lanes)
-        with self.loop(first, tokens, lanes) as token:
-            place = self.at(scores, token)
-            share = self.power(b.fsub(self.read(place, F32, lanes), best))
-            self.write(share, place)
-            b.store(b.fadd(b.load(self._total), share), self._total)
+            b.store(b.select(hidden, F32(LEAST), self.sum(products)), self.at(scores, I64(i)))
 
     def _sum(self, shares: Value, values: Value, first: Value, tokens: Value, out: Value) -> None:
         """Values times their shares."""

@@ -12,9 +12,7 @@ import itertools
 from llvmlite import ir
 
 from llava_cli.engine.kernels import QUERIES
-from llava_cli.engine.kernels.writer import F32, I8, I32, I64, Kind, Value, Writer, many, task
-
-_LEAST = -3e38
+from llava_cli.engine.kernels.writer import F32, I8, I32, I64, LEAST, Kind, Value, Writer, many, task
 
 Task = task(
     ("query", "out", "keys", "values", "mask", "room"),
@@ -54,7 +52,7 @@ class _Prompts(Writer):
         with self.function("attend") as function:
             b, width = self.b, I64(self._width)
             self._sums = [[b.alloca(self._vector) for _ in range(self._blocks[0])] for _ in range(self._most)]
-            self._total = b.alloca(self._vector)
+            self._best, self._total = b.alloca(self._vector), b.alloca(self._vector)
             self._worth = b.gep(b.alloca(ir.ArrayType(F32, QUERIES)), [I32(0), I32(0)])
             self._tokens, self._padded = self.count("tokens"), self.count("padded")
             size = b.add(b.mul(self._padded, I64(self._width + QUERIES)), I64(QUERIES * self._width))
@@ -116,7 +114,9 @@ class _Prompts(Writer):
             with self.loop(begin, end, size) as register:
                 self._score(first, b.mul(register, I64(lanes)), mask, count, size)
         with self.loop(I64(0), I64(count)) as number:
-            self._share(number, b.mul(registers, I64(lanes)))
+            scores = self.at(self._scores, b.mul(self._padded, number))
+            self.share(scores, I64(0), b.mul(registers, I64(lanes)), self._best, self._total)
+            b.store(b.fdiv(F32(1.0), self.sum(b.load(self._total))), self.at(self._worth, number))
 
     def _score(self, first: Value, token: Value, mask: Value, count: int, size: int) -> None:
         """Scores of so many queries with so many registers of keys, from `token` on."""
@@ -139,30 +139,8 @@ class _Prompts(Writer):
                 at = b.add(token, I64(j * lanes))
                 before = b.icmp_signed("<", b.add(numbers, self.spread(b.trunc(at, I32), lanes)), limit)
                 shown = b.icmp_unsigned("!=", self.read(self.at(mask, line, at), I8, lanes), many(0, I8, lanes))
-                score = b.select(b.and_(before, shown), b.load(place), many(_LEAST, F32, lanes))
+                score = b.select(b.and_(before, shown), b.load(place), many(LEAST, F32, lanes))
                 self.write(score, self.at(self._scores, b.mul(self._padded, I64(i)), at))
-
-    def _share(self, number: Value, end: Value) -> None:
-        """Makes shares of a query's scores: e to the power of each, and over the sum of all for later."""
-        b, lanes = self.b, self.kind.lanes
-        scores, place, name = (
-            self.at(self._scores, b.mul(self._padded, number)),
-            self._total,
-            f"llvm.maximum.v{lanes}f32",
-        )
-        b.store(many(_LEAST, F32, lanes), place)
-        with self.loop(I64(0), end, lanes) as token:
-            its = self.read(self.at(scores, token), F32, lanes)
-            b.store(self.call(name, self._vector, b.load(place), its), place)
-        best = self.call(f"llvm.vector.reduce.fmaximum.v{lanes}f32", F32, b.load(place))
-        best = self.spread(best, lanes)
-        b.store(many(0.0, F32, lanes), place)
-        with self.loop(I64(0), end, lanes) as token:
-            at = self.at(scores, token)
-            share = self.power(b.fsub(self.read(at, F32, lanes), best))
-            self.write(share, at)
-            b.store(b.fadd(b.load(place), share), place)
-        b.store(b.fdiv(F32(1.0), self.sum(b.load(place))), self.at(self._worth, number))
 
     def _sum(self, first: Value, out: Value, apart: Value, count: int) -> None:
         """Values times their shares, of so many queries."""

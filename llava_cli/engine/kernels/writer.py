@@ -13,6 +13,8 @@ from llvmlite import ir
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, NONE = ir.HalfType(), ir.FloatType(), ir.VoidType()
+LEAST = -3e38
+"""The score of what is not seen."""
 Value = Any
 """Of LLVM: what an instruction makes."""
 
@@ -202,6 +204,26 @@ class Writer:
         power = self.power(b.fneg(self.call(f"llvm.fabs.v{lanes}f32", x.type, x)))
         positive = b.fcmp_ordered(">=", x, many(0.0, F32, lanes))
         return b.fdiv(b.select(positive, one, power), b.fadd(one, power))
+
+    def share(self, scores: Value, first: Value, end: Value, best: Value, total: Value) -> None:
+        """Makes shares of scores: e to the power of each, less the largest; what they sum up to stays in `total`.
+
+        A register at a time, in whose last one scores behind the `end` are `LEAST`; `best`, `total` have room for one.
+        """
+        b, lanes = self.b, self.kind.lanes
+        vector, name = ir.VectorType(F32, lanes), f"llvm.maximum.v{lanes}f32"
+        b.store(many(LEAST, F32, lanes), best)
+        b.store(many(0.0, F32, lanes), total)
+        with self.loop(first, end, lanes) as token:
+            its = self.read(self.at(scores, token), F32, lanes)
+            b.store(self.call(name, vector, b.load(best), its), best)
+        largest = self.call(f"llvm.vector.reduce.fmaximum.v{lanes}f32", F32, b.load(best))
+        largest = self.spread(largest, lanes)
+        with self.loop(first, end, lanes) as token:
+            place = self.at(scores, token)
+            share = self.power(b.fsub(self.read(place, F32, lanes), largest))
+            self.write(share, place)
+            b.store(b.fadd(b.load(total), share), total)
 
     def prefetch(self, place: Value, size: int, ahead: int = 0) -> None:
         """Tells memory of what will be read: bytes, from so many ahead of a place on."""
