@@ -23,6 +23,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from llava_cli.untrusted_text import one_line
+from llava_cli.untrusted_text import printable as printable  # errors are where most of the package needs it
+
 
 class LlavaError(Exception):
     """An error that is the user's to mend: `llava: THING: REASON`, then a hint."""
@@ -74,19 +77,14 @@ class OutputError(LlavaError):
     exit_code = 74
 
 
-def printable(name: str) -> str:
-    """A name from outside as it may be printed: control and undecodable characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
-
-
 def brief(error: BaseException) -> str:
     """The first line of another library's message, or what it calls the error."""
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+    return one_line(str(error)) or type(error).__name__
 
 
 def plainly(error: BaseException) -> str:
-    """Another library's message in our style: no error number, no capital, nothing unprintable."""
-    words = re.sub(r"^\[[^]]*\] ", "", printable(str(error))) or type(error).__name__
+    """Another library's message in our style: one line, no error number, no capital, nothing unprintable."""
+    words = re.sub(r"^\[[^]]*\] ", "", one_line(str(error))) or type(error).__name__
     return words[:1].lower() + words[1:]
 
 
@@ -99,12 +97,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def model_errors(model: str, what: str, hint: str = "") -> Iterator[None]:
-    """Translates whatever torch and transformers raise over a model: `llava: MODEL: WHAT (its words)`."""
+    """Translates whatever torch, transformers and their Rust parts raise over a model: `llava: MODEL: WHAT (words)`."""
     try:
         yield
     except LlavaError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_rust_panic(error):
+            raise
         if is_out_of_memory(error):
             raise OutOfMemory(model, "not enough memory", "llava models lists what fits this machine") from error
         raise ModelUnusable(model, f"{what} ({brief(error)})", hint) from error
+
+
+def _is_rust_panic(error: BaseException) -> bool:
+    """Whether tokenizers or safetensors came upon a bug of theirs. The class is no `Exception`, and of no module."""
+    return type(error).__name__ == "PanicException" and type(error).__module__ == "pyo3_runtime"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from llava_cli.batch import files, journal
+from llava_cli import files
+from llava_cli.batch import journal
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Chunk, Engine
@@ -47,6 +48,7 @@ class Pictures:
     """An `Opener` of pictures that need no file; those that are `missing` are errors."""
 
     missing: frozenset[str] = frozenset()
+    refused = None
 
     def __init__(self, *options: Any) -> None:
         pass
@@ -61,6 +63,24 @@ class Pictures:
 
     def close(self) -> None:
         pass
+
+
+def give_away(path: Path, patch: pytest.MonkeyPatch) -> None:
+    """Makes what is there another user's: really where this is root, else as far as anybody can see in here."""
+    if os.geteuid() == 0:
+        os.chown(path, 54321, -1, follow_symlinks=False)
+        return
+    given = os.lstat(path).st_ino
+
+    def seen(real: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def status(*args: Any, **options: Any) -> os.stat_result:
+            found = real(*args, **options)
+            return os.stat_result((*found[:4], 54321, *found[5:])) if found.st_ino == given else found
+
+        return status
+
+    for name in ("stat", "lstat", "fstat"):
+        patch.setattr(os, name, seen(getattr(os, name)))
 
 
 class Died(BaseException):
@@ -95,7 +115,6 @@ class Faults:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "os", self)
             patch.setattr(journal, "os", self)
-            patch.setattr(files, "open", self.create, raising=False)
             try:
                 yield
             finally:
@@ -126,12 +145,6 @@ class Faults:
         if flags & os.O_CREAT:
             self._moment("opened")
         return descriptor
-
-    def create(self, path: Any, mode: str, **options: Any) -> BinaryIO:
-        self._moment("open")
-        file = open(path, mode, **options)  # noqa: SIM115  whoever asked closes it
-        self._moment("opened")
-        return file  # type: ignore[return-value]
 
     def close(self, descriptor: int) -> None:
         if not self.dead:
