@@ -25,6 +25,10 @@ class Picture:
     """Whether the file's end was missing and that was allowed."""
     data: bytes | None = field(default=None, repr=False, compare=False)
     """The file's bytes, where they are at hand."""
+    format: str = field(default="", compare=False)
+    """JPEG or PNG; empty for others, and where it is not known."""
+    plain: bool = field(default=False, compare=False)
+    """Whether any decoder sees in `data` what ours does."""
 
 
 @dataclass(frozen=True)

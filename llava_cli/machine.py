@@ -6,8 +6,10 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_cli.errors import UsageError
+from llava_cli.errors import LlavaError, UsageError
 from llava_cli.memory import free_memory
+from llava_cli.sandbox.confine import LAYERS
+from llava_cli.sandbox.pictures import Sandbox
 from llava_cli.settings import QUANTISED, Device, Precision, Settings
 
 
@@ -74,6 +76,20 @@ def _attention(device: str, precision: str) -> str:
     return "sdpa"
 
 
+def _sandbox() -> str:
+    """What this system gives of the sandbox that pictures are decoded in."""
+    sandbox = Sandbox()
+    try:
+        layers = sandbox.layers()
+    except LlavaError as error:
+        return f"{error.reason}: no picture can be opened"
+    finally:
+        sandbox.end()
+    if missing := [name for name in LAYERS if name not in layers]:
+        return f"{', '.join(layers) or 'a process of its own'}; this system has no {', '.join(missing)}"
+    return f"no files, no network, no processes ({', '.join(layers)})"
+
+
 def report(settings: Settings) -> dict[str, str]:
     """What `llava doctor` prints."""
     import platform
@@ -95,6 +111,7 @@ def report(settings: Settings) -> dict[str, str]:
         free, total = torch.cuda.mem_get_info(i)
         found[f"gpu {i}"] = f"{torch.cuda.get_device_name(i)}, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
     found |= {"device": how.device, "precision": f"{how.precision} ({how.why})", "attention": how.attention}
+    found["picture sandbox"] = _sandbox()
     found["default model"] = default_name(settings)
     for package in ("torch", "transformers", "bitsandbytes", "accelerate", "llvmlite", "pillow"):
         try:

@@ -18,6 +18,7 @@ from servers import Serve, Server, begin
 from typer.testing import CliRunner, Result
 
 from llava_cli.cli import app, register
+from llava_cli.sandbox import pictures
 
 if TYPE_CHECKING:
     from llava_cli.engine.local import LocalEngine
@@ -134,41 +135,19 @@ def serve(home: Path) -> Iterator[Serve]:
         one.process.wait()
 
 
-# The processes that open pictures run this first.
+# Every process of ours runs this first, but for those that decode, which run nothing of anybody's.
 HOOK = """
-import os, sys
-if "llava_cli.sandbox" in sys.orig_argv:
-    import resource, signal, time
-    from PIL import Image
-    whole, convert = Image.open, Image.Image.convert
+from llava_cli.sandbox import pictures
 
-    def misbehave(file, *args, **options):
-        data = file.getvalue()
-        if data.startswith(b"SEGV"):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if data.startswith(b"SPIN"):  # what the kernel does once the limit is reached
-            if resource.getrlimit(resource.RLIMIT_CPU)[0] <= time.process_time() + 61:
-                os.kill(os.getpid(), signal.SIGXCPU)
-        if data.startswith(b"HOLD"):
-            with open(os.environ["HOLD"]):
-                pass
-        return whole(file, *args, **options)
-
-    def eat(image, *args, **options):
-        if image.size == (13, 37):
-            bytearray(5 << 30)
-        return convert(image, *args, **options)
-
-    Image.open, Image.Image.convert = misbehave, eat
+pictures.JOB = "hostile"
 """
 
 
 @pytest.fixture
-def hooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where pictures begin with SEGV, SPIN or HOLD, or are 13 x 37, their decoder does what it should not."""
+def hooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where pictures begin with SEGV, SPIN, HOLD or EATS, their decoder does what it should not: see `hostile.py`."""
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
-    os.mkfifo(fifo := tmp_path / "held")
-    monkeypatch.setenv("HOLD", str(fifo))
-    yield fifo
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), str(Path(__file__).parent)]))
+    monkeypatch.setattr(pictures, "JOB", "hostile")
+    return tmp_path / "hook"

@@ -29,7 +29,7 @@ def test_help_is_light(args: list[str]) -> None:
         "    heavy = {'torch', 'transformers', 'rich', 'numpy', 'PIL', 'huggingface_hub', 'httpx'} & set(sys.modules)\n"
         "    print('heavy:', sorted(heavy), file=sys.stderr)\n"
         "atexit.register(look)\n"
-        "from llava_cli.cli import main\n"
+        "from llava_cli.start import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -250,7 +250,7 @@ def test_ctrl_c_waits_for_an_import_where_it_is_to_stop_an_answer(tmp_path: Path
 def test_ctrl_c_is_ignored_where_it_was() -> None:
     """As it is in what a script runs with `&`."""
     code = (
-        "import signal, sys; from llava_cli.cli import main\n"
+        "import signal, sys; from llava_cli.start import main\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "sys.argv = ['llava', '--version']\n"
         "try:\n    main()\n"
@@ -263,7 +263,7 @@ def test_ctrl_c_is_ignored_where_it_was() -> None:
 
 INTERRUPTED = """
 import signal, sys, threading
-from llava_cli import cli
+from llava_cli import cli, start
 
 class Ending:
     def __del__(self):
@@ -276,7 +276,7 @@ def end():
     threading.Event().wait()
 
 sys.argv = ["llava", "end"]
-cli.main()
+start.main()
 """
 
 

@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pillow_heif
 import pytest
@@ -19,9 +20,12 @@ from conftest import Run
 from PIL import Image
 from typer.testing import Result
 
-from llava_cli import images
+from llava_cli import images, limits
+from llava_cli.decode import decode
 from llava_cli.errors import BadImage, InputMissing, LlavaError, printable
-from llava_cli.images import decode, looks_like_picture, open_picture, reduce, square
+from llava_cli.images import looks_like_picture, open_picture, reduce, square
+from llava_cli.sandbox import pictures
+from llava_cli.sandbox.pictures import Sandboxes
 
 Pixel = tuple[int, int, int]
 
@@ -90,8 +94,7 @@ def near(found: Pixel, wanted: Pixel, most: int) -> bool:
 
 
 def opened(data: bytes, **options: bool) -> Image.Image:
-    image, _, _ = decode(data, "x", **options)
-    return image
+    return decode(data, "x", **options).image
 
 
 def assert_refused(result: Result, name: str, reason: str, code: int, hint: str = "") -> None:
@@ -198,7 +201,8 @@ def test_damaged_png_data_is_refused_or_read_but_never_black() -> None:
 
 def test_a_heic_without_the_extra_names_it(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "img.heic").write_bytes(encoded(noise(), "HEIF"))
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(pictures, "HEIF", "")
+    monkeypatch.setattr(images, "_sandboxes", Sandboxes)
     result = run("ask", "img.heic", QUESTION)
     assert_refused(result, "img.heic", "HEIC needs an extra", 65, "pip install 'llava-cli[heic]'")
 
@@ -206,7 +210,7 @@ def test_a_heic_without_the_extra_names_it(run: Run, folder: Path, monkeypatch: 
 def test_a_file_over_the_limit_is_refused_without_reading_it_all(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(limits, "PICTURE_BYTES", 1_000_000)
     with open(folder / "sparse.png", "wb") as file:
         file.truncate(1 << 40)
     assert_refused(run("ask", "sparse.png", QUESTION), "sparse.png", "larger than 1 MB", 65)
@@ -369,11 +373,12 @@ def test_a_picture_from_stdin(run: Run) -> None:
 def test_the_hash_is_of_the_bytes_that_were_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "img.png").write_bytes(data := encoded(noise(), "PNG"))
 
-    def changed_meanwhile(*args: object) -> object:
-        (folder / "img.png").write_bytes(b"other bytes")
-        return decode(*args)  # type: ignore[arg-type]
+    class Slow(Sandboxes):
+        def open(self, *args: Any) -> Any:
+            (folder / "img.png").write_bytes(b"other bytes")
+            return super().open(*args)
 
-    monkeypatch.setattr(images, "decode", changed_meanwhile)
+    monkeypatch.setattr(images, "_sandboxes", Slow)
     picture = open_picture("img.png")
     assert picture.sha256 == hashlib.sha256(data).hexdigest()
     assert picture.image == noise()
@@ -629,7 +634,7 @@ def adobe_marker(data: bytes | bytearray) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "MPO"])
 def test_of_many_frames_the_first(kind: str) -> None:
-    image, number, truncated = decode(frames(kind), "x")
+    image, number, truncated, *_ = decode(frames(kind), "x")
     assert (number, truncated, image.size) == (3, False, (8, 6))
     assert near(pixels(image)[3][4], RED, 4)
 
@@ -650,7 +655,7 @@ def test_an_animation_is_turned(kind: str) -> None:
     exif[0x112] = 6
     second = Image.new("RGB", (3, 2), GREEN)
     options = {"lossless": True} if kind == "WEBP" else {}
-    image, number, _ = decode(
+    image, number, *_ = decode(
         encoded(asymmetric(), kind, save_all=True, append_images=[second], exif=exif, **options), "x"
     )
     assert (number, pixels(image)) == (2, TURNED[6])
@@ -658,7 +663,7 @@ def test_an_animation_is_turned(kind: str) -> None:
 
 def test_a_damaged_later_frame_does_not_matter() -> None:
     data = frames("GIF")
-    image, number, truncated = decode(data[: data.rindex(b"\x2c") + 5], "x")
+    image, number, truncated, *_ = decode(data[: data.rindex(b"\x2c") + 5], "x")
     assert (number >= 1, truncated) == (True, False)
     assert near(pixels(image)[3][4], RED, 4)
 
@@ -775,7 +780,7 @@ def test_reduce_makes_a_long_picture_fit_as_a_square() -> None:
     image = Image.new("RGB", (10_000, 100), RED)
     small = reduce(image)
     assert small.size == (7071, 71)
-    assert max(small.size) ** 2 <= images.MAX_PIXELS
+    assert max(small.size) ** 2 <= limits.PICTURE_PIXELS
     assert image.size == (10_000, 100)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 RUN = """
 import sys
-from llava_cli.cli import main
+from llava_cli.start import main
 
 sys.argv = ["llava", "ask", "examples/triangle.png", "what shape is it?", "-q", "-p", "PRECISION"]
 try:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from llava_cli import __version__, lean, signals
-from llava_cli.errors import LlavaError, OutputError, UsageError
+from llava_cli import __version__
+from llava_cli.errors import LlavaError, OutputError, UsageError, printable
 
 
 class Group(TyperGroup):
@@ -60,7 +59,7 @@ def _output_failed(error: OSError) -> int:
         raise error
     gone = isinstance(error, BrokenPipeError)  # `llava … | head`: who was reading has seen enough
     if not gone:
-        render.note(f"llava: {error.filename or 'output'}: {error.strerror or error}")
+        render.show_error(OutputError(printable(str(error.filename or "output")), error.strerror or str(error)))
     render.close_stdout()
     return 0 if gone else OutputError.exit_code
 
@@ -100,17 +99,3 @@ def register(word: str = "") -> None:
     """Imports a command's file, with which it is there. For another word all of them, which takes 16 ms more."""
     for name in [word] if word in COMMANDS else COMMANDS:
         import_module(f"llava_cli.cli.{name}")
-
-
-def main() -> None:
-    """The command `llava`."""
-    if not os.environ.get("LLAVA_DEBUG"):
-        # Other libraries' words are not ours to print. Set before any of them is imported.
-        warnings.simplefilter("ignore")
-        os.environ.update(
-            {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
-        )
-    signals.start()
-    lean.start()
-    register(*sys.argv[1:2])
-    app(prog_name="llava")

@@ -1,0 +1,139 @@
+"""One sandboxed process, from outside: started when it is needed, killed when it is late, replaced when it is gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+from llava_cli import limits
+from llava_cli.processes import worker_command
+from llava_cli.sandbox.keeper import keeper
+from llava_cli.sandbox.messages import receive, send
+
+_PIPE_BYTES = 1 << 20
+_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+"""Without which some systems' Python does not start. Nothing else of the environment is a worker's business."""
+_USED_UP = 0.8
+"""Of the computing that a process may do in its life: then a new one takes over."""
+
+
+class WorkerDied(Exception):
+    """The process ended, said what no worker of ours says, or did not start: then the message says why."""
+
+
+class WorkerLate(Exception):
+    """The process took too long, and was ended."""
+
+
+class Worker:
+    """A process that does one job, for one thread at a time. The next request after its end gets a new one."""
+
+    def __init__(self, job: str, memory: int, *words: str) -> None:
+        """`job` is a module's name, and its `prepare` gets the words; `memory` is in bytes of address space."""
+        self._words = job, str(memory), str(limits.SANDBOX_CPU_SECONDS), *words
+        self._process: subprocess.Popen[bytes] | None = None
+        self._layers: list[str] | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Starts the process, unless it runs; does not wait until it is ready. Raises `WorkerDied`."""
+        if self._process is not None and _is_used_up(self._process):
+            self.end()
+        if self._process is None:
+            self._layers = None
+            try:
+                self._process = keeper().start(self._popen)
+            except OSError as error:
+                raise WorkerDied(f"its decoder cannot be started ({error.strerror})") from None
+            for pipe in (self._process.stdin, self._process.stdout):
+                _widen(pipe)
+
+    def _popen(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            worker_command("llava_cli.sandbox.worker", *self._words),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+            cwd=os.path.abspath(os.sep),
+            start_new_session=True,  # what a terminal sends (Ctrl-C) is for us to deal with
+        )
+
+    def ask(self, request: tuple[bytes, ...], most: int, seconds: float) -> bytearray:
+        """The reply to a request, of at most so many bytes and seconds, the start not counted.
+
+        Raises `WorkerDied` and `WorkerLate`.
+        """
+        self.layers()
+        with self._deadline(seconds) as (requests, replies):
+            send(requests, *request)
+            return receive(replies, most)
+
+    def layers(self) -> list[str]:
+        """Which layers of `confine` took hold. Raises as `ask` does."""
+        self.start()
+        if self._layers is None:
+            with self._deadline(limits.SANDBOX_START_SECONDS) as (_, replies):
+                self._layers = receive(replies, 100).decode("ascii", "replace").split()
+        return self._layers
+
+    def end(self) -> None:
+        """Ends the process, whatever it is at."""
+        if (process := self._process) is not None:
+            self._process = None
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]  # both are pipes
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # whatever is gone already when Python ends
+            self.end()
+
+    @contextmanager
+    def _deadline(self, seconds: float) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+        """Its pipes, which end when it is killed after so many seconds; a worker that failed is not used again."""
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise WorkerDied
+        number = keeper().watch(process, seconds)
+        try:
+            yield process.stdin, process.stdout  # type: ignore[misc]
+        except BaseException as error:
+            self.end()  # also after Ctrl-C: the reply that still comes would be taken for the next one
+            late = not keeper().release(number)
+            if isinstance(error, (OSError, EOFError, ValueError)):  # ValueError: another thread has closed the pipe
+                raise WorkerLate if late else WorkerDied from error
+            raise
+        finally:
+            keeper().release(number)
+
+
+def _is_used_up(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has ended, or has little computing left."""
+    if process.poll() is not None:
+        return True
+    if sys.platform != "linux":
+        return False
+    try:
+        computed = time.clock_gettime(~process.pid << 3 | 2)  # its CPU clock: clock_getcpuclockid(3)
+    except OSError:
+        return True
+    return computed > _USED_UP * limits.SANDBOX_CPU_SECONDS
+
+
+def _widen(pipe: object) -> None:
+    """Pictures are megabytes: fewer turns between the two processes."""
+    with suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[call-overload]  # Linux alone has it
