@@ -18,6 +18,7 @@ from llava_cli.checkpoint import again, check_files, check_weights, fingerprint,
 from llava_cli.errors import ModelUnusable, UsageError, model_errors
 from llava_cli.families import Family, named, recognise
 from llava_cli.registry import BUILTIN, Checkpoint, default_name, find
+from llava_cli.sandbox.text import Refused, TextSandbox
 from llava_cli.settings import Device, Fit, Precision, Settings
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def load_engine(settings: Settings) -> LocalEngine:
     """The engine that the settings ask for."""
     begin = time.perf_counter()
     checkpoint = find(default_name(settings))
+    sandbox = _text_sandbox(checkpoint)
     kind, weights = check_files(checkpoint), check_weights(checkpoint)
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.visual import choose_tokens
@@ -102,7 +104,7 @@ def load_engine(settings: Settings) -> LocalEngine:
     how = plan(settings.device, settings.precision)
     with quiet():
         config = load_config(checkpoint)
-        prompter = _prompter(checkpoint, kind, config, settings)
+        prompter = _prompter(checkpoint, kind, config, settings, sandbox)
         model, how = load_model(checkpoint, config, how, weights, settings)
     if settings.visual_tokens:
         choose_tokens(model, settings.visual_tokens)
@@ -135,28 +137,44 @@ def identify(settings: Settings) -> dict[str, str]:
 def load_prompter(settings: Settings) -> Prompter:
     """Processor, tokenizer and template alone: what `llava prompt` needs."""
     checkpoint = find(default_name(settings))
+    sandbox = _text_sandbox(checkpoint)
     kind = check_files(checkpoint)
     from llava_cli.model import load_config
 
     with quiet():
-        return _prompter(checkpoint, kind, load_config(checkpoint), settings)
+        return _prompter(checkpoint, kind, load_config(checkpoint), settings, sandbox)
 
 
-def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings) -> Prompter:
+def _text_sandbox(checkpoint: Checkpoint) -> TextSandbox:
+    """Where a checkpoint's template and tokenizer run; it gets ready while libraries are imported."""
+    file = checkpoint.folder / "tokenizer.json"
+    sandbox = TextSandbox(file if checkpoint.name != BUILTIN and file.exists() else None)
+    sandbox.begin()
+    return sandbox
+
+
+def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings, sandbox: TextSandbox) -> Prompter:
+    from llava_cli.model import nothing_is_fetched
     from llava_cli.prompt import Prompter
 
     _check_visual_tokens(checkpoint, kind, settings)
+    try:
+        sandbox.check_tokenizer()
+    except Refused as error:
+        raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", again(checkpoint.name)) from None
     with model_errors(checkpoint.name, "its processor cannot be loaded", again(checkpoint.name)):
         # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
         made, absent = _processor_class(kind)
-        processor = made.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil", **absent
-        )
+        with nothing_is_fetched():
+            processor = made.from_pretrained(
+                checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil", **absent
+            )
         _agree(processor, config)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelUnusable(checkpoint.name, "its processor does not take pictures and text")
     family = _family(checkpoint, config, processor.tokenizer)
-    return Prompter(processor, settings.template, settings.fit, family, settings.visual_tokens)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Prompter(processor, settings.template, settings.fit, family, settings.visual_tokens, sandbox, context)
 
 
 def _check_visual_tokens(checkpoint: Checkpoint, kind: str, settings: Settings) -> None:

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import re
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_cli import limits
 from llava_cli.conversation import Conversation
-from llava_cli.errors import LlavaError, ModelUnusable, UsageError, brief
+from llava_cli.errors import LlavaError, ModelUnusable, PromptTooLong, UsageError, brief
 from llava_cli.families import Family
 from llava_cli.images import reduce, square
+from llava_cli.registry import builtin_folder
+from llava_cli.sandbox.text import PIECE, Refused, TextSandbox, are_more
 from llava_cli.settings import Fit
+from llava_cli.trie_regex import any_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     import torch
     from PIL.Image import Image
@@ -45,6 +50,11 @@ def read_template(name: str) -> str:
         raise UsageError(name, reason, _hint()) from None
 
 
+def is_ours(text: str) -> bool:
+    """Whether a template is one that we ship: others are programs of strangers, and run in the sandbox."""
+    return text in {path.read_text("utf-8") for path in [*TEMPLATES.glob("*.jinja"), *builtin_folder().glob("*.jinja")]}
+
+
 def _hint() -> str:
     return f"--template takes hub, native, a .jinja file or one of: {', '.join(named_templates())}"
 
@@ -55,9 +65,11 @@ class Prompter:
     `processor` is the checkpoint's transformers processor, `family` what it was trained with, if that is known.
     `template` names the format: "hub" is the checkpoint's own, "native" the family's, None the first of them that
     there is; else a named template or a .jinja file. `fit` "pad" or "crop" makes every picture square before the
-    processor sees it, "auto" does what the family was trained with. `visual_tokens` is how many image tokens a picture
-    has at most, of a model that has as many for each picture; None for all. What a user writes stays text: special
-    tokens in it ("<image>", "</s>") become neither control tokens nor pictures.
+    processor sees it, "auto" does what the family was trained with. `visual_tokens` is how many image tokens a
+    picture has at most, of a model that has as many for each picture; None for all. A checkpoint's template is
+    rendered, and texts are tokenized first, in `sandbox`; None where both are trusted. `context` is how many tokens
+    the model reads. What a user writes stays text: special tokens in it ("<image>", "</s>") become neither control
+    tokens nor pictures.
     """
 
     def __init__(
@@ -67,9 +79,14 @@ class Prompter:
         fit: Fit = "auto",
         family: Family | None = None,
         visual_tokens: int | None = None,
+        sandbox: TextSandbox | None = None,
+        context: int | None = None,
     ) -> None:
         # A copy, for what it remembers is this prompter's alone.
         self.processor, self.tokenizer = copy(processor), processor.tokenizer
+        self._sandbox, self._context = sandbox, context
+        if sandbox and sandbox.tokenizer:
+            self.processor.tokenizer = _Rehearsed(processor.tokenizer, sandbox)
         self.processor.image_processor = _Once(processor.image_processor)
         self._lock = threading.Lock()  # a tokenizer serves one thread at a time
         self._large = threading.Lock()
@@ -78,6 +95,7 @@ class Prompter:
         self._last: tuple[str, list[object], dict[str, torch.Tensor]] | None = None
         self.family = family
         self.template, self._text = template, self._text_of(template)
+        self._is_ours = not self._text or is_ours(self._text)
         self.fit: Fit = family.fit if family and family.fit and fit == "auto" else fit
         self.visual_tokens = visual_tokens
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
@@ -85,12 +103,19 @@ class Prompter:
         added = {
             t.content for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip() and t.content < _OURS
         }
-        words = sorted(added | {self.image_token}, key=len, reverse=True)
+        words = sorted(added | {self.image_token})
+        if len(words) > limits.ADDED_TOKENS:
+            reason = f"it has more than {limits.ADDED_TOKENS:,} added tokens"
+            raise ModelUnusable("the checkpoint's tokenizer", reason, "llava models lists others")
         # Each special token has a stand-in, a private-use character, for the places where it is only text. They
         # are added here, for later on other threads use the tokenizer.
         self._stand_in = {word: chr(ord(_OURS) + i) for i, word in enumerate(words)}
         self.tokenizer.add_tokens(list(self._stand_in.values()))
-        self._special = re.compile("|".join(map(re.escape, words)))
+        try:
+            self._special = re.compile(any_of(words))
+        except RecursionError:
+            reason = "too many of its special tokens are beginnings of each other"
+            raise ModelUnusable("the checkpoint's tokenizer", reason) from None
 
     def render(self, conversation: Conversation) -> str:
         """The prompt, with one image token a picture; BOS is the tokenizer's and not in it.
@@ -119,6 +144,7 @@ class Prompter:
             seen = self.processor.image_processor.again(images)
             if self._layout(images, seen) == self._last[1]:
                 return {name: seen.get(name, value) for name, value in self._last[2].items()}
+        self._check_length(text)
         stand_ins = set(self._stand_in.values()) & set(text)
         # A template that begins with BOS has placed it already.
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
@@ -158,7 +184,10 @@ class Prompter:
 
     def _text_of(self, name: str | None) -> str | None:
         """The Jinja text that a template's name stands for here; None where there is none at all."""
-        own: str | None = self.processor.chat_template or self.tokenizer.chat_template
+        own = self.processor.chat_template or self.tokenizer.chat_template
+        if isinstance(own, dict):  # several, by name
+            own = own.get("default")
+        own = own if isinstance(own, str) else None
         native = read_template(self.family.template) if self.family and self.family.template else None
         if name == "hub":
             if not own:
@@ -173,18 +202,39 @@ class Prompter:
     def _render(self, conversation: Conversation) -> str:
         if not self._text:
             raise self._bad_template("there is none")
+        if len(self._text) > limits.TEMPLATE_CHARACTERS:
+            raise self._bad_template(f"longer than {limits.TEMPLATE_CHARACTERS:,} characters")
         asks = not conversation.turns or conversation.turns[-1].answer is None
+        messages = list(self._messages(conversation))
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(self._messages(conversation)), chat_template=self._text, add_generation_prompt=asks, tokenize=False
-            )
-        except Exception as error:  # Jinja's own errors, and whatever a template raises
+            if self._sandbox and not self._is_ours:
+                text = self._sandbox.render(self._text, messages, asks, self.tokenizer.special_tokens_map)
+            else:
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        messages, chat_template=self._text, add_generation_prompt=asks, tokenize=False
+                    )
+                )
+        except Exception as error:  # `Refused`, Jinja's own errors, and whatever a template raises
             raise self._bad_template(brief(error)) from None
         if (found := text.count(self.image_token)) != len(conversation.pictures):
             raise self._bad_template(
                 f"it names {found} pictures where the conversation has {len(conversation.pictures)}"
             )
         return text
+
+    def _check_length(self, text: str) -> None:
+        """Raises `PromptTooLong` where a prompt is that for certain, before all of it is tokenized."""
+        if self._context is None or len(text) <= PIECE:
+            return
+        if self._sandbox and self._sandbox.tokenizer:
+            with _tokenizer_errors():
+                too_long = self._sandbox.count(text, self._context) > self._context
+        else:
+            too_long = are_more(lambda part: self.tokenizer.encode(part), text, self._context)
+        if too_long:
+            reason = f"more than {self._context} tokens, which is all that the model reads"
+            raise PromptTooLong("prompt", reason, "llava prompt prints it and counts its tokens")
 
     def _bad_template(self, reason: str) -> LlavaError:
         if self.template not in (None, "hub", "native"):
@@ -209,9 +259,7 @@ class Prompter:
         return self._special.sub(lambda found: self._stand_in[found[0]], text)
 
     def _reveal(self, text: str) -> str:
-        for word, stand_in in self._stand_in.items():
-            text = text.replace(stand_in, word)
-        return text
+        return text.translate({ord(stand_in): word for word, stand_in in self._stand_in.items()})
 
     def _spell_out(self, inputs: dict[str, torch.Tensor], stand_ins: set[str]) -> dict[str, torch.Tensor]:
         """Puts the tokens of "<image>" as mere text where its stand-in is."""
@@ -251,6 +299,30 @@ def _known(value: Any) -> object:
     if not isinstance(value, torch.Tensor):
         return value
     return value.shape if value.is_floating_point() else value.tolist()
+
+
+class _Rehearsed:
+    """A tokenizer whose texts are tokenized in the sandbox first, where time and memory are bounded."""
+
+    def __init__(self, inner: Any, sandbox: TextSandbox) -> None:
+        self._inner, self._sandbox = inner, sandbox
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, text: str | list[str], **options: Any) -> Any:
+        for one in [text] if isinstance(text, str) else text:
+            with _tokenizer_errors():
+                self._sandbox.count(one)
+        return self._inner(text, **options)
+
+
+@contextmanager
+def _tokenizer_errors() -> Iterator[None]:
+    try:
+        yield
+    except Refused as error:
+        raise ModelUnusable("the checkpoint's tokenizer", str(error), "llava models lists others") from None
 
 
 Processed = tuple[list["Image"], dict[str, Any], dict[str, Any]]
