@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_cli.checkpoint import header
+from llava_cli import cache_files
 from llava_cli.memory import forget
 from llava_cli.quantised import SPARE
+from llava_cli.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
 
+    from llava_cli.engine.kernels import Layout
+
 LAYOUT = 1
 """Changes with the order."""
-_KINDS = {"U8": "uint8", "I8": "int8", "F16": "float16", "F32": "float32"}
-"""Of numbers: safetensors' names and torch's."""
+_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16", "float32": "F32"}
+"""torch's names of number types, and those of safetensors."""
+_PIECE = 1 << 20
 
 
 class Tensors(dict[str, "torch.Tensor"]):
@@ -31,20 +34,25 @@ class Tensors(dict[str, "torch.Tensor"]):
         self._file = file
 
     @classmethod
-    def of(cls, path: Path) -> Tensors:
-        """Those of a file that `_write` has written. Raises `OSError`, and `ValueError` where it is damaged."""
+    def of(cls, path: Path, layout: Layout) -> Tensors:
+        """Those of a file that `_write` has written.
+
+        Raises `OSError`, also where it may be another user's, and `ValueError` where its tensors are not of `layout`.
+        """
         import torch
 
-        size = path.stat().st_size
+        cache_files.check(path)
+        header = read_header(path)
+        expected = {name: (_dtype_name(dtype), shape) for name, (dtype, shape) in layout.items()}
+        if {name: (its.dtype, its.shape) for name, its in header.items()} != expected:
+            raise ValueError(f"{path} has other tensors")
         try:
-            names, begin = header(path)
             # Private, and never written to: what were written would be lost with what is let go.
-            file = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            numbers, tensors = file[begin:], {}
-            for name, its in names.items():
-                part = numbers[slice(*its["data_offsets"])]
-                tensors[name] = part.view(getattr(torch, _KINDS[its["dtype"]])).view(its["shape"])
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            file = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+            tensors = {
+                name: file[its.begin : its.end].view(layout[name][0]).view(its.shape) for name, its in header.items()
+            }
+        except RuntimeError as error:  # gone by now, or not at places that numbers may begin at
             raise ValueError(f"{path} is damaged") from error
         return cls(tensors, file)
 
@@ -64,42 +72,48 @@ class Arranged:
         self.kept = copy is not None
         self._folder = copy and copy / f"arranged-{LAYOUT}"
 
-    def __call__(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
-        """The tensors of that name; `make` makes them where there are none."""
+    def __call__(self, name: str, layout: Layout, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
+        """The tensors of that name, of this layout; `make` makes them where there are none."""
         if not self._folder:
             return Tensors(make())
         path = self._folder / f"{name}.safetensors"
         with suppress(OSError, ValueError):
-            return Tensors.of(path)
-        tensors, new = Tensors(make()), path.with_suffix(f".{os.getpid()}")
+            return Tensors.of(path, layout)
+        tensors = Tensors(make())
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            cache_files.make_folder(self._folder)
             if shutil.disk_usage(self._folder).free < sum(part.nbytes for part in tensors.values()) + SPARE:
                 return tensors
-            _write(tensors, new)
-            os.rename(new, path)
-            return Tensors.of(path)  # of which no more is in memory than is used
+            _write(tensors, path)
+            return Tensors.of(path, layout)  # of which no more is in memory than is used
         except (OSError, ValueError):
             return tensors
-        finally:
-            new.unlink(missing_ok=True)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return _DTYPES[str(dtype).removeprefix("torch.")]
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Like safetensors, but with numbers at multiples of 64 bytes: else a processor reads them at half the speed."""
-    import torch
-
-    kinds, names, end = {getattr(torch, kind): name for name, kind in _KINDS.items()}, {}, 0
+    names, end = {}, 0
     for name, tensor in tensors.items():
         begin = end + -end % 64
         end = begin + tensor.nbytes
-        names[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        names[name] = {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(names).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(bytes(-file.tell() % 64))
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())  # a file that lost power would be whole by its size, and full of zeros
+    cache_files.put(path, _bytes(text, tensors))
+
+
+def _bytes(text: bytes, tensors: dict[str, torch.Tensor]) -> Iterator[bytes]:
+    """A file's, in pieces."""
+    import torch
+
+    yield len(text).to_bytes(8, "little") + text
+    end = 0
+    for tensor in tensors.values():
+        yield bytes(-end % 64)
+        end += -end % 64 + tensor.nbytes
+        for piece in torch.split(tensor.contiguous().view(-1).view(torch.uint8), _PIECE):
+            yield piece.numpy().tobytes()

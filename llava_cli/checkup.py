@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_cli.checkpoint import check_files, check_weights
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.errors import LlavaError, brief
+from llava_cli.errors import LlavaError, model_errors
 from llava_cli.loader import load_engine
 from llava_cli.registry import default_name, find
 from llava_cli.settings import Sampling, Settings
@@ -52,9 +52,10 @@ def checkup(settings: Settings) -> Iterator[Check]:
         ("answer", _answer),
     ):
         try:
-            good, words = look(engine)
-        except Exception as error:  # whatever a damaged or unusual checkpoint makes of it is the finding
-            good, words = False, brief(error)
+            with model_errors(engine.model, "fails"):  # whatever a damaged or unusual checkpoint makes of it
+                good, words = look(engine)
+        except LlavaError as error:
+            good, words = False, error.reason
         yield Check(name, good, words)
 
 

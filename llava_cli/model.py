@@ -7,47 +7,76 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.checkpoint import again, stored_bytes
+from llava_cli.checkpoint import CONFIG, Weights, again, read_json
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
 from llava_cli.registry import Checkpoint
 from llava_cli.settings import QUANTISED, Precision, Settings
+from llava_cli.untrusted_config import description
 
 if TYPE_CHECKING:
     import torch
 
     from llava_cli.machine import Plan
+    from llava_cli.quantised import Copy
 
 
+@contextmanager
+def nothing_is_fetched() -> Iterator[None]:
+    """Within, the Hub is out of reach, and `kernels`, which runs code from there, is as good as not installed.
+
+    transformers and bitsandbytes ask for both on their own, where a model's type or a processor has a kernel there.
+    """
+    from huggingface_hub import constants
+
+    offline, has_kernels = constants.HF_HUB_OFFLINE, "kernels" in sys.modules
+    constants.HF_HUB_OFFLINE = True
+    if not has_kernels:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # what makes its import fail
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        if not has_kernels:
+            del sys.modules["kernels"]
+
+
+@nothing_is_fetched()
 def load_config(checkpoint: Checkpoint) -> Any:
-    """transformers' config. Raises `ModelUnusable`."""
-    from transformers import AutoConfig
+    """transformers' config, of what the checkpoint's says about the model. Raises `ModelUnusable`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    content = description(read_json(checkpoint, CONFIG))
     with model_errors(checkpoint.name, "its config cannot be loaded", again(checkpoint.name)):
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+        config.get_text_config()  # which is asked for again and again; there may be several
+    return config
 
 
+@nothing_is_fetched()
 def load_model(
-    checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings
+    checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, settings: Settings
 ) -> tuple[Any, Plan]:
     """transformers' model in eval mode, and how it is run. Raises `ModelUnusable`, `OutOfMemory` or `UsageError`."""
     from llava_cli import quantised
 
-    if stored := getattr(config, "quantization_config", None):
+    if stored := _stored_quantization(config):
         how = replace(how, precision=_stored_precision(checkpoint.name, stored, settings.precision))
-    copy = quantised.path_of(checkpoint, _how(how, settings.double_quant)) if how.precision in QUANTISED else None
+    copy = quantised.copy_of(checkpoint, _how(how, settings.double_quant)) if how.precision in QUANTISED else None
     if stored or copy is None:
-        return _ready(_read(checkpoint, config, how, weights), copy), how
+        kept = copy.path if copy and quantised.claim(copy) else None
+        return _ready(checkpoint, _read(checkpoint, config, how, weights), kept), how
     model = _from_copy(checkpoint, how, copy) or _quantised(checkpoint, config, how, weights, settings, copy)
     return model, how
 
 
-def _quantised(
-    checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], settings: Settings, copy: Path
-) -> Any:
+def _quantised(checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, settings: Settings, copy: Copy) -> Any:
     """The model, quantised, and read from the copy that is then there: all starts answer alike."""
     from llava_cli import quantised
     from llava_cli.memory import give_back_memory, read_once
@@ -56,44 +85,46 @@ def _quantised(
         model = _read(checkpoint, config, how, weights, settings.double_quant)
     spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
     if spread or not quantised.keep(model, copy):
-        return _ready(model, None)
+        return _ready(checkpoint, model, None)
     del model
     gc.collect()
     give_back_memory()  # as much as the model takes that is read now
-    with read_once(copy.glob("*.safetensors")):  # of which what is arranged is made
+    with read_once(copy.path.glob("*.safetensors")):  # of which what is arranged is made
         if model := _from_copy(checkpoint, how, copy):
             return model
     raise ModelUnusable(checkpoint.name, "its quantised copy is gone", again(checkpoint.name))
 
 
-def _from_copy(checkpoint: Checkpoint, how: Plan, copy: Path) -> Any:
+def _from_copy(checkpoint: Checkpoint, how: Plan, copy: Copy) -> Any:
     """The model, from its quantised copy; None where there is none."""
     from llava_cli import quantised
 
     if (found := quantised.find(checkpoint, copy)) is None:
         return None
     its, weights = found
-    return _ready(_read(its, load_config(its), how, weights), copy)
+    return _ready(checkpoint, _read(its, load_config(its), how, weights), copy.path)
 
 
-def _ready(model: Any, copy: Path | None) -> Any:
-    """The model with all that makes it fast; weights are arranged for that in `copy`."""
+def _ready(checkpoint: Checkpoint, model: Any, folder: Path | None) -> Any:
+    """The model with all that makes it fast; weights are arranged for that in a copy's folder."""
     from llava_cli.arranged import Arranged
     from llava_cli.engine.fast import speed_up
 
-    speed_up(model, Arranged(copy))
-    return model.eval()
+    with model_errors(checkpoint.name, "its weights cannot be arranged", again(checkpoint.name)):
+        speed_up(model, Arranged(folder))
+        return model.eval()
 
 
-def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], double_quant: bool = False) -> Any:
+def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, double_quant: bool = False) -> Any:
     """The model with its weights; those of one that is not stored quantised are, if `how` says so, on their way."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     from llava_cli.engine.fast import compile_ahead
+    from llava_cli.engine.stored import misfit
     from llava_cli.machine import native
 
-    name, stored = checkpoint.name, getattr(config, "quantization_config", None)
+    name, stored = checkpoint.name, _stored_quantization(config)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
     if how.device == "cpu":
@@ -117,6 +148,8 @@ def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: list[Path], d
     if missing := sorted(info["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
+    if stored and (wrong := misfit(model)):  # before anything reads as much of it as there should be
+        raise ModelUnusable(name, f"damaged: {wrong}", again(name))
     for weight in model.parameters():  # of a quantised one transformers leaves some as they were saved elsewhere
         packed = hasattr(weight, "quant_state")  # whose bytes may be called numbers
         if weight.is_floating_point() and weight.dtype != dtype and how.precision in QUANTISED and not packed:
@@ -129,14 +162,14 @@ def _how(how: Plan, double: bool) -> str:
     return f"{how.precision}{'-double' * (double and how.precision == '4bit')}-{how.device}"
 
 
-def _check_memory(name: str, how: Plan, weights: list[Path], stored: bool) -> bool:
+def _check_memory(name: str, how: Plan, weights: Weights, stored: bool) -> bool:
     """Whether a model must be spread over several GPUs; `OutOfMemory` where it fits nowhere."""
     import torch
 
     from llava_cli.memory import BYTES_PER_WEIGHT, free_memory
 
     size, free = sum(path.stat().st_size for path in weights), free_memory(how.device)
-    parameters = size / stored_bytes(weights[0])
+    parameters = size / weights.bytes_per_weight
     needed = size if stored else parameters * BYTES_PER_WEIGHT.get(how.precision, 2.0)
     if needed > free:
         smaller = next((p for p in ("bf16", "8bit", "4bit") if parameters * BYTES_PER_WEIGHT[p] <= free), None)
@@ -145,11 +178,16 @@ def _check_memory(name: str, how: Plan, weights: list[Path], stored: bool) -> bo
     return how.device == "cuda" and torch.cuda.device_count() > 1 and needed * 1.2 > torch.cuda.mem_get_info()[0]
 
 
+def _stored_quantization(config: Any) -> Any:
+    """What a config, or its language model's, says of weights that are stored quantised; None of others."""
+    parts = (config, config.get_text_config())
+    return next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+
+
 def _stored_precision(name: str, stored: Any, asked: Precision) -> str:
     """What a checkpoint that was saved quantised is in; it cannot be had in another precision."""
     how: dict[str, Any] = stored if isinstance(stored, dict) else vars(stored)
-    bits = "4bit" if how.get("load_in_4bit") else "8bit" if how.get("load_in_8bit") else None
-    precision = bits or str(how.get("quant_method"))
+    precision = "4bit" if how.get("load_in_4bit") else "8bit"
     if asked not in ("auto", precision):
         raise UsageError(f"--precision {asked}", f"{name} is stored as {precision}", f"llava ask -m {name}")
     return precision

@@ -12,10 +12,13 @@ from conftest import Run
 from test_engine import CONVERSATIONS
 
 from llava_cli import Sampling, arranged, load, quantised
-from llava_cli.arranged import Arranged, Tensors
+from llava_cli.arranged import Arranged
 from llava_cli.engine.fast import Joined
 from llava_cli.engine.int8 import Products
+from llava_cli.engine.kernels import Layout
+from llava_cli.quantised import Copy
 from llava_cli.registry import quantised_cache
+from llava_cli.safetensors_header import read_header
 from llava_cli.settings import Precision
 
 PRECISIONS: tuple[Precision, ...] = ("4bit", "8bit")
@@ -31,9 +34,9 @@ def quantising(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     keep = quantised.keep
 
-    def told(model: object, path: Path) -> bool:
-        made.append(path.name)
-        return keep(model, path)
+    def told(model: object, copy: Copy) -> bool:
+        made.append(copy.path.name)
+        return keep(model, copy)
 
     monkeypatch.setattr(quantised, "keep", told)
     return made
@@ -54,7 +57,7 @@ def test_a_copy_answers_like_what_it_was_made_of(
         return engine.answer(CONVERSATIONS["two"], Sampling(max_tokens=12)).text
 
     with monkeypatch.context() as without:
-        without.setattr(quantised, "keep", lambda model, path: False)
+        without.setattr(quantised, "keep", lambda model, copy: False)
         itself = answer()
     assert not kept()
     assert answer() == itself
@@ -91,6 +94,10 @@ def test_a_copy_that_is_cut_off_is_made_again(checkpoint: Callable[[str], Path],
     assert weights.stat().st_size == len(whole)
 
 
+def layout_of(tensors: dict[str, torch.Tensor]) -> Layout:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
 def arranged_files() -> dict[str, Path]:
     return {path.stem: path for path in quantised_cache().rglob("arranged-*/*.safetensors")}
 
@@ -123,7 +130,7 @@ def test_weights_are_arranged_once(checkpoint: Callable[[str], Path], arranging:
     assert said(folder) == first
     assert len(arranging) == len(arranged_files())
     for path in arranged_files().values():
-        assert all(tensor.data_ptr() % 64 == 0 for tensor in Tensors.of(path).values())
+        assert all(tensor.begin % 64 == 0 for tensor in read_header(path).values())
     name, path = next(iter(arranged_files().items()))
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -137,12 +144,12 @@ def test_weights_are_arranged_once(checkpoint: Callable[[str], Path], arranging:
 )
 def test_damaged_files_are_made_again(damage: tuple[bytes, bytes], tmp_path: Path) -> None:
     made = {"whole": torch.arange(15, dtype=torch.int8).view(3, 5), "scale": torch.rand(3)}
-    Arranged(tmp_path)("layer", lambda: made)
+    Arranged(tmp_path)("layer", layout_of(made), lambda: made)
     (path,) = tmp_path.rglob("*.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole.replace(*damage) if damage[0] else whole[:-1])
     for _ in range(2):
-        tensors = Arranged(tmp_path)("layer", lambda: made)
+        tensors = Arranged(tmp_path)("layer", layout_of(made), lambda: made)
         assert tensors.keys() == made.keys()
         assert all(torch.equal(tensors[name], made[name]) for name in made)
         assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors.values())
@@ -154,7 +161,7 @@ def test_weights_for_many_tokens_stay_in_memory_no_longer_than_they_are_used(tmp
         return {"whole": torch.randint(-127, 128, (256, 512), dtype=torch.int8), "scale": torch.rand(512)}
 
     torch.manual_seed(0)
-    tensors = Arranged(tmp_path)("layer", make)
+    tensors = Arranged(tmp_path)("layer", layout_of(make()), make)
     (path,) = tmp_path.rglob("*.safetensors")
     products, x = Joined(Products(**tensors), Products(**tensors), tensors.let_go), torch.randn(64, 256)
     with torch.inference_mode():

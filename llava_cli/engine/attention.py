@@ -8,10 +8,12 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.kernels import PADDED, QUERIES, SPARE, WIDTH
-from llava_cli.engine.kernels.compiled import Kernel, compiled, kinds_here, threads_for
+from llava_cli.engine.kernels.compiled import Kernel, Misfit, addresses, compiled, kinds_here, threads_for
 
 if TYPE_CHECKING:
     import torch
+
+    from llava_cli.engine.kernels import Layout
 
 NAME = "llava"
 LONG = 1024
@@ -59,7 +61,7 @@ def attend(
     causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and (attention_mask is None or attention_mask.shape[2] == 1)
     usual = not any(options.get(name) is not None for name in _UNUSUAL) and OneToken.suits(query)
-    if usual and key.shape == value.shape and key.dtype == query.dtype:
+    if usual and key.shape == value.shape and key.dtype == query.dtype == value.dtype and heads % key.shape[1] == 0:
         out = torch.empty(rows, queries, heads, width, dtype=query.dtype, device="cpu")
         if queries == 1:
             together = query.reshape(rows, key.shape[1], -1, width).contiguous()
@@ -113,15 +115,23 @@ def _of_many(
     threads, each = threads_for(2 * keys * query.numel()), heads // key_heads
     together = each if rows * key_heads >= 4 * threads else 1
     room = _floats(threads * (padded * (width + QUERIES) + QUERIES * width))
+    of_rows, of_queries = len(shown) > 1, shown.shape[1] > 1
+    tensors = {"query": query, "out": out, "keys": key, "values": value, "mask": shown, "room": room}
+    layout: Layout = {
+        "query": (query.dtype, (rows, heads, queries, width)),
+        "out": (query.dtype, (rows, queries, heads, width)),
+        **dict.fromkeys(("keys", "values"), (query.dtype, (rows, key_heads, keys, width))),
+        "mask": (torch.bool, (rows if of_rows else 1, queries if of_queries else 1, padded)),
+        "room": (torch.float32, (len(room),)),
+    }
     strides = {
         **dict(zip(("query_row", "query_head", "query_token"), query.stride(), strict=False)),
         **dict(zip(("key_row", "key_head", "key_token"), key.stride(), strict=False)),
-        "mask_row": shown.stride(0) if len(shown) > 1 else 0,
-        "mask_query": shown.stride(1) if shown.shape[1] > 1 else 0,
+        "mask_row": shown.stride(0) if of_rows else 0,
+        "mask_query": shown.stride(1) if of_queries else 0,
     }
-    tensors = {"query": query, "out": out, "keys": key, "values": value, "mask": shown, "room": room}
     task = Task(
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        **addresses(tensors, layout, strided=("query", "keys", "values")),
         **strides,
         heads=heads,
         each=each,
@@ -157,12 +167,20 @@ class OneToken:
         from llava_cli.engine.kernels.attention import Task, write
 
         rows, heads, each, width = out.shape
+        self._heads, self._width, self._dtype = heads, width, out.dtype
+        self._kept: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
         self._rows, self._numbers, self._products = rows, rows * heads * each, 2 * out.numel()
-        scaled = _floats(out.numel())
-        tensors = {"query": query, "out": out, "scaled": scaled}
+        tensors = {"query": query, "out": out, "scaled": _floats(out.numel())}
+        layout: Layout = {
+            "query": (out.dtype, tuple(out.shape)),
+            "out": (out.dtype, tuple(out.shape)),
+            "scaled": (torch.float32, (out.numel(),)),
+        }
         if angles:
             tensors |= zip(("cos", "sin"), angles, strict=True)
-        self._task = Task(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
+            layout |= dict.fromkeys(("cos", "sin"), (out.dtype, (rows, width // 2)))
+            layout |= {"query": (out.dtype, (rows, heads * (each + 2) * width))}
+        self._task = Task(**addresses(tensors, layout))
         self._task.items, self._task.heads, self._task.each = rows * heads, heads, each
         run = compiled(write, kinds_here()[0], query.dtype == torch.bfloat16, width, scaling, angles is not None)
         self.kernel = Kernel(run, self._task, tensors)
@@ -180,12 +198,34 @@ class OneToken:
 
         What is `seen` of them is true in [rows, tokens]; None is all. All three in one piece.
         """
-        task, scores = self._task, _rooms.of(self._numbers * (tokens + SPARE))
-        mask = _all(self._rows * tokens) if seen is None else seen
-        self._over = keys, values, mask, scores  # as long as the task is told where they are
-        task.keys, task.values, task.mask, task.scores = (tensor.data_ptr() for tensor in self._over)
-        task.room, task.tokens = keys.shape[-2], tokens
+        task = self._task
+        if keys is not self._kept[0] or values is not self._kept[1]:  # a cache makes new ones now and then
+            self._keep(keys, values)
+        if tokens > task.room:
+            raise Misfit(f"{tokens} tokens of keys that have room for {task.room}")
+        mask, scores = self._mask(tokens, seen), _rooms.of(self._numbers * (tokens + SPARE))
+        self._over = mask, scores  # as long as the task is told where they are
+        task.mask, task.scores = mask.data_ptr(), scores.data_ptr()
+        task.tokens = tokens
         task.threads = threads_for(tokens * self._products)
+
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Checks keys and values once, for they are the same ones for many tokens."""
+        rows, room = keys.shape[0], keys.shape[2]
+        if rows < self._rows:
+            raise Misfit(f"keys of {rows} rows, and not {self._rows}")
+        kept = self._dtype, (rows, self._heads, room, self._width)
+        places = addresses({"keys": keys, "values": values}, {"keys": kept, "values": kept})
+        self._kept = keys, values
+        self._task.keys, self._task.values, self._task.room = places["keys"], places["values"], room
+
+    def _mask(self, tokens: int, seen: torch.Tensor | None) -> torch.Tensor:
+        import torch
+
+        if seen is None:
+            return _all(self._rows * tokens)
+        addresses({"mask": seen}, {"mask": (torch.bool, (self._rows, tokens))})
+        return seen
 
     def __call__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int, seen: torch.Tensor | None = None) -> None:
         self.over(keys, values, tokens, seen)

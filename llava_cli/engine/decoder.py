@@ -40,8 +40,9 @@ def suits(decoder: Any) -> bool:
     if not known or not kinds_here():
         return False
     shapes = {_shape(layer.self_attn, layer.mlp) for layer in decoder.layers}
-    width, _, _, inner, size = next(iter(shapes))
-    return len(shapes) == 1 and width % (2 * WIDTH) == size % COLUMNS == inner % WIDTH == 0
+    width, queries, keys, inner, size = next(iter(shapes))
+    shared = keys > 0 and queries % keys == 0  # each head of keys by as many of queries
+    return len(shapes) == 1 and shared and width % (2 * WIDTH) == size % COLUMNS == inner % WIDTH == 0
 
 
 def _shape(attention: Any, mlp: Any) -> tuple[int, ...]:

@@ -12,11 +12,11 @@ from llava_cli.engine import int8, tiles, tower
 from llava_cli.engine.attention import NAME, has_amx, use_our_attention
 from llava_cli.engine.decoder import Decoder, Product, suits
 from llava_cli.engine.head import Head
-from llava_cli.engine.int8 import TOKENS, Products, as_they_are, has_room, whole_numbers
+from llava_cli.engine.int8 import TOKENS, Products, as_they_are, has_room, layout_of_whole_numbers, whole_numbers
 from llava_cli.engine.kernels import BLOCK, WIDTH
 from llava_cli.engine.kernels.compiled import ahead, kinds_here
 from llava_cli.engine.plain import Plain
-from llava_cli.engine.tiles import Room, Tiled, copied, in_tiles, joined_bias
+from llava_cli.engine.tiles import Room, Tiled, copied, in_tiles, joined_bias, layout_in_tiles
 from llava_cli.engine.tower import ACTIVATIONS, TowerLayer
 
 if TYPE_CHECKING:
@@ -125,10 +125,10 @@ def joined(layers: list[Any], name: str, room: bool, arranged: Arranged) -> Prod
         return Products(**as_they_are(layers), bias=bias)
     few: Product | None = None
     if tiles.suits(layers) and layers[0].in_features % BLOCK == 0 and (room or arranged.kept):
-        few = Tiled(**arranged(f"{name}-tiles", partial(in_tiles, layers)), bias=bias)
+        few = Tiled(**arranged(f"{name}-tiles", layout_in_tiles(layers), partial(in_tiles, layers)), bias=bias)
     if not (room and int8.suits_here()):
         return few
-    numbers = arranged(f"{name}-8", partial(whole_numbers, layers))
+    numbers = arranged(f"{name}-8", layout_of_whole_numbers(layers), partial(whole_numbers, layers))
     few = few or partial(_each, [layer.forward for layer in layers])
     return Joined(few, Products(**numbers, bias=bias), numbers.let_go)
 
@@ -145,11 +145,13 @@ def in_8_bits_of(layers: list[Any], name: str, arranged: Arranged) -> Product | 
     in_tiles_here = not int8.suits_here()
     if in_tiles_here and not tiles.suits(layers):
         return None
-    kind, made, arrange = (Tiled, "tiles", in_tiles) if in_tiles_here else (Products, "8", whole_numbers)
     name = f"{name}-{len(layers)}" if len(layers) > 1 else name
-    numbers = arranged(f"{name}-{made}", partial(arrange, layers))
-    few = partial(_each, [layer.forward for layer in layers])
-    return Joined(few, kind(**numbers, bias=joined_bias(layers)), numbers.let_go)
+    if in_tiles_here:
+        numbers = arranged(f"{name}-tiles", layout_in_tiles(layers), partial(in_tiles, layers))
+    else:
+        numbers = arranged(f"{name}-8", layout_of_whole_numbers(layers), partial(whole_numbers, layers))
+    many: Product = (Tiled if in_tiles_here else Products)(**numbers, bias=joined_bias(layers))
+    return Joined(partial(_each, [layer.forward for layer in layers]), many, numbers.let_go)
 
 
 class Joined:

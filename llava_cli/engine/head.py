@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine import tiles
 from llava_cli.engine.kernels import BLOCK
-from llava_cli.engine.tiles import Tiled, in_tiles
+from llava_cli.engine.tiles import Tiled, in_tiles, layout_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,8 @@ class Head:
         if not tiles.suits([head]) or head.in_features % BLOCK:
             return None
         make = partial(in_tiles, [head]) if in_8_bits else partial(_in_4_bits, head.weight.data)
-        return cls(head, Tiled(**arranged(f"head-{8 if in_8_bits else 4}", make)))
+        layout = layout_of(head.out_features, head.in_features, 8 if in_8_bits else 4)
+        return cls(head, Tiled(**arranged(f"head-{8 if in_8_bits else 4}", layout, make)))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden size] -> logits [..., vocabulary], those of one token in fp32."""

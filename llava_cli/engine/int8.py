@@ -18,6 +18,8 @@ from llava_cli.memory import free_memory
 if TYPE_CHECKING:
     import torch
 
+    from llava_cli.engine.kernels import Layout
+
 TOKENS = 32
 """From so many on. Fewer are faster in 4 bits, whose weights are half as much to read."""
 _ROWS = 32
@@ -42,6 +44,14 @@ def has_room(layers: Iterable[Any]) -> bool:
     """Whether this machine has the memory for 8-bit copies of these layers' weights."""
     size: int = sum(layer.in_features * layer.out_features for layer in layers)
     return size <= free_memory("cpu") * _SHARE
+
+
+def layout_of_whole_numbers(layers: list[Any]) -> Layout:
+    """The types and shapes of what `whole_numbers` makes of these layers."""
+    import torch
+
+    outputs = sum(layer.out_features for layer in layers)
+    return {"whole": (torch.int8, (layers[0].in_features, outputs)), "scale": (torch.float32, (outputs,))}
 
 
 def whole_numbers(layers: list[Any]) -> dict[str, torch.Tensor]:

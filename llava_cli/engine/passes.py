@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from llava_cli.engine.attention import OneToken, attend
 from llava_cli.engine.cache import RoomyCache, RoomyLayer
 from llava_cli.engine.kernels import FEW
-from llava_cli.engine.kernels.compiled import Kernel, chained, compiled, kinds_here, threads_for
+from llava_cli.engine.kernels.compiled import Kernel, Misfit, addresses, chained, compiled, kinds_here, threads_for
 from llava_cli.engine.plain import Plain
 from llava_cli.engine.tiles import Room, copied
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from llava_cli.engine.decoder import Group, Layer
+    from llava_cli.engine.kernels import Layout
 
 Call = Callable[[], object]
 
@@ -49,9 +50,11 @@ class _Buffers:
         """Adds to the stream, and norms it for the next products."""
         from llava_cli.engine.kernels.layer import NormTask, write_norm
 
+        (tokens, width), dtype = self.x.shape, self.x.dtype
         tensors = {"x": self.x, "more": self.more, "weight": norm.weight.data, "out": self.read}
+        layout = {**dict.fromkeys(tensors, (dtype, (tokens, width))), "weight": (dtype, (width,))}
         run = compiled(write_norm, kinds_here()[0], _in_bf16(self.x), norm.variance_epsilon)
-        return Kernel(run, task_of(NormTask, tensors, tokens=len(self.x), width=self.x.shape[1]), tensors)
+        return Kernel(run, task_of(NormTask, tensors, layout, tokens=tokens, width=width), tensors)
 
     def sources_of(self, layer: Layer) -> list[Call]:
         return [self.norm(layer.norms[0]), *self.product(layer.sources, self.read, self.sources)]
@@ -69,8 +72,10 @@ class _Buffers:
     def _gate(self) -> Kernel:
         from llava_cli.engine.kernels.layer import GateTask, write_gate
 
+        (tokens, width), dtype = self.given.shape, self.x.dtype
         tensors = {"x": self.gated, "out": self.given}
-        task = task_of(GateTask, tensors, tokens=len(self.given), width=self.given.shape[1])
+        layout: Layout = {"x": (dtype, (tokens, 2 * width)), "out": (dtype, (tokens, width))}
+        task = task_of(GateTask, tensors, layout, tokens=tokens, width=width)
         return Kernel(compiled(write_gate, kinds_here()[0], _in_bf16(self.x)), task, tensors)
 
     def product(self, group: Group, x: torch.Tensor, out: torch.Tensor) -> Sequence[Call]:
@@ -105,10 +110,10 @@ def _one_product(layer: Any, few: Plain | None, x: torch.Tensor, out: torch.Tens
     return partial(torch.addmm, layer.bias.data, x, weight, out=out)
 
 
-def task_of(kind: Any, tensors: dict[str, torch.Tensor], **counts: int) -> Any:
-    """A kernel's, with as many threads as suit its first tensor."""
+def task_of(kind: Any, tensors: dict[str, torch.Tensor], layout: Layout, **counts: int) -> Any:
+    """A kernel's, with as many threads as suit its first tensor; raises `Misfit` where one is not as `layout` says."""
     threads = threads_for(_STEPS * next(iter(tensors.values())).numel())
-    return kind(**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **counts, threads=threads)
+    return kind(**addresses(tensors, layout), **counts, threads=threads)
 
 
 _STEPS = 8
@@ -216,8 +221,16 @@ def _run(calls: list[Call]) -> None:
 def _turn(buffers: _Buffers, layer: Layer, keys: torch.Tensor, values: torch.Tensor, begin: int) -> None:
     from llava_cli.engine.kernels.layer import TurnTask, write_turn
 
-    (heads, key_heads), (_, apart) = layer.heads, buffers.shape
+    (heads, key_heads), (rows, apart), width = layer.heads, buffers.shape, layer.width
+    (held, _, room, _), tokens, dtype = keys.shape, rows * apart, buffers.x.dtype
+    if held < rows or begin + apart > room:
+        raise Misfit(f"keys of {held} rows and {room} tokens for {rows} and {begin + apart}")
     tensors = {"x": buffers.sources, "keys": keys, "values": values, "cos": buffers.cos, "sin": buffers.sin}
-    counts = {"tokens": len(buffers.x), "apart": apart, "heads": heads, "key_heads": key_heads, "width": layer.width}
-    task = task_of(TurnTask, tensors, **counts, room=keys.shape[2], begin=begin)
+    layout = {
+        "x": (dtype, (tokens, (heads + 2 * key_heads) * width)),
+        **dict.fromkeys(("keys", "values"), (dtype, (held, key_heads, room, width))),
+        **dict.fromkeys(("cos", "sin"), (dtype, (tokens, width // 2))),
+    }
+    counts = {"tokens": tokens, "apart": apart, "heads": heads, "key_heads": key_heads, "width": width}
+    task = task_of(TurnTask, tensors, layout, **counts, room=room, begin=begin)
     Kernel(compiled(write_turn, kinds_here()[0], _in_bf16(buffers.x)), task, tensors)()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.kernels import COLUMNS, FEW, ROWS
-from llava_cli.engine.kernels.compiled import Kernel, compiled, kinds_here, threads_for
+from llava_cli.engine.kernels.compiled import Kernel, addresses, compiled, kinds_here, threads_for
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +40,17 @@ class Plain:
 
         from llava_cli.engine.kernels.rows import Task, write
 
-        rows, columns = self._weight.shape
+        tokens, dtype, (rows, columns) = len(x), self._weight.dtype, self._weight.shape
         tensors = {"x": x, "out": out, "weights": self._weight, "bias": self._bias}
-        places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        threads = threads_for(len(x) * rows * columns)
-        task = Task(**places, tokens=len(x), apart=out.stride(0), rows=rows, columns=columns, threads=threads)
+        layout = {
+            "x": (dtype, (tokens, columns)),
+            "out": (dtype, (tokens, rows)),
+            "weights": (dtype, (rows, columns)),
+            "bias": (torch.float32, (rows,)),
+        }
+        places = addresses(tensors, layout, strided=("out",))
+        threads = threads_for(tokens * rows * columns)
+        task = Task(**places, tokens=tokens, apart=out.stride(0), rows=rows, columns=columns, threads=threads)
         return Kernel(compiled(write, kinds_here()[0], x.dtype == torch.bfloat16), task, tensors)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

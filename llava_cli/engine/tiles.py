@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.kernels import BLOCK, TILE_ROWS
-from llava_cli.engine.kernels.compiled import Kernel, compiled, kinds_here, threads_for
+from llava_cli.engine.kernels import BLOCK, CODES, TILE_ROWS
+from llava_cli.engine.kernels.compiled import Kernel, addresses, compiled, kinds_here, threads_for
 
 if TYPE_CHECKING:
     import torch
 
+    from llava_cli.engine.kernels import Layout
 
 _ROWS = 512
 """At a time are put in order: their numbers stand in memory several times on the way."""
@@ -49,6 +50,28 @@ def _zeros(count: int) -> torch.Tensor:
     import torch
 
     return torch.zeros(count, dtype=torch.float32, device="cpu")
+
+
+def layout_in_tiles(layers: list[Any]) -> Layout:
+    """The types and shapes of what `in_tiles` makes of these layers."""
+    return layout_of(sum(layer.out_features for layer in layers), layers[0].in_features, 4 if _state(layers[0]) else 8)
+
+
+def layout_of(outputs: int, inputs: int, bits: int) -> Layout:
+    """The types and shapes of weights in tiles."""
+    import torch
+
+    tiles, blocks = outputs // TILE_ROWS, -(-inputs // BLOCK)
+    if bits == 8:
+        return {
+            "weights": (torch.int8, (tiles, blocks, BLOCK // 4, TILE_ROWS, 4)),
+            "worth": (torch.float32, (outputs,)),
+        }
+    return {
+        "weights": (torch.uint8, (tiles, blocks, BLOCK // 8, TILE_ROWS, 4)),
+        "scales": (torch.float16, (tiles, blocks, TILE_ROWS)),
+        "codes": (torch.float32, (CODES,)),
+    }
 
 
 def in_tiles(layers: list[Any]) -> dict[str, torch.Tensor]:
@@ -144,13 +167,16 @@ class Tiled:
         if codes is not None:  # from 0 on
             codes = (codes * levels).round_().add_(levels + 1).to(torch.uint8)
             worth = _zeros(self._outputs) + 1 / levels
-        self._given = {
-            "weights": weights,
-            "scales": scales,
-            "codes": codes,
-            "worth": worth,
-            "bias": _zeros(self._outputs) if bias is None else bias.float(),
+        bias = _zeros(self._outputs) if bias is None else bias.float()
+        given = {"weights": weights, "scales": scales, "codes": codes, "worth": worth, "bias": bias}
+        self._given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        self._layout: Layout = {
+            **layout_of(self._outputs, self.inputs, self._bits),
+            **({} if codes is None else {"codes": (torch.uint8, (CODES,))}),
+            "worth": (torch.float32, (self._outputs,)),
+            "bias": (torch.float32, (self._outputs,)),
         }
+        addresses(self._given, self._layout)
 
     def bound(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> list[Callable[[], object]]:
         """What writes to `out` [..., outputs] what becomes of `x` [..., inputs] at that time, some tokens at a time.
@@ -170,12 +196,18 @@ class Tiled:
 
         from llava_cli.engine.kernels.tiles import Task, write
 
-        tokens = len(x)
-        threads = threads_for(tokens * self.inputs * self._outputs)
+        tokens, number = len(x), torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         tensors = {"x": x, "out": out, **self._given, **room.of(tokens, self._blocks)}
-        counts = {"tokens": tokens, "tiles": self._tiles, "blocks": self._blocks, "threads": threads}
-        task = Task(**{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}, **counts)
-        return Kernel(compiled(write, self._kind, x.dtype == torch.bfloat16, self._bits), task, tensors)
+        layout: Layout = {
+            "x": (number, (tokens, self.inputs)),
+            "out": (number, (tokens, self._outputs)),
+            **self._layout,
+            **{name: (torch.uint8, (size,)) for name, size in room_for(tokens, self._blocks).items()},
+        }
+        counts = {"tokens": tokens, "tiles": self._tiles, "blocks": self._blocks}
+        threads = threads_for(tokens * self.inputs * self._outputs)
+        task = Task(**addresses(tensors, layout), **counts, threads=threads)
+        return Kernel(compiled(write, self._kind, number == torch.bfloat16, self._bits), task, tensors)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         import torch
@@ -196,6 +228,11 @@ def copied(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, out
     out.copy_(product(x))
 
 
+def room_for(tokens: int, blocks: int) -> dict[str, int]:
+    """Bytes of what a kernel writes for itself on the way."""
+    return {"numbers": tokens * blocks * BLOCK, "sizes": 4 * tokens * blocks, "minus": 4 * tokens * blocks}
+
+
 class Room:
     """For activations in 8 bits, what they are worth, and what their sums begin with."""
 
@@ -205,7 +242,7 @@ class Room:
     def of(self, tokens: int, blocks: int) -> dict[str, torch.Tensor]:
         import torch
 
-        sizes = {"numbers": tokens * blocks * BLOCK, "sizes": 4 * tokens * blocks, "minus": 4 * tokens * blocks}
+        sizes = room_for(tokens, blocks)
         if self._bytes is None or len(self._bytes) < sum(sizes.values()):
             self._bytes = torch.empty(sum(sizes.values()), dtype=torch.uint8, device="cpu")
         parts = torch.split(self._bytes[: sum(sizes.values())], list(sizes.values()))

@@ -79,10 +79,12 @@ class TowerLayer:
 
         from llava_cli.engine.kernels.vision import NormTask, write_norm
 
-        tensors = {"x": x, "weight": norm.weight.data, "bias": norm.bias.data, "out": out}
+        tensors, size = {"x": x, "weight": norm.weight.data, "bias": norm.bias.data, "out": out}, x.shape[-1]
         if more is not None and whole is not None:
             tensors |= {"more": more, "whole": whole}
-        task = task_of(NormTask, tensors, tokens=x.shape[:-1].numel(), width=x.shape[-1])
+        layout = dict.fromkeys(tensors, (x.dtype, tuple(x.shape)))
+        layout |= dict.fromkeys(("weight", "bias"), (x.dtype, (size,)))
+        task = task_of(NormTask, tensors, layout, tokens=x.shape[:-1].numel(), width=size)
         in_bf16 = x.dtype == torch.bfloat16
         Kernel(compiled(write_norm, kinds_here()[0], in_bf16, norm.eps, more is not None), task)()
 
@@ -91,5 +93,6 @@ class TowerLayer:
 
         from llava_cli.engine.kernels.vision import GeluTask, write_gelu
 
-        task = task_of(GeluTask, {"x": inner}, tokens=inner.shape[:-1].numel(), width=inner.shape[-1])
+        layout = {"x": (inner.dtype, tuple(inner.shape))}
+        task = task_of(GeluTask, {"x": inner}, layout, tokens=inner.shape[:-1].numel(), width=inner.shape[-1])
         Kernel(compiled(write_gelu, kinds_here()[0], inner.dtype == torch.bfloat16, *self._gelu), task)()

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_cli import __version__
+from llava_cli import __version__, cache_files, limits
 from llava_cli.registry import kernel_cache
 
 if TYPE_CHECKING:
+    import torch
+
+    from llava_cli.engine.kernels import Layout
     from llava_cli.engine.kernels.writer import Kind
 
 SMALL = 1 << 19
@@ -80,6 +81,27 @@ def compiled(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) ->
 def ahead(write: Callable[..., str], kind: Kind, bf16: bool, *more: float) -> Future[Run]:
     """Begins with it, for it will be wanted."""
     return _compiler().submit(_compile, write, kind, bf16, *more)
+
+
+class Misfit(ValueError):
+    """A tensor is not what a kernel takes it for, which would read or write beyond it."""
+
+
+def addresses(tensors: dict[str, torch.Tensor], layout: Layout, strided: Collection[str] = ()) -> dict[str, int]:
+    """Where each tensor is, for a kernel that takes it to be as `layout` says; raises `Misfit` where it is not.
+
+    All are in one piece, but for those of `strided`, whose last dimension alone is: the kernel is told their strides.
+    """
+    if tensors.keys() != layout.keys():
+        raise Misfit(f"{sorted(tensors)} for a kernel that takes {sorted(layout)}")
+    places = {}
+    for name, tensor in tensors.items():
+        dtype, shape = layout[name]
+        in_order = tensor.stride(-1) == 1 if name in strided else tensor.is_contiguous()
+        if tensor.dtype != dtype or tensor.shape != shape or not in_order or not tensor.is_cpu:
+            raise Misfit(f"{name} is {tensor.dtype} {list(tensor.shape)} where a kernel takes {dtype} {list(shape)}")
+        places[name] = tensor.data_ptr()
+    return places
 
 
 class Kernel:
@@ -167,22 +189,13 @@ def _kept(name: str, make: Callable[[], bytes]) -> bytes:
     A file that is not whole is made anew, and so is one that somebody else may have written.
     """
     path = kernel_cache() / f"{_digest(name.encode())[:32]}.o"
-    with suppress(OSError), open(path, "rb") as file:
-        its = os.fstat(file.fileno())
-        digest, _, code = file.read().partition(b"\n")
-        if its.st_uid == os.getuid() and not its.st_mode & 0o022 and digest.decode("latin-1") == _digest(code):
+    with suppress(OSError):
+        digest, _, code = cache_files.read(path, limits.CACHE_FILE_BYTES).partition(b"\n")
+        if digest.decode("latin-1") == _digest(code):
             return code
     code = make()
     with suppress(OSError):  # without room for it the next start makes it again
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, new = tempfile.mkstemp(dir=path.parent)  # which only this user may read or write
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(_digest(code).encode() + b"\n" + code)
-            os.replace(new, path)
-        except OSError:
-            os.unlink(new)
-            raise
+        cache_files.put(path, [_digest(code).encode() + b"\n" + code])
     return code
 
 

@@ -1,0 +1,110 @@
+"""What a safetensors file says of its tensors, believed only where it adds up.
+
+8 bytes of length, so much JSON, then the tensors' bytes: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_cli import limits
+from llava_cli.bounded_json import Bounds, Scanner
+from llava_cli.regular_files import open_regular
+
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+_LARGEST = 2**63 - 1
+
+
+class BadHeader(ValueError):
+    """A file has no header, one that contradicts itself, or not as many bytes as it says."""
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a file: `begin` and `end` are places in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name. Raises `BadHeader`, and `OSError` where it cannot be read."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, limits.HEADER_BYTES):
+            raise BadHeader("no safetensors header")
+        text = file.read(length)
+    header = _parse(text)
+    _check_metadata(header.pop("__metadata__", {}))
+    tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin < end:
+            raise BadHeader("tensors overlap")
+        end = tensor.end
+    if end != size:
+        raise BadHeader("cut off, or too long")
+    return tensors
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """The JSON of a header, within the limits of one."""
+    try:
+        Scanner(Bounds(limits.HEADER_BYTES, limits.JSON_DEPTH, limits.JSON_ITEMS)).feed(text)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except ValueError as error:
+        raise BadHeader("no safetensors header") from error
+    if not isinstance(header, dict):
+        raise BadHeader("no safetensors header")
+    return header
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):  # of which another reader may take the other one
+        raise BadHeader("a name that is there twice")
+    return found
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadHeader("metadata that are no texts")
+
+
+def _tensor(entry: Any, data: int) -> StoredTensor:
+    """A tensor of a file whose data begin at byte `data`."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise BadHeader("an entry that describes no tensor")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS or not _are_sizes(shape) or not _are_sizes(offsets):
+        raise BadHeader("an entry that describes no tensor")
+    if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != _numbers(shape) * _BITS[dtype]:
+        raise BadHeader("a shape that its bytes do not have")
+    return StoredTensor(dtype, tuple(shape), data + offsets[0], data + offsets[1])
+
+
+def _are_sizes(numbers: Any) -> bool:
+    """Whether that is a list of sizes; True is a number for Python."""
+    return isinstance(numbers, list) and all(type(number) is int and 0 <= number <= _LARGEST for number in numbers)
+
+
+def _numbers(shape: list[int]) -> int:
+    """How many numbers a tensor has."""
+    product = 1
+    for size in shape:
+        product *= size
+        if product > _LARGEST:
+            raise BadHeader("a shape that no tensor has")
+    return product
