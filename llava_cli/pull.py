@@ -1,22 +1,47 @@
-"""Downloads from the Hub into its own cache, going on where an earlier download was cut off."""
+"""Downloads from the Hub into its own cache, going on where an earlier download was cut off.
+
+What the Hub says is not taken at its word: a commit, a hash or a name becomes a part of a path only if it looks like
+one, and of a file no more is written than was said to come.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llava_cli import bounded_json, files, limits
 from llava_cli.errors import LlavaError, ModelUnusable, OutputError, brief
-from llava_cli.registry import ALIASES, Checkpoint, find, hub_cache, is_folder, remember, repo_cache, repo_of
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
+from llava_cli.registry import ALIASES, Checkpoint, find, is_commit, is_folder, remember, repo_cache, repo_of
+from llava_cli.untrusted_text import one_line
 
 # Weights in safetensors and what it takes to use them; never pickles, never code.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_CHUNK = 10 * 2**20
+_RETRIES = 5
+"""In a row without a byte more of the file."""
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL)
+"""Names that Windows gives to devices, whatever ending they have."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file as the Hub lists it, fit to become a part of a path."""
+
+    name: str
+    size: int | None
+    """Of a mirror that lists names alone it is None, and so is the hash."""
+    hash: str | None
+    """SHA-256 of a big file, git's own hash of a small one."""
+    is_big: bool
 
 
 def pull(name: str, progress: Callable[[int, int], None], judge: Callable[[Checkpoint], object]) -> Path:
@@ -29,10 +54,7 @@ def pull(name: str, progress: Callable[[int, int], None], judge: Callable[[Check
     """
     if is_folder(name) or (name not in ALIASES and "/" not in name):
         return find(name).folder  # here already; where it is not, says what was probably meant
-    repo, cache, again = repo_of(name), repo_cache(name), f"llava models pull {name}"
-    from huggingface_hub import HfApi, constants, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
+    cache, again = repo_cache(name), f"llava models pull {name}"
     done, total, commit = 0, 0, ""
 
     def count(n: int) -> None:
@@ -41,36 +63,28 @@ def pull(name: str, progress: Callable[[int, int], None], judge: Callable[[Check
         progress(done, total)
 
     try:
-        info = HfApi().model_info(repo, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        files, commit = _wanted(info.siblings or []), str(info.sha)
-        if not any(file.rfilename.endswith(".safetensors") for file in files):
+        commit, listed = _listing(name)
+        wanted = _wanted(name, listed)
+        if not any(file.name.endswith(".safetensors") for file in wanted):
             raise ModelUnusable(name, "has no safetensors weights; pickles are never loaded")
-        total = sum(file.size or 0 for file in files)
+        total = sum(file.size or 0 for file in wanted)
         snapshot = cache / "snapshots" / commit
-        cache.mkdir(parents=True, exist_ok=True)
-        missing = [file for file in files if not _same(snapshot / file.rfilename, file)]
+        for folder in (cache / "blobs", cache / "refs", cache / "snapshots", snapshot):
+            files.make_folder(folder)
+        missing = [file for file in wanted if not _is_same(snapshot / file.name, file)]
         count(total - sum(file.size or 0 for file in missing))
         needed = sum((file.size or 0) - _fetched(cache, file) for file in missing)
         if needed > (free := shutil.disk_usage(cache).free):
             raise OutputError(str(cache), f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         for file in missing:
-            if file.rfilename.endswith(".safetensors"):
+            if file.name.endswith(".safetensors"):
                 judge(Checkpoint(name, snapshot))
-            (snapshot / file.rfilename).unlink(missing_ok=True)
-            if _hash(file) and not _fetch(repo, commit, file, cache, count):
-                raise ModelUnusable(name, f"{file.rfilename} arrived damaged", again)
-            hf_hub_download(repo, file.rfilename, revision=commit, cache_dir=hub_cache())  # puts it in its place
-        (cache / "refs").mkdir(exist_ok=True)
-        (cache / "refs" / "main").write_text(commit)
+            _fetch(name, commit, file, cache, count)
+        files.put(cache / "refs" / "main", [commit.encode()])
         remember(name)
         return snapshot
     except LlavaError:
         raise
-    except GatedRepoError:
-        hint = f"ask at the Hub's page of {repo}, then: hf auth login"
-        raise ModelUnusable(name, "needs its owner's leave", hint) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise ModelUnusable(name, "the Hub has no such model", "llava models lists what there is") from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # the Hub's and the network's have none
             raise OutputError(str(error.filename or cache), error.strerror or str(error), again) from None
@@ -78,83 +92,212 @@ def pull(name: str, progress: Callable[[int, int], None], judge: Callable[[Check
         raise ModelUnusable(name, f"{what} ({brief(error)})", again) from None
 
 
-def _wanted(files: Sequence[RepoSibling]) -> list[RepoSibling]:
-    """The files that make up the checkpoint, the weights last: where they are whole, all is."""
+def _listing(name: str) -> tuple[str, list[Any]]:
+    """The commit and the files that the Hub has of a model, the latter as they come. Raises `ModelUnusable`."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # loaded lazily
 
-    def wanted(name: str) -> bool:
+    try:
+        validate_repo_id(repo_of(name))
+    except HFValidationError:
+        raise _unknown(name) from None
+    url = f"{constants.ENDPOINT}/api/models/{repo_of(name)}?blobs=true"
+    bounds = bounded_json.Bounds(limits.HUB_REPLY_BYTES, limits.JSON_DEPTH, limits.JSON_ITEMS)
+    data = bytearray()
+    with _asked(name, url, constants.HF_HUB_ETAG_TIMEOUT) as response:
+        for piece in response.iter_raw():
+            data += piece
+            if len(data) > bounds.bytes:
+                break
+    try:
+        info = bounded_json.loads(bytes(data), bounds)
+    except bounded_json.TooMuch as error:
+        raise ModelUnusable(name, f"the Hub's list of its files is {error}") from None
+    commit, listed = (info.get("sha"), info.get("siblings")) if isinstance(info, dict) else (None, None)
+    if not isinstance(listed, list):
+        raise ModelUnusable(name, "the Hub does not list its files")
+    if not isinstance(commit, str) or not is_commit(commit):
+        raise ModelUnusable(name, f"the Hub names no commit of it, but {_shown(commit)}")
+    return commit, listed
+
+
+def _wanted(name: str, listed: list[Any]) -> list[HubFile]:
+    """The files that make up the checkpoint, the weights last: where they are whole, all is. Raises `ModelUnusable`."""
+
+    def wanted(file: Any) -> bool:
+        path = file.get("rfilename") if isinstance(file, dict) else None
         # Folders hold other formats, and "consolidated" weights are the same ones once more.
-        return "/" not in name and not name.startswith("consolidated") and any(fnmatch(name, w) for w in WANTED)
+        is_one = isinstance(path, str) and "/" not in path and not path.startswith("consolidated")
+        return is_one and any(fnmatch(path, pattern) for pattern in WANTED)
 
-    return sorted((f for f in files if wanted(f.rfilename)), key=lambda f: f.rfilename.endswith(".safetensors"))
+    return sorted(
+        (_judged(name, file) for file in listed if wanted(file)), key=lambda f: f.name.endswith(".safetensors")
+    )
 
 
-def _same(path: Path, file: RepoSibling) -> bool:
+def _judged(name: str, file: dict[str, Any]) -> HubFile:
+    """A file whose name, size and hash are what they should be; raises `ModelUnusable`, with what is not."""
+    path, size, big = file["rfilename"], file.get("size"), file.get("lfs")
+    digest, length = (big.get("sha256"), 64) if isinstance(big, dict) else (file.get("blobId"), 40)
+    if not _is_plain(path):
+        raise ModelUnusable(name, f"{_shown(path)} is no name for a file")
+    if size is not None and (type(size) is not int or not 0 <= size <= limits.HUB_FILE_BYTES):
+        raise ModelUnusable(name, f"{path} cannot have {_shown(size)} bytes")
+    if digest is not None and not (isinstance(digest, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", digest)):
+        raise ModelUnusable(name, f"{path} has no such hash as {_shown(digest)}")
+    return HubFile(path, size, digest if size is not None else None, isinstance(big, dict))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of one file on every system, and nothing else."""
+    is_short = 0 < len(name) <= limits.NAME_CHARACTERS
+    has_signs = name.startswith(".") or any(sign in name for sign in "/\\:") or not name.isprintable()
+    return is_short and not has_signs and not _DEVICES.fullmatch(name)
+
+
+def _shown(value: Any) -> str:
+    """What the Hub says, in a few signs."""
+    return repr(one_line(value, 60) if isinstance(value, str) else value)[:80]
+
+
+def _is_same(path: Path, file: HubFile) -> bool:
     """Whether a file on disk is, byte for byte, what the Hub has."""
-    if not path.is_file() or not _hash(file):
+    if not path.is_file() or file.hash is None:
         return path.is_file()  # a mirror of the Hub may list names alone
     if path.stat().st_size != file.size:
         return False
-    digest = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    digest = hashlib.sha256() if file.is_big else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
     with path.open("rb") as data:
         while part := data.read(2**20):
             digest.update(part)
-    return digest.hexdigest() == _hash(file)
+    return digest.hexdigest() == file.hash
 
 
-def _hash(file: RepoSibling) -> str | None:
-    """SHA-256 of a big file, git's own hash of a small one."""
-    return file.lfs.sha256 if file.lfs else file.blob_id
-
-
-def _blob(cache: Path, file: RepoSibling) -> tuple[Path, Path]:
+def _blob(cache: Path, file: HubFile) -> tuple[Path, Path]:
     """Where the cache keeps a file's bytes, and where they are until all have come."""
-    blob = cache / "blobs" / str(_hash(file))
+    blob = cache / "blobs" / (file.hash or file.name)
     return blob, blob.with_name(f"{blob.name}.incomplete")
 
 
-def _fetched(cache: Path, file: RepoSibling) -> int:
+def _fetched(cache: Path, file: HubFile) -> int:
     return sum(path.stat().st_size for path in _blob(cache, file) if path.exists())
 
 
-def _fetch(repo: str, commit: str, file: RepoSibling, cache: Path, count: Callable[[int], None]) -> bool:
-    """Downloads a file's bytes into the cache; False where what arrived is not what the Hub has.
+def _fetch(name: str, commit: str, file: HubFile, cache: Path, count: Callable[[int], None]) -> None:
+    """Downloads a file and puts it in its place, as huggingface_hub has it; raises `ModelUnusable` or `OSError`.
 
-    huggingface_hub's own download begins anew after every break: GBs on a slow line.
+    Its own download begins anew after every break: GBs on a slow line.
     """
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # loaded lazily
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # loaded lazily
 
-    class Meter:
-        """What huggingface_hub takes for a tqdm bar: it only counts."""
-
-        def __init__(self, initial: int = 0, **_: object) -> None:
-            count(initial)
-
-        def __enter__(self) -> Meter:
-            return self
-
-        def __exit__(self, *error: object) -> None: ...
-
-        def update(self, n: int) -> None:
-            count(n)
-
-    size = file.size or 0
     blob, part = _blob(cache, file)
+    place = cache / "snapshots" / commit / file.name
     lock = cache.parent / ".locks" / cache.name / f"{blob.name}.lock"  # huggingface_hub's own
-    for folder in (blob.parent, lock.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(lock.parent)
+    files.refuse_link(lock)
     with WeakFileLock(lock):
-        if _same(blob, file):
-            count(size)
-            return True
-        meter: Any = Meter
-        with part.open("ab") as out:
-            if (here := out.tell()) < size:
-                url, headers = hf_hub_url(repo, file.rfilename, revision=commit), build_hf_headers()
-                http_get(url, out, resume_size=here, headers=headers, expected_size=size, tqdm_class=meter)
-        if not _same(part, file):
-            part.unlink()
-            return False
-        part.replace(blob)
-        return True
+        if file.hash is not None and _is_same(blob, file):
+            count(file.size or 0)
+        else:
+            _download(name, commit, file, part, count)
+            if file.hash is not None and not _is_same(part, file):
+                part.unlink()
+                raise ModelUnusable(name, f"{file.name} arrived damaged", f"llava models pull {name}")
+            os.replace(part, blob if file.hash is not None else place)
+        if file.hash is not None:
+            _link(place, blob)
+
+
+def _link(place: Path, blob: Path) -> None:
+    """Makes the file in a snapshot: a link to its bytes, or where a system has none, those themselves."""
+    try:
+        files.put_link(place, os.path.join("..", "..", blob.parent.name, blob.name))
+    except OSError:
+        os.replace(blob, place)
+
+
+def _download(name: str, commit: str, file: HubFile, part: Path, count: Callable[[int], None]) -> None:
+    """Appends the bytes of a file that are not there yet, in several tries. Raises as `_receive`."""
+    if file.hash is None:
+        part.unlink(missing_ok=True)  # nobody could tell what it is of
+    descriptor = files.open_for_writing(part, os.O_WRONLY | os.O_APPEND, files.SHARED)
+    try:
+        here, failures = os.fstat(descriptor).st_size, 0
+        count(here)
+        while file.size is None or here < file.size:
+            try:
+                _receive(name, commit, file, descriptor, count)
+                return
+            except (LlavaError, OSError):
+                raise
+            except Exception:  # whatever the library below calls a network that fails
+                before, here = here, os.fstat(descriptor).st_size
+                failures = 0 if here > before else failures + 1
+                if failures > _RETRIES:
+                    raise
+                time.sleep(1)
+    finally:
+        os.close(descriptor)
+
+
+def _receive(name: str, commit: str, file: HubFile, descriptor: int, count: Callable[[int], None]) -> None:
+    """One request for what is missing of a file.
+
+    Raises `ModelUnusable` where more comes than should, `OSError` where less does or it cannot be written, and what
+    the library below raises where the network fails.
+    """
+    from huggingface_hub import constants, hf_hub_url
+
+    here = os.fstat(descriptor).st_size
+    most = limits.UNTOLD_FILE_BYTES if file.size is None else file.size
+    url = hf_hub_url(repo_of(name), file.name, revision=commit)
+    begin = {"Range": f"bytes={here}-"} if here else {}
+    with _asked(name, url, constants.HF_HUB_DOWNLOAD_TIMEOUT, begin) as response:
+        if here and response.status_code == 200:  # it knows no ranges
+            files.cut(descriptor, 0)
+            count(-here)
+            here = 0
+        for piece in response.iter_raw(_CHUNK):
+            if (here := here + len(piece)) > most:
+                files.cut(descriptor, 0)
+                reason = f"{file.name} is larger than the {most:,} bytes that it may have"
+                raise ModelUnusable(name, reason, f"llava models pull {name}")
+            files.write(descriptor, piece)
+            count(len(piece))
+    if file.size is not None and here < file.size:
+        raise OSError(f"{here:,} of {file.size:,} bytes came")
+
+
+class _Busy(Exception):
+    """The Hub asks for patience."""
+
+
+@contextmanager
+def _asked(name: str, url: str, timeout: float, headers: dict[str, str] | None = None) -> Iterator[Any]:
+    """What the Hub answers, its body not read yet; raises `ModelUnusable` or `OSError` where that is an error.
+
+    Not with `hf_raise_for_status`, which reads whatever comes with an error.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # loaded lazily
+
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", **(headers or {})}
+    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+        said = {key: response.headers.get(f"X-Error-{key}", "") for key in ("Code", "Message")}
+        if said["Code"] == "GatedRepo":
+            hint = f"ask at the Hub's page of {repo_of(name)}, then: hf auth login"
+            raise ModelUnusable(name, "needs its owner's leave", hint)
+        # It says 401, too, where there is no such model, or none for whom it does not know.
+        if said["Code"] == "RepoNotFound" or (response.status_code == 401 and "credentials" not in said["Message"]):
+            raise _unknown(name)
+        if response.status_code not in (200, 206):
+            words = f"{response.status_code} {said['Message'] or response.reason_phrase}"
+            raise _Busy(words) if response.status_code in (408, 429) else OSError(words)
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise OSError("what came is packed, which was not asked for")
+        yield response
+
+
+def _unknown(name: str) -> ModelUnusable:
+    return ModelUnusable(name, "the Hub has no such model", "llava models lists what there is")

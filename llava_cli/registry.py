@@ -6,11 +6,12 @@ A name is an alias below, a Hub repo ("owner/name") or a local folder. Nothing h
 from __future__ import annotations
 
 import difflib
-import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_cli import bounded_json, files, limits, regular_files
 from llava_cli.errors import ModelUnusable
 from llava_cli.settings import Settings
 
@@ -94,7 +95,8 @@ def builtin_folder() -> Path:
 def find(name: str) -> Checkpoint:
     """The checkpoint that a name means.
 
-    Raises `ModelUnusable` where it is unknown (with the closest names) or not on this machine.
+    Raises `ModelUnusable` where it is unknown (with the closest names), not on this machine, or its place in the Hub's
+    cache cannot be told.
     """
     if name == BUILTIN:
         return Checkpoint(BUILTIN, builtin_folder())
@@ -103,7 +105,7 @@ def find(name: str) -> Checkpoint:
         if not os.path.isdir(folder):
             raise ModelUnusable(name, "no such folder")
         return Checkpoint(name, folder)
-    if found := on_disk(name):
+    if found := _snapshot(name):
         return Checkpoint(name, found)
     if name not in ALIASES and "/" not in name:
         close = difflib.get_close_matches(name, [BUILTIN, *ALIASES], 3, 0.5)
@@ -122,12 +124,30 @@ def is_folder(name: str) -> bool:
 
 def on_disk(name: str) -> Path | None:
     """The folder in the Hub's cache that holds this alias or repo whole; None where there is none."""
+    try:
+        return _snapshot(name)
+    except ModelUnusable:
+        return None
+
+
+def _snapshot(name: str) -> Path | None:
+    """As `on_disk`. Raises `ModelUnusable` where the cache names no commit, for that is a part of the path."""
     cache = repo_cache(name)
     try:
-        folder = cache / "snapshots" / (cache / "refs" / "main").read_text("utf-8").strip()
-        return folder if _whole(folder) else None
+        commit = regular_files.read(cache / "refs" / "main", limits.COMMIT_BYTES).decode("utf-8", "replace").strip()
+        if is_commit(commit):
+            folder = cache / "snapshots" / commit
+            return folder if _whole(folder) else None
+    except (regular_files.NotRegular, regular_files.TooLarge):
+        pass
     except (OSError, ValueError):
         return None
+    raise ModelUnusable(name, f"{cache / 'refs' / 'main'} names no commit", f"llava models pull {name}")
+
+
+def is_commit(text: str) -> bool:
+    """Whether a text is git's name of a commit, in SHA-1 or in SHA-256: then it may be a part of a path."""
+    return re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", text) is not None
 
 
 def _whole(folder: Path) -> bool:
@@ -135,9 +155,11 @@ def _whole(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     weights = {"model.safetensors"}
     if index.exists():
+        bounds = bounded_json.Bounds(limits.CONFIG_BYTES, limits.JSON_DEPTH, limits.JSON_ITEMS)
         try:
-            weights = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            shards = bounded_json.loads(regular_files.read(index, bounds.bytes), bounds)["weight_map"].values()
+            weights = {os.fspath(shard) for shard in shards}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return True  # damaged, not absent: the loader says so
     return all((folder / name).exists() for name in weights)
 
@@ -166,6 +188,11 @@ def quantised_cache() -> Path:
     return _cache() / "quantised"
 
 
+def digest_cache() -> Path:
+    """Where it is remembered which digests files have."""
+    return _cache() / "digests"
+
+
 def kernel_cache() -> Path:
     """Where machine code is kept that was made for this CPU."""
     return _cache() / "kernels"
@@ -189,22 +216,23 @@ def default_name(settings: Settings) -> str:
 def pulled() -> list[str]:
     """What `llava models pull` fetched, the first one first."""
     try:
-        return _pulled_file().read_text("utf-8").split()
-    except OSError:
+        return regular_files.read(data_folder() / "pulled", limits.SETTINGS_BYTES).decode().split()
+    except (OSError, ValueError):
         return []
 
 
-def _pulled_file() -> Path:
-    if data := os.environ.get("LLAVA_DATA"):
-        return Path(data) / "pulled"
+def data_folder() -> Path:
+    """Where chats and what was pulled are noted: `LLAVA_DATA` or the user's data folder."""
+    if named := os.environ.get("LLAVA_DATA"):
+        return Path(named)
     from platformdirs import user_data_path
 
-    return user_data_path("llava") / "pulled"
+    return user_data_path("llava")
 
 
 def remember(name: str) -> None:
     """Notes that a model was pulled."""
-    file = _pulled_file()
     names = [*pulled(), name]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(dict.fromkeys(names)) + "\n", "utf-8")
+    folder = files.followed(data_folder())
+    files.make_folder(folder, 0o700)
+    files.put(folder / "pulled", ["".join(f"{one}\n" for one in dict.fromkeys(names)).encode()], files.SECRET)

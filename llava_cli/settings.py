@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from llava_cli import files, limits
 from llava_cli.errors import OutputError, UsageError
+from llava_cli.untrusted_text import printable
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -117,12 +119,13 @@ def set_default_model(name: str) -> None:
     if (document := _document(path)) is None:
         document = tomlkit.document()
     document["model"] = name
-    path = path.resolve()  # where it is a link into a folder of config files, it stays one
-    new = path.with_name(path.name + ".new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(tomlkit.dumps(document), "utf-8")
-        new.replace(path)
+        real = files.followed(path)  # a link into a folder of config files stays one
+        files.make_folder(files.followed(real.parent), 0o700)
+        files.put(real, [tomlkit.dumps(document).encode()], files.SECRET)  # there may be a key in it
+    except files.IsLink as error:
+        reason = f"{printable(str(error.strerror))}, which is another user's"
+        raise OutputError(str(path), reason, "LLAVA_CONFIG=FILE names another file") from None
     except OSError as error:
         raise OutputError(str(path), error.strerror or str(error)) from None
 
@@ -130,15 +133,27 @@ def set_default_model(name: str) -> None:
 def _document(path: Path) -> TOMLDocument | None:
     """The config file; None where there is none."""
     try:
-        text = path.read_text("utf-8")
-        import tomlkit
-
-        return tomlkit.parse(text)
+        with open(path, "rb") as file:
+            text = file.read(limits.SETTINGS_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(str(path), reason, "mend or delete that file") from None
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from None
+    if len(text) > limits.SETTINGS_BYTES:
+        raise _damaged(path, f"larger than {limits.SETTINGS_BYTES:,} bytes")
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+
+    try:
+        document = tomlkit.parse(text)
+        document.unwrap()  # some keys that are there twice are found only now
+        return document
+    except (ValueError, TOMLKitError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, reason: str) -> UsageError:
+    return UsageError(str(path), printable(reason), "mend or delete that file")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -164,23 +179,30 @@ def _convert(thing: str, name: str, value: Any) -> Any:
     if kind == tuple[str, ...]:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            raise UsageError(thing, f"{value!r} is not text or a list of texts")
+            raise UsageError(thing, f"{_shown(value)} is not text or a list of texts")
         return tuple(texts)
     wanted = next(t for t in (get_args(kind) or (kind,)) if t is not type(None))
     return _text(thing, value) if wanted is str else _number(thing, value, wanted, *_RANGES[name])
 
 
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return "a number of thousands of digits"
+
+
 def _yes(thing: str, value: Any) -> bool:
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    known = value if isinstance(value, bool) else words.get(str(value).lower())
+    known = value if isinstance(value, bool) else words.get(value.lower() if isinstance(value, str) else _shown(value))
     if known is None:
-        raise UsageError(thing, f"{value!r} is neither true nor false")
+        raise UsageError(thing, f"{_shown(value)} is neither true nor false")
     return known
 
 
 def _text(thing: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise UsageError(thing, f"{value!r} is not text")
+        raise UsageError(thing, f"{_shown(value)} is not text")
     return value
 
 
@@ -190,13 +212,13 @@ def _number(thing: str, value: Any, wanted: type[int] | type[float], least: floa
             raise ValueError  # Python would make 1 of them
         number = wanted(value)
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(thing, f"{value!r} is not {'a whole number' if wanted is int else 'a number'}") from None
+        raise UsageError(thing, f"{_shown(value)} is not {'a whole number' if wanted is int else 'a number'}") from None
     if not least <= number <= most:
-        raise UsageError(thing, f"{number} is not between {least} and {most}")
+        raise UsageError(thing, f"{_shown(number)} is not between {least} and {most}")
     return number
 
 
 def _choice(thing: str, value: Any, choices: tuple[str, ...]) -> Any:
     if value not in choices:
-        raise UsageError(thing, f"{value!r} is not one of {', '.join(choices)}")
+        raise UsageError(thing, f"{_shown(value)} is not one of {', '.join(choices)}")
     return value

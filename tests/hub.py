@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -50,6 +51,15 @@ class Hub:
     """Big files arrive with other bytes than they have."""
     page: bytes = b""
     """Answers everything, as the log-in page of a hotel's network does."""
+    lies: Callable[[dict[str, Any]], Any] | None = None
+    """What the listing is made into."""
+    endless: tuple[str, ...] = ()
+    """Paths that end like one of these are answered without an end, with the `endless_status`."""
+    endless_status: int = 200
+    packs: bool = False
+    """Everything is said to be packed."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """In the place of those of a file."""
     requests: list[Request] = field(default_factory=list)
     go_on: Event = field(default_factory=Event)
     url: str = ""
@@ -92,6 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        if path.endswith(self.hub.endless or "\0"):
+            self._go_on_for_ever()
+            return
         if self.hub.page:
             self._send(200, self.hub.page, {"Content-Type": "text/html"})
             return
@@ -115,16 +128,29 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002  http.server's name for it
 
-    def _info(self, repo: str, folder: Path) -> dict[str, object]:
+    def _go_on_for_ever(self) -> None:
+        """As long as somebody reads; `sent` of the request says how much that was."""
+        self.send_response(self.hub.endless_status)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection, sent = True, 0
+        try:
+            while self.command != "HEAD":
+                sent += self.wfile.write(b"[" * 65_536)
+        finally:
+            self.hub.requests.append(Request(self.command, self.path, 0, None, sent))
+
+    def _info(self, repo: str, folder: Path) -> Any:
         siblings = []
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             name = path.relative_to(folder).as_posix()
             size = self.hub.claims.get(name, path.stat().st_size)
-            sibling = {"rfilename": name, "size": size, "blobId": _git_hash(path)}
+            sibling = {"rfilename": name, "size": size, "blobId": hub_hash(path)}
             if path.stat().st_size > BIG:
                 sibling["lfs"] = {"size": size, "sha256": _sha256(path), "pointerSize": 134}
             siblings.append(sibling if self.hub.tells_hashes else {"rfilename": name})
-        return {"id": repo, "modelId": repo, "sha": self.hub.commit, "siblings": siblings, "gated": self.hub.gated}
+        info = {"id": repo, "modelId": repo, "sha": self.hub.commit, "siblings": siblings, "gated": self.hub.gated}
+        return self.hub.lies(info) if self.hub.lies else info
 
     def _file(self, repo: str, path: Path) -> None:
         if self.hub.gated:
@@ -136,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             linked = {"X-Linked-Size": str(path.stat().st_size), "X-Linked-ETag": f'"{_sha256(path)}"'}
             self._send(302, b"", {"Location": elsewhere, "X-Repo-Commit": self.hub.commit, **linked})
         else:
-            self._body(path, {"ETag": f'"{_git_hash(path)}"', "X-Repo-Commit": self.hub.commit})
+            self._body(path, {"ETag": f'"{hub_hash(path)}"', "X-Repo-Commit": self.hub.commit})
 
     def _body(self, path: Path, headers: dict[str, str]) -> None:
         data, status = path.read_bytes(), 200
@@ -153,7 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], may_break: bool = False) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        packed = {"Content-Encoding": "gzip"} if self.hub.packs else {}
+        for name, value in {**headers, **self.hub.headers, **packed, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         hub = self.hub
@@ -177,7 +204,8 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _git_hash(path: Path) -> str:
+def hub_hash(path: Path) -> str:
+    """The name that a small file has in git."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 

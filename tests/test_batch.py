@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
-import uuid
+import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pexpect
@@ -24,9 +26,10 @@ from PIL import Image, ImageDraw
 from test_images import BAD_BYTES, encoded, frames, make_names, noise
 from typer.testing import CliRunner, Result
 
-from llava_cli import load
+from llava_cli import limits, load
 from llava_cli.batch import run as module
 from llava_cli.batch.opener import Opener
+from llava_cli.batch.rows import _is_repeated
 from llava_cli.cli import app
 from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.many import Batch
@@ -249,7 +252,7 @@ BAD_LINES = {
     "{": "not JSON",
     '{"image": "a.png"} {}': "not JSON",
     "a.png": "not JSON",
-    "[" * 100_000: "not JSON",
+    "[" * 100_000: f"nested deeper than {limits.ROW_DEPTH} levels",
     '{"id": ' + "1" * 5000 + "}": "not JSON",
     '["a.png"]': "not a JSON object",
     "null": "not a JSON object",
@@ -283,6 +286,65 @@ def test_a_bad_line_of_questions_is_named(line: str, run: Run, monkeypatch: pyte
     assert (result.exit_code, result.stdout) == (65, "")
     assert result.stderr.splitlines()[0] == f"llava: q.jsonl, line 3: {BAD_LINES[line]}"
     assert Path("out.jsonl").read_bytes() == b""
+
+
+TOO_MUCH = {
+    "bytes": ("x" * 100_000, "larger than 50,000 bytes"),
+    "depth": (functools.reduce(lambda inner, _: [inner], range(limits.ROW_DEPTH), 0), "nested deeper than 64 levels"),
+    "items": ([0] * 2000, "more than 1,000 values"),
+}
+
+
+@pytest.mark.parametrize("kind", TOO_MUCH)
+def test_a_line_of_questions_that_is_too_much(kind: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, said = TOO_MUCH[kind]
+    monkeypatch.setattr(limits, "ROW_BYTES", 50_000)
+    monkeypatch.setattr(limits, "ROW_ITEMS", 1000)
+    monkeypatch.setattr(module, "open_engine", no_model)
+    lines = [{"image": "a.png"}, {"image": "a.png", "x": value}]
+    Path("q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = run("batch", "q.jsonl", QUESTION, "-o", "out.jsonl")
+    assert (result.exit_code, result.stdout) == (65, "")
+    assert result.stderr.splitlines()[0] == f"llava: q.jsonl, line 2: {said}"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-16"])
+def test_a_line_of_questions_in_another_encoding(encoding: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which a quote may be half of a letter, and what is behind it is counted as text."""
+    monkeypatch.setattr(module, "open_engine", no_model)
+    Path("q.jsonl").write_bytes(('["\u2200\u2200\u0122", ' + "[" * 100_000).encode(encoding))
+    result = run("batch", "q.jsonl", QUESTION, "-o", "out.jsonl")
+    assert (result.exit_code, result.stdout) == (65, "")
+    assert result.stderr.startswith("llava: q.jsonl, line 1: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("q.jsonl", "q.jsonl, line 2: larger than"),
+        ("list.txt", "list.txt: a path in it is longer than 1,000,000 bytes"),
+    ],
+)
+@pytest.mark.parametrize("size", [1 << 36, 1_000_100])
+def test_a_source_without_an_end_of_a_line(
+    name: str, said: str, size: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many GB, of which no more is read than a line may have."""
+    monkeypatch.setattr(limits, "ROW_BYTES", 1_000_000)
+    monkeypatch.setattr(module, "open_engine", no_model)
+    Path(name).write_text('{"image": "a.png"}\n')
+    os.truncate(name, size)
+    result = run("batch", name, QUESTION, "-o", "out.jsonl")
+    assert (result.exit_code, result.stdout) == (65, "")
+    assert result.stderr.startswith(f"llava: {said}")
+    assert len(result.stderr.splitlines()) == 2
+
+
+def test_long_paths_are_read_in_one_go(run: Run, told: type[Told]) -> None:
+    """Not over and over again, from the beginning, with each piece that comes."""
+    listed = "\n".join(["x" * 3_000_000, "b.png", "y" * 70_000, ""])
+    rows = rows_of(run("batch", "-", QUESTION, input=listed), 1)
+    assert [len(row["image"]) for row in rows] == [3_000_000, 5, 70_000]
 
 
 def test_a_question_that_nobody_asks(run: Run) -> None:
@@ -455,6 +517,56 @@ def test_flags(run: Run, told: type[Told], monkeypatch: pytest.MonkeyPatch) -> N
     for row in rows_of(result):
         assert row.get("flags", []) == FLAGGED[row["answer"]], row
     assert "flagged: " in result.stderr and "repeated 3" in result.stderr and "empty 2" in result.stderr
+
+
+PATTERN = re.compile(r"(?<!\S)(\S.{0,150}?\s)\1{3,}|(\S)\2{30,}", re.DOTALL)
+"""What counts as repeated, in a way that takes long to find."""
+
+
+def fibonacci(length: int) -> str:
+    """Words of which no row comes four times, but many do three times."""
+    one, two = "a ", "a b "
+    while len(two) < length:
+        one, two = two, two + one
+    return two[:length]
+
+
+HOSTILE = {
+    "Fibonacci": fibonacci(4000),
+    "Thue-Morse": " ".join("ab"[bin(number).count("1") % 2] for number in range(2000)),
+    "ruler": " ".join("abcdefghijkl"[(number & -number).bit_length()] for number in range(1, 2000)),
+    "threes": "".join(f"{('q' * n + ' ') * 3}z " for n in range(1, 36)),
+    "nested threes": functools.reduce(lambda text, sign: text * 3 + f"{sign} ", "bcdefgh", "a ")[:4000],
+    "letters": "ab" * 2000,
+    "thirties": ("x" * 30 + "y") * 129,
+    "spaces": " " * 4000,
+    "lines": "\t\n" * 2000,
+    "long words": ("w" * 75 + " ") * 3 + "v" * 3700,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_no_answer_takes_long_to_judge(kind: str) -> None:
+    """Some 2 ms for the worst."""
+    text = HOSTILE[kind] + " "
+    begin = time.process_time()
+    for _ in range(100):
+        found = _is_repeated(text)
+    assert time.process_time() - begin < 10
+    assert found == bool(PATTERN.search(text))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_repeated_is_what_the_pattern_says(seed: int) -> None:
+    random = Random(seed)
+    found = []
+    for _ in range(500):
+        letters = random.choice(["ab ", "a ", "ab  ", "ab \n", "abc d \t"])
+        parts = ["".join(random.choices(letters, k=random.randrange(1, 12))) for _ in range(3)]
+        text = parts[0] + parts[1] * random.randrange(1, 6) + parts[2] + "a" * random.choice((0, 0, 30, 31)) + " "
+        assert _is_repeated(text) == bool(PATTERN.search(text)), text
+        found.append(_is_repeated(text))
+    assert 50 < sum(found) < 450
 
 
 def test_an_answer_that_is_cut_off_is_flagged(run: Run) -> None:
@@ -642,6 +754,41 @@ def test_another_version_or_checkpoint_is_refused_and_named(
         assert name in result.stderr
 
 
+@pytest.mark.parametrize("target", ["real.jsonl", "nowhere.jsonl", "far/it's here.jsonl", "far/\x1b[2J\n.jsonl"])
+@pytest.mark.parametrize("place", [".", "in a folder"])
+def test_an_output_that_is_a_link_is_refused(
+    place: str, target: str, run: Run, told: type[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one line that says where it leads, and how to write there."""
+    draw("photos/a.png")
+    Path(place, "far").mkdir(parents=True)
+    Path(place, "real.jsonl").touch()
+    Path(place, "out.jsonl").symlink_to(target)
+    before = sorted(Path().rglob("*"))
+    output = "out.jsonl" if place == "." else f"{place}/out.jsonl"
+    result = run("batch", "photos", QUESTION, "-o", output)
+    assert (result.exit_code, result.stdout) == (73, "")
+    first, hint = result.stderr.splitlines()
+    shown = target.encode("unicode_escape").decode() if not target.isprintable() else target
+    assert first == f"llava: {output}: is a link to {shown}"
+    assert sorted(Path().rglob("*")) == before
+    assert hint.startswith("  -o ") and hint.endswith(" writes there")
+    words = hint.removeprefix("  ").removesuffix(" writes there")
+    typed = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True).stdout
+    assert run("batch", "photos", QUESTION, *typed.decode().split("\0")[:-1]).exit_code == 0
+    assert len(rows_in(Path(place, target).read_bytes())) == 1
+
+
+def test_an_output_below_a_linked_folder(run: Run, told: type[Told]) -> None:
+    """A folder may be on another disk."""
+    draw("photos/a.png")
+    Path("disk").mkdir()
+    Path("results").symlink_to("disk")
+    for _ in range(2):
+        assert run("batch", "photos", QUESTION, "-o", "results/out.jsonl").exit_code == 0
+    assert sorted(path.name for path in Path("disk").iterdir()) == ["out.jsonl", "out.jsonl.run"]
+
+
 # Bad pictures: one run over all of them, and each has its row.
 
 
@@ -780,19 +927,20 @@ def test_too_long_a_question_is_its_rows_error(run: Run) -> None:
 
 
 def test_a_decoder_that_crashes_or_spins_or_eats_memory_costs_its_row(
-    run: Run, told: type[Told], hooked: Path, capfd: pytest.CaptureFixture[str]
+    run: Run, told: type[Told], hooked: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "abcdefgh":
         draw(f"photos/{name}.png")
     Path("photos/b.png").write_bytes(b"SEGV")
     Path("photos/d.png").write_bytes(b"SPIN")
-    Path("photos/f.png").write_bytes(encoded(noise(13, 37), "BMP"))
+    Path("photos/f.png").write_bytes(b"EATS")
+    monkeypatch.setattr(limits, "SANDBOX_CPU_SECONDS", 1)
     rows = rows_of(run("batch", "photos", QUESTION), 1)
     errors = {row["image"]: row["error"]["message"] for row in rows if row["error"]}
     assert errors == {
         "b.png": "crashes its decoder",
         "d.png": "crashes its decoder",
-        "f.png": "takes too much memory",
+        "f.png": "takes too much memory to decode",
     }
     assert capfd.readouterr().err == ""
 
@@ -800,23 +948,13 @@ def test_a_decoder_that_crashes_or_spins_or_eats_memory_costs_its_row(
 def test_a_decoder_that_hangs_costs_its_row(
     run: Run, told: type[Told], hooked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send, poll, asked = Connection.send, Connection.poll, {}
-
-    def sent(self: Connection, thing: Any) -> None:
-        asked[self] = thing[0]
-        send(self, thing)
-
-    def patient(self: Connection, seconds: float) -> bool:
-        return not asked[self].endswith("b.png") and poll(self, seconds)
-
-    monkeypatch.setattr(Connection, "send", sent)
-    monkeypatch.setattr(Connection, "poll", patient)
+    monkeypatch.setattr(limits, "DECODE_SECONDS", 1.0)
     for name in "abc":
         draw(f"photos/{name}.png")
     Path("photos/b.png").write_bytes(b"HOLD")
     rows = rows_of(run("batch", "photos", QUESTION), 1)
     assert [row["status"] for row in rows] == ["ok", "error", "ok"]
-    assert rows[1]["error"] == {"type": "BadImage", "message": "took longer than 120 s"}
+    assert rows[1]["error"] == {"type": "BadImage", "message": "takes longer than 1 s to decode"}
 
 
 def test_an_opener_that_is_closed_starts_no_process_again(hooked: Path) -> None:
@@ -825,7 +963,7 @@ def test_an_opener_that_is_closed_starts_no_process_again(hooked: Path) -> None:
     opener = Opener()
     opener._closed = True
     assert isinstance(opener.open("a.png"), LlavaError)
-    assert all(sandbox._process is None for sandbox in opener._sandboxes.all)
+    assert not any(worker.is_running for sandbox in opener._sandboxes.all for worker in sandbox._workers)
     opener.close()
 
 
@@ -945,17 +1083,16 @@ def test_a_signal_while_errors_are_tried_again_keeps_the_other_errors(
 
 
 @pytest.fixture
-def marked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """The processes that were started from this test and still run."""
-    mark = f"MARK={uuid.uuid4()}"
-    monkeypatch.setenv(*mark.split("="))
+def marked(hooked: Path) -> Callable[[], list[str]]:
+    """The processes that were started from this test and still run: all have its folder among those of modules."""
 
     def found() -> list[str]:
         alive = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                if mark.encode() in path.read_bytes() and path.parent.name != str(os.getpid()):
-                    alive.append((path.parent / "cmdline").read_text())
+                words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+                if str(hooked).encode() in words and process.name != str(os.getpid()):
+                    alive.append((process / "cmdline").read_text())
             except OSError:
                 continue
         return alive
@@ -989,14 +1126,14 @@ def wait_for_rows(count: int, process: subprocess.Popen[bytes]) -> None:
             process.wait(0.01)
 
 
-def test_kill_9(held: list[str], run: Run) -> None:
+def test_kill_9(held: list[str], run: Run, marked: Callable[[], list[str]]) -> None:
     with subprocess.Popen([sys.executable, "-m", "llava_cli", *held], stderr=subprocess.DEVNULL) as process:
         wait_for_rows(3, process)
         process.kill()
     rows = Path("out.jsonl").read_bytes()
+    assert marked() == []
     assert 3 <= rows.count(b"\n") <= 8
     assert Path("whole.jsonl").read_bytes().startswith(rows)
-    os.close(os.open(os.environ["HOLD"], os.O_RDWR))  # lets the decoder go, if it waits
     go_on(run, held)
 
 

@@ -6,16 +6,19 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Run
+from faults import give_away
 from PIL import Image
 
-from llava_cli import Answer, Chunk, Conversation, Engine, Sampling, load, open_picture
+from llava_cli import Answer, Chunk, Conversation, Engine, Sampling, limits, load, open_picture
+from llava_cli.chat.keyboard import keyboard
 from llava_cli.chat.repl import answer_lines
 from llava_cli.chat.session import Chat
-from llava_cli.chat.store import Store
+from llava_cli.chat.store import Kept, Store
 from llava_cli.errors import OutputError, PromptTooLong
 from llava_cli.settings import Settings
 
@@ -211,6 +214,155 @@ def test_chats_are_for_their_owner_alone(run: Run, home: Path) -> None:
     run("chat", "-q", input="what is this?\n")
     assert os.stat(home / "data").st_mode & 0o077 == 0
     assert os.stat(home / "data" / "chats.db").st_mode & 0o077 == 0
+
+
+def kept(picture: Path, name: str = "-", model: str = "m", question: str = "q?") -> Conversation:
+    """A chat about a picture that has no path to come back to."""
+    conversation = Conversation().ask(question, [replace(open_picture(str(picture)), name=name)]).answered("a")
+    Store().keep(Kept(), conversation, model)
+    return conversation
+
+
+@pytest.mark.parametrize("mask", [0, 0o022])
+def test_all_that_is_kept_is_its_owners_alone(mask: int, home: Path, drawing: Path) -> None:
+    umask = os.umask(mask)
+    try:
+        kept(drawing)
+        keyboard(Store().folder / "history")
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (home / "data").rglob("*")}
+    picture = f"{open_picture(str(drawing)).sha256}.png"
+    assert modes == {"chats.db": 0o600, "history": 0o600, "pictures": 0o700, picture: 0o600}
+    assert (home / "data").stat().st_mode & 0o777 == 0o700
+    for name in ("chats.db", "history"):
+        (home / "data" / name).chmod(0o644)
+    keyboard(Store().folder / "history")
+    assert all((home / "data" / name).stat().st_mode & 0o777 == 0o600 for name in ("chats.db", "history"))
+
+
+@pytest.mark.parametrize("name", ["chats.db", "chats.db-journal", "chats.db-wal", "chats.db-shm", "pictures"])
+@pytest.mark.parametrize("what", ["link", "dangling link", "fifo"])
+def test_what_is_planted_among_the_chats(what: str, name: str, run: Run, home: Path, drawing: Path) -> None:
+    """It is refused by name; nothing is written where a link leads, and nobody waits for a FIFO."""
+    (home / "data").mkdir(mode=0o700)
+    (home / "secret").write_bytes(b"mine")
+    path = home / "data" / name
+    if what == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("../secret" if what == "link" else "../nowhere")
+    reason = "is a link to " if "link" in what else "not a "
+    if name == "pictures":
+        with pytest.raises(OutputError, match=f"{path}: {reason}"):
+            kept(drawing)
+    else:
+        for command in ("chats", "chat -q"):
+            result = run(*command.split(), input="what is this?\n")
+            assert (result.exit_code, result.stdout) == (74, "")
+            assert result.stderr.startswith(f"llava: {path}: {reason}")
+            assert result.stderr.endswith("\n  --no-save keeps nothing\n")
+    assert ((home / "secret").read_bytes(), (home / "nowhere").exists()) == (b"mine", False)
+
+
+def test_a_planted_link_in_the_place_of_a_kept_picture(home: Path, drawing: Path) -> None:
+    picture = home / "data" / "pictures" / f"{open_picture(str(drawing)).sha256}.png"
+    picture.parent.mkdir(mode=0o700, parents=True)
+    (home / "data").chmod(0o700)
+    (home / "secret").write_bytes(b"mine")
+    picture.symlink_to(home / "secret")
+    with pytest.raises(OutputError, match=f"{picture}: is a link to "):
+        kept(drawing)
+    assert (home / "secret").read_bytes() == b"mine"
+
+
+def test_a_planted_link_in_the_place_of_the_history(home: Path) -> None:
+    Store()
+    (home / "secret").write_bytes(b"mine")
+    (home / "data" / "history").symlink_to("../secret")
+    with pytest.raises(OutputError, match="history: is a link to "):
+        keyboard(home / "data" / "history")
+    assert (home / "secret").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_chats_are_not_kept_where_others_may_write(mode: int, run: Run, home: Path) -> None:
+    """They could plant what SQLite takes for its own."""
+    (home / "data").mkdir()
+    (home / "data").chmod(mode)
+    result = run("chats")
+    assert (result.exit_code, result.stdout) == (74, "")
+    said = f"others may write in it; chmod go-w {home / 'data'} ends that"
+    assert result.stderr == f"llava: {home / 'data'}: {said}\n  --no-save keeps nothing\n"
+    (home / "data").chmod(mode & ~0o022)
+    assert run("chats").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["data", "data/chats.db"])
+def test_chats_of_another_user(name: str, run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store()
+    give_away(home / name, monkeypatch)
+    result = run("chats")
+    assert result.exit_code == 74
+    assert result.stderr.startswith(f"llava: {home / name}: belongs to another user\n")
+
+
+def test_chats_on_another_disk(run: Run, home: Path, drawing: Path) -> None:
+    """The user may have linked the folder there; what was kept before is found still."""
+    (home / "disk").mkdir(mode=0o700)
+    (home / "data").symlink_to("disk")
+    kept(drawing)
+    assert Store().load(1).pictures[0].name == "-"
+    assert len(run("chats").stdout.splitlines()) == 1
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\u202eevil\nsecond\tline"
+
+
+def test_what_is_kept_gives_a_terminal_no_orders(run: Run, drawing: Path) -> None:
+    """Models, pictures and questions of whoever they are: each chat is a line of six columns."""
+    kept(drawing, f"https://example.org/{HOSTILE}", f"owner/{HOSTILE}" * 20, HOSTILE)
+    (line,) = run("chats").stdout.splitlines()
+    cells = line.split("\t")
+    assert len(cells) == 6 and all(cell.isprintable() for cell in cells)
+    assert len(cells[2]) <= limits.NAME_CHARACTERS
+    with sqlite3.connect(Store().file) as database:  # as a stranger's, or of another version
+        database.execute("UPDATE pictures SET name = ?", (HOSTILE,))
+    first = run("chats", "show", "1").stdout.splitlines()[0]
+    assert first.startswith("[\\x1b]0;title") and first.isprintable()
+
+
+@pytest.mark.parametrize("target", ["secret", "nowhere"])
+@pytest.mark.parametrize("line", ["/save FOLDER/c.json", "/save FOLDER/c.txt", "/export FOLDER/c.md"])
+def test_nothing_is_saved_through_a_link(line: str, target: str, run: Run, tmp_path: Path, drawing: Path) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("mine")
+    for name in ("c.json", "c.txt", "c.md"):
+        (folder / name).symlink_to(tmp_path / target)
+    result = run("chat", drawing, "-q", input=f"what is this?\n{line.replace('FOLDER', str(folder))}\n")
+    assert (result.exit_code, "is there already\n  choose another name" in result.stderr) == (2, True)
+    assert ((tmp_path / "secret").read_text(), (tmp_path / "nowhere").exists()) == ("mine", False)
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("target", ["secret", "nowhere"])
+def test_pictures_are_not_exported_through_a_link(target: str, run: Run, tmp_path: Path, drawing: Path) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    (tmp_path / "secret").mkdir()
+    (folder / "c_pictures").symlink_to(tmp_path / target)
+    result = run("chat", drawing, "-q", input=f"what is this?\n/export {folder}/c.md\n")
+    assert (result.exit_code, "c_pictures: is there already" in result.stderr) == (2, True)
+    assert [path.name for path in folder.iterdir()] == ["c_pictures"]
+    assert not list((tmp_path / "secret").iterdir())
+
+
+def test_a_picture_that_is_there_twice_is_exported_once(run: Run, tmp_path: Path, drawing: Path) -> None:
+    lines = ["what is this?", f"/image {drawing}", "and this?", f"/export {tmp_path}/c.md"]
+    assert run("chat", drawing, "-q", input="\n".join(lines)).exit_code == 0
+    assert [path.name for path in (tmp_path / "c_pictures").iterdir()] == ["1-drawing.png"]
+    assert (tmp_path / "c.md").read_text().count("](c_pictures/1-drawing.png)") == 2
 
 
 def test_each_turn_is_on_disk_before_the_next_question(home: Path, drawing: Path) -> None:

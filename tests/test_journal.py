@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -16,14 +18,16 @@ from random import Random
 from typing import Any
 
 import pytest
-from faults import Died, Faults, Pictures, Told
+from faults import Died, Faults, Pictures, Told, give_away
 
-from llava_cli.batch import files, journal
+from llava_cli import files, limits
+from llava_cli.batch import journal
 from llava_cli.batch import run as module
 from llava_cli.batch.journal import Journal
+from llava_cli.batch.rows import to_line
 from llava_cli.batch.run import Job, run
 from llava_cli.batch.tasks import Source
-from llava_cli.errors import LlavaError, OutputTaken
+from llava_cli.errors import BadData, LlavaError, OutputTaken
 from llava_cli.settings import Settings
 
 NAMES = ["a.png", "bb.png", "ccc.png", "dé.png", "e e.png"]
@@ -287,8 +291,9 @@ def no_sync_before_the_rename(patch: pytest.MonkeyPatch) -> None:
 def in_place(patch: pytest.MonkeyPatch) -> None:
     def put(path: Path, chunks: Any) -> None:
         data = b"".join(chunks)
-        with files.open(path, "wb", buffering=0) as file:  # type: ignore[attr-defined]
-            files.write(file.fileno(), data)
+        descriptor = files.open_for_writing(path, os.O_WRONLY | os.O_TRUNC, files.SHARED)
+        files.write(descriptor, data)
+        files.os.close(descriptor)
 
     patch.setattr(files, "put", put)
 
@@ -470,12 +475,12 @@ def test_another_process_has_the_output(done: Path, undisturbed: bytes) -> None:
     assert output(done) == undisturbed
 
 
-def test_two_runs_one_of_which_goes_by_a_link(done: Path) -> None:
-    (done / "link.jsonl").symlink_to("out/out.jsonl")
+def test_two_runs_one_of_which_goes_by_a_linked_folder(done: Path) -> None:
+    (done / "link").symlink_to("out")
     first = Journal(done / "out" / "out.jsonl")
     first.lock()
-    with pytest.raises(OutputTaken, match=r"link\.jsonl: another run is writing it"):
-        Journal(done / "link.jsonl").lock()
+    with pytest.raises(OutputTaken, match=r"out\.jsonl: another run is writing it"):
+        Journal(done / "link" / "out.jsonl").lock()
     first.close()
 
 
@@ -503,6 +508,130 @@ def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
     before = sorted(tmp_path.rglob("*"))
     assert attempt(tmp_path, output=tmp_path / path, check=reason) == 73
     assert sorted(tmp_path.rglob("*")) == before
+
+
+BESIDE = ["out.jsonl.run", "out.jsonl.run/lock", "out.jsonl.run/manifest", "out.jsonl.run/settings.json"]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("what", ["link", "dangling link", "fifo", "other kind"])
+def test_what_stands_beside_the_output_is_a_plant(
+    what: str, name: str, done: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused by name, before the model is loaded; nothing waits for it, follows it or is lost."""
+    monkeypatch.setattr(module, "open_engine", no_model)
+    path, real = done / "out" / name, done / "real"
+    path.rename(real)
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "other kind":
+        path.touch() if real.is_dir() else path.mkdir()
+    else:
+        path.symlink_to(real if what == "link" else done / "nowhere")
+    before = {path: path.lstat().st_mtime_ns for path in done.rglob("*")}
+    reason = "is a link to " if "link" in what else "not a folder" if real.is_dir() else "(not a regular file|is a dir)"
+    with pytest.raises(OutputTaken, match=f"{re.escape(str(path))}: {reason}"):
+        run(Job(Source(str(done / "list.txt"), ("what?",), root="/"), Settings(), "", done / "out" / "out.jsonl"))
+    assert {path: path.lstat().st_mtime_ns for path in done.rglob("*")} == before
+    assert output(done) == undisturbed
+
+
+def test_a_planted_link_where_what_is_torn_is_kept(done: Path, undisturbed: bytes) -> None:
+    (done / "secret").write_text("mine")
+    folder = done / "out" / "out.jsonl.run"
+    (folder / "torn-1").symlink_to(done / "secret")
+    (folder / "torn-2").symlink_to(done / "nowhere")
+    os.mkfifo(folder / "torn-3")
+    set_output(done, undisturbed[:-9])
+    assert attempt(done) == 0
+    assert output(done) == undisturbed
+    last = undisturbed.splitlines(keepends=True)[-1][:-9]
+    assert (folder / "torn-4").read_bytes() == last
+    assert ((done / "secret").read_text(), (done / "nowhere").exists()) == ("mine", False)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", *BESIDE[:2]])
+def test_what_another_user_has_put_where_everybody_may_write(
+    name: str, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an output that will be read by others, or whose manifest somebody else has written."""
+    path = done / "out" / name
+    path.parent.chmod(0o1777)
+    give_away(path, monkeypatch)
+    assert attempt(done, check=f"{path}: belongs to another user") == 73
+    path.parent.chmod(0o755)
+    assert attempt(done) == 0  # somebody shares a folder with those who may write there
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next(done: Path) -> None:
+    left = [done / "out" / ".out.jsonl.0123abcd.new", done / "out" / "out.jsonl.run" / ".manifest.0123abcd.new"]
+    others = [done / "out" / ".other.jsonl.0123abcd.new", done / "out" / ".out.jsonl.new"]
+    for path in (*left, *others):
+        path.write_text("half")
+    assert attempt(done) == 0
+    assert [path.exists() for path in (*left, *others)] == [False, False, True, True]
+
+
+# Lines that no memory holds.
+
+
+def sparse(path: Path, before: bytes = b"") -> None:
+    """A file of many GB, none of them on the disk, and without an end of a line."""
+    path.write_bytes(before)
+    os.truncate(path, 1 << 36)
+
+
+def test_a_row_without_an_end(done: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "ROW_BYTES", 100_000)
+    first = undisturbed.splitlines(keepends=True)[0]
+    sparse(done / "out" / "out.jsonl", first)
+    for repair in (False, True):
+        assert attempt(done, check="out.jsonl, line 2: longer than 100,000 bytes", repair=repair) == 65
+    assert not list(done.rglob("torn-*"))
+
+
+def test_a_manifest_without_an_end(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "ROW_BYTES", 100_000)
+    os.truncate(done / "out" / "out.jsonl", 0)
+    (done / "out" / "out.jsonl.run" / "manifest").write_bytes(b"[" * 1_000_000)
+    assert attempt(done, check="manifest: damaged") == 65
+
+
+@pytest.mark.parametrize("text", [b"x", b"[" * 100_000, b'{"a":' * 50_000, b"{" + b'"a": 1,' * 100_000, b"1" * 5000])
+def test_settings_that_are_too_much(text: bytes, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SETTINGS_BYTES", 600_000)
+    (done / "out" / "out.jsonl.run" / "settings.json").write_bytes(text)
+    assert attempt(done, check="settings.json: damaged") == 65
+
+
+def test_settings_without_an_end(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SETTINGS_BYTES", 100_000)
+    sparse(done / "out" / "out.jsonl.run" / "settings.json", b"{")
+    assert attempt(done, check="settings.json: damaged") == 65
+
+
+def test_settings_of_a_stranger_are_told_in_one_line(done: Path) -> None:
+    """However many they are, and whatever is in them."""
+    path = done / "out" / "out.jsonl.run" / "settings.json"
+    path.write_text(json.dumps({f"\x1b[2J\n{number}" * 100: "\x1b[2J\n" * 100 for number in range(5000)}))
+    with pytest.raises(BadData) as error:
+        run(Job(Source(str(done / "list.txt"), ("what?",), root="/"), Settings(), "", done / "out" / "out.jsonl"))
+    assert error.value.reason.isprintable() and len(error.value.reason) < 10_000
+    assert re.search(r"; and 4,\d\d\d more$", error.value.reason)
+
+
+def test_what_rows_say_is_summed_up_in_one_line(
+    done: Path, undisturbed: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.loads(line) for line in undisturbed.splitlines()]
+    for number, row in enumerate(lines):
+        row["flags"] = [f"\x1b[2J\n{number}.{n}" * 50 for n in range(50)]
+    lines[0] |= {"status": "error", "error": {"type": "\x1b]0;x\x07\nOops" * 100}, "answer_tokens": 10**400}
+    set_output(done, b"".join(map(to_line, lines)))
+    job = Job(Source(str(done / "list.txt"), ("what?",), root="/"), Settings(), "", done / "out" / "out.jsonl")
+    assert run(job) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.isprintable() and len(line) < 5000
 
 
 def no_model(*_: object) -> Told:
@@ -593,15 +722,12 @@ def test_no_room_for_what_is_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert not list((tmp_path / "scratch").iterdir())
 
 
-def test_replacing_rows_keeps_a_link_and_who_may_read(tmp_path: Path, undisturbed: bytes) -> None:
+def test_replacing_rows_keeps_who_may_read(tmp_path: Path, undisturbed: bytes) -> None:
     options = erring(tmp_path)
     path = tmp_path / "out" / "out.jsonl"
     path.chmod(0o600)
-    path.rename(tmp_path / "out" / "real")
-    path.with_name("out.jsonl.run").rename(tmp_path / "out" / "real.run")
-    path.symlink_to("real")
     assert attempt(tmp_path, **options) == 0
-    assert path.is_symlink() and output(tmp_path) == undisturbed
+    assert output(tmp_path) == undisturbed
     assert path.stat().st_mode & 0o777 == 0o600
 
 

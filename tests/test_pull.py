@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -12,13 +13,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
 from conftest import Run, Shell
-from hub import Hub, serving, shard
+from hub import Hub, hub_hash, serving, shard
 from typer.testing import Result
 
+from llava_cli import limits
 from llava_cli.registry import builtin_folder, find
 
 NAME = "owner/tiny-llava"
@@ -335,6 +338,289 @@ def test_what_is_here_already_is_not_asked_for(
     assert done.exit_code == 0, done.stderr
     assert f"llava ask -m {name} " in done.stderr
     assert hub.requests == []
+
+
+# ---------------------------------------------------------------- what a Hub may not say
+
+
+def everything(folder: Path) -> dict[str, bytes | str]:
+    """All that there is, links by what they lead to."""
+    found = {
+        path: os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes() for path in walk(folder)
+    }
+    return {str(path.relative_to(folder)): content for path, content in found.items() if content is not False}
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    yield from (Path(where, name) for where, folders, names in os.walk(folder) for name in (*folders, *names))
+
+
+COMMITS = [
+    "../../../../outside",
+    "/outside",
+    "..",
+    "",
+    "main",
+    "c0ffee",
+    "C0FFEE" * 6 + "C0FF",
+    "c0ffee" * 6 + "c0f/",
+    "c0ffee" * 6 + "c0ff\n",
+    "c0ffee" * 6 + "c0ff/../../../../outside",
+    "\u0661" * 40,
+    None,
+    7,
+    ["c0ffee" * 6 + "c0ff"],
+]
+
+
+@pytest.mark.parametrize("commit", COMMITS, ids=ascii)
+def test_a_commit_that_is_none(run: Run, hub: Hub, home: Path, commit: Any) -> None:
+    """It would be a part of the path that files are written to."""
+    hub.lies = lambda info: {**info, "sha": commit}
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub names no commit of it, but ")
+    assert everything(home) == {}
+
+
+NAMES = [
+    "..\\..\\outside.json",
+    "C:\\outside.json",
+    "c:outside.json",
+    "outside.json:stream.json",
+    ".hidden.json",
+    "..json",
+    "a\nb.json",
+    "a\0b.json",
+    "\x1b[2J.json",
+    "\u202egnp.json",
+    "CON.json",
+    "aux .json",
+    "com1.tar.json",
+    "LPT\u00b9.json",
+    "x" * 300 + ".json",
+]
+
+
+@pytest.mark.parametrize("file", NAMES, ids=ascii)
+def test_a_name_that_is_none(run: Run, hub: Hub, home: Path, file: str) -> None:
+    hub.lies = lambda info: {
+        **info,
+        "siblings": [*info["siblings"], {"rfilename": file, "size": 1, "blobId": "0" * 40}],
+    }
+    done = run("models", "pull", NAME)
+    fails(done, 69, f"llava: {NAME}: ", "is no name for a file")
+    assert done.stderr.replace("\n", "").isprintable() and len(done.stderr) < 300
+    assert everything(home) == {}
+
+
+@pytest.mark.parametrize("file", ["../outside.json", "/outside.json", "a/../../outside.json", "onnx/model.safetensors"])
+def test_what_is_in_a_folder_is_not_fetched(run: Run, hub: Hub, home: Path, file: str) -> None:
+    hub.lies = lambda info: {
+        **info,
+        "siblings": [*info["siblings"], {"rfilename": file, "size": 1, "blobId": "0" * 40}],
+    }
+    assert run("models", "pull", NAME).exit_code == 0
+    assert not any("outside" in name for name in everything(home.parent))
+
+
+HASHES = ["../../../outside", "/outside", "", "0" * 39, "0" * 41, "g" * 40, "A" * 40, "0" * 64, 7, ["0" * 40], {}]
+
+
+@pytest.mark.parametrize("digest", HASHES, ids=ascii)
+@pytest.mark.parametrize("big", [False, True])
+def test_a_hash_that_is_none(run: Run, hub: Hub, home: Path, big: bool, digest: Any) -> None:
+    if big and digest == "0" * 64:
+        digest = "0" * 40
+
+    def lies(info: dict[str, Any]) -> dict[str, Any]:
+        for file in info["siblings"]:
+            if big and "lfs" in file:
+                file["lfs"]["sha256"] = digest
+            elif file["rfilename"] == "config.json" and not big:
+                file["blobId"] = digest
+        return info
+
+    hub.lies = lies
+    file = "model.safetensors" if big else "config.json"
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: {file} has no such hash as ")
+    assert everything(home) == {}
+
+
+SIZES = [-1, -(10**18), 10**18 + 1, 10**400, 1.5, 1e300, "5", True, [], {}]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: ascii(size)[:10])
+def test_a_size_that_is_none(run: Run, hub: Hub, home: Path, size: Any) -> None:
+    assert limits.HUB_FILE_BYTES == 10**18
+
+    def lies(info: dict[str, Any]) -> dict[str, Any]:
+        next(file for file in info["siblings"] if file["rfilename"] == "config.json")["size"] = size
+        return info
+
+    hub.lies = lies
+    done = run("models", "pull", NAME)
+    fails(done, 69, f"llava: {NAME}: config.json cannot have ")
+    assert len(done.stderr) < 300
+    assert everything(home) == {}
+
+
+LISTS = {
+    "a list": lambda info: [info],
+    "nothing": lambda info: None,
+    "a number": lambda info: 5,
+    "no files": lambda info: {**info, "siblings": None},
+    "one file": lambda info: {**info, "siblings": info["siblings"][0]},
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_of_files_that_is_none(run: Run, hub: Hub, home: Path, kind: str) -> None:
+    hub.lies = LISTS[kind]
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub ")
+    assert everything(home) == {}
+
+
+def test_files_that_are_none_are_passed_over(run: Run, hub: Hub) -> None:
+    hub.lies = lambda info: {**info, "siblings": [None, 5, "x.json", [], {}, {"rfilename": 5}, *info["siblings"]]}
+    assert run("models", "pull", NAME).exit_code == 0
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+def test_a_list_of_files_without_an_end(
+    run: Run, hub: Hub, home: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it comes with an error, whose words are of interest to nobody."""
+    monkeypatch.setattr(limits, "HUB_REPLY_BYTES", 1_000_000)
+    hub.endless, hub.endless_status = (NAME,), status
+    said = "the Hub's list of its files is larger than 1 MB" if status == 200 else f"({status} "
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: ", said)
+    assert everything(home) == {}
+
+
+def nested(depth: int) -> Any:
+    return functools.reduce(lambda inner, _: [inner], range(depth), 0)
+
+
+@pytest.mark.parametrize("kind", ["items", "depth"])
+def test_a_list_of_files_that_is_too_much(run: Run, hub: Hub, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "JSON_ITEMS", 1000)
+    value, said = {
+        "items": ([0] * 1000, "more than 1,000 values"),
+        "depth": (nested(limits.JSON_DEPTH), "nested deeper than 64 levels"),
+    }[kind]
+    hub.lies = lambda info: {**info, "x": value}
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub's list of its files is {said}")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_file_without_an_end(run: Run, hub: Hub, repo: Path, home: Path, file: str) -> None:
+    """No more of it is written than was said to come."""
+    hub.endless = (f"/{file}",)
+    size = (repo / file).stat().st_size
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: {file} is larger than the {size:,} bytes", AGAIN)
+    assert all(path.stat().st_size == 0 for path in home.rglob("*.incomplete"))
+    assert NAME not in run("models").stdout
+    hub.endless = ()
+    assert run("models", "pull", NAME).exit_code == 0
+
+
+def test_a_file_without_an_end_that_comes_with_an_error(run: Run, hub: Hub, home: Path) -> None:
+    hub.endless, hub.endless_status = ("/config.json",), 500
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the download broke off (500 ", AGAIN)
+
+
+def test_a_file_without_an_end_of_a_mirror_that_tells_no_sizes(
+    run: Run, hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "UNTOLD_FILE_BYTES", 20_000_000)
+    hub.tells_hashes, hub.endless = False, ("/config.json",)
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: config.json is larger than the 20,000,000 bytes", AGAIN)
+    assert not any(path.is_file() and path.stat().st_size > 1_000_000 for path in walk(home))
+
+
+@pytest.mark.parametrize("claim", [0, 1, 5_000_000])
+def test_a_file_that_is_larger_than_was_said(run: Run, hub: Hub, repo: Path, claim: int) -> None:
+    hub.claims["model.safetensors"] = claim
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: model.safetensors ", AGAIN)
+    assert NAME not in run("models").stdout
+
+
+def test_a_file_that_is_smaller_than_was_said(run: Run, hub: Hub, repo: Path) -> None:
+    size = (repo / "model.safetensors").stat().st_size
+    hub.claims["model.safetensors"] = size + 5
+    said = f"the download broke off ({size:,} of {size + 5:,} bytes came)"
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: {said}", AGAIN)
+
+
+def test_what_is_packed_is_not_unpacked(run: Run, hub: Hub) -> None:
+    hub.packs = True
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub cannot be reached (what came is packed")
+
+
+def test_what_comes_with_a_file_says_nothing_of_its_place(run: Run, hub: Hub, home: Path) -> None:
+    """Commit and hash are those of the list."""
+    hub.headers = {"ETag": '"../../../outside"', "X-Repo-Commit": "../../../outside", "X-Linked-ETag": '"../outside"'}
+    for tells in (True, False):
+        hub.tells_hashes = tells
+        assert run("models", "pull", NAME).exit_code == 0
+        assert not any("outside" in name for name in everything(home.parent))
+        shutil.rmtree(home / "hub")
+
+
+def test_the_cache_is_as_other_tools_have_it(run: Run, hub: Hub, home: Path, repo: Path) -> None:
+    """Files are links to their bytes, which are named by their hash."""
+    from huggingface_hub import try_to_load_from_cache
+
+    assert run("models", "pull", NAME).exit_code == 0
+    cache = home / "hub/hub"
+    for path in (cache / "models--owner--tiny-llava/snapshots" / hub.commit).iterdir():
+        assert re.fullmatch(r"\.\./\.\./blobs/([0-9a-f]{40}|[0-9a-f]{64})", os.readlink(path))
+        assert path.read_bytes() == (repo / path.name).read_bytes()
+        assert try_to_load_from_cache(NAME, path.name, cache, "main") == str(path)
+
+
+@pytest.mark.parametrize("place", ["blobs", "snapshots", "refs", "snapshots/COMMIT", "refs/main"])
+def test_a_link_planted_in_the_cache_is_not_written_through(run: Run, hub: Hub, home: Path, place: str) -> None:
+    cache, outside = home / "hub/hub/models--owner--tiny-llava", home / "outside"
+    link = cache / place.replace("COMMIT", hub.commit)
+    link.parent.mkdir(parents=True)
+    outside.mkdir()
+    for name in ("config.json", "main", hub.commit):
+        (outside / name).write_text("mine")
+    link.symlink_to(outside / "main" if place == "refs/main" else outside)
+    before = everything(outside)
+    fails(run("models", "pull", NAME), 74, f"llava: {link}: is a link to {outside}")
+    assert everything(outside) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "part", "lock"])
+def test_a_link_in_the_place_of_a_file_is_not_written_through(
+    run: Run, hub: Hub, home: Path, repo: Path, kind: str
+) -> None:
+    """Of a file in the cache it is taken away, and what it leads to is left as it is."""
+    cache, blob = home / "hub/hub/models--owner--tiny-llava", hub_hash(repo / "config.json")
+    link = {
+        "file": cache / "snapshots" / hub.commit / "config.json",
+        "part": cache / "blobs" / f"{blob}.incomplete",
+        "lock": home / "hub/hub/.locks/models--owner--tiny-llava" / f"{blob}.lock",
+    }[kind]
+    link.parent.mkdir(parents=True)
+    (home / "secret").write_text("mine")
+    link.symlink_to(home / "secret")
+    done = run("models", "pull", NAME)
+    if kind == "file":
+        assert done.exit_code == 0
+    else:
+        fails(done, 74, f"llava: {link}: is a link to {home / 'secret'}")
+    assert (home / "secret").read_text() == "mine"
+
+
+def test_a_cache_on_another_disk(run: Run, hub: Hub, home: Path) -> None:
+    """The user may have linked a model's folder there."""
+    (home / "disk").mkdir()
+    (home / "hub/hub").mkdir(parents=True)
+    (home / "hub/hub/models--owner--tiny-llava").symlink_to(home / "disk")
+    assert run("models", "pull", NAME).exit_code == 0
+    assert run("models", "default").stdout == f"{NAME}\n"
 
 
 # ---------------------------------------------------------------- disks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Run
 
-from llava_cli.registry import ALIASES, builtin_folder, find
+from llava_cli import files, limits
+from llava_cli.registry import ALIASES, builtin_folder, find, remember
 
 
 def on_disk(cache: Path, repo: str, weights: str = "model.safetensors") -> Path:
@@ -118,6 +120,120 @@ def test_a_snapshot_without_its_weights_is_not_on_disk(run: Run, home: Path, mis
     )
     (snapshot / missing).touch()
     assert find("owner/name").folder == snapshot
+
+
+BAD_REFS = [
+    b"../../../outside",
+    b"/outside",
+    b"",
+    b".",
+    b"main",
+    b"0" * 39,
+    b"0" * 41,
+    b"0" * 63,
+    b"g" * 40,
+    b"A" * 40,
+    b"0" * 40 + b"/../../../../outside",
+    b"0" * 40 + b"\0",
+    b"0" * 40 + b"\n" + b"1" * 40,
+    b"\xd9\xa0" * 40,  # digits, but not git's
+    b"\xff\xfe",
+    b"0" * 1000,
+]
+
+
+@pytest.mark.parametrize("ref", BAD_REFS, ids=lambda ref: ascii(ref[:20]))
+def test_a_ref_that_names_no_commit(run: Run, home: Path, ref: bytes) -> None:
+    """It would be a part of the path that a model is loaded from."""
+    snapshot = on_disk(home / "hub/hub", "owner/name")
+    shutil.copytree(snapshot, home / "outside")
+    shutil.copytree(snapshot, home / "hub/hub/models--owner--name/outside")
+    path = home / "hub/hub/models--owner--name/refs/main"
+    path.write_bytes(ref)
+    for command in ("ask why? -m", "prompt why? -m", "models default", "models show"):
+        result = run(*command.split(), "owner/name")
+        assert (result.exit_code, result.stdout) == (69, "")
+        assert result.stderr == f"llava: owner/name: {path} names no commit\n  llava models pull owner/name\n"
+    (home / "data").mkdir()
+    (home / "data" / "pulled").write_text("owner/name\n")
+    assert rows(run)["owner/name"][2:4] == ["", "-"], "the list goes on"
+    assert run("models", "default").stdout == "builtin\n"
+
+
+@pytest.mark.parametrize("what", ["fifo", "folder", "endless", "link to an endless one"])
+def test_a_ref_that_is_no_file(run: Run, home: Path, what: str) -> None:
+    path = on_disk(home / "hub/hub", "owner/name").parent.parent / "refs" / "main"
+    path.unlink()
+    if what == "endless":
+        path.write_text("0" * 40)
+        os.truncate(path, 1 << 36)
+    elif what == "link to an endless one":
+        path.symlink_to("/dev/zero")
+    else:
+        {"fifo": os.mkfifo, "folder": os.mkdir}[what](path)
+    result = run("models", "default", "owner/name")
+    assert result.stderr == f"llava: owner/name: {path} names no commit\n  llava models pull owner/name\n"
+
+
+def test_commits_of_both_kinds(run: Run, home: Path) -> None:
+    snapshot = on_disk(home / "hub/hub", "owner/name")
+    assert len("0" * 40) < limits.COMMIT_BYTES
+    for commit in ("0123456789abcdef" * 4, "c0ffee" * 6 + "c0ff"):
+        snapshot = snapshot.rename(snapshot.with_name(commit))
+        (snapshot.parent.parent / "refs" / "main").write_text(f"{commit}\n")
+        assert find("owner/name").folder == snapshot
+
+
+INDEXES = {
+    "no names": '{"weight_map": {"a": 5, "b": null}}',
+    "lists": '{"weight_map": {"a": ["x"]}}',
+    "deep": '{"weight_map": ' + "[" * 100_000,
+    "no map": '{"weight_map": [1]}',
+    "number": "1",
+    "digits": '{"weight_map": {"a": ' + "1" * 5000 + "}}",
+    "too large": '{"weight_map": {"a": "' + "x" * 200_000 + '"}}',
+    "out": '{"weight_map": {"a": "../../../../outside"}}',
+}
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_an_index_that_is_odd_does_not_end_the_list(
+    run: Run, home: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "CONFIG_BYTES", 150_000)
+    snapshot = on_disk(home / "hub/hub", ALIASES["llava-1.5-7b"].repo, "other.safetensors")
+    (snapshot / "model.safetensors.index.json").write_text(INDEXES[kind])
+    assert rows(run)["llava-1.5-7b"][3] == ("-" if kind == "out" else "yes")
+
+
+def test_what_was_pulled_is_noted_for_its_owner_alone(home: Path) -> None:
+    for name in ("owner/one", "owner/two", "owner/one"):
+        remember(name)
+    path = home / "data" / "pulled"
+    assert path.read_text() == "owner/one\nowner/two\n"
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    (home / "secret").write_text("mine\n")
+    path.unlink()
+    path.symlink_to(home / "secret")
+    with pytest.raises(files.IsLink):
+        remember("owner/three")
+    assert (home / "secret").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\0", b"\x1b[2J/x\n\x07owner/name\n"])
+def test_a_list_of_what_was_pulled_that_is_odd(run: Run, home: Path, content: bytes) -> None:
+    (home / "data").mkdir()
+    (home / "data" / "pulled").write_bytes(content)
+    listed = run("models").stdout
+    assert all(line.replace("\t", "").isprintable() for line in listed.splitlines())
+
+
+def test_a_list_of_what_was_pulled_without_an_end(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SETTINGS_BYTES", 100_000)
+    (home / "data").mkdir()
+    (home / "data" / "pulled").touch()
+    os.truncate(home / "data" / "pulled", 1 << 36)
+    assert list(rows(run)) == ["builtin", *ALIASES]
 
 
 @pytest.mark.parametrize(

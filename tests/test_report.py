@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from conftest import Run, Shell
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from llava_cli.batch import files
+from llava_cli import files, limits
 from llava_cli.batch import report as room
 from llava_cli.batch.rows import to_line
 
@@ -449,7 +450,6 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path, run: Run, opened: Open) ->
         b'{"image": "a", "question": "b", "answer": null, "status": "ok"}',
         b'{"image": 1, "question": "b", "answer": "c", "status": "ok"}',
         b'{"image": "a", "question": "b", "answer": "c", "status": []}',
-        b"[" * 100_000,
         b'{"image": "a", "que',
     ],
 )
@@ -493,6 +493,83 @@ def test_what_cannot_be_read_or_written(tmp_path: Path, run: Run, monkeypatch: p
     assert done.stderr.splitlines()[0] == f"llava: {page}: no space left on device"
     assert page.read_text() == "what was there"
     assert not list(tmp_path.glob("*.new"))
+
+
+@pytest.mark.parametrize("target", ["real.html", "nowhere.html", "it's.html", "a\x1b[2J\nb.html"])
+@pytest.mark.parametrize("output", [None, "page.html"])
+def test_an_output_that_is_a_link_is_refused(
+    output: str | None, target: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the one that nobody has named, beside rows of anybody's; and nothing is written where it leads."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    source = write(folder / "out.jsonl", row("a"))
+    link = folder / (output or "out.html")
+    link.symlink_to(target)
+    (folder / "real.html").write_text("mine")
+    words = [] if output is None else ["-o", link]
+    done = run("report", source, *words)
+    assert (done.exit_code, done.stdout) == (73, "")
+    shown = target.encode("unicode_escape").decode() if not target.isprintable() else target
+    hint = f"-o {files.quoted(folder / target)} writes there"
+    assert done.stderr.splitlines() == [f"llava: {link}: is a link to {shown}", f"  {hint}"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["out.jsonl", link.name, "real.html"])
+    assert (folder / "real.html").read_text() == "mine"
+    assert run("report", source, "-o", folder / target).exit_code == 0
+    assert (folder / target).read_text("utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("what", ["link to a folder", "fifo", "folder", "loop"])
+def test_a_default_output_that_is_no_file(what: str, tmp_path: Path, run: Run) -> None:
+    source = write(tmp_path / "out.jsonl", row("a"))
+    page = tmp_path / "out.html"
+    if what in ("link to a folder", "loop"):
+        page.symlink_to("." if what != "loop" else "out.html")
+    else:
+        {"fifo": os.mkfifo, "folder": os.mkdir}[what](page)
+    before = sorted(tmp_path.rglob("*"))
+    done = run("report", source)
+    assert (done.exit_code, done.stdout, len(done.stderr.splitlines())) == (73, "", 2)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_page_keeps_who_may_read_it(tmp_path: Path, run: Run) -> None:
+    source = write(tmp_path / "out.jsonl", row("a"))
+    assert run("report", source).exit_code == 0
+    (tmp_path / "out.html").chmod(0o640)
+    assert run("report", source).exit_code == 0
+    assert (tmp_path / "out.html").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("x" * 60_000, "larger than 50,000 bytes"),
+        ([0] * 2000, "more than 1,000 values"),
+        (functools.reduce(lambda inner, _: [inner], range(limits.ROW_DEPTH), 0), "nested deeper than 64 levels"),
+    ],
+    ids=["bytes", "items", "depth"],
+)
+def test_rows_that_are_too_much(
+    value: Any, reason: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "ROW_BYTES", 50_000)
+    monkeypatch.setattr(limits, "ROW_ITEMS", 1000)
+    source = write(tmp_path / "out.jsonl", row("a"), row("b", x=value), row("c"))
+    done = run("report", source)
+    assert (done.exit_code, done.stdout) == (65, "")
+    assert done.stderr.splitlines()[0] == f"llava: {source}, line 2: {reason}"
+
+
+def test_rows_without_an_end(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many GB, of which no more is read than a line may have; and a FIFO that nobody writes into."""
+    monkeypatch.setattr(limits, "ROW_BYTES", 100_000)
+    source = write(tmp_path / "out.jsonl", row("a"))
+    os.truncate(source, 1 << 36)
+    assert run("report", source).stderr.startswith(f"llava: {source}, line 2: larger than 100,000 bytes\n")
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    done = run("report", tmp_path / "fifo.jsonl")
+    assert (done.exit_code, "not a regular file" in done.stderr) == (66, True)
 
 
 def test_the_page_goes_beside_the_rows(tmp_path: Path, run: Run) -> None:

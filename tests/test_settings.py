@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Run
+from faults import give_away
 
+from llava_cli import limits
 from llava_cli.errors import UsageError
 from llava_cli.settings import Settings, set_default_model
 
@@ -214,14 +217,122 @@ def test_setting_the_default_makes_the_file(home: Path, monkeypatch: pytest.Monk
     assert Settings.resolve().model == "ünï/côdé"
 
 
-def test_setting_the_default_writes_through_a_link(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many keep their config files in one folder and link to it."""
-    kept = home / "dotfiles.toml"
+@pytest.mark.parametrize("before", [0o600, 0o640, 0o644, 0o400])
+@pytest.mark.parametrize("mask", [0, 0o022, 0o077])
+def test_setting_the_default_keeps_who_may_read(mask: int, before: int, run: Run, configure: Configure) -> None:
+    """There may be a key in it."""
+    path = configure('api_key = "secret"\n')
+    path.chmod(before)
+    umask = os.umask(mask)
+    try:
+        assert run("models", "default", "builtin").exit_code == 0
+    finally:
+        os.umask(umask)
+    assert path.stat().st_mode & 0o777 == before
+    assert path.read_text() == 'api_key = "secret"\nmodel = "builtin"\n'
+
+
+@pytest.mark.parametrize("mask", [0, 0o022])
+def test_a_new_config_is_its_owners_alone(mask: int, run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_CONFIG", str(home / "new" / "config.toml"))
+    umask = os.umask(mask)
+    try:
+        assert run("models", "default", "builtin").exit_code == 0
+    finally:
+        os.umask(umask)
+    assert (home / "new" / "config.toml").stat().st_mode & 0o777 == 0o600
+    assert (home / "new").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_setting_the_default_writes_through_a_link_of_ones_own(
+    where: str, there: bool, run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many keep their config files in one folder and link to them, or to the folder."""
+    kept = home / "dotfiles" / "config.toml"
+    kept.parent.mkdir()
+    link = home / ("config.toml" if where == "file" else "link")
+    link.symlink_to(kept if where == "file" else "dotfiles")
+    monkeypatch.setenv("LLAVA_CONFIG", str(link if where == "file" else link / "config.toml"))
+    if there:
+        kept.write_text("seed = 1\n")
+        kept.chmod(0o600)
+    assert run("models", "default", "builtin").exit_code == 0
+    assert link.is_symlink()
+    assert kept.read_text() == ("seed = 1\n" if there else "") + 'model = "builtin"\n'
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(kept.parent) == ["config.toml"]
+
+
+@pytest.mark.parametrize("whose", ["link", "target"])
+def test_setting_the_default_writes_through_no_link_of_another_user(
+    whose: str, run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = home / "secret.toml"
     kept.write_text("seed = 1\n")
     (home / "config.toml").symlink_to(kept)
+    give_away(home / "config.toml" if whose == "link" else kept, monkeypatch)
+    result = run("models", "default", "builtin")
+    assert (result.exit_code, result.stdout) == (74, "")
+    assert result.stderr.splitlines() == [
+        f"llava: {home / 'config.toml'}: is a link to {kept}, which is another user's",
+        "  LLAVA_CONFIG=FILE names another file",
+    ]
+    assert kept.read_text() == "seed = 1\n"
+
+
+@pytest.mark.parametrize("planted", ["config.toml.new", ".config.toml.new"])
+def test_nothing_is_written_through_what_is_beside_the_config(planted: str, home: Path, configure: Configure) -> None:
+    configure("seed = 1\n")
+    (home / "secret").write_text("mine")
+    (home / planted).symlink_to("secret")
     set_default_model("new")
-    assert (home / "config.toml").is_symlink()
-    assert kept.read_text() == 'seed = 1\nmodel = "new"\n'
+    assert (home / "secret").read_text() == "mine"
+    assert (home / "config.toml").read_text() == 'seed = 1\nmodel = "new"\n'
+
+
+ODD = {
+    "depth": "stop = " + "[" * 5000,
+    "tables": "stop = " + '{"a" = ' * 5000,
+    "names": "a." * 5000 + "a = 1",
+    "twice": "[a]\nb = 1\n[a.b]\nc = 1",
+    "twice inside": "stop = {x = 1, x = 2}",
+    "digits": "seed = 0x" + "f" * 5000,
+    "more digits": 'system = "x"\nmodel = 0x' + "f" * 5000,
+    "digits in a list": "stop = [0x" + "f" * 5000 + "]",
+    "digits for a word": "fit = 0x" + "f" * 5000,
+    "digits for yes": "double_quant = 0x" + "f" * 5000,
+    "orders": '"\\u001b[2J\\n" = 1\n"\\u001b[2J\\n" = 2',
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_config_that_is_odd(kind: str, run: Run, configure: Configure) -> None:
+    """One line, whatever a parser makes of it."""
+    path = configure(ODD[kind])
+    result = run("ask", "why?")
+    assert (result.exit_code, result.stdout) == (2, "")
+    first, *hint = result.stderr.splitlines()
+    assert first.startswith(f"llava: {path}: ") and first.isprintable() and len(first) < 400
+    assert len(hint) <= 1
+
+
+def test_a_config_without_an_end(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many GB, of which no more is read than it may have."""
+    monkeypatch.setattr(limits, "SETTINGS_BYTES", 100_000)
+    (home / "config.toml").touch()
+    os.truncate(home / "config.toml", 1 << 36)
+    for path in (str(home / "config.toml"), "/dev/zero"):
+        monkeypatch.setenv("LLAVA_CONFIG", path)
+        result = run("ask", "why?")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == f"llava: {path}: larger than 100,000 bytes\n  mend or delete that file\n"
+
+
+def test_no_config_at_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_CONFIG", "/dev/null")
+    assert run("models", "default").stdout == "builtin\n"
 
 
 def test_the_config_is_in_the_users_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,16 +15,26 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava_cli.batch import files
+from llava_cli import files, limits, regular_files
+from llava_cli.batch.lines import bounded, is_too_long, parse
+from llava_cli.batch.roots import signature
 from llava_cli.batch.rows import is_whole, to_line
 from llava_cli.batch.tasks import Task, merged
+from llava_cli.bounded_json import Bounds, loads
 from llava_cli.errors import BadData, OutputError, OutputTaken
+from llava_cli.untrusted_text import one_line, printable
 
 SYNC_ROWS, SYNC_SECONDS = 64, 1.0
+_PIECE = 1 << 20
+_SIGNED = "signed"
+"""What is said of the run's root in its settings, and is not one of them."""
+_CHANGES = 20
+"""Of settings, that are told of: more than there are, but not than a damaged file may have."""
 See = Callable[[Task, dict[str, Any]], None]
 
 
@@ -33,15 +43,15 @@ class Journal:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        real = os.path.realpath(output)  # who comes by a link, too, has to find the lock
-        self.folder = Path(real + ".run")
+        self.folder = Path(f"{output}.run")
         self.done = 0
         """How many rows are written."""
         self.total = 0
         """How many there will be."""
         self.again = array("q")
         """The numbers of rows that are to be answered once more."""
-        self._manifest = self.folder / "manifest"
+        self._name = printable(str(output))
+        self._manifest, self._settings = self.folder / "manifest", self.folder / "settings.json"
         self._lock = self._file = -1
         self._size, self._unsynced, self._synced = 0, 0, time.monotonic()
 
@@ -49,17 +59,29 @@ class Journal:
         """Takes the output for this process. Raises `OutputTaken` where another one has it, or nobody can write it."""
         try:
             if self.output.exists() and not self.output.is_file():
-                raise OutputTaken(str(self.output), "not a regular file", "without -o rows go to stdout")
-            self.folder.mkdir(exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+                raise OutputTaken(self._name, "not a regular file", "without -o rows go to stdout")
+            files.refuse_link(self.output)
+            files.make_folder(self.folder, parents=False)
+            self._lock = files.open_for_writing(self.folder / "lock", os.O_RDWR, files.SHARED)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file = os.open(self.output, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            for path in (self._manifest, self._settings):
+                files.refuse_irregular(path)
+            files.clear(self.folder)
+            files.clear(self.output.parent, self.output.name)
+            self._file = files.open_for_writing(self.output, os.O_RDWR | os.O_APPEND, files.SHARED)
         except BlockingIOError:
             raise OutputTaken(
-                str(self.output), "another run is writing it", "wait for it, or give another file to -o"
+                self._name, "another run is writing it", "wait for it, or give another file to -o"
             ) from None
         except OSError as error:
-            raise OutputTaken(str(self.output), (error.strerror or str(error)).lower()) from None
+            raise self._taken(error) from None
+
+    def _taken(self, error: OSError) -> OutputTaken:
+        hint = "give another file to -o"
+        if isinstance(error, files.IsLink) and error.filename == str(self.output):
+            hint = f"-o {files.quoted(error.target)} writes there"
+        reason = printable(error.strerror or str(error))
+        return OutputTaken(printable(str(error.filename or self.output)), reason[:1].lower() + reason[1:], hint)
 
     def close(self) -> None:
         """Brings what was written to the disk and lets others have the output."""
@@ -79,20 +101,20 @@ class Journal:
         Raises `BadData` where the output is not this run's, or other settings made it. With `extend` the added ones
         are taken in.
         """
-        path = self.folder / "settings.json"
-        if not path.exists() or not self._manifest.exists() or not self._manifest.stat().st_size:
+        if not self._settings.exists() or not self._manifest.exists() or not self._manifest.stat().st_size:
             if os.fstat(self._file).st_size:
                 reason = "it has rows already, and no folder .run beside it that says what made them"
-                raise BadData(str(self.output), reason, "give another file to -o")
+                raise BadData(self._name, reason, "give another file to -o")
+            settings = {**settings, _SIGNED: signature(self.output, str(settings.get("root")))}
             # What is no UTF-8 in it becomes an escape of JSON's.
             text = json.dumps(settings, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
             with self._writing():
                 files.put(self._manifest, (line for line, _ in merged((), tasks)))
-                files.put(path, [text + b"\n"])
+                files.put(self._settings, [text + b"\n"])
                 files.sync_folder(self.folder.parent)
             self.total = _count(self._manifest)
             return 0, 0
-        self._compare(_settings(path), json.loads(json.dumps(settings)))
+        self._compare(_settings(self._settings), json.loads(json.dumps(settings)))
         before, kept, after = _count(self._manifest), 0, 0
 
         def counted() -> Iterator[bytes]:
@@ -117,43 +139,51 @@ class Journal:
         Raises `BadData` for other damage; with `repair` such rows are answered again, with `retry` those with errors.
         """
         size = os.fstat(self._file).st_size
-        end, damaged = 0, bytearray()
-        with open(self.output, "rb") as rows, open(self._manifest, "rb") as manifest:
-            for number, line in enumerate(rows):
+        end, damaged = 0, array("q")
+        with _open(self.output) as rows, _open(self._manifest) as manifest:
+            tasks = bounded(manifest)
+            for number, line in enumerate(bounded(rows)):
+                if is_too_long(line):
+                    reason = f"longer than {limits.ROW_BYTES:,} bytes"
+                    raise BadData(f"{self._name}, line {number + 1}", reason, "give another file to -o")
                 if not line.endswith(b"\n"):
                     break
-                task = next(manifest, None)
+                task = next(tasks, None)
                 row = _row(line, Task.from_line(task)) if task else None
                 if row is None and not repair:
                     hint = "--repair keeps that line aside and answers again" if task else "give another file to -o"
                     reason = "damaged, or not about what it should be" if task else "more rows than tasks"
-                    raise BadData(f"{self.output}, line {number + 1}", reason, hint)
+                    raise BadData(f"{self._name}, line {number + 1}", reason, hint)
                 if task is None:
                     break
-                self.done, end = number + 1, end + len(line)
-                damaged += b"" if row else line
+                begin, end = end, end + len(line)
+                self.done = number + 1
+                if row is None and damaged and damaged[-1] == begin:
+                    damaged[-1] = end
+                elif row is None:
+                    damaged.extend((begin, end))
                 if row is None or (retry and row["status"] == "error"):
                     self.again.append(number)
                 else:
                     see(Task.from_line(task), row)
         with self._writing():
             if damaged or end < size:
-                self._keep(bytes(damaged) + os.pread(self._file, size - end, end))
+                self._keep([*zip(damaged[::2], damaged[1::2], strict=True), (end, size)])
             if end < size:
                 files.cut(self._file, end)
         self._size = end
 
     def tasks(self) -> Iterator[Task]:
         """Those that have no row yet."""
-        with open(self._manifest, "rb") as lines:
-            yield from map(Task.from_line, islice(lines, self.done, None))
+        with _open(self._manifest) as file:
+            yield from map(Task.from_line, islice(bounded(file), self.done, None))
 
     def tasks_again(self) -> Iterator[Task]:
         """Those whose rows are to be replaced."""
-        with open(self._manifest, "rb") as lines:
+        with _open(self._manifest) as file:
             wanted = iter(self.again)
             number = next(wanted, None)
-            for at, line in enumerate(lines):
+            for at, line in enumerate(bounded(file)):
                 if number is None:
                     return
                 if at == number:
@@ -182,8 +212,8 @@ class Journal:
 
         def lines() -> Iterator[bytes]:
             number = next(wanted, None)
-            with open(self.output, "rb") as old:
-                for at, line in enumerate(old):
+            with _open(self.output) as file:
+                for at, line in enumerate(bounded(file)):
                     if at == number:
                         row = next(rows, None)
                         if row is None:  # stopped: what is left stays as it is
@@ -198,7 +228,7 @@ class Journal:
 
         with self._writing():
             files.put(self.output, lines())
-            before, self._file = self._file, os.open(self.output, os.O_RDWR | os.O_APPEND)
+            before, self._file = self._file, files.open_existing(self.output, os.O_RDWR | os.O_APPEND)
             os.close(before)
             self._size = os.fstat(self._file).st_size
 
@@ -206,22 +236,25 @@ class Journal:
         """Raises `OutputTaken` where the file is not what this run has made of it."""
         ours = os.fstat(self._file)
         with self._writing():
-            there = self.output.exists() and os.path.samestat(os.stat(self.output), ours)
+            there = os.path.lexists(self.output) and os.path.samestat(os.lstat(self.output), ours)
         if not there or ours.st_size != self._size:
-            raise OutputTaken(str(self.output), "somebody else has written to it, or taken it away")
+            raise OutputTaken(self._name, "somebody else has written to it, or taken it away")
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        names = [name for name in {**now, **before} if before.get(name) != now.get(name) and name != _SIGNED]
         if names:
-            changes = "; ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in names)
-            raise BadData(str(self.output), f"other settings made its rows: {changes}", "give another file to -o")
+            changes = (f"{one_line(name)} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in names)
+            more = f"; and {len(names) - _CHANGES:,} more" if len(names) > _CHANGES else ""
+            reason = f"other settings made its rows: {'; '.join(islice(changes, _CHANGES))}{more}"
+            raise BadData(self._name, reason, "give another file to -o")
 
-    def _keep(self, data: bytes) -> None:
-        """Puts what is taken out of the output in a file of its own."""
+    def _keep(self, spans: list[tuple[int, int]]) -> None:
+        """Puts what is taken out of the output, from and to which bytes, in a file of its own."""
         number = 1
-        while (torn := self.folder / f"torn-{number}").exists():
+        while os.path.lexists(torn := self.folder / f"torn-{number}"):
             number += 1
-        files.put(torn, [data])
+        starts = ((at, min(at + _PIECE, end)) for begin, end in spans for at in range(begin, end, _PIECE))
+        files.put(torn, (os.pread(self._file, end - begin, begin) for begin, end in starts))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -230,39 +263,45 @@ class Journal:
             yield
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise OutputError(str(self.output), reason, "the same command goes on") from None
+            raise OutputError(self._name, reason, "the same command goes on") from None
 
 
 def _row(line: bytes, task: Task) -> dict[str, Any] | None:
     """A line's row; None where it is none, or about something else."""
     try:
-        row = json.loads(line)
+        row = parse(line)
         same = (row["image"], row["question"], row.get("id")) == task.key and is_whole(row)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None
     return row if same else None
 
 
 def _settings(path: Path) -> dict[str, Any]:
+    bounds = Bounds(limits.SETTINGS_BYTES, limits.ROW_DEPTH, limits.ROW_ITEMS)
     try:
-        settings = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        with _open(path) as file:
+            settings = loads(file.read(bounds.bytes + 1), bounds)
+    except ValueError:
         settings = None
     if not isinstance(settings, dict):
-        raise BadData(str(path), "damaged", "give another file to -o")
+        raise BadData(printable(str(path)), "damaged", "give another file to -o")
     return settings
 
 
+def _open(path: Path) -> BufferedReader:
+    return regular_files.open_regular(path, follow=False)
+
+
 def _lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        yield from file
+    with _open(path) as file:
+        yield from bounded(file)
 
 
 def _count(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    with _open(path) as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_PIECE), b""))
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = printable(json.dumps(value, ensure_ascii=False)[:61])
     return text if len(text) <= 60 else text[:57] + "…"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
-from llava_cli.errors import BadImage, InputMissing, LlavaError, printable
-from llava_cli.images import is_url
-from llava_cli.sandbox import Crash, Sandboxes
+from llava_cli.errors import BadImage, InputMissing, LlavaError
+from llava_cli.images import is_url, read
+from llava_cli.sandbox.pictures import Crash, Sandboxes
+from llava_cli.untrusted_text import printable
 
 ATTEMPTS = 2
 AHEAD = 4
@@ -21,16 +22,23 @@ AHEAD = 4
 
 
 class Opener:
-    """`root` is where relative paths begin; `urls` are opened only where that is allowed.
+    """`locate` gives the full path of a picture, or raises where it may not be opened; URLs are opened only if allowed.
 
     With `shrink` pictures come no larger than that many pixels a side.
     """
 
     def __init__(
-        self, root: str = "", allow_truncated: bool = False, allow_urls: bool = False, shrink: int | None = None
+        self,
+        locate: Callable[[str], str] = os.path.abspath,
+        allow_truncated: bool = False,
+        allow_urls: bool = False,
+        shrink: int | None = None,
     ) -> None:
-        self.root, self.allow_urls = root, allow_urls
-        self._options: dict[str, Any] = {"allow_truncated": allow_truncated, "public": True, "shrink": shrink}
+        self.allow_urls = allow_urls
+        self.refused: LlavaError | None = None
+        """What `locate` said last."""
+        self._locate = locate
+        self._options: dict[str, Any] = {"allow_truncated": allow_truncated, "shrink": shrink}
         self._sandboxes = Sandboxes()
         self._count = len(self._sandboxes.all)
         self._threads = ThreadPoolExecutor(self._count)
@@ -55,15 +63,25 @@ class Opener:
                 return InputMissing(printable(image), "URLs in a list are not fetched", "--allow-urls fetches them")
             path = image
         else:
-            path = os.path.join(self.root, image)
-            path = f"./{path}" if path == "-" else path  # a file of that name: stdin is no picture here
+            try:
+                path = self._locate(image)
+            except LlavaError as error:
+                self.refused = error
+                return error
         for _ in range(ATTEMPTS):
-            found = self._sandboxes.open(path, **self._options)
+            found = self._decoded(path)
             if isinstance(found, Picture):
                 return replace(found, name=image)
             if self._closed or not isinstance(found, (InputMissing, Crash)):
                 break
         return BadImage(printable(path), found.reason) if isinstance(found, Crash) else found
+
+    def _decoded(self, path: str) -> Picture | LlavaError:
+        try:
+            data = read(path, public=True, follow=False)  # `locate` has resolved it: a link is there since
+        except LlavaError as error:
+            return error
+        return self._sandboxes.open(path, data, **self._options)
 
     def close(self) -> None:
         """Ends the processes, whatever they are at."""

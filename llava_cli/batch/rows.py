@@ -13,12 +13,12 @@ from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
 from llava_cli.engine import Answer
 from llava_cli.errors import LlavaError
+from llava_cli.untrusted_text import for_json_line
 
 _KEYS = ("image", "question", "answer", "status", "error", "model", "finish_reason", "answer_tokens", "sha256")
-
-# Left as they are, a terminal would obey some of these, and some readers of lines take others for an end.
-_NOT_PLAIN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_REPEATED = re.compile(r"(?<!\S)(\S.{0,150}?\s)\1{3,}|(\S)\2{30,}", re.DOTALL)
+_LONGEST = 152
+"""Characters of words that are looked for four times in a row."""
+_SAME = re.compile(r"(\S)\1{30}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def is_whole(row: dict[str, Any]) -> bool:
 
 def to_line(row: dict[str, Any], ascii_only: bool = False) -> bytes:
     """A row as its line: UTF-8, with what is not plain text escaped."""
-    text = json.dumps(row, ensure_ascii=ascii_only)
-    return (_NOT_PLAIN.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n").encode()
+    return (for_json_line(json.dumps(row, ensure_ascii=ascii_only)) + "\n").encode()
 
 
 def suspicious(answer: Answer, question: str) -> list[str]:
@@ -93,11 +92,47 @@ def suspicious(answer: Answer, question: str) -> list[str]:
     text = answer.text
     found = {
         "empty": not text.strip(),
-        "repeated": bool(_REPEATED.search(text[-4000:] + " ")),
+        "repeated": _is_repeated(text[-4000:] + " "),
         "cut_off": answer.finish_reason == "length",
         "echoes_prompt": (len(question) > 7 and _plain(question) in _plain(text)) or "ASSISTANT:" in text,
     }
     return [name for name, there in found.items() if there]
+
+
+def _is_repeated(text: str) -> bool:
+    """Whether some words stand there four times in a row, or a sign 31 times.
+
+    Four equal blocks in a row cover two of them that begin at a multiple of twice their length, wherever the first one
+    begins: only there a run is looked for. A regular expression would try every length at every word.
+    """
+    if _SAME.search(text):
+        return True
+    words = re.findall(r"\S+\s+", text)
+    codes: dict[str, int] = {}
+    signs = "".join(chr(codes.setdefault(word, len(codes))) for word in words)
+    for length in range(1, _LONGEST // 2 + 1):
+        at = 0
+        while (end := at + 2 * length) <= len(signs):
+            if signs[at : at + length] == signs[at + length : end]:
+                begin, end = _run(signs, at, length)
+                # The last word of all may have more space behind it.
+                follows = end < len(words) and words[end].startswith(words[end - length])
+                if end - begin + follows >= 4 * length and sum(map(len, words[begin : begin + length])) <= _LONGEST:
+                    return True
+                at = end - length + 1
+            else:
+                at = end
+    return False
+
+
+def _run(signs: str, at: int, length: int) -> tuple[int, int]:
+    """From where to where blocks of a length repeat, around two equal ones that begin at `at`."""
+    begin, end = at, at + 2 * length
+    while begin and signs[begin - 1] == signs[begin - 1 + length]:
+        begin -= 1
+    while end < len(signs) and signs[end] == signs[end - length]:
+        end += 1
+    return begin, end
 
 
 def is_right(text: str, expected: str | tuple[str, ...]) -> bool:

@@ -20,9 +20,10 @@ from llava_cli.batch.runner import answered, conversation_of, sampling_of
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import STDIN, Source, Task, distinct
 from llava_cli.engine import Engine
-from llava_cli.errors import InputMissing, LlavaError, printable
+from llava_cli.errors import InputMissing, LlavaError
 from llava_cli.loader import identify, open_engine
 from llava_cli.settings import Settings
+from llava_cli.untrusted_text import printable
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def run(job: Job) -> int:
             _begin(job, journal, tally)
             if journal.done == journal.total and not journal.again and not job.verify:
                 return _end(job, tally, stopping, "nothing left to do")
-        opener = Opener(job.source.folder, job.allow_truncated, job.allow_urls)
+        opener = Opener(job.source.locate, job.allow_truncated, job.allow_urls)
         stack.callback(opener.close)
         with render.spinner("loading the model", job.quiet):
             engine = open_engine(job.settings, render.note)
@@ -64,6 +65,8 @@ def run(job: Job) -> int:
         speed = _answer(job, journal, tally, engine, opener, stopping)
         if job.verify and not stopping.signal:
             _verify(job, tally, engine, opener, stopping)
+        if opener.refused and not job.quiet:
+            render.note(f"{opener.refused}; {opener.refused.hint}")
     return _end(job, tally, stopping, speed)
 
 

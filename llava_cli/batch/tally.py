@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 from llava_cli.batch.tasks import Task
+from llava_cli.untrusted_text import one_line
 
 
 @dataclass
@@ -50,9 +51,14 @@ class Tally:
         """One line."""
         parts = [f"{self.rows} rows", f"{self.failed} failed"]
         if self.errors:
-            parts[1] += f" ({', '.join(f'{name} {n}' for name, n in self.errors.most_common())})"
+            parts[1] += f" ({_most(self.errors)})"
         if self.judged:
             parts.append(f"{self.right} of {self.judged} right, {self.right / self.judged:.2%}")
         if self.flags:
-            parts.append("flagged: " + ", ".join(f"{name} {n}" for name, n in self.flags.most_common()))
+            parts.append(f"flagged: {_most(self.flags)}")
         return " · ".join(parts)
+
+
+def _most(found: Counter[str]) -> str:
+    """The most frequent, and all that we know of. A file of rows may have any others."""
+    return ", ".join(f"{one_line(name)} {count}" for name, count in found.most_common(12))

@@ -12,11 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from llava_cli.errors import BadData, InputMissing, OutputError, UsageError, printable
+from llava_cli import limits
+from llava_cli.batch.lines import bounded, is_too_long, parse
+from llava_cli.batch.roots import is_below, resolved, resolved_below
+from llava_cli.bounded_json import TooMuch
+from llava_cli.errors import BadData, InputMissing, OutputError, UsageError
 from llava_cli.images import SUFFIXES
+from llava_cli.untrusted_text import printable
 
 STDIN = "-"
 _USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
@@ -46,12 +52,16 @@ class Task:
     def from_line(cls, line: bytes) -> Task:
         """Raises `BadData` for what is no line of a manifest."""
         try:
-            values = json.loads(line)
+            values = parse(line)
             if isinstance(values.get("answer"), list):
                 values["answer"] = tuple(values["answer"])
-            return cls(**values)
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise BadData("manifest", "damaged", "give another file to -o") from None
+            task = cls(**values)
+            values = [(field, getattr(task, field.name)) for field in fields(cls)]
+            if all(value is field.default or _FITS[field.name](value) for field, value in values):
+                return task
+        except (ValueError, TypeError, AttributeError):
+            pass
+        raise BadData("manifest", "damaged", "give another file to -o")
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,8 @@ class Source:
 
     `name` is a folder, a file of paths, a questions `.jsonl` or "-"; `questions` are asked about each picture,
     in a questions file about those that have none of their own. `include` are patterns of file names in a folder;
-    `null` says that paths end in NUL; `root` is where relative paths begin (None: by the kind of source).
+    `null` says that paths end in NUL; `root` is where relative paths begin (None: by the kind of source), and for a
+    questions file also what all of its pictures are below.
     """
 
     name: str
@@ -69,7 +80,7 @@ class Source:
     null: bool = False
     root: str | None = None
 
-    @property
+    @cached_property
     def is_folder(self) -> bool:
         return self.name != STDIN and os.path.isdir(self.name)
 
@@ -85,6 +96,24 @@ class Source:
         if self.is_folder:
             return self.name
         return os.path.dirname(self.name) if self.is_questions else ""
+
+    def locate(self, image: str) -> str:
+        """Where the path of a task's picture leads. Raises `InputMissing` for one that its source may not name.
+
+        Whoever wrote a questions file is often a stranger: what it names is below its folder, or the one that the user
+        names, wherever links lead. In a folder of pictures links to files are followed, as other programs do it. The
+        paths of a list are the user's own.
+        """
+        path = os.path.join(self.folder, image)
+        found: str | None = resolved(path)
+        if self.is_questions:
+            found = resolved_below(path, self.folder)
+        elif self.is_folder and not is_below(os.path.abspath(path), os.path.abspath(self.folder)):
+            found = None  # a manifest says so, no folder
+        if found is None:
+            reason = f"is outside {printable(self.folder or '.')}"
+            raise InputMissing(printable(image), reason, "--root FOLDER names another root")
+        return found
 
     def check(self) -> None:
         """Raises what would go wrong, before anything is loaded or written."""
@@ -111,26 +140,31 @@ class Source:
 
     def _listed(self) -> Iterator[str]:
         with _opened(self.name) as file:
-            for line in _split(file, b"\0" if self.null else b"\n"):
-                if path := line if self.null else line.rstrip(b"\r"):
+            for path in _split(file, b"\0" if self.null else b"\n"):
+                if is_too_long(path):
+                    reason = f"a path in it is longer than {limits.ROW_BYTES:,} bytes"
+                    raise BadData(printable(self.name), reason, "-0 says that paths end in NUL")
+                if path := path if self.null else path.rstrip(b"\r"):
                     yield os.fsdecode(path)
 
     def _asked(self) -> Iterator[Task]:
         with _opened(self.name) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(bounded(file), 1):
                 if line.strip():
                     yield from self._row(line, f"{printable(self.name)}, line {number}")
 
     def _row(self, line: bytes, where: str) -> Iterator[Task]:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse(line)
+        except TooMuch as error:
+            raise BadData(where, str(error), _EXAMPLE) from None
+        except ValueError:
             raise BadData(where, "not JSON", _EXAMPLE) from None
         if not isinstance(row, dict):
             raise BadData(where, "not a JSON object", _EXAMPLE)
         known = {field.name: row[field.name] for field in fields(Task) if row.get(field.name) is not None}
         known["answer"] = _gold(known.get("answer"))
-        wrong = [name for name, value in known.items() if value is not None and not _FIT[name](value)]
+        wrong = [name for name, value in known.items() if value is not None and not _is_fit(name, value)]
         if wrong or "image" not in known:
             name = wrong[0] if wrong else "image"
             raise BadData(where, f"{name!r} is {'not what it should be' if wrong else 'missing'}", _EXAMPLE)
@@ -141,20 +175,21 @@ class Source:
             yield Task(question=question, **known)
 
 
-def _is_text(value: Any) -> bool:
-    """Whether it is a text that has a UTF-8 form: JSON can write halves of characters."""
-    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
-
-
 _EXAMPLE = '{"image": "a.jpg", "question": "what is this?"}'
-_FIT: dict[str, Callable[[Any], bool]] = {
-    "image": lambda value: _is_text(value) and value != "" and "\0" not in value,
-    "question": lambda value: _is_text(value) and value.strip() != "",
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "image": lambda value: isinstance(value, str) and value != "" and "\0" not in value,
+    "question": lambda value: isinstance(value, str) and value.strip() != "",
     "id": lambda value: isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)),
-    "system": lambda value: _is_text(value),
+    "system": lambda value: isinstance(value, str),
     "max_tokens": lambda value: type(value) is int and 1 <= value <= 1_000_000,
-    "answer": lambda value: isinstance(value, (str, tuple)),
+    "answer": lambda value: isinstance(value, (str, tuple)) and all(isinstance(one, str) for one in value),
 }
+
+
+def _is_fit(name: str, value: Any) -> bool:
+    """Whether a value of a questions file is one for its field; texts have a UTF-8 form, unlike names of files."""
+    is_text = name in ("image", "question", "system")
+    return _FITS[name](value) and not (is_text and value != value.encode("utf-8", "ignore").decode())
 
 
 def _gold(value: Any) -> Any:
@@ -174,21 +209,25 @@ def _opened(name: str) -> AbstractContextManager[IO[bytes]]:
 
 
 def _split(file: IO[bytes], end: bytes) -> Iterator[bytes]:
-    """What stands between the ends, without them, as soon as it is there."""
-    rest = b""
+    """What stands between the ends, without them, as soon as it is there. What is too long is the last, in part."""
+    rest = bytearray()
     read = getattr(file, "read1", file.read)
-    while chunk := read(65_536):
-        *whole, rest = (rest + chunk).split(end)
-        yield from whole
+    while (chunk := read(65_536)) and not is_too_long(rest):
+        first, *more = chunk.split(end)
+        rest += first
+        if more:
+            yield bytes(rest)
+            yield from more[:-1]
+            rest = bytearray(more[-1])
     if rest:
-        yield rest
+        yield bytes(rest)
 
 
 def walk(folder: str, include: Sequence[str] = ()) -> Iterator[str]:
     """The pictures in a folder and those below it, as paths from it; in no order.
 
-    Hidden names are skipped and links to folders not followed. What is a picture is told by `include`, patterns
-    of names or paths, else by its ending.
+    Hidden names are skipped. Links to files are followed, those to folders are not. What is a picture is told by
+    `include`, patterns of names or paths, else by its ending.
     """
     folders = [""]
     while folders:

@@ -17,9 +17,10 @@ from llava_cli.chat.export import export, save
 from llava_cli.chat.session import Chat
 from llava_cli.conversation import Picture
 from llava_cli.engine import Chunk
-from llava_cli.errors import UsageError, printable
+from llava_cli.errors import UsageError
 from llava_cli.images import SUFFIXES, open_picture
 from llava_cli.settings import Sampling
+from llava_cli.untrusted_text import printable
 
 Result = str | Generator[Chunk, None, None] | None
 """Lines to print, an answer to show, or nothing where a note says it all."""

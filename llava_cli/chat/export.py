@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from llava_cli import files
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.errors import OutputError, UsageError, brief, printable
+from llava_cli.errors import OutputError, UsageError, brief
+from llava_cli.untrusted_text import one_line, printable
 
 
 def save(conversation: Conversation, model: str, path: Path) -> None:
@@ -21,16 +25,18 @@ def save(conversation: Conversation, model: str, path: Path) -> None:
 def export(conversation: Conversation, model: str, path: Path) -> None:
     """Writes Markdown, and the pictures into a new folder beside it. Raises as `write_new` does."""
     folder = path.parent / f"{path.stem}_pictures"
-    files = {picture.sha256: _file_name(n, picture) for n, picture in enumerate(conversation.pictures, 1)}
-    links = {sha256: f"{quote(folder.name)}/{name}" for sha256, name in files.items()}
-    if files and folder.exists():
+    pictures = {picture.sha256: picture for picture in conversation.pictures}
+    names = {sha256: _file_name(n, picture) for n, (sha256, picture) in enumerate(pictures.items(), 1)}
+    links = {sha256: f"{quote(folder.name)}/{name}" for sha256, name in names.items()}
+    if names and os.path.lexists(folder):
         raise UsageError(printable(str(folder)), "is there already", "choose another name, or move it")
     write_new(path, as_markdown(conversation, model, links))
     with _writing(folder):
-        if files:
-            folder.mkdir()
-        for picture in conversation.pictures:
-            picture.image.save(folder / files[picture.sha256], "PNG")
+        if names:
+            files.make_new_folder(folder)
+        for sha256, picture in pictures.items():
+            picture.image.save(data := io.BytesIO(), "PNG")
+            files.put_new(folder / names[sha256], data.getvalue())
 
 
 def as_text(conversation: Conversation) -> str:
@@ -63,7 +69,7 @@ def as_json(conversation: Conversation, model: str) -> str:
 
 def as_markdown(conversation: Conversation, model: str, links: dict[str, str]) -> str:
     """`links` has each picture's file by its SHA-256."""
-    parts = [f"# A chat with {model}"]
+    parts = [f"# A chat with {_escaped(one_line(model))}"]
     for turn in conversation.turns:
         parts += [f"![{_escaped(picture.name)}]({links[picture.sha256]})" for picture in turn.pictures]
         parts.append(_quoted(turn.question))
@@ -73,8 +79,8 @@ def as_markdown(conversation: Conversation, model: str, links: dict[str, str]) -
 
 def write_new(path: Path, text: str) -> None:
     """Raises `UsageError` where the file is there already, `OutputError` where it cannot be written."""
-    with _writing(path), path.open("x", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    with _writing(path):
+        files.put_new(path, text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager

@@ -15,10 +15,13 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
+from llava_cli import files
 from llava_cli.chat.commands import COMMANDS
 from llava_cli.chat.repl import Read
+from llava_cli.errors import OutputError
 from llava_cli.images import SUFFIXES
 from llava_cli.settings import Sampling
+from llava_cli.untrusted_text import printable
 
 
 class Words(Completer):
@@ -48,7 +51,10 @@ def _folder_or_picture(path: str) -> bool:
 
 
 def keyboard(history: Path | None) -> Read:
-    """Reads with editing, completion and history; Alt-Enter begins a new line. None: no history is kept."""
+    """Reads with editing, completion and history; Alt-Enter begins a new line. None: no history is kept.
+
+    Raises `OutputError` where it cannot be.
+    """
     keys = KeyBindings()
 
     @keys.add("escape", "enter")
@@ -57,7 +63,10 @@ def keyboard(history: Path | None) -> Read:
 
     kept: History = InMemoryHistory()
     if history:
-        os.close(os.open(history, os.O_WRONLY | os.O_CREAT, 0o600))  # what is typed is its owner's alone
+        try:
+            files.make_own_file(history)  # in a folder that is its owner's alone
+        except OSError as error:
+            raise OutputError(str(history), printable(str(error.strerror)), "--no-save keeps nothing") from None
         kept = FileHistory(history)
     # Where stdout goes to a file, the person is on the other stream.
     output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)

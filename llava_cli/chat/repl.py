@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
-from llava_cli import render
+from llava_cli import limits, render
 from llava_cli.chat.commands import Leave, obey, unattached
 from llava_cli.chat.session import Chat
-from llava_cli.errors import LlavaError
+from llava_cli.errors import BadData, LlavaError
 
 Read = Callable[[], str]
 """Gives the next line. Raises `EOFError` at the end, and `KeyboardInterrupt` for Ctrl-C where nothing is typed."""
@@ -70,6 +70,9 @@ def turn(chat: Chat, line: str, quiet: bool = False, stats: bool = False) -> Non
 
 
 def piped_lines() -> Iterator[str]:
-    """The lines of stdin."""
-    for line in sys.stdin.buffer if sys.stdin else ():
+    """The lines of stdin. Raises `BadData` for one that no model could read."""
+    most = limits.TEXT_CHARACTERS
+    while line := sys.stdin.buffer.readline(most + 1) if sys.stdin else b"":
+        if len(line) > most:
+            raise BadData("stdin", f"a line of more than {most:,} bytes")
         yield line.decode("utf-8", "surrogateescape")  # a path may be no text

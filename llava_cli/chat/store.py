@@ -6,6 +6,7 @@ path to come back to (stdin, a URL) are kept as PNG files beside the database.
 
 from __future__ import annotations
 
+import io
 import os
 import sqlite3
 import time
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from llava_cli import files
 from llava_cli.conversation import Conversation, Picture, Turn
-from llava_cli.errors import InputMissing, LlavaError, OutputError, UsageError, brief, printable
+from llava_cli.errors import InputMissing, LlavaError, OutputError, UsageError, brief
 from llava_cli.images import is_url, open_picture
-from llava_cli.registry import is_folder
+from llava_cli.registry import data_folder, is_folder
+from llava_cli.untrusted_text import printable
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS chats (
@@ -67,15 +70,6 @@ class Said:
     answer: str
 
 
-def data_folder() -> Path:
-    """Where chats are kept: `LLAVA_DATA` or the user's data folder."""
-    if named := os.environ.get("LLAVA_DATA"):
-        return Path(named)
-    from platformdirs import user_data_path
-
-    return user_data_path("llava")
-
-
 class Store:
     """The chats of one user. Raises `OutputError` where the file cannot be used."""
 
@@ -83,8 +77,11 @@ class Store:
         self.folder = folder or data_folder()
         self.file = self.folder / "chats.db"
         with self._errors():
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600))
+            # Also for SQLite's own files beside it, which it opens wherever a link of their name leads.
+            files.make_own_folder(self.folder)
+            for ending in ("-journal", "-wal", "-shm"):
+                files.refuse_irregular(f"{self.file}{ending}")
+            files.make_own_file(self.file)
             self._db = sqlite3.connect(self.file, timeout=10)
             self._db.create_function("fold", 1, str.casefold, deterministic=True)
             self._db.execute("PRAGMA foreign_keys = ON")
@@ -190,11 +187,10 @@ class Store:
         if picture.name != "-" and not is_url(picture.name):
             return os.path.abspath(picture.name)
         file = self._pictures_folder() / f"{picture.sha256}.png"
-        if not file.exists():
-            file.parent.mkdir(mode=0o700, exist_ok=True)
-            new = file.with_suffix(".new")
-            picture.image.save(new, "PNG")
-            new.replace(file)
+        files.make_folder(file.parent, 0o700)
+        if not files.refuse_irregular(file):
+            picture.image.save(data := io.BytesIO(), "PNG")
+            files.put(file, [data.getvalue()], files.SECRET)
         return str(file)
 
     def _open(self, chat: int, name: str, place: bytes, sha256: str) -> Picture:
@@ -229,4 +225,5 @@ class Store:
             yield
         except (sqlite3.Error, OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or brief(error)
-            raise OutputError(str(self.file), reason, "--no-save keeps nothing") from None
+            thing = getattr(error, "filename", None) or self.file
+            raise OutputError(printable(str(thing)), printable(reason), "--no-save keeps nothing") from None

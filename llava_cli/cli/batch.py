@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +47,12 @@ IncludeOpt = Annotated[
 ]
 NullOpt = Annotated[bool, typer.Option("-0", "--null", help="Paths end in NUL, as from `find -print0`.")]
 RootOpt = Annotated[
-    str | None, typer.Option("--root", metavar="FOLDER", help="Where relative paths of a list or questions file begin.")
+    str | None,
+    typer.Option(
+        "--root",
+        metavar="FOLDER",
+        help="Where relative paths of a list or questions file begin; the latter's pictures are all below it.",
+    ),
 ]
 UrlsOpt = Annotated[bool, typer.Option("--allow-urls", help="Fetch URLs in a list, from public addresses only.")]
 SizeOpt = Annotated[
@@ -109,6 +112,7 @@ def batch(
     """
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.tasks import Source
+    from llava_cli.files import quoted
     from llava_cli.memory import prepare_for_many
 
     prepare_for_many(kernels=32)
@@ -120,7 +124,7 @@ def batch(
     settings = settings_of(context)
     if settings.server and batch_size != "auto":
         raise UsageError("--batch-size", f"{settings.server} decides that", "--concurrency N requests at a time")
-    command = " ".join(["llava", *map(_typed, sys.argv[1:])])
+    command = " ".join(["llava", *map(quoted, sys.argv[1:])])
     job = Job(
         source=given,
         settings=settings,
@@ -137,14 +141,6 @@ def batch(
     )
     if code := run(job):
         raise typer.Exit(code)
-
-
-def _typed(word: str) -> str:
-    """A word as it can be typed again, and printed on any terminal."""
-    if word.isprintable():
-        return shlex.quote(word)
-    plain = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(word))
-    return f"$'{''.join(plain)}'"
 
 
 def _size(text: str) -> int | None:

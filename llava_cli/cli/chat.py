@@ -33,6 +33,7 @@ from llava_cli.cli.options import (
     settings_of,
 )
 from llava_cli.errors import UsageError
+from llava_cli.untrusted_text import one_line
 
 Images = Annotated[
     list[str] | None,
@@ -124,7 +125,7 @@ def chat(
 
     if number is not None:
         talk.note(f"chat {number} goes on after {len(talk.conversation.turns)} turn(s); llava chats show {number}")
-    talk.note(f"{engine.model}: /help lists commands, Ctrl-D leaves")
+    talk.note(f"{one_line(engine.model)}: /help lists commands, Ctrl-D leaves")
     history = store.folder / "history" if store else None
     signals.spare_imports()
     converse(talk, plain_keyboard() if plain else keyboard(history), quiet, stats)

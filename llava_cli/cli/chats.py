@@ -11,7 +11,7 @@ from llava_cli import render
 from llava_cli.chat.export import turn_as_text
 from llava_cli.chat.store import Store, Summary
 from llava_cli.cli import Group, app
-from llava_cli.errors import printable
+from llava_cli.untrusted_text import one_line, printable
 
 chats = typer.Typer(cls=Group, help="List, search, show and delete kept chats.", rich_markup_mode=None)
 app.add_typer(chats, name="chats")
@@ -47,7 +47,7 @@ def show(number: NumberArg) -> None:
     llava chats show 3
     """
     for turn in Store().said(number):
-        render.say(turn_as_text(turn.pictures, turn.question, turn.answer))
+        render.say(turn_as_text(map(printable, turn.pictures), turn.question, turn.answer))
 
 
 @chats.command()
@@ -67,7 +67,7 @@ def _table(found: list[Summary]) -> None:
         [
             str(chat.number),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(chat.changed)),
-            chat.model,
+            one_line(chat.model),
             str(chat.turns),
             str(chat.pictures),
             printable(" ".join(chat.title.split()))[:60],

@@ -10,8 +10,10 @@ import typer
 from llava_cli import render
 from llava_cli.cli import Group, app
 from llava_cli.cli.options import JsonOpt
+from llava_cli.files import quoted
 from llava_cli.registry import ALIASES, BUILTIN, builtin_folder, default_name, find, is_folder, on_disk, pulled
 from llava_cli.settings import Settings, set_default_model
+from llava_cli.untrusted_text import printable
 
 models = typer.Typer(cls=Group, help="List, pull and choose models.", rich_markup_mode=None)
 app.add_typer(models, name="models")
@@ -47,7 +49,7 @@ def list_models() -> None:
 
 
 def _row(name: str, chosen: str, *cells: str) -> list[str]:
-    return ["*" if name == chosen else " ", name, *cells]
+    return ["*" if name == chosen else " ", printable(name), *cells]
 
 
 def _size(folder: Path) -> str:
@@ -100,7 +102,7 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
     if json:
         render.show_json(facts)
     else:
-        render.table(["", ""], list(facts.items()))
+        render.table(["", ""], [[fact, printable(words)] for fact, words in facts.items()])
 
 
 def _gigabytes(size: float) -> str:
@@ -118,8 +120,8 @@ def pull(name: NameArg) -> None:
 
     with render.progress(name) as meter:
         folder = download.pull(name, meter, judge=check_files)
-    render.note(f"{name} is in {folder}")
-    render.note(f'  llava ask -m {name} img.jpg "what is this?"')
+    render.note(f"{printable(name)} is in {printable(str(folder))}")
+    render.note(f'  llava ask -m {quoted(name)} img.jpg "what is this?"')
 
 
 @models.command()
@@ -131,7 +133,7 @@ def default(
     llava models default llava-1.5-7b
     """
     if name is None:
-        print(default_name(Settings.resolve()))
+        render.say(default_name(Settings.resolve()))
         return
     checkpoint = find(name)
     if is_folder(name):
@@ -140,7 +142,7 @@ def default(
         check_files(checkpoint)  # any folder has a name; not all hold a model
         name = str(checkpoint.folder.resolve())  # the next command may be typed somewhere else
     set_default_model(name)
-    render.note(f"{name} is the default model")
+    render.note(f"{printable(name)} is the default model")
 
 
 @models.command()
@@ -153,6 +155,6 @@ def prune() -> None:
 
     freed = 0
     for name, size in pruned():
-        print(f"{name}  {_bytes(size)}")
+        print(f"{printable(name)}  {_bytes(size)}")
         freed += size
     render.note(f"{_bytes(freed)} are free again" if freed else "there are no quantised copies")

@@ -73,7 +73,7 @@ def prompt(
     if json:
         render.show_json({"prompt": text, "tokens": tokens, "image_tokens": image_tokens})
         return
-    print(text)
+    render.say(text)
     if not quiet:
         render.say_pictures(prompter.family, conversation)
         render.note(f"{tokens} tokens, {image_tokens} of them for {len(conversation.pictures)} picture(s)")
