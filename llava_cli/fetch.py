@@ -6,17 +6,19 @@ a private one. Each host is resolved once and dialled at the very address that w
 
 from __future__ import annotations
 
+import concurrent.futures
 import ipaddress
-import queue
 import socket
 import threading
-import time
+from concurrent.futures import Future
+from contextlib import closing
+from urllib.parse import urljoin
 
+from llava_cli import limits
+from llava_cli.bounded_http import Deadline, TooLarge, Url, ask, connect, encrypt
 from llava_cli.errors import BadImage, InputMissing, plainly, printable
 
-MAX_BYTES = 20_000_000
-MAX_SECONDS = 10.0
-MAX_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def fetch(url: str, public: bool = False) -> bytes:
@@ -24,109 +26,114 @@ def fetch(url: str, public: bool = False) -> bytes:
 
     Raises `InputMissing` where they cannot be had in time, `BadImage` where they are too many.
     """
-    name = printable(url)
-    outcome: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    name, deadline = printable(url), Deadline(limits.FETCH_SECONDS)
+    try:
+        _slots.take(deadline)
+    except TimeoutError:
+        raise InputMissing(name, f"{limits.FETCHES} others are still being fetched") from None
+    lookups: list[Future[str]] = []
+    try:
+        return _follow(url, name, public, deadline, lookups)
+    except TimeoutError:
+        raise InputMissing(name, f"no answer within {deadline.seconds:.0f} s") from None
+    except TooLarge as error:
+        raise BadImage(name, str(error)) from None
+    except (OSError, ValueError) as error:
+        raise InputMissing(name, plainly(error)) from None
+    finally:
+        _slots.free_after(lookups)
+
+
+class _Slots:
+    """`limits.FETCHES` at a time in this process. One whose lookup hangs has its slot until that ends."""
+
+    def __init__(self) -> None:
+        self._taken, self._freed = 0, threading.Condition()
+
+    def take(self, deadline: Deadline) -> None:
+        """Waits for a slot. Raises `TimeoutError`."""
+        with self._freed:
+            while self._taken >= limits.FETCHES:
+                self._freed.wait(deadline.left())
+            self._taken += 1
+
+    def free_after(self, lookups: list[Future[str]]) -> None:
+        """Frees a slot once all of its lookups have ended: only the last one may be running."""
+        if lookups:
+            lookups[-1].add_done_callback(lambda _: self._free())
+        else:
+            self._free()
+
+    def _free(self) -> None:
+        with self._freed:
+            self._taken -= 1
+            self._freed.notify()
+
+
+_slots = _Slots()
+
+
+def _follow(url: str, name: str, came_from_public: bool, deadline: Deadline, lookups: list[Future[str]]) -> bytes:
+    at = url
+    for _ in range(limits.FETCH_REDIRECTS + 1):
+        target = _parsed(at, name, at != url)
+        address = _looked_up(target, deadline, lookups)
+        public = is_public(address)
+        if came_from_public and not public:
+            raise InputMissing(
+                name, "a public address redirects to a private one" if at != url else "not a public address"
+            )
+        came_from_public = public
+        headers = {"Host": target.authority}
+        if target.authorization:
+            headers["Authorization"] = target.authorization
+        # No proxy: it would resolve names itself, and the address that was judged would mean nothing.
+        connection = connect(address, target.port, deadline)
+        if target.is_tls:
+            connection = encrypt(connection, target.host, deadline)
+        with closing(ask(connection, deadline, "GET", target.target, headers)) as response:
+            location = response.header("Location")
+            if response.status in _REDIRECTS and location:
+                at = urljoin(at, _text(location))
+                continue
+            if response.status != 200:
+                raise InputMissing(name, f"the server answered {response.status}")
+            return response.read(limits.FETCH_BYTES)
+    raise InputMissing(name, f"more than {limits.FETCH_REDIRECTS} redirects")
+
+
+def _parsed(url: str, name: str, redirected: bool) -> Url:
+    try:
+        return Url.parse(url)
+    except ValueError as error:
+        reason = "leads to an address that is no http(s) URL" if redirected else plainly(error)
+        raise InputMissing(name, reason) from None
+
+
+def _text(header: str) -> str:
+    """A header as the UTF-8 that it most likely is."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return header
+
+
+def _looked_up(target: Url, deadline: Deadline, lookups: list[Future[str]]) -> str:
+    """The address of a URL's host. No timeout ends `getaddrinfo`: it gets a thread, which may be left behind."""
+    lookup: Future[str] = Future()
 
     def work() -> None:
         try:
-            outcome.put(_follow(url, name, public))
-        except Exception as error:  # raised again below
-            outcome.put(error)
+            lookup.set_result(_resolve(target.host, target.port))
+        except BaseException as error:  # raised again where the result is asked for
+            lookup.set_exception(error)
 
-    # A thread, for timeouts bound one read each: a server that drips a byte at a time, or a lookup
-    # of a name that hangs, would pass them all.
     threading.Thread(target=work, daemon=True).start()
+    lookups.append(lookup)
     try:
-        result = outcome.get(timeout=MAX_SECONDS)
-    except queue.Empty:
-        raise InputMissing(name, _too_slow()) from None
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def _follow(url: str, name: str, came_from_public: bool) -> bytes:
-    import httpx
-
-    deadline = time.monotonic() + MAX_SECONDS
-    at = url
-    # Not compressed: a picture already is, and a small answer could unpack to any size.
-    headers = {"user-agent": "llava", "accept-encoding": "identity"}
-    try:
-        # No proxy: it would resolve names itself, and the address that was judged would mean nothing.
-        with httpx.Client(trust_env=False, headers=headers) as client:
-            for _ in range(MAX_REDIRECTS + 1):
-                target = httpx.URL(at)
-                host = target.raw_host.decode("ascii")
-                if target.scheme not in ("http", "https") or not host:
-                    raise InputMissing(name, "leads to an address that is no http(s) URL" if at != url else "no host")
-                address = _resolve(host, target.port or 443 if target.scheme == "https" else target.port or 80)
-                public = is_public(address)
-                if came_from_public and not public:
-                    raise InputMissing(
-                        name, "a public address redirects to a private one" if at != url else "not a public address"
-                    )
-                came_from_public = public
-                request = client.build_request(
-                    "GET",
-                    target.copy_with(host=address),
-                    headers={"host": target.netloc.decode("ascii").rpartition("@")[2]},
-                    extensions={
-                        "sni_hostname": host,
-                        "timeout": dict.fromkeys(("connect", "read", "write", "pool"), _left(deadline, name)),
-                    },
-                )
-                response = client.send(request, stream=True)
-                try:
-                    if response.has_redirect_location:
-                        at = str(target.join(response.headers["location"]))
-                        continue
-                    if response.status_code != 200:
-                        raise InputMissing(name, f"the server answered {response.status_code}")
-                    return _body(response, name, deadline)
-                finally:
-                    response.close()
-    except httpx.TimeoutException:
-        raise InputMissing(name, _too_slow()) from None
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        raise InputMissing(name, plainly(error)) from None
-    raise InputMissing(name, f"more than {MAX_REDIRECTS} redirects")
-
-
-def _body(response: object, name: str, deadline: float) -> bytes:
-    data = bytearray()
-    for piece in response.iter_raw():  # type: ignore[attr-defined]
-        data += piece
-        if len(data) > MAX_BYTES:
-            raise BadImage(name, f"larger than {MAX_BYTES // 1_000_000} MB")
-        _left(deadline, name)
-    return bytes(data)
-
-
-def _left(deadline: float, name: str) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise InputMissing(name, _too_slow())
-    return left
-
-
-def _too_slow() -> str:
-    return f"no answer within {MAX_SECONDS:.0f} s"
-
-
-def is_public(address: str) -> bool:
-    """Whether an address is one host's on the open Internet, whatever IPv4 address it may stand for."""
-    found = ipaddress.ip_address(address)
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
-        if any(found in network for network in _WRAPPING):
-            inner.append(ipaddress.IPv4Address(found.packed[-4:]))
-        if not all(one is None or is_public(str(one)) for one in inner):
-            return False
-    return found.is_global and not found.is_multicast
-
-
-_WRAPPING = [ipaddress.IPv6Network(text) for text in ("64:ff9b::/96", "::/96")]  # NAT64, and IPv4-compatible
+        return lookup.result(deadline.left())
+    except concurrent.futures.TimeoutError:  # another class than Python's own before 3.11
+        raise TimeoutError from None
 
 
 def _resolve(host: str, port: int) -> str:
@@ -136,3 +143,65 @@ def _resolve(host: str, port: int) -> str:
     address = ipaddress.ip_address(next((a for a in found if ":" not in a), found[0]))
     mapped = getattr(address, "ipv4_mapped", None)
     return str(mapped or address)
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one host's on the open Internet, whatever IPv4 address it may stand for.
+
+    By tables of our own: what Python takes for global differs from version to version.
+    """
+    found = ipaddress.ip_address(address)
+    if isinstance(found, ipaddress.IPv4Address):
+        return not any(found in network for network in _SPECIAL_IPV4)
+    if found.scope_id:
+        return False
+    if found.ipv4_mapped or found in _NAT64:
+        return is_public(str(_last_ipv4(found)))
+    if found not in _GLOBAL_UNICAST or any(found in network for network in _SPECIAL_IPV6):
+        return False
+    isatap = found.packed[8:12] in (b"\x00\x00\x5e\xfe", b"\x02\x00\x5e\xfe")
+    return not isatap or is_public(str(_last_ipv4(found)))
+
+
+def _last_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
+    return ipaddress.IPv4Address(address.packed[-4:])
+
+
+# https://www.iana.org/assignments/iana-ipv4-special-registry, multicast and what is reserved.
+_SPECIAL_IPV4 = [
+    ipaddress.IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # behind a provider's NAT
+        "127.0.0.0/8",
+        "169.254.0.0/16",  # link-local, among them clouds' metadata
+        "172.16.0.0/12",
+        "192.0.0.0/24",  # protocol assignments
+        "192.0.2.0/24",  # documentation
+        "192.31.196.0/24",  # AS112
+        "192.52.193.0/24",  # AMT
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",
+        "192.175.48.0/24",  # AS112
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, broadcast
+    )
+]
+# https://www.iana.org/assignments/ipv6-address-space: all that is not in it is somebody's own, special or not in use.
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# https://www.iana.org/assignments/iana-ipv6-special-registry, within global unicast.
+_SPECIAL_IPV6 = [
+    ipaddress.IPv6Network(network)
+    for network in (
+        "2001::/23",  # protocol assignments: Teredo, benchmarks, ORCHID
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4
+        "2620:4f:8000::/48",  # AS112
+        "3fff::/20",  # documentation
+    )
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,60 +14,31 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_cli import files
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Chunk, Engine
-from llava_cli.errors import LlavaError, OutputError, brief, printable
+from llava_cli.errors import LlavaError, OutputError, OutputTaken, brief, printable
 from llava_cli.families import Family
 from llava_cli.registry import BUILTIN
 from llava_cli.settings import Settings
+from llava_cli.untrusted_text import TerminalText, for_json_line, for_terminal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 THUMBNAIL_ROWS = 10
 
-# A terminal obeys these; a model has no business giving it orders. Whole sequences first: CSI, then
-# the strings of OSC, DCS, SOS, PM and APC, then two-character escapes; at last every control
-# character but newline and tab, and what turns the direction of text.
-_ORDERS = re.compile(
-    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
-    r"|\x1b[ -/]*[0-Z\\^-~]"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
-_UNFINISHED = re.compile(
-    r"(?:(?:\x1b\[|\x9b)[0-?]*[ -/]*|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]{0,4096}\x1b?|\x1b[ -/]*)\Z"
-)
-
-
-class SafeText:
-    """Takes out of a stream of text whatever a terminal would obey, also when split over chunks."""
-
-    def __init__(self) -> None:
-        self._held = ""
-
-    def put(self, text: str) -> str:
-        text = self._held + text
-        unfinished = _UNFINISHED.search(text)
-        cut = unfinished.start() if unfinished else len(text)
-        self._held = text[cut:]
-        return _ORDERS.sub("", text[:cut])
-
-    def end(self) -> str:
-        rest, self._held = _ORDERS.sub("", self._held), ""
-        return rest
-
 
 def show(chunks: Iterable[Chunk]) -> Answer:
     """Writes an answer to stdout as it comes, safe on a terminal and as it is in a pipe."""
     global _mid_line
-    safe = SafeText() if sys.stdout.isatty() else None
+    safe = TerminalText() if sys.stdout.isatty() else None
     begun, answer = False, None
     try:
         for chunk in chunks:
             begun, answer = True, chunk.answer
             _mid_line = safe is not None
-            sys.stdout.write(safe.put(chunk.text) if safe else chunk.text)
+            sys.stdout.write(safe.push(chunk.text) if safe else chunk.text)
             sys.stdout.flush()
     finally:
         _mid_line = False
@@ -98,9 +70,9 @@ def answer_object(answer: Answer, conversation: Conversation, engine: Engine) ->
 
 
 def show_json(value: Any) -> None:
-    # Escaped where a letter could not be written, and on a terminal, which could take some for orders.
+    # Escaped where a letter could not be written, and on a terminal, where it could turn the text around it.
     plain = sys.stdout.isatty() or "utf" not in (sys.stdout.encoding or "").lower()
-    sys.stdout.write(json.dumps(value, ensure_ascii=plain) + "\n")
+    sys.stdout.write(for_json_line(json.dumps(value, ensure_ascii=plain)) + "\n")
     sys.stdout.flush()
 
 
@@ -120,22 +92,21 @@ def stats(answer: Answer, engine: Engine) -> str:
         speed,
         f"peak {memory / 1e9:.2f} GB" if memory else "",
     )
-    return " · ".join(filter(None, said))
+    return printable(" · ".join(filter(None, said)))
 
 
 def say(text: str) -> None:
     """Lines on stdout: what a person asked to see, safe on a terminal."""
-    safe = SafeText()
-    print(safe.put(text) + safe.end() if sys.stdout.isatty() else text, flush=True)
+    print(for_terminal(text) if sys.stdout.isatty() else text, flush=True)
 
 
 _mid_line = False
 """Whether the cursor of the terminal stands behind a part of an answer."""
 
 
-def note(line: str) -> None:
-    """One line for the person, on stderr."""
-    print("\n" * (_mid_line and sys.stderr.isatty()) + line, file=sys.stderr, flush=True)
+def note(text: str) -> None:
+    """A line or more for the person, on stderr; safe on a terminal, where a log of it may be read too."""
+    print("\n" * (_mid_line and sys.stderr.isatty()) + for_terminal(text), file=sys.stderr, flush=True)
 
 
 def say_demo(settings: Settings, engine: Engine) -> None:
@@ -193,19 +164,27 @@ def _show_check(name: str, good: bool, words: str) -> None:
 
 
 def save_picture(image: Image, path: Path) -> None:
-    """Writes a picture where the user wants it; `OutputError` where that cannot be."""
+    """Writes a picture where the user wants it. Raises `OutputTaken` for a link, `OutputError` where it cannot be."""
+    from PIL.Image import registered_extensions
+
+    kind = registered_extensions().get(path.suffix.lower())
     try:
-        image.save(path)
-    except (OSError, ValueError) as error:  # ValueError: an ending of no format
-        raise OutputError(str(path), getattr(error, "strerror", None) or brief(error)) from None
+        if kind is None:
+            raise ValueError(f"unknown file extension: {path.suffix}")
+        image.save(data := io.BytesIO(), kind)
+        files.put(path, [data.getvalue()])
+    except files.IsLink as error:
+        hint = f"--save-view {files.quoted(error.target)} writes there"
+        raise OutputTaken(printable(str(path)), printable(str(error.strerror)), hint) from None
+    except (OSError, ValueError, KeyError) as error:  # KeyError: a format that Pillow only reads
+        raise OutputError(printable(str(path)), getattr(error, "strerror", None) or brief(error)) from None
 
 
 def show_error(error: LlavaError) -> None:
     """`llava: THING: reason`, then the next command to type."""
-    clean = SafeText()
-    note(clean.put(f"llava: {error}") + clean.end())
+    note(printable(f"llava: {error}"))
     if error.hint:
-        note(f"  {clean.put(error.hint)}{clean.end()}")
+        note(f"  {printable(error.hint)}")
 
 
 @contextmanager
@@ -229,9 +208,10 @@ def progress(words: str) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(words, total=None)
+        task = bar.add_task(printable(words), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -266,7 +246,8 @@ def thumbnail(picture: Picture) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns on stdout: drawn on a terminal, tab-separated in a pipe."""
+    """Columns on stdout: drawn on a terminal, tab-separated in a pipe. No cell can make a column or row of its own."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in rows:
             print("\t".join(row))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gzip
 import io
-import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Run
 from PIL import Image
+from tls import of_a_server
 
+from llava_cli import bounded_http, limits
 from llava_cli import fetch as module
 from llava_cli.errors import BadImage, InputMissing, LlavaError
 from llava_cli.fetch import fetch
@@ -206,6 +210,34 @@ def test_no_such_host(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(run, "http://nobody.example/img.png", "name or service not known")
 
 
+def test_over_tls(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From who can show that the URL's host is what he is: at the address that was judged, and by the URL's name."""
+    context, file = of_a_server(tmp_path)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.picture()
+    url = f"https://localhost:{server.server_port}/img.png"
+    for trusted, hosts in ((str(file), {"localhost", "127.0.0.1"}), ("", set())):
+        monkeypatch.setenv("SSL_CERT_FILE", trusted)
+        bounded_http._tls.cache_clear()
+        for host in ("localhost", "127.0.0.1", "other.example", "127.1"):
+            monkeypatch.setattr(module, "_resolve", lambda host, port: "127.0.0.1")
+            if host in hosts:
+                assert fetch(url.replace("localhost", host)) == PNG
+            else:
+                with pytest.raises(InputMissing, match="certificate verify failed"):
+                    fetch(url.replace("localhost", host))
+    bounded_http._tls.cache_clear()
+
+
+def test_tls_that_is_none(server: Server, run: Run) -> None:
+    url = server.picture().replace("http:", "https:")
+    result = run("ask", url, QUESTION)
+    (line,) = result.stderr.splitlines()
+    assert (result.exit_code, result.stdout) == (66, "")
+    assert line.startswith(f"llava: {url}: ")
+    assert line.isprintable()
+
+
 # Size.
 
 
@@ -225,7 +257,7 @@ def test_too_large_is_refused_while_it_comes(headers: dict[str, str], server: Se
 
 
 def test_the_limit_itself_is_allowed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(limits, "FETCH_BYTES", 1_000_000)
     url = server.page("/img.png", lambda h: h.answer(200, bytes(int(h.path.partition("?")[2]))))
     assert len(fetch(url + "?1000000")) == 1_000_000
     with pytest.raises(BadImage, match="larger than 1 MB"):
@@ -236,7 +268,51 @@ def test_a_compressed_answer_is_not_unpacked(server: Server, run: Run) -> None:
     bomb = gzip.compress(bytes(50_000_000))
     url = server.page("/img.png", lambda h: h.answer(200, bomb, content_encoding="gzip"))
     assert_refused(run, url, "not an image", 65)
-    assert server.requests[0][1]["accept-encoding"] == "identity"
+    assert server.requests[0][1]["Accept-Encoding"] == "identity"
+
+
+def many_headers(handler: Handler) -> None:
+    handler.send(b"HTTP/1.1 200 OK\r\n" + b"".join(b"x-%d: y\r\n" % n for n in range(200)) + b"\r\n")
+
+
+def one_long_header(handler: Handler) -> None:
+    handler.send(b"HTTP/1.1 200 OK\r\nx: ")
+    while not handler.server.stopped.is_set() and handler.send(b"y" * 4096):
+        pass
+
+
+def large_headers(handler: Handler) -> None:
+    handler.send(b"HTTP/1.1 200 OK\r\n" + b"".join(b"x-%d: " % n + b"y" * 8000 + b"\r\n" for n in range(90)))
+
+
+def interim_answers(handler: Handler) -> None:
+    while not handler.server.stopped.is_set() and handler.send(b"HTTP/1.1 100 Continue\r\n\r\n" * 100):
+        pass
+
+
+@pytest.mark.parametrize("page", [many_headers, one_long_header, large_headers, interim_answers])
+def test_a_large_head_is_refused(page: Page, server: Server, run: Run) -> None:
+    url = server.page("/img.png", page)
+    result = run("ask", url, QUESTION)
+    assert result.exit_code in (65, 66)
+    (line,) = result.stderr.splitlines()
+    large = f"llava: {url}: headers larger than {limits.REPLY_HEAD_BYTES:,} bytes"
+    assert line in (large, f"llava: {url}: does not speak HTTP")
+
+
+@pytest.mark.parametrize("more", [b"1;" + b"x" * 60_000 + b"\r\ny\r\n", b"0\r\n" + b"x: y\r\n" * 10_000])
+def test_marks_around_chunks_are_bounded_too(more: bytes, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of a few bytes, with extensions of its chunks or trailers without end."""
+    monkeypatch.setattr(limits, "FETCH_BYTES", 1_000_000)
+
+    def page(handler: Handler) -> None:
+        handler.protocol_version = "HTTP/1.1"
+        handler.answer(200, transfer_encoding="chunked")
+        while not server.stopped.is_set() and handler.send(more):
+            pass
+
+    with pytest.raises(BadImage, match="marks around chunks larger than 2 MB"):
+        fetch(server.page("/img.png", page))
 
 
 # Time.
@@ -268,10 +344,65 @@ def redirecting_slowly(handler: Handler) -> None:
     handler.answer(302, location="/img.png")
 
 
-@pytest.mark.parametrize("page", [silent, stuck, dripping_body, dripping_header, redirecting_slowly])
+def endless_interim_answers(handler: Handler) -> None:
+    while not handler.server.stopped.is_set() and handler.send(b"HTTP/1.1 100 Continue\r\n\r\n"):
+        handler.server.stopped.wait(0.01)
+
+
+def dripping_marks(handler: Handler) -> None:
+    handler.protocol_version = "HTTP/1.1"
+    handler.answer(200, transfer_encoding="chunked")
+    while not handler.server.stopped.wait(0.01) and handler.send(b"0" * 3):
+        pass
+
+
+@pytest.mark.parametrize(
+    "page", [silent, stuck, dripping_body, dripping_header, endless_interim_answers, dripping_marks, redirecting_slowly]
+)
 def test_a_slow_server_is_cut_off(page: Page, server: Server, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_SECONDS", 0.3)
+    """And is left with no connection: none of our threads or sockets goes on behind the deadline."""
+    monkeypatch.setattr(limits, "FETCH_SECONDS", 0.3)
+    before = sockets()
     assert_refused(run, server.page("/img.png", page), "no answer within 0 s")
+    assert sockets() == before
+
+
+def sockets() -> int:
+    """Of this process that are connected by us: those to where the test's servers listen."""
+    listening = {one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    return sum(one.raddr in listening for one in psutil.Process().net_connections("tcp"))
+
+
+@pytest.mark.parametrize("drip", [b"", b"\x16\x03\x03\x40\x00" + b"\x02" * 4000])
+def test_a_handshake_that_stalls_is_cut_off(drip: bytes, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts and says nothing, or a byte of TLS at a time."""
+    monkeypatch.setattr(limits, "FETCH_SECONDS", 0.3)
+    closed, before = threading.Event(), threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(0.02)
+                for byte in drip:
+                    with suppress(OSError):
+                        connection.send(bytes([byte]))
+                    with suppress(TimeoutError):
+                        while data := connection.recv(65536):
+                            del data
+                        break
+                connection.settimeout(60)
+                with suppress(ConnectionError):
+                    while connection.recv(65536):
+                        pass
+                closed.set()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert_refused(run, f"https://127.0.0.1:{listener.getsockname()[1]}/img.png", "no answer within 0 s")
+        assert closed.wait(60)
+        thread.join()
+    assert threading.active_count() == before
 
 
 def test_a_slow_lookup_is_cut_off(server: Server, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,8 +411,60 @@ def test_a_slow_lookup_is_cut_off(server: Server, run: Run, monkeypatch: pytest.
         return "127.0.0.1"
 
     monkeypatch.setattr(module, "_resolve", hang)
-    monkeypatch.setattr(module, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(limits, "FETCH_SECONDS", 0.1)
     assert_refused(run, "http://slow.example/img.png", "no answer within 0 s")
+
+
+def test_a_stuck_lookup_keeps_its_slot_until_it_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many URLs come, so many threads hang at most; and others get their turn once one has ended."""
+    monkeypatch.setattr(limits, "FETCHES", 2)
+    monkeypatch.setattr(limits, "FETCH_SECONDS", 0.2)
+    url, resolve, hang, begun = server.picture(), module._resolve, threading.Event(), []
+
+    def look_up(host: str, port: int) -> str:
+        if host == "stuck.example":
+            begun.append(host)
+            hang.wait(60)
+        return resolve("127.0.0.1", port)
+
+    monkeypatch.setattr(module, "_resolve", look_up)
+    for _ in range(2):
+        with pytest.raises(InputMissing, match="no answer within 0 s"):
+            fetch("http://stuck.example/img.png")
+    for one in ("http://stuck.example/img.png", url):
+        with pytest.raises(InputMissing, match="2 others are still being fetched"):
+            fetch(one)
+    assert len(begun) == 2
+    assert server.requests == []
+    hang.set()
+    monkeypatch.setattr(limits, "FETCH_SECONDS", 60.0)
+    assert fetch(url) == PNG
+
+
+def test_so_many_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "FETCHES", 3)
+    monkeypatch.setattr(limits, "FETCH_SECONDS", 60.0)
+    lock, here, most = threading.Lock(), [0], [0]
+    together = threading.Barrier(3)
+
+    def page(handler: Handler) -> None:
+        with lock:
+            here[0] += 1
+            most[0] = max(most[0], here[0])
+        together.wait(60)
+        with lock:
+            here[0] -= 1
+        handler.answer(200, PNG)
+
+    url = server.page("/img.png", page)
+    found: list[bytes] = []
+    threads = [threading.Thread(target=lambda: found.append(fetch(url))) for _ in range(9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [PNG] * 9
+    assert most == [3]
 
 
 # Where it leads.
@@ -303,6 +486,7 @@ def test_five_redirects_and_no_more(server: Server, run: Run) -> None:
     server.picture("/0")
     for n in range(1, 8):
         server.redirect(f"/{n}", f"/{n - 1}")
+    assert limits.FETCH_REDIRECTS == 5
     assert fetch(server.base + "/5") == PNG
     assert_refused(run, server.base + "/6", "more than 5 redirects")
     assert server.paths[-1] == "/1"
@@ -333,17 +517,13 @@ def test_a_malformed_redirect_is_refused(location: str, server: Server, run: Run
     assert len(result.stderr.splitlines()) == 1
 
 
-class Public(ipaddress.IPv4Address):
-    is_global = True
-
-
 @pytest.fixture
 def seems_public(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes a loopback address pass for a public one; where it is dialled stays the same."""
-    judge = ipaddress.ip_address
+    """Makes a loopback address pass for a public one."""
+    judge = module.is_public
 
     def choose(address: str) -> None:
-        monkeypatch.setattr(ipaddress, "ip_address", lambda text: Public(text) if text == address else judge(text))
+        monkeypatch.setattr(module, "is_public", lambda text: text == address or judge(text))
 
     return choose
 
@@ -393,7 +573,7 @@ def test_what_the_server_gets(server: Server) -> None:
     fetch(f"http://localhost:{server.server_port}/a b/é.png?x=1&y=%2F é#part")
     (path, headers), *_ = server.requests
     assert path == "/a%20b/%C3%A9.png?x=1&y=%2F%20%C3%A9"
-    assert headers["Host" if "Host" in headers else "host"] == f"localhost:{server.server_port}"
+    assert headers["Host"] == f"localhost:{server.server_port}"
     assert "Cookie" not in headers
 
 
@@ -454,26 +634,39 @@ def test_resolve(host: str, address: str) -> None:
     assert module._resolve(host, 80) == address
 
 
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("93.184.215.14", True),
-        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
-        ("64:ff9b::5db8:d70e", True),
-        ("10.0.0.1", False),
-        ("169.254.169.254", False),
-        ("224.0.0.1", False),
-        ("ff02::1", False),
-        ("fd00::1", False),
-        ("::ffff:10.0.0.1", False),
-        ("64:ff9b::7f00:1", False),
-        ("2002:7f00:1::", False),
-        ("::127.0.0.1", False),
-    ],
-)
-def test_what_an_address_stands_for_is_judged(address: str, public: bool) -> None:
-    """Be it an IPv4 address behind NAT64 or 6to4, or a whole group's."""
-    assert module.is_public(address) is public
+PUBLIC = """
+93.184.215.14 1.1.1.1 100.63.255.255 100.128.0.0 172.15.255.255 172.32.0.0 192.0.1.0 198.17.255.255 198.20.0.0
+223.255.255.255 2606:2800:21f:cb07:6820:80da:af6b:8b2c 2001:200:: 2001:4860:4860::8888 2a00:1450:4001:80b::200e
+3ffe:831f::1 64:ff9b::5db8:d70e ::ffff:93.184.215.14 2606:2800::5efe:5db8:d70e
+"""
+NOT_PUBLIC = """
+0.0.0.0 0.1.2.3 10.0.0.1 100.64.0.1 100.127.255.255 127.0.0.1 127.255.255.254 169.254.169.254 172.16.0.1 172.31.255.255
+192.0.0.1 192.0.0.170 192.0.2.1 192.31.196.1 192.52.193.1 192.88.99.1 192.168.0.1 192.175.48.1 198.18.0.1 198.19.255.255
+198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.255 240.0.0.1 255.255.255.255
+:: ::1 ::127.0.0.1 ::93.184.215.14 ::ffff:10.0.0.1 ::ffff:127.0.0.1 ::ffff:0:93.184.215.14 ::ffff:0:127.0.0.1
+64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1 64:ff9b:1::5db8:d70e 64:ff9b:1:ffff::1 100::1 100:0:0:1::1 200::1 400::1
+2001::1 2001:0:5db8:d70e:0:0:a247:28f1 2001:2::1 2001:3::1 2001:10::1 2001:1f:ffff::1 2001:20::1 2001:30::1 2001:db8::1
+2002:7f00:1:: 2002:5db8:d70e::1 2620:4f:8000::1 3fff::1 3fff:fff:ffff::1 4000::1 5f00::1 8000::1
+fc00::1 fd00::1 fdff:ffff::1 fe80::1 fe80::1%eth0 febf::1 fec0::1 feff::1 ff02::1 ff0e::1
+2606:2800::5efe:7f00:1 2606:2800::200:5efe:a00:1 2606:2800::5efe:a9fe:a9fe 2606:2800:21f::1%1
+"""
+
+
+@pytest.mark.parametrize("address", PUBLIC.split())
+def test_what_is_public(address: str) -> None:
+    assert module.is_public(address)
+
+
+@pytest.mark.parametrize("address", NOT_PUBLIC.split())
+def test_what_is_not_public(address: str) -> None:
+    """Whatever stands for an IPv4 address is judged as that, and no range is what a version of Python takes it for."""
+    assert not module.is_public(address)
+
+
+@pytest.mark.parametrize("host", ["[fec0::1]", "[64:ff9b:1::7f00:1]", "[::ffff:0:7f00:1]", "[2001:db8::5efe:7f00:1]"])
+def test_a_picture_of_a_request_comes_from_no_such_address(host: str) -> None:
+    with pytest.raises(InputMissing, match="not a public address"):
+        fetch(f"http://{host}/img.png", public=True)
 
 
 @pytest.mark.parametrize(
@@ -482,9 +675,14 @@ def test_what_an_address_stands_for_is_judged(address: str, public: bool) -> Non
         ("http://", "no host"),
         ("http:///img.png", "no host"),
         ("https://?x", "no host"),
-        ("http://[::1", "invalid port: ':1'"),
+        ("http://[::1", "invalid IPv6 URL"),
         ("http://127.0.0.1:x/", "invalid port: 'x'"),
-        ("http://127.0.0.1:99999/", None),
+        ("http://127.0.0.1:99999/", "invalid port: '99999'"),
+        ("http://127.0.0.1:0/", "invalid port: '0'"),
+        ("http://127.0.0.1:\u0661/", None),
+        ("http://a..b/", "invalid host name"),
+        ("https://" + "a" * 64 + ".example/", "invalid host name"),
+        ("https://./", "invalid host name"),
         ("http://a\nb/", None),
         ("http://127.0.0.1/\x1b[31m", None),
         ("http://\u202ea/", None),

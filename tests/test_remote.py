@@ -5,127 +5,34 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Run
+from peer import Peer, Reply, answer, delta, hang_up, say, serving, stream
 from PIL import Image
 from servers import Serve
+from tls import of_a_server
 
+from llava_cli import bounded_http, limits
 from llava_cli.engine import remote
 from llava_cli.images import open_picture
 
-Reply = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
-"""What a server does with a request."""
 QUESTION = "what color is the circle?"
-
-
-def say(status: int, body: Any, **headers: str) -> Reply:
-    """A whole answer of this status."""
-
-    def reply(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        handler.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(data)
-
-    return reply
-
-
-def stream(*lines: str, cut: bool = False) -> Reply:
-    """Server-sent events; with `cut` the connection breaks behind them."""
-
-    def reply(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
-        data = "".join(f"{line}\n\n" for line in lines).encode()
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(data) + cut))
-        handler.end_headers()
-        handler.wfile.write(data)
-        handler.close_connection = cut
-
-    return reply
-
-
-def delta(text: str | None, reason: str | None = None) -> str:
-    return "data: " + json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": reason}]})
-
-
-def answer(text: str, reason: str = "stop") -> Reply:
-    """`text` as the request wants it, streamed or whole."""
-
-    def reply(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
-        usage = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": None}
-        if asked.get("stream"):
-            last = "data: " + json.dumps({"choices": [], "usage": usage})
-            stream(": hello", delta(""), delta(text), delta(None, reason), last, "data: [DONE]")(handler, asked)
-            return
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
-        say(200, {"choices": [choice], "usage": usage})(handler, asked)
-
-    return reply
-
-
-def hang_up(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
-    """Not a word."""
-    handler.close_connection = True
-
-
-@dataclass
-class Peer:
-    """A server that does as it is told, in turn, and with `usual` from then on."""
-
-    url: str
-    replies: list[Reply] = field(default_factory=list)
-    usual: Reply = field(default_factory=lambda: answer("red"))
-    models: Reply = field(default_factory=lambda: say(200, {"data": [{"id": "its-model"}]}))
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-
-    @property
-    def pictures(self) -> list[tuple[str, bytes]]:
-        """The type and the bytes of those that it was sent."""
-        contents = [m["content"] for one in self.asked for m in one["messages"] if isinstance(m["content"], list)]
-        urls = [part["image_url"]["url"] for content in contents for part in content if part["type"] == "image_url"]
-        return [(url.partition(";")[0], base64.b64decode(url.partition(",")[2])) for url in urls]
 
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            it.headers.append(dict(self.headers))
-            (it.models if self.path == "/v1/models" else say(404, {}))(self, {})
-
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                it.asked.append(asked)
-                it.headers.append(dict(self.headers))
-                reply = it.replies.pop(0) if it.replies else it.usual
-            (reply if self.path == "/v1/chat/completions" else say(404, {}))(self, asked)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    it = Peer(f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield it
-    server.shutdown()
-    server.server_close()
+    with serving() as it:
+        yield it
 
 
 def test_ask(peer: Peer, run: Run, drawing: Path) -> None:
@@ -206,6 +113,125 @@ def test_the_key_is_told_to_nobody(
     assert not any("sesame" in text for text in [said.stderr, said.stdout, *written])
 
 
+# How it is reached.
+
+
+@pytest.fixture
+def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ssl.SSLContext]:
+    """What a server at localhost speaks, and the commands trust."""
+    context, file = of_a_server(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    bounded_http._tls.cache_clear()
+    yield context
+    bounded_http._tls.cache_clear()
+
+
+def test_over_tls(trusted: ssl.SSLContext, run: Run, drawing: Path) -> None:
+    with serving(trusted) as peer:
+        assert run("ask", "--server", peer.url, drawing, QUESTION).stdout == "red\n"
+        assert run("ask", "--server", peer.url.replace("127.0.0.1", "localhost"), drawing, QUESTION).stdout == "red\n"
+        assert len(peer.asked) == 2
+
+
+def test_a_certificate_that_nobody_trusts(
+    trusted: ssl.SSLContext, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is not told to whoever answers."""
+    monkeypatch.delenv("SSL_CERT_FILE")
+    monkeypatch.setenv("LLAVA_API_KEY", "open-sesame")
+    with serving(trusted) as peer:
+        said = run("ask", "--server", peer.url, drawing, QUESTION)
+        assert (said.exit_code, peer.headers) == (69, [])
+        assert said.stderr.startswith(f"llava: {peer.url}/v1: does not answer (certificate verify failed")
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY"])
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_by_a_proxy(
+    scheme: str, variable: str, peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = peer.url.removeprefix("http://")
+    monkeypatch.setenv(variable, f"{scheme}me:s%40cret@{where}")
+    monkeypatch.setenv("LLAVA_API_KEY", "open-sesame")
+    assert run("ask", "--server", "http://api.example:8000/v1", drawing, QUESTION).stdout == "red\n"
+    assert peer.targets == [f"http://api.example:8000/v1/{path}" for path in ("models", "chat/completions")]
+    for headers in peer.headers:
+        assert headers["Host"] == "api.example:8000"
+        assert headers["Proxy-Authorization"] == "Basic bWU6c0BjcmV0"
+        assert headers["Authorization"] == "Bearer open-sesame"
+
+
+def test_not_by_a_proxy(peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert run("ask", "--server", peer.url, drawing, QUESTION).stdout == "red\n"
+    assert peer.targets[0] == "/v1/models"
+
+
+def tunnel(listener: socket.socket, heads: list[bytes], status: int) -> None:
+    """A proxy that connects whoever asks for it, once for each request."""
+
+    def pass_on(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    with suppress(OSError):
+        while True:
+            client, _ = listener.accept()
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += client.recv(1)
+            heads.append(head)
+            client.sendall(b"HTTP/1.1 %d It\r\n\r\n" % status)
+            if status != 200:
+                client.close()
+                continue
+            host, _, port = head.split(b" ")[1].decode().rpartition(":")
+            server = socket.create_connection((host, int(port)))
+            for pair in ((client, server), (server, client)):
+                threading.Thread(target=pass_on, args=pair, daemon=True).start()
+
+
+@pytest.mark.parametrize("status", [200, 407])
+def test_tls_by_a_proxy(
+    status: int, trusted: ssl.SSLContext, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees where to, and neither the key nor the picture."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setenv("LLAVA_API_KEY", "open-sesame")
+    heads: list[bytes] = []
+    with serving(trusted) as peer, socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=tunnel, args=(listener, heads, status), daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://me:secret@127.0.0.1:{listener.getsockname()[1]}")
+        said = run("ask", "--server", peer.url, drawing, QUESTION)
+        listener.shutdown(socket.SHUT_RDWR)
+        assert len(peer.asked) == (status == 200)
+    if status == 200:
+        assert said.stdout == "red\n"
+        assert peer.headers[0]["Authorization"] == "Bearer open-sesame"
+    else:
+        assert f"llava: {peer.url}/v1: does not answer (its proxy answers 407)" in said.stderr
+        assert said.exit_code == 69
+    there = peer.url.removeprefix("https://").encode()
+    for head in heads:
+        assert head.startswith(b"CONNECT %s HTTP/1.1\r\n" % there)
+        assert b"\r\nProxy-Authorization: Basic bWU6c2VjcmV0\r\n" in head
+        assert b"sesame" not in head
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://me:secret@127.0.0.1:9", "https://me:secret@127.0.0.1:9", "http://", "http://a:b"]
+)
+def test_a_proxy_that_is_none(proxy: str, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    said = run("ask", "--server", "http://api.example", drawing, QUESTION)
+    assert said.exit_code == 2
+    assert said.stderr.startswith("llava: the proxy for --server: not an http:// address\n  NO_PROXY=api.example")
+    assert "secret" not in said.stderr
+
+
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
@@ -214,6 +240,10 @@ def test_the_key_is_told_to_nobody(
         ("http://", "not an http(s) address"),
         ("http://localhost:99999", "not an http(s) address"),
         ("http://[::1", "not an http(s) address"),
+        ("http://a..b", "not an http(s) address"),
+        ("http://" + "a" * 64 + ".example", "not an http(s) address"),
+        ("https://" + "a." * 40_000, "not an http(s) address"),
+        ("http://localhost/\x1b[2J", "not an http(s) address"),
         ("http://me:key@localhost", "an address without a name, a key or a query"),
         ("http://localhost/v1?key=1", "an address without a name, a key or a query"),
         ("http://127.0.0.1:9", "does not answer (connection refused)"),
@@ -305,7 +335,7 @@ def test_a_server_is_left_alone_as_long_as_it_asks_to_be(
 
 
 def test_a_server_that_says_nothing(peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "SECONDS", 0.05)
+    monkeypatch.setattr(limits, "REPLY_SECONDS", 0.05)
     monkeypatch.setattr(remote, "TRIES", 2)
     over = threading.Event()
     peer.usual = lambda handler, asked: over.wait(60) and None

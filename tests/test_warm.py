@@ -41,7 +41,7 @@ def test_ask_is_answered_by_the_server(serve: Serve, run: Run, drawing: Path) ->
 def test_nothing_heavy_is_imported(serve: Serve, drawing: Path) -> None:
     serve()
     script = (
-        "import atexit, sys; from llava_cli.cli import main\n"
+        "import atexit, sys; from llava_cli.start import main\n"
         "heavy = {'torch', 'transformers', 'numpy', 'rich', 'httpx'}\n"
         "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))\n"
         "main()"

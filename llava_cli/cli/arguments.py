@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-from llava_cli import render
+from llava_cli import limits, render
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.errors import UsageError, printable
+from llava_cli.errors import PromptTooLong, UsageError, printable
 from llava_cli.images import looks_like_picture, open_picture
 from llava_cli.settings import Settings
 
-_MOST = 10_000_000  # bytes of a question; no model reads as much
 USAGE = 'llava ask img.jpg "what is this?"'
 
 
@@ -20,7 +19,8 @@ def conversation_from(
 ) -> Conversation:
     """`[IMAGE]... QUESTION` -> a conversation with one question, its pictures opened.
 
-    Where all words are pictures the question is read from stdin. Raises `UsageError` without one.
+    Where all words are pictures the question is read from stdin. Raises `UsageError` without one, `PromptTooLong`
+    where it has no end.
     """
     *sources, question = args or [""]
     if args and _is_picture(question, sources):
@@ -32,10 +32,14 @@ def conversation_from(
 
 
 def _stdin() -> str:
-    """What was piped in; nothing where that is a terminal, or closed."""
+    """What was piped in; nothing where that is a terminal, or closed. Raises `PromptTooLong` for what nobody reads."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
-    return sys.stdin.buffer.read(_MOST).decode("utf-8", "replace").strip()
+    most = limits.TEXT_CHARACTERS
+    text = sys.stdin.buffer.read(4 * most + 1).decode("utf-8", "replace")  # a character has 4 at most
+    if len(text) > most:
+        raise PromptTooLong("QUESTION", f"longer than {most:,} characters")
+    return text.strip()
 
 
 def _is_picture(word: str, before: list[str]) -> bool:

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
+from llava_cli import limits
+from llava_cli.bounded_http import Response, TooLarge
+from llava_cli.bounded_json import TooMuch
 from llava_cli.conversation import Conversation, Picture
+from llava_cli.engine import wire
 from llava_cli.engine.base import Answer, Chunk, FinishReason, Request
-from llava_cli.errors import BadData, BadImage, LlavaError, ModelUnusable, PromptTooLong, printable
+from llava_cli.engine.wire import Malformed, Unanswered, tokens
+from llava_cli.errors import BadData, BadImage, LlavaError, ModelUnusable, PromptTooLong, ServerFailed
 from llava_cli.settings import Sampling
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from llava_cli.untrusted_text import one_line
 
 CHAT = "chat/completions"
 _ERRORS: dict[str, type[LlavaError]] = {
@@ -31,33 +33,14 @@ _ERRORS: dict[str, type[LlavaError]] = {
     "invalid_image": BadImage,
 }
 _BUSY = (408, 413, 425, 429)
-_EVENT = (b"data:", b":", b"event:", b"id:", b"retry:")
+_WORDS = ("content", "reasoning_content", "reasoning")
+"""What a server goes on with while it says something, be it only to itself."""
 _FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 """That every server takes."""
 
 
-class Unanswered(Exception):
-    """A server gave no answer, or none to the end, and may give one later: in words that go on after its name."""
-
-    def __init__(self, reason: str, status: int | None = 0, after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.status, self.after = status, after
-        """HTTP's status, 0 where it broke off, None where nobody was there; seconds that it asks to be left alone."""
-
-
-class Response(Protocol):
-    """What a server sends back. Raises `Unanswered` where that breaks off."""
-
-    status: int
-
-    def header(self, name: str) -> str | None: ...
-    def read(self) -> bytes: ...
-    def lines(self) -> Iterator[bytes]: ...
-    def close(self) -> None: ...
-
-
 Post = Callable[[str, dict[str, Any]], Response]
-"""Sends JSON to a path below the API's address. Raises `Unanswered`."""
+"""Sends JSON to a path below the API's address. Raises `Unanswered`, `Malformed` or `TooLarge`."""
 
 
 class Client:
@@ -71,51 +54,62 @@ class Client:
         self._with = {"model": model} if model else {}
 
     def whole(self, request: Request) -> Answer:
-        """The whole answer. Raises `Unanswered`, or what is wrong with the request."""
+        """The whole answer. Raises `Unanswered`, or what is wrong with the request or the answer."""
         begin = time.perf_counter()
-        said = self.ask(CHAT, self._asking(request.conversation, request.sampling))
-        seconds = time.perf_counter() - begin
-        try:
-            choice = said["choices"][0]
-            text = (choice["message"].get("content") or "").lstrip()
-            return _answer(text, choice.get("finish_reason"), said.get("usage"), 0, seconds, seconds)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise self._strange() from None
+        with self.understood():
+            said = self.ask(CHAT, self._asking(request.conversation, request.sampling))
+            seconds = time.perf_counter() - begin
+            choice = wire.first_choice(said)
+            text, reason = wire.content(wire.mapping(choice.get("message"))), wire.finish_reason(choice)
+            return _answer(text.lstrip(), reason, said.get("usage"), 0, seconds, seconds)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Generator[Chunk, None, None]:
-        """The answer as it comes. Raises `Unanswered` also where it has no end, or what is wrong with the request."""
+        """The answer as it comes. Raises `Unanswered` also where it has no end, or what is wrong with either side."""
         begin = first = time.perf_counter()
-        text, pieces, reason, usage, whole = "", 0, None, None, False
+        text: list[str] = []
+        reason, usage, whole = None, None, False
         body = {**self._asking(conversation, sampling), "stream": True, "stream_options": {"include_usage": True}}
-        with closing(self._sent(CHAT, body)) as response:
-            for line in response.lines():
-                line = line.strip()
-                if line and not line.startswith(_EVENT):
-                    raise self._strange()
-                if not line.startswith(b"data:"):
-                    continue
-                if (data := line[5:].strip()) == b"[DONE]":
+        with self.understood(), closing(self._sent(CHAT, body)) as response:
+            for data in wire.events(response):
+                if data == b"[DONE]":
                     whole = True
                     break
-                event = self._parsed(data)
-                if "error" in event:
+                event = wire.parsed(data)
+                if event.get("error"):
                     raise self._error(500, event)
                 usage = event.get("usage") or usage
-                for choice in event.get("choices") or ():
-                    reason = choice.get("finish_reason") or reason
-                    piece = (choice.get("delta") or {}).get("content") or ""
-                    if piece := piece if text else piece.lstrip():
-                        first, text, pieces = first if text else time.perf_counter(), text + piece, pieces + 1
-                        yield Chunk(piece)
+                if event.get("choices") in (None, []):  # it has the usage, or nothing
+                    continue
+                choice = wire.first_choice(event)
+                delta = wire.mapping(choice.get("delta") or {})
+                reason = wire.finish_reason(choice) or reason
+                if any(map(delta.get, _WORDS)):
+                    response.deadline.restart()
+                piece = wire.content(delta)
+                if piece := piece if text else piece.lstrip():
+                    first = first if text else time.perf_counter()
+                    text.append(piece)
+                    yield Chunk(piece)
         if not (whole or reason):
-            raise Unanswered("ended in the midst of an answer")
+            raise Unanswered(wire.BROKEN_OFF)
         now = time.perf_counter()
-        yield Chunk("", _answer(text, reason, usage, pieces, (first if text else now) - begin, now - begin))
+        seconds = (first if text else now) - begin, now - begin
+        yield Chunk("", _answer("".join(text), reason, usage, len(text), *seconds))
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What is said at a path. Raises `Unanswered`, or what is wrong with the request."""
-        with closing(self._sent(path, body)) as response:
-            return self._parsed(response.read())
+        """What is said at a path. Raises `Unanswered`, or what is wrong with the request or the answer."""
+        with self.understood(), closing(self._sent(path, body)) as response:
+            return wire.body(response)
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Translates what is wrong with an answer. It would be again, so that none of it is `Unanswered`."""
+        try:
+            yield
+        except Malformed as error:
+            raise ModelUnusable(self._name, str(error), "curl URL/models says what it is") from None
+        except (TooLarge, TooMuch) as error:
+            raise ServerFailed(self._name, f"its answer is refused: {error}") from None
 
     def _asking(self, conversation: Conversation, sampling: Sampling) -> dict[str, Any]:
         """A conversation as OpenAI's request for its next answer."""
@@ -132,18 +126,24 @@ class Client:
 
     def refusal(self, response: Response) -> Exception:
         """What a status that is no success is here."""
-        data = response.read()
+        location = response.header("Location")
+        if location and 300 <= response.status < 400:  # not followed: the key is for this server alone
+            return ModelUnusable(self._name, f"redirects to {one_line(location)}", "--server URL is where it listens")
         try:
-            said = json.loads(data)
-        except ValueError:
+            data = response.read(limits.REPLY_ERROR_BYTES)
+        except (OSError, TooLarge):
+            data = b""
+        try:
+            said = wire.parsed(data)
+        except (Malformed, TooMuch):
             said = {"error": data.decode("utf-8", "replace")}
-        return self._error(response.status, said if isinstance(said, dict) else {}, response.header("Retry-After"))
+        return self._error(response.status, said, response.header("Retry-After"))
 
     def _error(self, status: int, said: dict[str, Any], after: str | None = None) -> Exception:
         """OpenAI's form of an error, or what others make of it."""
         error = said.get("error", said)
         error = error if isinstance(error, dict) else {"message": error}
-        message = printable(str(error.get("message") or said.get("detail") or f"status {status}").strip()[:500])
+        message = one_line(str(error.get("message") or said.get("detail") or "")) or f"status {status}"
         code, kind = error.get("code"), error.get("type")
         if isinstance(code, int) and 400 <= code < 600:
             status = code
@@ -161,18 +161,6 @@ class Client:
         if "context length" in message:  # vLLM and others have no code for it
             return PromptTooLong("prompt", message)
         return BadData(self._name, message)
-
-    def _parsed(self, data: bytes) -> dict[str, Any]:
-        try:
-            found = json.loads(data)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise self._strange()
-        return found
-
-    def _strange(self) -> ModelUnusable:
-        return ModelUnusable(self._name, "does not speak OpenAI's chat completions", "curl URL/models says what it is")
 
 
 def behind(shown: str, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -251,28 +239,9 @@ def whole_file(picture: Picture) -> str:
 
 def plain_file(picture: Picture) -> str:
     """A picture's own bytes if any decoder sees in them what ours does, else what ours saw."""
-    from PIL import Image
-
-    found, plain = None, False
-    if picture.data:
-        try:
-            with Image.open(io.BytesIO(picture.data)) as file:
-                found, size = file.format, file.size
-                plain = found in _FORMATS and file.mode in ("RGB", "L") and "transparency" not in file.info
-                plain = plain and size == picture.image.size and not picture.truncated and not _is_turned(file)
-        except Exception:  # what others than Pillow have opened, such as HEIC
-            plain = False
-    if picture.data and plain:
-        return _uri(_FORMATS[str(found)], picture.data)
-    return _encoded(picture, "JPEG" if found == "JPEG" else "PNG")  # what has lost something may lose a little more
-
-
-def _is_turned(file: Image) -> bool:
-    """Whether a picture has an orientation that not everybody looks at."""
-    from PIL import ExifTags
-
-    noted = {"exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"} & file.info.keys()
-    return bool(noted) and file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    if picture.data and picture.plain and picture.format in _FORMATS:
+        return _uri(_FORMATS[picture.format], picture.data)
+    return _encoded(picture, "JPEG" if picture.format == "JPEG" else "PNG")  # what has lost something may lose more
 
 
 def _encoded(picture: Picture, kind: str) -> str:
@@ -285,15 +254,14 @@ def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _answer(
-    text: str, reason: str | None, usage: dict[str, Any] | None, pieces: int, first: float, total: float
-) -> Answer:
+def _answer(text: str, reason: str | None, usage: Any, pieces: int, first: float, total: float) -> Answer:
     """`pieces` that came are how many tokens the answer has where the server does not say."""
-    usage = usage or {}
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    cached = tokens(details.get("cached_tokens")) if isinstance(details, dict) else 0
     why: FinishReason = "length" if reason == "length" else "stop"
-    tokens = usage.get("completion_tokens") or pieces
-    return Answer(text, why, usage.get("prompt_tokens") or 0, cached, tokens, first, total)
+    answered = tokens(usage.get("completion_tokens")) or pieces
+    return Answer(text, why, tokens(usage.get("prompt_tokens")), cached, answered, first, total)
 
 
 def _seconds(after: str | None) -> float:

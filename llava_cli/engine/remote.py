@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from llava_cli import limits
+from llava_cli.bounded_http import Deadline, Response, Url, ask, connect, encrypt
 from llava_cli.conversation import Conversation
+from llava_cli.engine import wire
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
-from llava_cli.engine.client import (
-    Client,
-    Response,
-    Unanswered,
-    at_once,
-    behind,
-    messages,
-    plain_file,
-    whole_file,
-)
+from llava_cli.engine.client import CHAT, Client, at_once, behind, messages, plain_file, whole_file
+from llava_cli.engine.wire import Malformed, Unanswered, unanswered
 from llava_cli.errors import BadData, LlavaError, ModelUnusable, ServerFailed, UsageError, plainly, printable
 from llava_cli.settings import Sampling
-
-if TYPE_CHECKING:
-    import httpx
+from llava_cli.untrusted_text import one_line
 
 T = TypeVar("T")
-CONNECT_SECONDS = 10.0
-SECONDS = 600.0
-"""That a server may be silent: a large model on a CPU reads a picture for minutes."""
 TRIES = 8
 LONGEST_WISH = 120.0
 """Seconds that a server may ask to be left alone for."""
@@ -55,15 +46,16 @@ class RemoteEngine(Engine):
         self.where = _address(url)
         self._tell, self._concurrency = tell, concurrency
         self._lock, self._is_well = threading.Lock(), True
-        self._web = _web(self.where, key)
+        self._authorization = _authorization(key)
         self._client = Client(self.where, self._post, plain_file)
         try:
             found = self._models() if model else self._patiently(self._models)
         except Unanswered:  # some cannot list what they have, and answer all the same
             found = []
-        self.model = model or self._only(found)
+        asked = model or self._only(found)
+        self.model = one_line(asked)
         is_ours = any(one.get("owned_by") == "llava" for one in found)  # and decodes pictures as we do
-        self._client = Client(self.where, self._post, whole_file if is_ours else plain_file, self.model)
+        self._client = Client(self.where, self._post, whole_file if is_ours else plain_file, asked)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         shown = ""
@@ -135,97 +127,107 @@ class RemoteEngine(Engine):
         time.sleep(min(max(error.after, pause * random.uniform(0.5, 1)), LONGEST_WISH))
 
     def _models(self) -> list[dict[str, Any]]:
-        """What the server says of its models; nothing where it does not tell."""
+        """What the server says of those of its models that have a name; nothing where it does not tell."""
         try:
-            with closing(self._send("GET", "models")) as response:
+            with self._client.understood(), closing(self._send("GET", "models")) as response:
                 if response.status == 404:
                     return []
                 if response.status != 200:
                     raise self._client.refusal(response)
-                return [one for one in json.loads(response.read())["data"] if isinstance(one, dict)]
+                found = _listed(response)
         except Unanswered as error:
             if error.status is None:  # nobody has been there yet: more likely a wrong address than one that will be
                 raise ModelUnusable(self.where, str(error), "--server URL is where it listens") from None
             raise
-        except (ValueError, TypeError, KeyError):
-            return []
+        return [one for one in found if isinstance(one, dict) and one.get("id") and isinstance(one["id"], str)]
 
     def _only(self, found: list[dict[str, Any]]) -> str:
-        names = [printable(str(one.get("id"))) for one in found]
+        names = [str(one["id"]) for one in found]
         if len(names) == 1:
-            return str(found[0].get("id"))
+            return names[0]
         if not names:
             raise ModelUnusable(self.where, "does not say which models it has", "-m NAME asks for one")
-        raise ModelUnusable(self.where, "has several models", f"-m NAME asks for one of {', '.join(names[:20])}")
+        some = ", ".join(map(one_line, names[:20]))
+        raise ModelUnusable(self.where, "has several models", f"-m NAME asks for one of {some}")
 
     def _post(self, path: str, body: dict[str, Any]) -> Response:
-        return self._send("POST", path, body)
+        return self._send("POST", path, json.dumps(body).encode())  # escaped, for not all that is typed is text
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Response:
-        import httpx
-
+    def _send(self, method: str, path: str, body: bytes | None = None) -> Response:
+        """Raises `Unanswered`, `Malformed` or `TooLarge`."""
+        url = Url.parse(f"{self.where}/{path}")
+        common = {"Host": url.authority, "Content-Type": "application/json"}
         try:
-            data = None if body is None else json.dumps(body).encode()  # escaped, for not all that is typed is text
-            request = self._web.build_request(method, path, content=data, headers={"Content-Type": "application/json"})
-            return OverWeb(self._web.send(request, stream=True))
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            connection, target, for_proxy = _route(url, Deadline(limits.CONNECT_SECONDS))
+        except OSError as error:
             raise Unanswered(f"does not answer ({plainly(error)})", None) from None
-        except httpx.TimeoutException:
-            raise Unanswered(f"no answer within {SECONDS:.0f} s") from None
-        except httpx.HTTPError as error:
-            raise Unanswered(f"does not answer ({plainly(error)})") from None
+        deadline = Deadline(limits.REPLY_SECONDS)
+        with unanswered("does not answer", deadline):
+            return ask(connection, deadline, method, target, {**common, **self._authorization, **for_proxy}, body)
 
 
-class OverWeb:
-    """A response of httpx's."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self._response, self.status = response, response.status_code
-        self.close = response.close
-
-    def header(self, name: str) -> str | None:
-        found: str | None = self._response.headers.get(name)
-        return found
-
-    def read(self) -> bytes:
-        return b"".join(self._whole(self._response.iter_bytes()))
-
-    def lines(self) -> Iterator[bytes]:
-        for line in self._whole(self._response.iter_lines()):
-            yield line.encode()
-
-    def _whole(self, pieces: Iterator[Any]) -> Iterator[Any]:
-        import httpx
-
-        try:
-            yield from pieces
-        except httpx.HTTPError as error:
-            raise Unanswered(f"ended in the midst of an answer ({plainly(error)})") from None
+def _listed(response: Response) -> list[Any]:
+    try:
+        found = wire.body(response).get("data")
+    except Malformed:
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _address(url: str) -> str:
     """Where the API's paths begin: `/v1` unless something else is named. Raises `UsageError` for what is no address."""
     try:
         parts = urlsplit(url.strip())
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+        Url.parse(f"{address}/{CHAT}")
     except ValueError:
-        fits = False
-    if not fits:
         hint = "--server http://127.0.0.1:8000" if ":/" in url else f"--server http://{printable(url)}"
-        raise UsageError(f"--server {printable(url)}", "not an http(s) address", hint)
+        raise UsageError(f"--server {printable(url)}", "not an http(s) address", hint) from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError("--server", "an address without a name, a key or a query", "LLAVA_API_KEY=… is for the key")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+    return address
 
 
-def _web(url: str, key: str | None) -> httpx.Client:
-    import httpx
-
-    if key and not key.isprintable():
+def _authorization(key: str | None) -> dict[str, str | bytes]:
+    """The header with the key. Raises `UsageError`."""
+    if not key:
+        return {}
+    if not key.isprintable():
         raise UsageError("LLAVA_API_KEY", "not one line of text")
-    return httpx.Client(
-        base_url=url,
-        headers={b"Authorization": f"Bearer {key}".encode()} if key else {},
-        timeout=httpx.Timeout(SECONDS, connect=CONNECT_SECONDS),
-        limits=httpx.Limits(max_connections=None),
-    )
+    return {"Authorization": f"Bearer {key}".encode()}
+
+
+def _route(url: Url, deadline: Deadline) -> tuple[socket.socket, str, dict[str, str]]:
+    """A connection that a URL is asked through, what it is asked for there, and the headers that a proxy gets.
+
+    Raises `OSError`, or `UsageError` for a proxy that is none.
+    """
+    proxy = _proxy(url)
+    connection = connect((proxy or url).host, (proxy or url).port, deadline)
+    for_proxy = {"Proxy-Authorization": proxy.authorization} if proxy and proxy.authorization else {}
+    if proxy and not url.is_tls:
+        return connection, f"http://{url.authority}{url.target}", for_proxy
+    if proxy:
+        there = f"{url.authority}:443" if url.port == 443 else url.authority
+        answer = ask(connection, deadline, "CONNECT", there, {"Host": there, "Connection": "keep-alive", **for_proxy})
+        if answer.status != 200:
+            answer.close()
+            raise OSError(f"its proxy answers {answer.status}")
+    return encrypt(connection, url.host, deadline) if url.is_tls else connection, url.target, {}
+
+
+def _proxy(url: Url) -> Url | None:
+    """The proxy that the environment has for a URL."""
+    from urllib.request import getproxies, proxy_bypass
+
+    proxies = getproxies()
+    named = proxies.get("https" if url.is_tls else "http") or proxies.get("all")
+    if not named or proxy_bypass(f"{url.host}:{url.port}"):
+        return None
+    try:
+        proxy = Url.parse(named if "://" in named else f"http://{named}")
+    except ValueError:
+        proxy = None
+    if proxy is None or proxy.is_tls:  # the address may have a password in it, and is not shown
+        raise UsageError("the proxy for --server", "not an http:// address", f"NO_PROXY={url.host} goes without it")
+    return proxy

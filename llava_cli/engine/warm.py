@@ -5,8 +5,8 @@ When the server is gone the model is loaded here after all, and what was asked i
 
 from __future__ import annotations
 
-import http.client
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import chain
@@ -14,33 +14,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+from llava_cli import limits
+from llava_cli.bounded_http import Deadline, Response, ask
 from llava_cli.conversation import Conversation
+from llava_cli.engine import wire
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
-from llava_cli.engine.client import Client, Response, Unanswered, at_once, behind, messages, whole_file
-from llava_cli.errors import LlavaError, plainly
-from llava_cli.families import Family, named
+from llava_cli.engine.client import Client, at_once, behind, messages, whole_file
+from llava_cli.engine.wire import Unanswered, unanswered
+from llava_cli.errors import LlavaError
+from llava_cli.families import FAMILIES, Family
 from llava_cli.place import SocketConnection, status
 from llava_cli.settings import Sampling
 
 AT_ONCE = 32
 """Requests in hand of a batch, where nothing else is asked for."""
-
-
-class OverSocket:
-    """A response that came through a socket."""
-
-    def __init__(self, response: http.client.HTTPResponse) -> None:
-        self._response, self.status = response, response.status
-        self.header, self.close = response.getheader, response.close
-
-    def read(self) -> bytes:
-        return b"".join(self.lines())
-
-    def lines(self) -> Iterator[bytes]:
-        try:
-            yield from self._response
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise Unanswered(f"ended in the midst of an answer ({plainly(error)})") from None
 
 
 class WarmEngine(Engine):
@@ -57,8 +44,8 @@ class WarmEngine(Engine):
         self._client = Client("llava serve", self._post, whole_file)
         self.model, self.precision, self.device = said["model"], said["precision"], said["device"]
         self.context, self.where = said["context"], f"llava serve (pid {said['pid']})"
-        self.family: Family | None = named(said["family"]) if said["family"] else None
-        self._memory = int(said["memory"])
+        self.family: Family | None = next((family for family in FAMILIES if family.name == said["family"]), None)
+        self._memory = min(said["memory"], sys.maxsize)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         shown = ""
@@ -110,10 +97,10 @@ class WarmEngine(Engine):
             yield numbers[place], outcome
 
     def prompt(self, conversation: Conversation) -> str:
-        return str(self._asked(conversation)["prompt"]) if self._here is None else self._here.prompt(conversation)
+        return self._asked(conversation)[0] if self._here is None else self._here.prompt(conversation)
 
     def count(self, conversation: Conversation) -> int:
-        return int(self._asked(conversation)["tokens"]) if self._here is None else self._here.count(conversation)
+        return self._asked(conversation)[1] if self._here is None else self._here.count(conversation)
 
     def peak_memory(self) -> int:
         return self._memory if self._here is None else self._here.peak_memory()
@@ -129,25 +116,24 @@ class WarmEngine(Engine):
         self._tell(f"llava: serve: {error}; going on without it")
         self._local()
 
-    def _asked(self, conversation: Conversation) -> dict[str, Any]:
-        """The prompt that the server would read; of this engine's own, where it is gone."""
+    def _asked(self, conversation: Conversation) -> tuple[str, int]:
+        """The prompt that the server would read and its number of tokens; this engine's own, where it is gone."""
         try:
-            return self._client.ask("/llava/prompt", {"messages": messages(conversation, whole_file)})
+            with self._client.understood():
+                said = self._client.ask("/llava/prompt", {"messages": messages(conversation, whole_file)})
+                return wire.string(said.get("prompt")), wire.tokens(said.get("tokens"))
         except Unanswered as error:
             self._go_on(error)
             here = self._local()
-            return {"prompt": here.prompt(conversation), "tokens": here.count(conversation)}
+            return here.prompt(conversation), here.count(conversation)
 
     def _post(self, path: str, body: dict[str, Any]) -> Response:
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogateescape")
-        connection = SocketConnection(self._path)
-        try:
-            connection.request(
-                "POST", urljoin("/v1/", path), data, {"Content-Type": "application/json", "Connection": "close"}
-            )
-            return OverSocket(connection.getresponse())
-        except (OSError, http.client.HTTPException) as error:
-            raise Unanswered(f"does not answer ({plainly(error)})", None) from None
+        headers = {"Host": "llava", "Content-Type": "application/json"}
+        connection, deadline = SocketConnection(self._path), Deadline(limits.OWN_REPLY_SECONDS)
+        with unanswered("does not answer", deadline):
+            connection.connect()
+            return ask(connection.sock, deadline, "POST", urljoin("/v1/", path), headers, data)
 
 
 def holder(
