@@ -24,8 +24,8 @@ from servers import Serve, Server, begin, end
 
 from llava_cli import Conversation, load
 from llava_cli.conversation import Picture
+from llava_cli.decode import decode
 from llava_cli.engine.local import LocalEngine
-from llava_cli.images import decode
 from llava_cli.place import SocketConnection, status
 
 JSON = {"Content-Type": "application/json"}

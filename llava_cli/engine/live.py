@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llava_cli.engine.base import Answer, Request
+from llava_cli.engine.base import Answer, Request, always
 from llava_cli.engine.kept import Kept
 from llava_cli.engine.many import Row, Token
 from llava_cli.engine.schedule import Schedule
@@ -26,6 +26,10 @@ SHARE = 0.1  # of the memory that is free when it begins keeps what was read
 
 Put = Callable[["Token | Answer | LlavaError"], None]
 """Gets an answer's tokens as they come, and at last the whole of it, or what prevents one; from another thread."""
+
+
+class Unwanted(Exception):
+    """Whoever asked has gone, and what was asked is not looked at any more."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,21 @@ class Live:
         """How many requests are being answered, or wait for it."""
         return len(self._asked)
 
-    def ask(self, request: Request, put: Put, stream: bool = True, top: int | None = None) -> Asked:
+    def ask(
+        self,
+        request: Request,
+        put: Put,
+        stream: bool = True,
+        top: int | None = None,
+        wanted: Callable[[], bool] = always,
+    ) -> Asked:
         """Prepares a request, in the caller's thread, and has it answered.
 
         Without `stream` only the whole answer is put; with `top` each token, and as many of the likeliest in its place.
-        Raises `PromptTooLong` and whatever else is wrong with it alone.
+        Raises `PromptTooLong` and whatever else is wrong with it alone, or `Unwanted` where it is not `wanted` now.
         """
+        if not wanted():
+            raise Unwanted
         begin = time.perf_counter()
         pictures = tuple(picture.sha256 for picture in request.conversation.pictures)
         number = next(self._numbers)

@@ -5,35 +5,35 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from llava_cli import __version__
+from llava_cli import __version__, limits
 from llava_cli.engine import Answer
 from llava_cli.engine import Request as Asking
 from llava_cli.engine.live import Asked, Live
 from llava_cli.engine.many import Likelihood, Token
 from llava_cli.errors import LlavaError
-from llava_cli.sandbox import Sandboxes
-from llava_cli.server.guard import TooLarge, is_own_socket
+from llava_cli.server.bodies import Bodies, Body, Left
+from llava_cli.server.guard import is_own_socket
+from llava_cli.server.lane import Lane
 from llava_cli.server.metrics import CONTENT_TYPE, Metrics
-from llava_cli.server.openai import ChatRequest, Opener, Refusal, Shapes, mistake
+from llava_cli.server.openai import ChatRequest, Refusal, Shapes, not_json
+from llava_cli.server.pictures import Opener, Pictures
 from llava_cli.settings import Settings
 
+T = TypeVar("T")
 Event = Token | Answer
-DECODING = 20.0
-"""Seconds that a picture may keep others from being opened."""
-OPENING = 4
-"""Requests whose pictures are open at a time: up to half a GB each."""
 EVENTS = "text/event-stream"
 
 
@@ -42,15 +42,16 @@ class Service:
 
     def __init__(self, live: Live, settings: Settings, most: int, remote: bool) -> None:
         self.live, self.settings, self.most = live, settings, most
-        self.sandboxes = Sandboxes(DECODING)
-        self.sandboxes.begin()
-        self._remote = remote
-        self._opening = asyncio.Semaphore(OPENING)
+        self.bodies, self.pictures = Bodies(), Pictures(remote)
+        self.shaping = Lane(1)
+        """Answers with probabilities: up to half a second of decoding single tokens."""
         self.began = self.last = time.monotonic()
         self.busy = 0
         """Requests that were let in and are not done."""
         self.metrics = Metrics(lambda: self.busy, lambda: live.kept.size)
         self.draining = False
+        tokenizer = live.engine.prompter.tokenizer
+        self._word = lru_cache(65_536)(lambda token: str(tokenizer.decode([token])))
 
     def enter(self) -> None:
         """Lets one more request in. Raises `Refusal` where there are too many, or no more are taken."""
@@ -64,58 +65,96 @@ class Service:
         self.busy -= 1
         self.last = time.monotonic()
 
-    async def events(self, chat: ChatRequest, own: bool) -> AsyncGenerator[Event]:
-        """An answer's tokens and at last the whole of it. Closed before that, it is not gone on with."""
+    async def ask(self, chat: ChatRequest, own: bool) -> Answering:
+        """Prepares a request and has it answered. Canceled, no more is done for it than had begun.
+
+        Raises `Refusal`, and what is wrong with the request.
+        """
         usual = Settings() if own else self.settings  # our own commands say all there is to say
         top = (chat.top_logprobs or 0) if chat.logprobs else None
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        sampling, gone = chat.sampling(usual), threading.Event()
+        answering = Answering(self)
 
-        def put(event: Token | Answer | LlavaError) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever asked
-                loop.call_soon_threadsafe(queue.put_nowait, event)
+        def is_wanted() -> bool:
+            return not gone.is_set()
 
-        def ask() -> Asked:
-            conversation = chat.question(usual.system, self.opener(own))
-            return self.live.ask(Asking(conversation, chat.sampling(usual)), put, chat.stream, top)
+        def prepare(opener: Opener) -> Asked:
+            request = Asking(chat.question(usual.system, opener), sampling)
+            return self.live.ask(request, answering.put, chat.stream, top, is_wanted)
 
-        pictures = chat.has_pictures()
-        if pictures:
-            await self._opening.acquire()
-        asking = asyncio.ensure_future(run_in_threadpool(ask))
-        if pictures:
-            asking.add_done_callback(lambda _: self._opening.release())
         try:
-            asked = await asyncio.shield(asking)
-        except asyncio.CancelledError:  # its thread goes on, and asks
-            asking.add_done_callback(self._leave)
+            answering.asked = await self.pictures.opened(chat.pictures(), own, is_wanted, prepare, self.live.leave)
+        except BaseException:
+            gone.set()
+            answering.end()
             raise
-        whole = False
-        try:
-            while not whole:
-                event = await queue.get()
-                whole = not isinstance(event, Token)
-                if isinstance(event, LlavaError):
-                    raise event
-                yield event
-        finally:
-            if not whole:
-                self.live.leave(asked)
+        return answering
 
-    def _leave(self, asking: asyncio.Future[Asked]) -> None:
-        if not asking.exception():
-            self.live.leave(asking.result())
+    async def prompt(self, chat: ChatRequest) -> dict[str, Any]:
+        """The prompt that a request of our own commands becomes, and how many tokens it has."""
 
-    def opener(self, own: bool) -> Opener:
-        return Opener(self.sandboxes, self._remote, own)
+        def prepare(opener: Opener) -> dict[str, Any]:
+            conversation = chat.conversation(None, opener)
+            return {"prompt": self.live.engine.prompt(conversation), "tokens": self.live.count(conversation)}
+
+        return await self.pictures.opened(chat.pictures(), True, lambda: True, prepare)
 
     def shapes(self) -> Shapes:
-        tokenizer = self.live.engine.prompter.tokenizer
-        return Shapes(uuid4().hex, self.live.engine.model, lambda token: str(tokenizer.decode([token])))
+        return Shapes(uuid4().hex, self.live.engine.model, self._word)
+
+
+class Answering:
+    """A request that was let in, and has its place until its end: tokens, and at last the whole answer."""
+
+    def __init__(self, service: Service) -> None:
+        """Raises `Refusal`."""
+        service.enter()
+        self.asked: Asked | None = None
+        self._service, self._loop = service, asyncio.get_running_loop()
+        self._queue = asyncio.Queue[Event | LlavaError]()
+        self._is_whole = self._has_ended = False
+
+    def put(self, event: Event | LlavaError) -> None:
+        """Called by the engine's thread."""
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever asked
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    async def next(self) -> Event:
+        """Raises what prevents an answer."""
+        event = await self._queue.get()
+        self._is_whole = not isinstance(event, Token)
+        if isinstance(event, LlavaError):
+            raise event
+        return event
+
+    def end(self) -> None:
+        """Gives its place back, once; an answer that is not whole is not continued."""
+        if not self._has_ended:
+            self._has_ended = True
+            if self.asked is not None and not self._is_whole:
+                self._service.live.leave(self.asked)
+            self._service.leave()
+
+
+@dataclass(frozen=True)
+class Wants:
+    """How a request is to be answered."""
+
+    stream: bool
+    usage: bool
+    likelihoods: bool
+
+    @classmethod
+    def of(cls, chat: ChatRequest) -> Wants:
+        usage = chat.stream_options is not None and chat.stream_options.include_usage
+        return cls(chat.stream, usage, bool(chat.logprobs))
 
 
 def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
     """The app, without its guard; `said` is what it says of itself to our own commands."""
-    app = FastAPI(title="llava", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="llava", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     engine = service.live.engine
 
     @app.get("/health")
@@ -127,10 +166,9 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
         return said()
 
     @app.post("/llava/prompt")
-    async def prompt(body: ChatRequest) -> dict[str, Any]:
-        conversation = await run_in_threadpool(body.conversation, None, service.opener(own=True))
-        count = await run_in_threadpool(service.live.count, conversation)
-        return {"prompt": engine.prompt(conversation), "tokens": count}
+    async def prompt(request: Request) -> Response:
+        with service.bodies.one(own=True) as body:
+            return Json(await service.prompt(await _received(request, body)))
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -142,33 +180,38 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != engine.model:
-            raise Refusal(404, f"{name}: this server has {engine.model}", "model", "model_not_found")
+        _check_model(name)
         return _model()
 
     def _model() -> dict[str, Any]:
         return {"id": engine.model, "object": "model", "created": 0, "owned_by": "llava", "context": engine.context}
 
+    def _check_model(name: str) -> None:
+        if name != engine.model:
+            reason = f"{name[: limits.NAME_CHARACTERS]}: this server has {engine.model}"
+            raise Refusal(404, reason, "model", "model_not_found")
+
     @app.post("/v1/chat/completions")
-    async def chat(request: Request, body: ChatRequest) -> Response:
-        body.check()
-        if body.model not in (None, "", "default", engine.model):
-            raise Refusal(404, f"{body.model}: this server has {engine.model}", "model", "model_not_found")
-        service.enter()
-        events = service.events(body, is_own_socket(request.scope))
+    async def chat(request: Request) -> Response:
+        own = is_own_socket(request.scope)
+        with service.bodies.one(own) as body:
+            chat = await _received(request, body)
+            chat.check()
+            if chat.model not in (None, "", "default"):
+                _check_model(chat.model)
+            answering = await _unless_left(request, service.ask(chat, own))
+        wants = Wants.of(chat)
+        del chat  # its pictures, while it is answered
         try:
-            first = await _unless_left(request, anext(events))
+            first = await _unless_left(request, answering.next())
+            if wants.stream:
+                return Stream(_stream(service, wants, first, answering), answering)
+            answer = await _unless_left(request, _whole(service, wants, first, answering))
         except BaseException:
-            await events.aclose()
-            service.leave()
+            answering.end()
             raise
-        if body.stream:
-            return StreamingResponse(_stream(service, body, first, events), media_type=EVENTS, headers=_UNBUFFERED)
-        try:
-            return Json(await _unless_left(request, _whole(service, body, first, events)))
-        finally:
-            await events.aclose()
-            service.leave()
+        answering.end()
+        return answer
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, error: Refusal) -> Response:
@@ -179,18 +222,10 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
     async def failed(request: Request, error: LlavaError) -> Response:
         return await refuse(request, Refusal.of(error))
 
-    @app.exception_handler(TooLarge)
-    async def large(request: Request, error: TooLarge) -> Response:
-        return await refuse(request, Refusal(413, str(error)))
-
     @app.exception_handler(Left)
     async def left(request: Request, error: Left) -> Response:
         service.metrics.left()
         return Response(status_code=499)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return await refuse(request, mistake(error.errors()))
 
     @app.exception_handler(UnicodeError)
     async def no_text(request: Request, error: UnicodeError) -> Response:
@@ -198,8 +233,6 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        if isinstance(error.__cause__, TooLarge):  # FastAPI takes it for a body that cannot be parsed
-            return await large(request, error.__cause__)
         return await refuse(request, Refusal(error.status_code, str(error.detail)))
 
     @app.exception_handler(Exception)
@@ -221,12 +254,17 @@ class Json(JSONResponse):
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
-class Left(Exception):
-    """The client has gone."""
+async def _received(request: Request, body: Body) -> ChatRequest:
+    """What a request asks for. Raises `Refusal` or `Left`."""
+    await body.arrive(request.receive)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise not_json()
+    return await body.parsed()
 
 
-async def _unless_left(request: Request, doing: Any) -> Any:
-    """What is being done, unless its client leaves before."""
+async def _unless_left(request: Request, doing: Coroutine[Any, Any, T]) -> T:
+    """What is being done. Raises `Left` where its client leaves before."""
     task = asyncio.ensure_future(doing)
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -245,35 +283,50 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _whole(service: Service, body: ChatRequest, first: Event, events: AsyncGenerator[Event]) -> dict[str, Any]:
-    likelihoods: list[Likelihood] | None = [] if body.logprobs else None
+class Stream(StreamingResponse):
+    """An answer as it comes. Its place is given back wherever its client leaves, before the first word too."""
+
+    def __init__(self, events: AsyncGenerator[bytes], answering: Answering) -> None:
+        super().__init__(events, media_type=EVENTS, headers=_UNBUFFERED)
+        self._events, self._answering = events, answering
+
+    async def __call__(self, *ends: Any) -> None:
+        try:
+            async with aclosing(self._events):
+                await super().__call__(*ends)
+        finally:
+            self._answering.end()
+
+
+async def _whole(service: Service, wants: Wants, first: Event, answering: Answering) -> Response:
+    likelihoods: list[Likelihood] | None = [] if wants.likelihoods else None
     event = first
     while not isinstance(event, Answer):
         if likelihoods is not None and event.likelihood:
             likelihoods.append(event.likelihood)
-        event = await anext(events)
+        event = await answering.next()
     service.metrics.answered(event)
-    return service.shapes().whole(event, likelihoods)
+    answer, shapes = event, service.shapes()
+    if likelihoods is None:
+        return Json(shapes.whole(answer, None))
+    return await service.shaping.run(lambda: Json(shapes.whole(answer, likelihoods)))
 
 
-async def _stream(
-    service: Service, body: ChatRequest, first: Event, events: AsyncGenerator[Event]
-) -> AsyncIterator[bytes]:
+async def _stream(service: Service, wants: Wants, first: Event, answering: Answering) -> AsyncGenerator[bytes]:
     """Server-sent events; what goes wrong after the first one is an event too."""
     shapes = service.shapes()
     try:
-        async with aclosing(events):
-            yield _event(shapes.chunk({"role": "assistant", "content": ""}))
-            event = first
-            while not isinstance(event, Answer):
-                likelihoods = [event.likelihood] if event.likelihood else None
-                yield _event(shapes.chunk({"content": event.text}, likelihoods=likelihoods))
-                event = await anext(events)
-            yield _event(shapes.chunk({}, event.finish_reason))
-            if body.stream_options and body.stream_options.include_usage:
-                yield _event(shapes.last(event))
-            yield b"data: [DONE]\n\n"
-            service.metrics.answered(event)
+        yield _event(shapes.chunk({"role": "assistant", "content": ""}))
+        event = first
+        while not isinstance(event, Answer):
+            likelihoods = [event.likelihood] if event.likelihood else None
+            yield _event(shapes.chunk({"content": event.text}, likelihoods=likelihoods))
+            event = await answering.next()
+        yield _event(shapes.chunk({}, event.finish_reason))
+        if wants.usage:
+            yield _event(shapes.last(event))
+        yield b"data: [DONE]\n\n"
+        service.metrics.answered(event)
     except LlavaError as error:
         refusal = Refusal.of(error)
         service.metrics.replied(refusal.status)
@@ -281,8 +334,6 @@ async def _stream(
     except (asyncio.CancelledError, GeneratorExit):
         service.metrics.left()
         raise
-    finally:
-        service.leave()
 
 
 def _event(value: Any) -> bytes:

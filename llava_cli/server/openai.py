@@ -5,31 +5,21 @@ https://platform.openai.com/docs/api-reference/chat. What would change an answer
 
 from __future__ import annotations
 
-import base64
-import binascii
-import math
-import re
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llava_cli import limits
 from llava_cli.conversation import Conversation, Picture, Turn
 from llava_cli.engine import Answer
 from llava_cli.engine.many import Likelihood
 from llava_cli.errors import BadImage, LlavaError, OutOfMemory, PromptTooLong, UsageError
-from llava_cli.fetch import fetch
-from llava_cli.images import MAX_BYTES, is_url
-from llava_cli.sandbox import Sandboxes
 from llava_cli.settings import Sampling
 
-PICTURE_BYTES = 20_000_000
-PICTURES = 64
-PIXELS = 100_000_000
-"""Of all pictures of a request: a few kB of a PNG may be 50 megapixels, and each takes 3 bytes once it is opened."""
-_DATA = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 _UNDONE: dict[str, tuple[Any, ...]] = {
     "tools": (),
     "tool_choice": ("none", "auto"),
@@ -47,16 +37,25 @@ _UNDONE: dict[str, tuple[Any, ...]] = {
     "min_p": (),
 }
 """What is not done here, and what it may be set to all the same, beside nothing."""
+_SYSTEM = ("system", "developer")
 
 
 class Refusal(Exception):
     """What a client is told: an HTTP status and an error of OpenAI's shape."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry: int | None = None,
+        close: bool = False,
     ) -> None:
+        """`retry` is after how many seconds to ask again; with `close` there may be more to come of the request."""
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry, self.close = retry, close
 
     @classmethod
     def of(cls, error: LlavaError) -> Refusal:
@@ -76,7 +75,7 @@ class Refusal(Exception):
 
     def headers(self) -> dict[str, str]:
         after = {} if self.retry is None else {"Retry-After": str(self.retry)}
-        return {**after, "Connection": "close"} if self.status == 413 else after  # there may be more to come of it
+        return {**after, "Connection": "close"} if self.close else after
 
 
 class ImageUrl(BaseModel):
@@ -91,7 +90,7 @@ class Part(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
     def text(self) -> str:
         if isinstance(self.content, list):
@@ -112,7 +111,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    messages: list[Message]
+    messages: Annotated[list[Message], Field(fail_fast=True)]
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -121,18 +120,29 @@ class ChatRequest(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     n: int | None = 1
 
     def check(self) -> None:
-        """Raises `Refusal` for what is not done here."""
+        """Raises `Refusal` for what is not done here, or is too much."""
         for name, value in (self.model_extra or {}).items():
             if value and value not in _UNDONE.get(name, (value,)):
                 raise Refusal(400, f"{name} is not supported", name, "unsupported_parameter")
         if self.n not in (None, 1):
             raise Refusal(400, "n: one answer at a time", "n", "unsupported_parameter")
+        if isinstance(self.stop, list) and len(self.stop) > limits.REQUEST_STOPS:
+            raise Refusal(400, f"stop: at most {limits.REQUEST_STOPS} texts", "stop")
+        if len(self.pictures()) > limits.REQUEST_PICTURES:
+            raise Refusal(400, f"at most {limits.REQUEST_PICTURES} pictures", "messages")
+        if (length := sum(len(message.text()) for message in self.messages)) > limits.TEXT_CHARACTERS:
+            reason = f"prompt: {length:,} characters of text; a request has at most {limits.TEXT_CHARACTERS:,}"
+            raise Refusal(400, reason, "messages", "context_length_exceeded")
+
+    def pictures(self) -> list[str]:
+        """The URLs of its pictures, in order."""
+        return [url for message in self.messages for url in message.urls()]
 
     def sampling(self, usual: Sampling) -> Sampling:
         """How to answer; `usual` where the request does not say."""
@@ -155,83 +165,30 @@ class ChatRequest(BaseModel):
             raise Refusal(400, "there is no question", "messages")
         return conversation
 
-    def has_pictures(self) -> bool:
-        return any(message.urls() for message in self.messages)
-
     def conversation(self, usual: str | None, open_url: Callable[[str, str], Picture]) -> Conversation:
-        """Its messages, answered or not."""
-        system = "\n".join(m.text() for m in self.messages if m.role in ("system", "developer")) or usual
+        """Its messages, answered or not; those of a user's in a row are one question."""
+        system = "\n".join(m.text() for m in self.messages if m.role in _SYSTEM) or usual
         turns: list[Turn] = []
-        pictures = 0
-        for message in (m for m in self.messages if m.role not in ("system", "developer")):
-            if message.role == "assistant":
-                if not turns or turns[-1].answer is not None or message.urls():
+        number = itertools.count(1)
+        for role, several in itertools.groupby((m for m in self.messages if m.role not in _SYSTEM), lambda m: m.role):
+            messages = list(several)
+            if role == "assistant":
+                if not turns or len(messages) > 1 or messages[0].urls():
                     raise Refusal(400, "an assistant's message answers a user's, with text", "messages")
-                turns[-1] = replace(turns[-1], answer=message.text())
-                continue
-            pictures += len(message.urls())
-            if pictures > PICTURES:
-                raise Refusal(400, f"at most {PICTURES} pictures", "messages")
-            before = pictures - len(message.urls())
-            shown = tuple(open_url(url, f"picture {before + i}") for i, url in enumerate(message.urls(), 1))
-            if turns and turns[-1].answer is None:  # two messages of a user's are one question
-                last = turns.pop()
-                text = "\n".join(filter(None, (last.question, message.text())))
-                turns.append(Turn(text, (*last.pictures, *shown)))
+                turns[-1] = replace(turns[-1], answer=messages[0].text())
             else:
-                turns.append(Turn(message.text(), shown))
+                text = "\n".join(filter(None, [message.text() for message in messages]))
+                urls = [url for message in messages for url in message.urls()]
+                turns.append(Turn(text, tuple(open_url(url, f"picture {next(number)}") for url in urls)))
         return Conversation(tuple(turns), system)
-
-
-class Opener:
-    """Opens the pictures of one request: those that it brings, or with `remote` names by a public address.
-
-    A file of this machine's never. `own` requests may be as large as this user's files may be.
-    """
-
-    def __init__(self, sandboxes: Sandboxes, remote: bool, own: bool) -> None:
-        self._sandboxes, self._remote = sandboxes, remote
-        self._most = MAX_BYTES if own else PICTURE_BYTES
-        self._pixels: float = math.inf if own else PIXELS
-
-    def __call__(self, url: str, name: str) -> Picture:
-        """Raises `Refusal`."""
-        try:
-            remote = self._remote and is_url(url)
-            found = self._sandboxes.open(name, fetch(url, public=True) if remote else _brought(url, name, self._most))
-        except LlavaError as error:
-            found = error
-        if isinstance(found, LlavaError):
-            raise Refusal(400, f"{name}: {found.reason}", "messages", "invalid_image")
-        self._pixels -= found.image.width * found.image.height
-        if self._pixels < 0:
-            most = f"at most {PIXELS // 1_000_000} megapixels in all pictures together"
-            raise Refusal(400, most, "messages", "image_too_large")
-        return found
-
-
-def _brought(url: str, name: str, most: int) -> bytes:
-    """What a data: URI holds."""
-    if is_url(url):
-        raise Refusal(400, f"{name}: remote pictures are off; send a data: URI", "messages", "remote_url")
-    if not (start := _DATA.match(url)):
-        raise Refusal(400, f"{name}: not a base64 data: URI", "messages", "invalid_image_url")
-    if len(url) > most * 4 // 3 + 200:
-        raise Refusal(400, f"{name}: larger than {most // 1_000_000} MB", "messages", "image_too_large")
-    try:
-        return base64.b64decode(url[start.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise Refusal(400, f"{name}: damaged base64", "messages", "invalid_image_url") from None
 
 
 def mistake(errors: Sequence[Any]) -> Refusal:
     """What is wrong with a body, of all that pydantic says: where it got farthest, for a content may be two things."""
     worst = max(errors, key=lambda error: len(error["loc"]))
-    if worst["type"] == "json_invalid":
-        return Refusal(400, "the body is no JSON")
-    if worst["loc"] == ("body",):
-        return Refusal(400, "the body has to be a JSON object, sent as Content-Type: application/json")
-    place = ".".join(str(part) for part in worst["loc"][1:] if str(part) not in _KINDS and "[" not in str(part))
+    if not worst["loc"]:
+        return not_json()
+    place = ".".join(str(part) for part in worst["loc"] if str(part) not in _KINDS and "[" not in str(part))
     words = {
         "missing": "is missing",
         "model_type": "has to be an object",
@@ -239,6 +196,10 @@ def mistake(errors: Sequence[Any]) -> Refusal:
     }
     message = words.get(worst["type"]) or worst["msg"][:1].lower() + worst["msg"][1:]
     return Refusal(400, f"{place}: {message}", place)
+
+
+def not_json() -> Refusal:
+    return Refusal(400, "the body has to be a JSON object, sent as Content-Type: application/json")
 
 
 _KINDS = ("str", "int", "float", "bool")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import ipaddress
 import logging
 import os
-import shlex
+import re
 import signal
 import socket
 import subprocess
@@ -20,12 +21,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava_cli import signals
+from llava_cli import limits, processes, signals
 from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
-from llava_cli.place import check_free, in_between, listening, open_beside, socket_path, status
+from llava_cli.place import (
+    SocketConnection,
+    check_free,
+    in_between,
+    is_ours,
+    listening,
+    open_beside,
+    socket_path,
+    status,
+    status_over,
+)
 from llava_cli.settings import Settings
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.ASCII)
 EXTRA = "pip install 'llava-cli[serve]'"
+BACKLOG = 1024
+"""Connections that wait to be taken: who finds no place among them tries again only after a second."""
 BEAT = 0.2
 """Seconds between two looks at whether there is still something to do."""
 
@@ -41,16 +55,21 @@ class Address:
     origins: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises `UsageError` where strangers could ask without a key."""
+        """Raises `UsageError` where strangers could ask without a key, or for an origin that no page has of its own."""
         if not self.key and not _is_loopback(self.host):
             raise UsageError(
                 f"--host {self.host}", "others can reach it, so a key is needed", "LLAVA_API_KEY=… sets one"
             )
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                hint = "llava serve --allow-origin https://example.com"
+                raise UsageError(f"--allow-origin {origin}", "no page has this origin, or any page may", hint)
 
     def listen(self) -> socket.socket:
         """A TCP socket. Raises `OutputTaken` where it cannot be had."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        # With the protocol, by which asyncio sees that it may send small pieces at once: others wait 40 ms.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((self.host, self.port))
@@ -113,10 +132,11 @@ def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[d
         app = make_app(service, said := partial(_said, service, address, settings, held))
         hosts = {"localhost", address.host.strip("[]"), socket.gethostname(), *address.hosts}
         guarded = Guard(app, address.key, hosts, address.origins)
+        gc.freeze()  # looking for garbage among all these objects, which stay, would keep everybody waiting for 0.3 s
         try:
             asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(said())))
         finally:
-            service.sandboxes.close()
+            service.pictures.close()
     if live.running:  # though nobody hears it any more, and ending torch in the midst of it would abort
         os._exit(0)
 
@@ -160,6 +180,8 @@ async def _until_told(
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            for one in sockets or ():
+                one.listen(BACKLOG)
             ready()
 
         @contextmanager
@@ -169,6 +191,7 @@ async def _until_told(
     config = uvicorn.Config(
         app,
         http=Connection,
+        ws="none",  # or an upgrade would lead past `Connection` and `Guard`, where a library for it is installed
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -176,7 +199,9 @@ async def _until_told(
         proxy_headers=False,
         timeout_graceful_shutdown=max(1, round(terms.drain)),
         timeout_keep_alive=75,
+        backlog=64,  # taken at a time: before the next ones, it is seen which of them have left
     )
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients do wrong would fill a log
     logging.getLogger("uvicorn.error").addFilter(_is_news)
     server = Server(config)
     loop = asyncio.get_running_loop()
@@ -213,7 +238,7 @@ def detach(words: list[str]) -> dict[str, Any]:
     with open_beside(path, "log") as log:
         log.truncate(0)
         process = subprocess.Popen(
-            [sys.executable, "-m", "llava_cli", "serve", *words],
+            processes.command("serve", *words),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -238,28 +263,78 @@ class Failed(LlavaError):
 
 
 def stop(patience: float) -> dict[str, Any] | None:
-    """Tells the server to stop and waits until it has; what it said of itself, None where there was none."""
+    """Tells the server to stop and waits until it has; what it said of itself, None where there was none.
+
+    Raises `OutputTaken` where it goes on, or where which process it is cannot be made sure of.
+    """
     path = socket_path()
-    if (said := status(path)) is None:
+    if (found := _server(path)) is None:
         if pid := in_between(path):
-            raise OutputTaken(f"pid {pid}", "is beginning, or finishes its answers", f"kill {shlex.quote(pid)}")
+            raise OutputTaken(f"pid {pid}", "is beginning, or finishes its answers", f"kill {pid}")
         return None
-    with suppress(ProcessLookupError):
-        os.kill(said["pid"], signal.SIGTERM)
-    until = time.monotonic() + patience
-    while _is_alive(said["pid"]) and path.exists():
-        if time.monotonic() > until:
-            hint = f"kill {shlex.quote(str(said['pid']))}"
-            raise OutputTaken(f"pid {said['pid']}", "has not stopped yet; its answers go on", hint)
-        time.sleep(BEAT)
+    said, process = found
+    with closing(process):
+        process.signal(signal.SIGTERM)
+        until = time.monotonic() + patience
+        while process.is_alive() and path.exists():
+            if time.monotonic() > until:
+                reason = "has not stopped yet; its answers go on"
+                raise OutputTaken(f"pid {process.pid}", reason, f"kill {process.pid}")
+            time.sleep(BEAT)
     return said
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
+def _server(path: Path) -> tuple[dict[str, Any], Process] | None:
+    """What the server at a socket says of itself, and its process, which the system names and not the server.
+
+    Raises `OutputTaken` where the two do not agree.
+    """
+    if not is_ours(path):
+        return None
+    with suppress(OSError), closing(SocketConnection(path, limits.STATUS_SECONDS)) as connection:
+        connection.connect()
+        pid = connection.peer.process or 0
+        process = Process(pid) if pid > 1 else None
+        said = status_over(connection)  # asked now: it lives, so `process` is not a later one of its number
+        if said and process and said["pid"] == pid:
+            return said, process
+        if process:
+            process.close()
+        if said:
+            reason = f"its server says that it is process {said['pid']}, which the system does not say"
+            raise OutputTaken(str(path), reason, "end it where it was started")
+    return None
+
+
+class Process:
+    """A process of this user's, held by a handle where the system has those, so that no later one of its number is."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises `ProcessLookupError` where there is none."""
+        self.pid = pid
+        self._handle: int | None = None
+        if sys.platform == "linux":
+            try:
+                self._handle = os.pidfd_open(pid)
+            except ProcessLookupError:
+                raise
+            except OSError:  # a kernel before 5.3, or a container that forbids it
+                pass
+
+    def signal(self, number: int) -> bool:
+        """Whether it was still there to get the signal."""
+        try:
+            if sys.platform == "linux" and self._handle is not None:
+                signal.pidfd_send_signal(self._handle, number)
+            else:
+                os.kill(self.pid, number)
+        except ProcessLookupError:
+            return False
         return True
-    return True
+
+    def is_alive(self) -> bool:
+        return self.signal(0)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
