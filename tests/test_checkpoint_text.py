@@ -270,6 +270,21 @@ def test_added_tokens_that_are_beginnings_of_each_other(folder: Path, run: Run, 
     assert "beginnings of each other" in result.stderr
 
 
+def test_a_new_process_gets_the_tokenizer_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one that has computed its share, or that has died."""
+    sandbox = TextSandbox(folder / "tokenizer.json")
+    count = sandbox.count(QUESTION)
+    monkeypatch.setattr(limits, "SANDBOX_CPU_SECONDS", 0.001)
+    assert sandbox.count(QUESTION) == count  # the last thing that it does
+    monkeypatch.undo()
+    assert sandbox.count(QUESTION) == count
+    assert sandbox._worker._process
+    sandbox._worker._process.kill()
+    sandbox._worker._process.wait()
+    assert sandbox.count(QUESTION) == count
+    sandbox.end()
+
+
 # Texts that are too long.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -197,6 +198,7 @@ def test_one_that_has_computed_much_gives_way(monkeypatch: pytest.MonkeyPatch) -
     worker.ask((b"0",), 100, 60)
     assert worker._process.pid == first
     monkeypatch.setattr(limits, "SANDBOX_CPU_SECONDS", 0.001)
+    worker.ask((b"0",), 100, 60)
     worker.start()
     assert worker._process.pid != first
     worker.end()
@@ -263,6 +265,52 @@ def test_pictures_are_decoded_where_nothing_can_be_reached() -> None:
     assert sandbox.layers() == list(LAYERS)
     assert isinstance(sandbox.open("a.png", png(Image.new("RGB", (8, 8)))), Picture)
     sandbox.end()
+
+
+def test_a_fork_has_processes_of_its_own() -> None:
+    """As `multiprocessing` makes them: what the two ask must not run into each other."""
+    sandbox = Sandbox()
+    red, blue = (png(Image.new("RGB", (8, 8), color)) for color in ("red", "blue"))
+    assert isinstance(sandbox.open("red", red), Picture)
+    if (child := os.fork()) == 0:
+        right = False
+        try:
+            found = sandbox.open("blue", blue)
+            right = isinstance(found, Picture) and found.image.getpixel((0, 0)) == (0, 0, 255)
+            sandbox.end()
+        finally:
+            os._exit(0 if right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    worker = sandbox._workers[0]
+    assert worker.is_running
+    found = sandbox.open("red", red)
+    assert isinstance(found, Picture)
+    assert found.image.getpixel((0, 0)) == (255, 0, 0)
+    sandbox.end()
+
+
+def test_one_that_nobody_holds_any_more_is_ended() -> None:
+    sandbox = Sandbox()
+    sandbox.start()
+    process = sandbox._workers[0]._process
+    assert process
+    del sandbox
+    gc.collect()
+    assert process.poll() is not None
+
+
+def test_a_reply_that_nobody_waited_for_is_not_the_next_ones(attacker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a picture is decoded, and then another picture."""
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    attacker.layers()
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_cli.sandbox.process.receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            attacker.ask((b"'stale'",), 100, 20)
+    assert attacker.ask((b"'fresh'",), 100, 20) == b'["is", "\'fresh\'"]'
 
 
 def test_limits_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,13 +131,18 @@ def test_a_server_that_takes_no_more(serve: Serve, run: Run, drawing: Path, chec
     messages = [{"role": "user", "content": "what is this?"}]
     stream = server.client().chat.completions.create(model="default", messages=messages, stream=True)  # type: ignore[call-overload]
     next(iter(stream))
-    words = ("ask", "-m", checkpoint("llava-llama"), drawing, "hm?", "--max-tokens", "4", *FP32)
-    asked = run(*words, "--stats")
-    assert "llava: serve: takes no more" in asked.stderr
-    assert " · load " in asked.stderr
+    words = ("ask", "-m", checkpoint("llava-llama"), drawing, "hm?", *FP32)
+    answered = run(*words, "--max-tokens", "4", "--stats")  # what others ask for does not keep the user's own from it
+    assert f"llava serve (pid {server.process.pid})" in answered.stderr
+    with begun(*words, "--max-tokens", "1900", "-q") as process:
+        server.until_running(2)
+        asked = run(*words, "--max-tokens", "4", "--stats")
+        assert "llava: serve: takes no more" in asked.stderr
+        assert " · load " in asked.stderr
+        assert asked.stdout == answered.stdout
+        process.kill()
     stream.close()
     server.until_running(0)
-    assert run(*words).stdout == asked.stdout
 
 
 @pytest.mark.parametrize("command", ["ask", "chat"])

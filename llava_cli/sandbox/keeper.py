@@ -7,6 +7,7 @@ to live as long as we do; and a timer for each picture would be a thread for eac
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import threading
 import time
@@ -63,21 +64,33 @@ class Keeper:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                now = time.monotonic()
-                for number, (deadline, process) in list(self._watched.items()):
-                    if deadline <= now:
-                        del self._watched[number]
-                        process.kill()
-                self._wakes = min((deadline for deadline, _ in self._watched.values()), default=_NEVER)
-                if not self._to_start:
-                    self._changed.wait(min(self._wakes - now, threading.TIMEOUT_MAX))
-                starts, self._to_start = self._to_start, []
-            for start in starts:
-                start()
+            self._wait()
+            self._start_all()
+
+    def _wait(self) -> None:
+        """Until something is to be started, or a deadline passes: then kills what is late."""
+        with self._changed:
+            now = time.monotonic()
+            for number, (deadline, process) in list(self._watched.items()):
+                if deadline <= now:
+                    del self._watched[number]
+                    process.kill()
+            self._wakes = min((deadline for deadline, _ in self._watched.values()), default=_NEVER)
+            if not self._to_start:
+                self._changed.wait(min(self._wakes - now, threading.TIMEOUT_MAX))
+
+    def _start_all(self) -> None:
+        with self._changed:
+            starts, self._to_start = self._to_start, []
+        for start in starts:
+            start()
+
+
+def keeper() -> Keeper:
+    """This process's: a fork has no threads but the one that made it."""
+    return _keeper(os.getpid())
 
 
 @cache
-def keeper() -> Keeper:
-    """This process's."""
+def _keeper(process: int) -> Keeper:
     return Keeper()

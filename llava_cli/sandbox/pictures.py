@@ -59,8 +59,8 @@ class Sandbox:
             found = _parsed(name, reply)
         except BadImage as error:
             return error
-        except WorkerLate:
-            return BadImage(name, f"takes longer than {self._seconds:.0f} s to decode")
+        except WorkerLate as error:
+            return BadImage(name, f"takes longer than {error} s to decode")
         except WorkerDied as error:
             return Crash(name, str(error) or "crashes its decoder")
         except ValueError:

@@ -27,7 +27,7 @@ class WorkerDied(Exception):
 
 
 class WorkerLate(Exception):
-    """The process took too long, and was ended."""
+    """The process took longer than so many seconds, and was ended."""
 
 
 class Worker:
@@ -37,6 +37,9 @@ class Worker:
         """`job` is a module's name, and its `prepare` gets the words; `memory` is in bytes of address space."""
         self._words = job, str(memory), str(limits.SANDBOX_CPU_SECONDS), *words
         self._process: subprocess.Popen[bytes] | None = None
+        self._parent = 0
+        self.starts = 0
+        """How many processes there have been: what one was told, the next one does not know."""
         self._layers: list[str] | None = None
 
     @property
@@ -45,10 +48,11 @@ class Worker:
 
     def start(self) -> None:
         """Starts the process, unless it runs; does not wait until it is ready. Raises `WorkerDied`."""
-        if self._process is not None and _is_used_up(self._process):
+        if self._process is not None and (self._parent != os.getpid() or self._process.poll() is not None):
             self.end()
         if self._process is None:
-            self._layers = None
+            self._parent, self._layers = os.getpid(), None
+            self.starts += 1
             try:
                 self._process = keeper().start(self._popen)
             except OSError as error:
@@ -75,7 +79,10 @@ class Worker:
         self.layers()
         with self._deadline(seconds) as (requests, replies):
             send(requests, *request)
-            return receive(replies, most)
+            reply = receive(replies, most)
+        if self._process and _is_used_up(self._process):
+            self.end()
+        return reply
 
     def layers(self) -> list[str]:
         """Which layers of `confine` took hold. Raises as `ask` does."""
@@ -86,11 +93,12 @@ class Worker:
         return self._layers
 
     def end(self) -> None:
-        """Ends the process, whatever it is at."""
+        """Ends the process, whatever it is at; in a fork of the process that has started it, leaves it to that one."""
         if (process := self._process) is not None:
             self._process = None
-            process.kill()
-            process.wait()
+            if self._parent == os.getpid():
+                process.kill()
+                process.wait()
             for pipe in (process.stdin, process.stdout):
                 with suppress(OSError):
                     pipe.close()  # type: ignore[union-attr]  # both are pipes
@@ -112,16 +120,14 @@ class Worker:
             self.end()  # also after Ctrl-C: the reply that still comes would be taken for the next one
             late = not keeper().release(number)
             if isinstance(error, (OSError, EOFError, ValueError)):  # ValueError: another thread has closed the pipe
-                raise WorkerLate if late else WorkerDied from error
+                raise WorkerLate(f"{seconds:.0f}") if late else WorkerDied from error
             raise
         finally:
             keeper().release(number)
 
 
 def _is_used_up(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has ended, or has little computing left."""
-    if process.poll() is not None:
-        return True
+    """Whether a process has little computing left."""
     if sys.platform != "linux":
         return False
     try:

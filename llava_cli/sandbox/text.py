@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
 from importlib import import_module
@@ -44,7 +44,7 @@ class TextSandbox:
     def __init__(self, tokenizer: Path | None) -> None:
         """`tokenizer` is its `tokenizer.json`; None where it has none, or one that is ours."""
         self._worker = Worker("llava_cli.sandbox.text", limits.TEXT_MEMORY)
-        self.tokenizer, self._is_loaded = tokenizer, False
+        self.tokenizer, self._loaded_in = tokenizer, 0  # which of the worker's processes has it
         self._refusal: Refused | None = None
         self._lock = threading.Lock()
 
@@ -86,16 +86,18 @@ class TextSandbox:
     def end(self) -> None:
         """Ends the process, whatever it is at."""
         self._worker.end()
-        self._is_loaded = False
 
     def _load(self) -> None:
-        if self.tokenizer is None or self._is_loaded:
-            return
+        """Sees that the worker's process has the tokenizer."""
         if self._refusal:
             raise self._refusal
+        with _refusals():
+            self._worker.start()
+        if self.tokenizer is None or self._loaded_in == self._worker.starts:
+            return
         try:
             self._ask(_LOAD, read(self.tokenizer, limits.TOKENIZER_BYTES), limits.TOKENIZE_SECONDS)
-            self._is_loaded = True
+            self._loaded_in = self._worker.starts
         except Refused as error:
             self._refusal = error
         except OSError as error:
@@ -104,17 +106,22 @@ class TextSandbox:
             raise self._refusal
 
     def _ask(self, letter: bytes, data: bytes, seconds: float) -> bytes:
-        try:
+        with _refusals():
             reply = self._worker.ask((letter, data), 1 + 4 * limits.PROMPT_CHARACTERS, seconds)
-        except WorkerLate:
-            self._is_loaded = False
-            raise Refused(f"takes longer than {seconds:.0f} s") from None
-        except WorkerDied as error:
-            self._is_loaded = False
-            raise Refused(str(error) or "crashes, or takes too much memory") from None
         if reply[:1] != _DONE:
             raise Refused(one_line(reply[1:1000].decode("utf-8", "replace")))
         return bytes(reply[1:])
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What becomes of a process, in words."""
+    try:
+        yield
+    except WorkerLate as error:
+        raise Refused(f"takes longer than {error} s") from None
+    except WorkerDied as error:
+        raise Refused(str(error) or "crashes, or takes too much memory") from None
 
 
 def are_more(tokenize: Callable[[str], Sequence[int]], text: str, most: int) -> bool:

@@ -46,23 +46,30 @@ class Service:
         self.shaping = Lane(1)
         """Answers with probabilities: up to half a second of decoding single tokens."""
         self.began = self.last = time.monotonic()
-        self.busy = 0
-        """Requests that were let in and are not done."""
+        self._entered = {True: 0, False: 0}  # the user's own, and those of others
         self.metrics = Metrics(lambda: self.busy, lambda: live.kept.size)
         self.draining = False
         tokenizer = live.engine.prompter.tokenizer
         self._word = lru_cache(65_536)(lambda token: str(tokenizer.decode([token])))
 
-    def enter(self) -> None:
-        """Lets one more request in. Raises `Refusal` where there are too many, or no more are taken."""
+    @property
+    def busy(self) -> int:
+        """Requests that were let in and are not done."""
+        return sum(self._entered.values())
+
+    def enter(self, own: bool) -> None:
+        """Lets one more request in. Raises `Refusal` where there are too many, or no more are taken.
+
+        The user's own commands have a queue of their own, which others cannot fill.
+        """
         if self.draining:
             raise Refusal(503, "the server is stopping", code="stopping", retry=5)
-        if self.busy >= self.most:
+        if self._entered[own] >= self.most:
             raise Refusal(429, f"{self.most} requests are waiting already", code="queue_full", retry=1)
-        self.busy += 1
+        self._entered[own] += 1
 
-    def leave(self) -> None:
-        self.busy -= 1
+    def leave(self, own: bool) -> None:
+        self._entered[own] -= 1
         self.last = time.monotonic()
 
     async def ask(self, chat: ChatRequest, own: bool) -> Answering:
@@ -73,7 +80,7 @@ class Service:
         usual = Settings() if own else self.settings  # our own commands say all there is to say
         top = (chat.top_logprobs or 0) if chat.logprobs else None
         sampling, gone = chat.sampling(usual), threading.Event()
-        answering = Answering(self)
+        answering = Answering(self, own)
 
         def is_wanted() -> bool:
             return not gone.is_set()
@@ -106,9 +113,10 @@ class Service:
 class Answering:
     """A request that was let in, and has its place until its end: tokens, and at last the whole answer."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, own: bool) -> None:
         """Raises `Refusal`."""
-        service.enter()
+        service.enter(own)
+        self._own = own
         self.asked: Asked | None = None
         self._service, self._loop = service, asyncio.get_running_loop()
         self._queue = asyncio.Queue[Event | LlavaError]()
@@ -133,7 +141,7 @@ class Answering:
             self._has_ended = True
             if self.asked is not None and not self._is_whole:
                 self._service.live.leave(self.asked)
-            self._service.leave()
+            self._service.leave(self._own)
 
 
 @dataclass(frozen=True)
