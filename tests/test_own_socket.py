@@ -204,20 +204,25 @@ def test_the_process_at_the_other_end_is_another_users(home: Path, monkeypatch: 
         assert status(path) is None
 
 
+@pytest.fixture
+def common() -> Iterator[Path]:
+    """A folder that everybody may reach and write, as `/tmp` is."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o1777)
+        yield Path(folder)
+
+
 def as_stranger(code: str, path: Path) -> subprocess.Popen[bytes]:
-    """A process of another user's that runs `code` with a socket `one`, and may reach `path`."""
-    path.parent.chmod(0o1777)
-    for above in path.parent.parents[:2]:
-        above.chmod(above.stat().st_mode | 0o111)
+    """A process of another user's that runs `code` with a socket `one`."""
     script = f"import os, socket\nos.setgroups([])\nos.setresuid(*[{STRANGER}] * 3)\npath = {str(path)!r}\n"
     script += f"one = socket.socket(socket.AF_UNIX)\n{code}"
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
 
 
 @root
-def test_a_server_of_another_users_behind_a_socket_that_looks_like_ours(tmp_path: Path) -> None:
+def test_a_server_of_another_users_behind_a_socket_that_looks_like_ours(common: Path) -> None:
     """As where its file was moved, or linked, from one folder into another."""
-    path = tmp_path / "server.sock"
+    path = common / "server.sock"
     code = "one.bind(path)\none.listen()\nprint(flush=True)\nwhile True: one.accept()[0].sendall({!r})"
     with as_stranger(code.format(answered(SAID)), path) as process:
         assert process.stdout
@@ -232,8 +237,8 @@ def test_a_server_of_another_users_behind_a_socket_that_looks_like_ours(tmp_path
 
 
 @root
-def test_another_user_at_our_own_socket_is_not_answered(tmp_path: Path) -> None:
-    with in_thread(load("builtin", precision="fp32", device="cpu"), tmp_path) as server:
+def test_another_user_at_our_own_socket_is_not_answered(common: Path) -> None:
+    with in_thread(load("builtin", precision="fp32", device="cpu"), common) as server:
         server.socket.chmod(0o666)
         request = b"GET /health HTTP/1.0\r\n\r\n"
         code = f"""
