@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from llava_cli.errors import LlavaError, ModelUnusable, PromptTooLong, UsageErro
 from llava_cli.families import Family
 from llava_cli.images import reduce, square
 from llava_cli.registry import builtin_folder
-from llava_cli.sandbox.text import PIECE, Refused, TextSandbox, are_more
+from llava_cli.sandbox.text import PIECE, RehearsedTokenizer, TextSandbox, are_more, tokenizer_errors
 from llava_cli.settings import Fit
 from llava_cli.trie_regex import any_of
 
@@ -86,7 +86,7 @@ class Prompter:
         self.processor, self.tokenizer = copy(processor), processor.tokenizer
         self._sandbox, self._context = sandbox, context
         if sandbox and sandbox.tokenizer:
-            self.processor.tokenizer = _Rehearsed(processor.tokenizer, sandbox)
+            self.processor.tokenizer = RehearsedTokenizer(processor.tokenizer, sandbox)
         self.processor.image_processor = _Once(processor.image_processor)
         self._lock = threading.Lock()  # a tokenizer serves one thread at a time
         self._large = threading.Lock()
@@ -228,7 +228,7 @@ class Prompter:
         if self._context is None or len(text) <= PIECE:
             return
         if self._sandbox and self._sandbox.tokenizer:
-            with _tokenizer_errors():
+            with tokenizer_errors():
                 too_long = self._sandbox.count(text, self._context) > self._context
         else:
             too_long = are_more(lambda part: self.tokenizer.encode(part), text, self._context)
@@ -299,30 +299,6 @@ def _known(value: Any) -> object:
     if not isinstance(value, torch.Tensor):
         return value
     return value.shape if value.is_floating_point() else value.tolist()
-
-
-class _Rehearsed:
-    """A tokenizer whose texts are tokenized in the sandbox first, where time and memory are bounded."""
-
-    def __init__(self, inner: Any, sandbox: TextSandbox) -> None:
-        self._inner, self._sandbox = inner, sandbox
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __call__(self, text: str | list[str], **options: Any) -> Any:
-        for one in [text] if isinstance(text, str) else text:
-            with _tokenizer_errors():
-                self._sandbox.count(one)
-        return self._inner(text, **options)
-
-
-@contextmanager
-def _tokenizer_errors() -> Iterator[None]:
-    try:
-        yield
-    except Refused as error:
-        raise ModelUnusable("the checkpoint's tokenizer", str(error), "llava models lists others") from None
 
 
 Processed = tuple[list["Image"], dict[str, Any], dict[str, Any]]

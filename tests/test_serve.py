@@ -12,6 +12,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -243,6 +244,13 @@ def test_pictures_that_are_large_once_they_are_opened(server: Server) -> None:
             model="builtin",
             messages=[said("what is this?", *[file.getvalue()] * 3)],  # type: ignore[list-item]
         )
+
+
+def test_a_prompt_of_no_messages(server: Server) -> None:
+    with closing(SocketConnection(server.socket, 60)) as connection:
+        connection.request("POST", "/llava/prompt", '{"messages": []}', JSON)
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["error"]["param"]) == (400, "messages")
 
 
 def test_what_is_no_request_is_refused_in_the_same_shape(server: Server) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli import limits
-from llava_cli.errors import plainly
+from llava_cli.errors import ModelUnusable, plainly
 from llava_cli.regular_files import NotRegular, TooLarge, read
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
@@ -111,6 +111,32 @@ class TextSandbox:
         if reply[:1] != _DONE:
             raise Refused(one_line(reply[1:1000].decode("utf-8", "replace")))
         return bytes(reply[1:])
+
+
+class RehearsedTokenizer:
+    """transformers' tokenizer, whose texts are tokenized in the sandbox first, where time and memory are bounded."""
+
+    def __init__(self, inner: Any, sandbox: TextSandbox) -> None:
+        self._inner, self._sandbox = inner, sandbox
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, text: str | list[str], **options: Any) -> Any:
+        """Raises `ModelUnusable`."""
+        for one in [text] if isinstance(text, str) else text:
+            with tokenizer_errors():
+                self._sandbox.count(one)
+        return self._inner(text, **options)
+
+
+@contextmanager
+def tokenizer_errors() -> Iterator[None]:
+    """Makes of `Refused` what a user is told."""
+    try:
+        yield
+    except Refused as error:
+        raise ModelUnusable("the checkpoint's tokenizer", str(error), "llava models lists others") from None
 
 
 @contextmanager

@@ -102,6 +102,8 @@ class Service:
 
         def prepare(opener: Opener) -> dict[str, Any]:
             conversation = chat.conversation(None, opener)
+            if not conversation.turns:
+                raise Refusal(400, "there is no message of a user's", "messages")
             return {"prompt": self.live.engine.prompt(conversation), "tokens": self.live.count(conversation)}
 
         return await self.pictures.opened(chat.pictures(), True, lambda: True, prepare)
