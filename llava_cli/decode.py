@@ -85,7 +85,13 @@ def decode(data: bytes, name: str, allow_truncated: bool = False) -> Decoded:
             image.info["transparency"] = key * {2: 85, 4: 17}.get(data[24], 1)  # by the depth
         plain = image.mode in ("RGB", "L") and "transparency" not in image.info and not (truncated or _is_turned(image))
         kind = image.format or ""
-        return Decoded(_upright_rgb(image), _frames(image), truncated, kind, plain)
+        try:
+            upright = _upright_rgb(image)
+        except MemoryError:
+            raise
+        except Exception:
+            raise BadImage(name, "damaged") from None
+        return Decoded(upright, _frames(image), truncated, kind, plain)
 
 
 def _salvage(data: bytes, name: str, formats: tuple[str, ...]) -> ImageFile:
@@ -125,6 +131,8 @@ def _upright_rgb(image: Image) -> Image:
     with suppress(Exception):  # malformed EXIF: in place, the picture is turned before its EXIF is rewritten
         ImageOps.exif_transpose(image, in_place=True)
     key = image.info.get("transparency")  # Pillow leaves a transparent color at 16 bits where it takes pixels to 8
+    if isinstance(key, bytes):  # of a palette, and it may have more levels than a palette has colors
+        image.info["transparency"] = key[:256]
     if isinstance(key, tuple) and max(key) > 255:
         image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.mode.startswith("I"):

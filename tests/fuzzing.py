@@ -49,6 +49,7 @@ from llava_cli.engine.client import Client, plain_file
 from llava_cli.engine.wire import Unanswered, unanswered
 from llava_cli.errors import LlavaError, model_errors
 from llava_cli.fetch import fetch
+from llava_cli.memory import give_back_memory
 from llava_cli.place import SocketConnection
 from llava_cli.registry import Checkpoint, builtin_folder
 from llava_cli.safetensors_header import read_header
@@ -278,6 +279,7 @@ class Footprint:
     @classmethod
     def of(cls, pid: int) -> Footprint:
         gc.collect()
+        give_back_memory()  # else what glibc keeps of this process's largest moment counts as growth
         process = psutil.Process(pid)
         return cls(process.memory_info().rss, process.num_fds(), process.num_threads(), len(process.children()))
 

@@ -499,6 +499,13 @@ def test_16_bit_grey_has_one_transparent_level() -> None:
     assert pixels(opened(data))[0] == [BLACK, WHITE, (127, 127, 127), (191, 191, 191)]
 
 
+def test_more_transparent_levels_than_a_palette_has_colors() -> None:
+    """As every browser shows it: without those that stand for nothing."""
+    palette = (b"PLTE", bytes((*RED, *GREEN, *BLUE)))
+    data = png(header(3, 1, 8, 3), palette, (b"tRNS", b"\xff\x00" + b"\xff" * 300), idat(bytes((0, 1, 2))), END)
+    assert [opened(data).getpixel((x, 0)) for x in range(3)] == [RED, WHITE, BLUE]
+
+
 def test_16_bit_colors_have_one_transparent_color() -> None:
     colors = struct.pack(">9H", 0, 0, 0, 0x8000, 0x8000, 0x8000, 0xFFFF, 0x0101, 0)
     data = png(header(3, 1, 16, 2), (b"tRNS", colors[6:12]), idat(colors), END)
