@@ -111,7 +111,7 @@ class Source:
         elif self.is_folder and not is_below(os.path.abspath(path), os.path.abspath(self.folder)):
             found = None  # a manifest says so, no folder
         if found is None:
-            reason = f"is outside {printable(self.folder or '.')}"
+            reason = f"is outside {printable(self.folder) or 'the current folder'}"
             raise InputMissing(printable(image), reason, "--root FOLDER names another root")
         return found
 
