@@ -25,7 +25,7 @@ def make_folder(path: Path) -> Path:
     path = files.followed(path)
     files.make_folder(path, 0o700)
     status = os.lstat(path)
-    if not _is_this_users(status):
+    if not files.is_this_users(status):
         raise PermissionError(errno.EPERM, "belongs to another user", os.fspath(path))
     if not _is_ours(status):
         os.chmod(path, 0o700)
@@ -62,10 +62,6 @@ def put(path: Path, chunks: Iterable[bytes]) -> None:
     files.put(path, chunks, files.SECRET)
 
 
-def _is_this_users(status: os.stat_result) -> bool:
-    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()  # Windows has no such owners
-
-
 def _is_ours(status: os.stat_result) -> bool:
     others_write = hasattr(os, "geteuid") and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return _is_this_users(status) and not others_write
+    return files.is_this_users(status) and not others_write

@@ -137,7 +137,7 @@ def put(path: Path, chunks: Iterable[bytes], mode: int = SHARED) -> None:
     for what is neither a regular file nor absent.
     """
     there = refuse_irregular(path)
-    kept = stat.S_IMODE(there.st_mode) & 0o777 if there and _is_ours(there) else None
+    kept = stat.S_IMODE(there.st_mode) & 0o777 if there and is_this_users(there) else None
     new = path.with_name(f".{_beginning(path.name)}.{os.urandom(4).hex()}.new")
     descriptor = os.open(new, _NEW, mode if kept is None else kept)
     try:
@@ -288,18 +288,19 @@ def _refuse_planted(path: str | os.PathLike[str], status: os.stat_result) -> Non
     folder = os.stat(os.path.dirname(path) or ".")
     if not folder.st_mode & stat.S_IWOTH:
         return
-    if not _is_ours(status) and status.st_uid != folder.st_uid:
+    if not is_this_users(status) and status.st_uid != folder.st_uid:
         raise _refusal(errno.EPERM, "belongs to another user", path)
     if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
         raise _refusal(errno.EPERM, "is a file of another name, too", path)
 
 
 def _refuse_foreign(path: Path, status: os.stat_result) -> None:
-    if not _is_ours(status):
+    if not is_this_users(status):
         raise _refusal(errno.EPERM, "belongs to another user", path)
 
 
-def _is_ours(status: os.stat_result) -> bool:
+def is_this_users(status: os.stat_result) -> bool:
+    """Whether this user owns what has this status; so it is on a system where files have no such owners."""
     return _user() in (None, status.st_uid)
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,13 @@ def read_template(name: str) -> str:
 
 def is_ours(text: str) -> bool:
     """Whether a template is one that we ship: others are programs of strangers, and run in the sandbox."""
-    return text in {path.read_text("utf-8") for path in [*TEMPLATES.glob("*.jinja"), *builtin_folder().glob("*.jinja")]}
+    return text in _our_templates()
+
+
+@cache
+def _our_templates() -> frozenset[str]:
+    paths = [*TEMPLATES.glob("*.jinja"), *builtin_folder().glob("*.jinja")]
+    return frozenset(path.read_text("utf-8") for path in paths)
 
 
 def _hint() -> str:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from llava_cli import limits
 from llava_cli.batch.lines import bounded, is_too_long, parse
-from llava_cli.batch.roots import is_below, resolved, resolved_below
+from llava_cli.batch.roots import is_below, resolved
 from llava_cli.bounded_json import TooMuch
 from llava_cli.errors import BadData, InputMissing, OutputError, UsageError
 from llava_cli.images import SUFFIXES
@@ -97,6 +97,11 @@ class Source:
             return self.name
         return os.path.dirname(self.name) if self.is_questions else ""
 
+    @cached_property
+    def _real_folder(self) -> str:
+        """Where `folder` leads; looked up once, for it is asked of each picture."""
+        return os.path.realpath(self.folder)
+
     def locate(self, image: str) -> str:
         """Where the path of a task's picture leads. Raises `InputMissing` for one that its source may not name.
 
@@ -105,12 +110,13 @@ class Source:
         paths of a list are the user's own.
         """
         path = os.path.join(self.folder, image)
-        found: str | None = resolved(path)
+        found = resolved(path)
+        is_inside = True
         if self.is_questions:
-            found = resolved_below(path, self.folder)
-        elif self.is_folder and not is_below(os.path.abspath(path), os.path.abspath(self.folder)):
-            found = None  # a manifest says so, no folder
-        if found is None:
+            is_inside = is_below(found, self._real_folder)
+        elif self.is_folder:  # what leads out is said by a manifest, no folder
+            is_inside = is_below(os.path.abspath(path), os.path.abspath(self.folder))
+        if not is_inside:
             reason = f"is outside {printable(self.folder) or 'the current folder'}"
             raise InputMissing(printable(image), reason, "--root FOLDER names another root")
         return found

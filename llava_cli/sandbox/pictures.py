@@ -79,7 +79,7 @@ class Sandbox:
         try:
             return self._workers[0].layers()
         except (WorkerDied, WorkerLate):
-            raise Crash("sandbox", "its process does not start", "LLAVA_DEBUG=1 llava doctor") from None
+            raise Crash("sandbox", "its process does not start") from None
 
     def end(self) -> None:
         """Ends its processes, whatever they are at."""

@@ -48,7 +48,7 @@ class Worker:
 
     def start(self) -> None:
         """Starts the process, unless it runs; does not wait until it is ready. Raises `WorkerDied`."""
-        if self._process is not None and (self._parent != os.getpid() or self._process.poll() is not None):
+        if not self.is_running or self._parent != os.getpid():
             self.end()
         if self._process is None:
             self._parent, self._layers = os.getpid(), None
@@ -56,7 +56,7 @@ class Worker:
             try:
                 self._process = keeper().start(self._popen)
             except OSError as error:
-                raise WorkerDied(f"its decoder cannot be started ({error.strerror})") from None
+                raise WorkerDied(f"its process cannot be started ({error.strerror})") from None
             for pipe in (self._process.stdin, self._process.stdout):
                 _widen(pipe)
 
@@ -118,12 +118,12 @@ class Worker:
             yield process.stdin, process.stdout  # type: ignore[misc]
         except BaseException as error:
             self.end()  # also after Ctrl-C: the reply that still comes would be taken for the next one
-            late = not keeper().release(number)
+            in_time = keeper().release(number)
             if isinstance(error, (OSError, EOFError, ValueError)):  # ValueError: another thread has closed the pipe
-                raise WorkerLate(f"{seconds:.0f}") if late else WorkerDied from error
+                raise WorkerDied if in_time else WorkerLate(f"{seconds:.0f}") from error
             raise
-        finally:
-            keeper().release(number)
+        if not keeper().release(number):
+            self.end()  # killed after its last word: the next request is not for it
 
 
 def _is_used_up(process: subprocess.Popen[bytes]) -> bool:
