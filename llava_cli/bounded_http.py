@@ -124,6 +124,48 @@ def _port(netloc: str) -> int | None:
     return int(port)
 
 
+class NoSuchProxy(ValueError):
+    """The environment names a proxy that cannot be used; the hint says how to do without it."""
+
+    def __init__(self, reason: str, host: str) -> None:
+        super().__init__(reason)
+        self.hint = f"NO_PROXY={host} goes without it"
+
+
+def proxy_of(url: Url) -> Url | None:
+    """The proxy that the environment has for a URL: `http_proxy`, `https_proxy`, `all_proxy`, `no_proxy`.
+
+    Raises `NoSuchProxy`, whose words do not show the address: it may have a password in it.
+    """
+    from urllib.request import getproxies, proxy_bypass
+
+    proxies = getproxies()
+    named = proxies.get("https" if url.is_tls else "http") or proxies.get("all")
+    if not named or proxy_bypass(f"{url.host}:{url.port}"):
+        return None
+    try:
+        proxy = Url.parse(named if "://" in named else f"http://{named}")
+    except ValueError:
+        proxy = None
+    if proxy is None or proxy.is_tls:
+        raise NoSuchProxy("not an http:// address", url.host)
+    return proxy
+
+
+def connect_by(proxy: Url, url: Url, deadline: Deadline) -> tuple[socket.socket, str, dict[str, str]]:
+    """A connection by a proxy, what a URL is asked for there, and the headers that the proxy gets. Raises `OSError`."""
+    connection = connect(proxy.host, proxy.port, deadline)
+    for_proxy = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+    if not url.is_tls:
+        return connection, f"http://{url.authority}{url.target}", for_proxy
+    there = f"{url.authority}:443" if url.port == 443 else url.authority
+    answer = ask(connection, deadline, "CONNECT", there, {"Host": there, "Connection": "keep-alive", **for_proxy})
+    if answer.status != 200:
+        answer.close()
+        raise OSError(f"its proxy answers {answer.status}")
+    return encrypt(connection, url.host, deadline), url.target, {}
+
+
 def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
     """A connection to the first address of a host that takes one. Raises `OSError`, which `TimeoutError` is too."""
     return socket.create_connection((host, port), deadline.left())

@@ -11,12 +11,22 @@ import ipaddress
 import socket
 import threading
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from urllib.parse import urljoin
 
 from llava_cli import limits
-from llava_cli.bounded_http import Deadline, TooLarge, Url, ask, connect, encrypt
-from llava_cli.errors import BadImage, InputMissing, plainly, printable
+from llava_cli.bounded_http import (
+    Deadline,
+    NoSuchProxy,
+    TooLarge,
+    Url,
+    ask,
+    connect,
+    connect_by,
+    encrypt,
+    proxy_of,
+)
+from llava_cli.errors import BadImage, InputMissing, UsageError, plainly, printable
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -24,7 +34,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 def fetch(url: str, public: bool = False) -> bytes:
     """The bytes behind an http(s) URL; with `public` only from addresses on the open Internet, at every hop.
 
-    Raises `InputMissing` where they cannot be had in time, `BadImage` where they are too many.
+    What a person names goes by the proxies of the environment. Raises `InputMissing` where the bytes cannot be had in
+    time, `BadImage` where they are too many, `UsageError` for a proxy that is none.
     """
     name, deadline = printable(url), Deadline(limits.FETCH_SECONDS)
     try:
@@ -35,11 +46,13 @@ def fetch(url: str, public: bool = False) -> bytes:
     try:
         return _follow(url, name, public, deadline, lookups)
     except TimeoutError:
-        raise InputMissing(name, f"no answer within {deadline.seconds:.0f} s") from None
+        raise InputMissing(name, f"no answer within {deadline.seconds:.0f} s", _no_proxy(url, public)) from None
     except TooLarge as error:
         raise BadImage(name, str(error)) from None
+    except NoSuchProxy as error:
+        raise UsageError(name, f"the proxy for it is {error}", error.hint) from None
     except (OSError, ValueError) as error:
-        raise InputMissing(name, plainly(error)) from None
+        raise InputMissing(name, plainly(error), _no_proxy(url, public)) from None
     finally:
         _slots.free_after(lookups)
 
@@ -73,25 +86,35 @@ class _Slots:
 _slots = _Slots()
 
 
-def _follow(url: str, name: str, came_from_public: bool, deadline: Deadline, lookups: list[Future[str]]) -> bytes:
-    at = url
+def _follow(url: str, name: str, only_public: bool, deadline: Deadline, lookups: list[Future[str]]) -> bytes:
+    at, before, came_from_public = url, "", only_public
     for _ in range(limits.FETCH_REDIRECTS + 1):
         target = _parsed(at, name, at != url)
-        address = _looked_up(target, deadline, lookups)
-        public = is_public(address)
+        # What others name is dialled at the address that was judged: a proxy would look names up itself.
+        proxy = None if only_public else proxy_of(target)
+        address = "" if proxy else _looked_up(target, deadline, lookups)
+        if not proxy:
+            public = is_public(address)
+        elif target.host == before:
+            public = came_from_public
+        else:
+            public = _seems_public(target, at != url, deadline, lookups)
         if came_from_public and not public:
             raise InputMissing(
                 name, "a public address redirects to a private one" if at != url else "not a public address"
             )
-        came_from_public = public
+        before, came_from_public = target.host, public
         headers = {"Host": target.authority}
         if target.authorization:
             headers["Authorization"] = target.authorization
-        # No proxy: it would resolve names itself, and the address that was judged would mean nothing.
-        connection = connect(address, target.port, deadline)
-        if target.is_tls:
-            connection = encrypt(connection, target.host, deadline)
-        with closing(ask(connection, deadline, "GET", target.target, headers)) as response:
+        if proxy:
+            connection, path, for_proxy = connect_by(proxy, target, deadline)
+            headers |= for_proxy
+        else:
+            connection, path = connect(address, target.port, deadline), target.target
+            if target.is_tls:
+                connection = encrypt(connection, target.host, deadline)
+        with closing(ask(connection, deadline, "GET", path, headers)) as response:
             location = response.header("Location")
             if response.status in _REDIRECTS and location:
                 at = urljoin(at, _text(location))
@@ -100,6 +123,29 @@ def _follow(url: str, name: str, came_from_public: bool, deadline: Deadline, loo
                 raise InputMissing(name, f"the server answered {response.status}")
             return response.read(limits.FETCH_BYTES)
     raise InputMissing(name, f"more than {limits.FETCH_REDIRECTS} redirects")
+
+
+def _seems_public(target: Url, redirected: bool, deadline: Deadline, lookups: list[Future[str]]) -> bool:
+    """Whether a host is on the open Internet that a proxy looks up, as far as it is known here.
+
+    Where a person's own URL leads does not matter, but for what it may redirect to.
+    """
+    try:
+        if redirected:
+            return is_public(_looked_up(target, deadline, lookups))
+        return is_public(target.host)
+    except TimeoutError:
+        raise
+    except (OSError, ValueError):  # a name that only the proxy knows, or nobody has asked for
+        return True
+
+
+def _no_proxy(url: str, public: bool) -> str:
+    """A hint for who has a proxy, which is not used."""
+    with suppress(ValueError):
+        if public and proxy_of(Url.parse(url)):
+            return "proxies are not used for URLs in lists; curl -OL URL goes by one"
+    return ""
 
 
 def _parsed(url: str, name: str, redirected: bool) -> Url:

@@ -144,6 +144,8 @@ COMMIT_BYTES = 100
 ROW_BYTES = 64_000_000
 ROW_DEPTH = 64
 ROW_ITEMS = 1_000_000
+COUNTED_NAMES = 1_000
+"""Different keys of questions, or endings of names in a folder, that are counted to be told of."""
 SETTINGS_BYTES = 16_000_000
 
 # The user's own cache.

@@ -9,6 +9,7 @@ Every pattern here consumes whatever it has looked at, so that no text takes mor
 
 from __future__ import annotations
 
+import codecs
 import re
 
 from llava_cli import limits
@@ -70,6 +71,12 @@ def _is_unfinished(found: re.Match[str]) -> bool:
 def _content(found: re.Match[str]) -> str:
     """What is shown in the place of a sequence: nothing, unless it has no end."""
     return _CONTROL_CHARACTERS.sub("", found[found.lastindex or 0]) if _is_unfinished(found) else ""
+
+
+def decoded(data: bytes) -> str:
+    """A text in the encoding that its mark (BOM) says, else in UTF-8; what is none of it is U+FFFD."""
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
 
 
 def printable(name: str) -> str:

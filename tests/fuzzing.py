@@ -39,7 +39,9 @@ from servers import Server, begin
 from llava_cli import images, limits
 from llava_cli.batch import report
 from llava_cli.batch.journal import Journal
-from llava_cli.batch.tasks import Source, Task
+from llava_cli.batch.opener import Opener
+from llava_cli.batch.source import Source
+from llava_cli.batch.tasks import Task
 from llava_cli.bounded_http import Deadline, Response
 from llava_cli.checkpoint import check_files, check_weights
 from llava_cli.conversation import Conversation, Picture
@@ -53,6 +55,7 @@ from llava_cli.memory import give_back_memory
 from llava_cli.place import SocketConnection
 from llava_cli.registry import Checkpoint, builtin_folder
 from llava_cli.safetensors_header import read_header
+from llava_cli.sandbox.pictures import Crash
 from llava_cli.sandbox.text import Refused, TextSandbox
 from llava_cli.settings import Sampling, Settings
 from llava_cli.untrusted_text import TerminalText, for_json_line, for_page, for_terminal, one_line, printable
@@ -363,8 +366,35 @@ def _png_chunks(rng: Random, data: bytes) -> bytes:
     return data[:8] + b"".join(framed)
 
 
+def _jpeg_segments(rng: Random, data: bytes) -> bytes:
+    """A segment of a JPEG that holds no pixels, put in front, mutated."""
+    kinds = (
+        *(b"JFIF\0\1\1\0\0\1\0\1\0\0", b"Adobe\0d\0\0\0\0\1", b"ICC_PROFILE\0\1\1abc", b"MPF\0MM\0*\0\0\0\x08"),
+        *(b"Photoshop 3.0\x008BIM\4\4\0\0\0\0\0\3abc\0", b"Exif\0\0MM\0*\0\0\0\x08", b"words"),
+    )
+    body = mutate(rng, rng.choice(kinds))[:65_000]
+    marker = rng.choice((0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE))
+    return data[:2] + struct.pack(">HH", 0xFF00 | marker, len(body) + 2) + body + data[2:]
+
+
+_PILLOW = """
+import sys, warnings
+from PIL import Image
+warnings.simplefilter("ignore")
+for line in sys.stdin:
+    try:
+        with Image.open(line[:-1], formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as image:
+            image.load()
+        print("opens", flush=True)
+    except Exception:
+        print("fails", flush=True)
+"""
+_BROKEN = ("damaged", "truncated", "truncated or damaged", "not an image")
+"""Reasons that would be wrong for what Pillow opens."""
+
+
 class Pictures(Boundary):
-    """A picture's file, decoded in the sandbox."""
+    """A picture's file, decoded in the sandbox as `ask` and `batch` have it, and by Pillow alone."""
 
     name, seconds = "pictures", 12.0
 
@@ -374,6 +404,26 @@ class Pictures(Boundary):
         self._seeds = _pictures()
         images._sandboxes.cache_clear()  # those would have been made with another limit
         self._stack.callback(lambda: images._sandboxes().close())
+        self._batch = Opener()
+        self._stack.callback(self._batch.close)
+        self._pillow = self._pillow_process()
+        self._more = 0
+
+    def _pillow_process(self) -> subprocess.Popen[str]:
+        command, pipe = [sys.executable, "-c", _PILLOW], subprocess.PIPE
+        process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        self._stack.callback(process.communicate)  # which closes its stdin, and so ends it
+        return process
+
+    def _opens(self, file: Path) -> bool:
+        """Whether Pillow opens a file."""
+        assert self._pillow.stdin and self._pillow.stdout
+        self._pillow.stdin.write(f"{file}\n")
+        self._pillow.stdin.flush()
+        return self._pillow.stdout.readline() == "opens\n"
+
+    def notes(self) -> list[str]:
+        return [f"{self._more} answered that Pillow alone refuses"]
 
     def make(self, rng: Random) -> bytes:
         data = rng.choice(self._seeds)
@@ -382,17 +432,28 @@ class Pictures(Boundary):
             return data[: rng.choice((2, 4, 8, 12, 24))] + rng.randbytes(rng.choice((0, 10, 1000)))
         if data.startswith(b"\x89PNG") and what < 0.6:
             return _png_chunks(rng, data)
+        if data.startswith(b"\xff\xd8") and what < 0.4:
+            return _jpeg_segments(rng, data)
         return mutate(rng, data, self._seeds)
 
     def check(self, data: bytes) -> str:
         (file := self.folder / "picture").write_bytes(data)
-
-        def open_one() -> None:
-            picture = images.open_picture(str(file), allow_truncated=len(data) % 2 == 0)
-            assert picture.image.mode == "RGB"
-            assert picture.image.width * picture.image.height <= limits.PICTURE_PIXELS
-
-        return outcome(open_one)
+        opens, by_batch = self._opens(file), self._batch.open(str(file))
+        try:
+            picture = images.open_picture(str(file))
+        except LlavaError as error:
+            assert not isinstance(error, Crash), str(error)
+            assert isinstance(by_batch, LlavaError), f"batch opens what ask does not: {error}"
+            assert by_batch.reason == error.reason
+            assert not (opens and error.reason in _BROKEN), f"Pillow opens it, and it is said to be {error.reason}"
+            if error.reason == "truncated":
+                return outcome(lambda: images.open_picture(str(file), allow_truncated=True))
+            return refused(error, error.thing, error.hint)
+        assert isinstance(by_batch, Picture) and by_batch.image.tobytes() == picture.image.tobytes()
+        assert picture.image.mode == "RGB"
+        assert picture.image.width * picture.image.height <= limits.PICTURE_PIXELS
+        self._more += not opens
+        return "fine" if opens else "fine, though not for Pillow"
 
 
 # Checkpoints.
@@ -1027,7 +1088,7 @@ class Rows(Boundary):
 
     def _questions(self, data: bytes) -> None:
         (file := self.folder / "questions.jsonl").write_bytes(data)
-        for task in Source(str(file), [QUESTION]).tasks():
+        for task in Source([str(file)], [QUESTION]).tasks():
             assert Task.from_line(task.to_line()) == task
 
     def _report(self, data: bytes) -> None:

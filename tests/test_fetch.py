@@ -116,9 +116,11 @@ def other() -> Iterator[Server]:
     server.stop()
 
 
-def assert_refused(run: Run, url: str, reason: str, code: int = 66) -> None:
+def assert_refused(run: Run, url: str, reason: str, code: int = 66, hint: str = "") -> None:
+    """With `hint` after how the URL becomes a file."""
     result = run("ask", url, QUESTION)
-    assert result.stderr.splitlines() == [f"llava: {url}: {reason}"]
+    hints = [f"  curl -Lo FILE {url}; {hint}"] if hint else []
+    assert result.stderr.splitlines() == [f"llava: {url}: {reason}", *hints]
     assert result.exit_code == code
     assert result.stdout == ""
 
@@ -167,17 +169,18 @@ def test_a_redirect_to_nowhere_is_refused(status: int, server: Server, run: Run)
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"),
+    ("body", "reason", "hint"),
     [
-        (b"", "empty file"),
-        (b"<html>please log in</html>", "not an image"),
-        (b"<svg/>", "SVG is not a supported image"),
-        (PNG[:30], "truncated or damaged"),
+        (b"", "empty file", ""),
+        (b"hello", "not an image", ""),
+        (b"<html>please log in</html>", "a web page, not an image", "less FILE shows what came in its place"),
+        (b"<svg/>", "SVG is not a supported image", "rsvg-convert -o FILE.png FILE"),
+        (PNG[:30], "truncated or damaged", ""),
     ],
 )
-def test_what_is_no_picture_is_refused(body: bytes, reason: str, server: Server, run: Run) -> None:
+def test_what_is_no_picture_is_refused(body: bytes, reason: str, hint: str, server: Server, run: Run) -> None:
     url = server.page("/img.png", lambda h: h.answer(200, body, content_type="image/png"))
-    assert_refused(run, url, reason, 65)
+    assert_refused(run, url, reason, 65, hint)
 
 
 def test_a_body_that_ends_early_is_refused(server: Server, run: Run) -> None:
@@ -267,7 +270,7 @@ def test_the_limit_itself_is_allowed(server: Server, monkeypatch: pytest.MonkeyP
 def test_a_compressed_answer_is_not_unpacked(server: Server, run: Run) -> None:
     bomb = gzip.compress(bytes(50_000_000))
     url = server.page("/img.png", lambda h: h.answer(200, bomb, content_encoding="gzip"))
-    assert_refused(run, url, "not an image", 65)
+    assert_refused(run, url, "a gzip archive, not an image", 65, "gunzip -k FILE, or tar -xf FILE")
     assert server.requests[0][1]["Accept-Encoding"] == "identity"
 
 

@@ -18,6 +18,7 @@ from llava_cli import decode, limits
 from llava_cli.conversation import Picture
 from llava_cli.decode import Decoded
 from llava_cli.errors import BadImage, LlavaError
+from llava_cli.files import quoted
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line, printable
 
@@ -28,6 +29,11 @@ _HEADER = struct.Struct("<?III?B?")
 _FORMATS = ("", "JPEG", "PNG")
 """Those that somebody asks for."""
 JOB, HEIF = "llava_cli.sandbox.pictures", "pillow_heif"
+
+
+def too_large(name: str) -> BadImage:
+    """What is said of a picture called `name` that is not even decoded."""
+    return BadImage(name, f"larger than {limits.PICTURE_BYTES // 1_000_000} MB")
 
 
 class Crash(LlavaError):
@@ -51,14 +57,14 @@ class Sandbox:
         """
         name = printable(source) or "''"
         if len(data) > limits.PICTURE_BYTES:
-            return BadImage(name, f"larger than {limits.PICTURE_BYTES // 1_000_000} MB")
+            return too_large(name)
         worker = self._workers[decode.is_heif(data)]
         try:
             request = _REQUEST.pack(allow_truncated, shrink or 0), data
             reply = worker.ask(request, _HEADER.size + 3 * limits.PICTURE_PIXELS, self._seconds)
             found = _parsed(name, reply)
         except BadImage as error:
-            return error
+            return BadImage(name, error.reason, _typeable(error.hint, source))
         except WorkerLate as error:
             return BadImage(name, f"takes longer than {error} s to decode")
         except WorkerDied as error:
@@ -132,6 +138,16 @@ def _parsed(name: str, reply: bytearray) -> Decoded:
         raise ValueError("a format of no name")
     image = Image.frombytes("RGB", (width, height), body)
     return Decoded(image, max(1, frames), truncated, _FORMATS[kind], plain)
+
+
+def _typeable(hint: str, source: str) -> str:
+    """A hint with the picture's path in it, or for one that is no file here with how it becomes one."""
+    if "{name}" not in hint:
+        return hint
+    if source.lower().startswith(("http://", "https://")):
+        return f"curl -Lo FILE {quoted(source)}; {hint.replace('{name}', 'FILE')}"
+    path = "FILE" if source == "-" else f"./{source}" if source.startswith("-") else source
+    return hint.replace("{name}", quoted(path))
 
 
 # Inside the sandbox.
