@@ -144,13 +144,13 @@ LISTED = b"b.png\r\n\nsub/a.png\nb.png\n/nowhere.png\nlast one.png"
 
 @pytest.mark.parametrize("source", ["list.txt", "-"])
 def test_a_list(source: str, run: Run, told: type[Told]) -> None:
-    """In its order, each picture once, and without empty lines."""
+    """In its order, a row for each line that is not empty."""
     for name in ("b.png", "sub/a.png", "last one.png"):
         draw(name)
     Path("list.txt").write_bytes(LISTED)
     rows = rows_of(run("batch", source, QUESTION, input=LISTED if source == "-" else None), 1)
-    assert [row["image"] for row in rows] == ["b.png", "sub/a.png", "/nowhere.png", "last one.png"]
-    assert [row["status"] for row in rows] == ["ok", "ok", "error", "ok"]
+    assert [row["image"] for row in rows] == ["b.png", "sub/a.png", "b.png", "/nowhere.png", "last one.png"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "error", "ok"]
 
 
 def test_where_relative_paths_begin(run: Run, told: type[Told], here: Path) -> None:
@@ -237,6 +237,7 @@ def test_questions_file(run: Run, told: type[Told], monkeypatch: pytest.MonkeyPa
         (2, "two?"),
         (None, "own?"),
         (2.5, "own?"),
+        (2.5, "own?"),
     ]
     assert list(rows[0]) == ["id", *KEYS] and "id" not in rows[3]
     assert asked == [
@@ -244,6 +245,7 @@ def test_questions_file(run: Run, told: type[Told], monkeypatch: pytest.MonkeyPa
         ("one?", "Common.", 9),
         ("two?", "Common.", 9),
         ("own?", "", 9),
+        ("own?", "Common.", 9),
         ("own?", "Common.", 9),
     ]
 
@@ -315,24 +317,26 @@ def test_a_line_of_questions_in_another_encoding(encoding: str, run: Run, monkey
     Path("q.jsonl").write_bytes(('["\u2200\u2200\u0122", ' + "[" * 100_000).encode(encoding))
     result = run("batch", "q.jsonl", QUESTION, "-o", "out.jsonl")
     assert (result.exit_code, result.stdout) == (65, "")
-    assert result.stderr.startswith("llava: q.jsonl, line 1: ")
+    unmarked = encoding in ("utf-16-le", "utf-16-be")
+    assert result.stderr.startswith("llava: q.jsonl: is UTF-16" if unmarked else "llava: q.jsonl, line 1: ")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "begin", "said"),
     [
-        ("q.jsonl", "q.jsonl, line 2: larger than"),
-        ("list.txt", "list.txt: a path in it is longer than 1,000,000 bytes"),
+        ("q.jsonl", '{"image": "a.png"}\n', "q.jsonl, line 2: larger than"),
+        ("list.txt", "x" * 100_000, "list.txt: a path in it is longer than 1,000,000 bytes"),
+        ("list.txt", "a.png\n", "list.txt: is no picture, list or questions, but binary"),
     ],
 )
 @pytest.mark.parametrize("size", [1 << 36, 1_000_100])
 def test_a_source_without_an_end_of_a_line(
-    name: str, said: str, size: int, run: Run, monkeypatch: pytest.MonkeyPatch
+    name: str, begin: str, said: str, size: int, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of many GB, of which no more is read than a line may have."""
     monkeypatch.setattr(limits, "ROW_BYTES", 1_000_000)
     monkeypatch.setattr(module, "open_engine", no_model)
-    Path(name).write_text('{"image": "a.png"}\n')
+    Path(name).write_text(begin)
     os.truncate(name, size)
     result = run("batch", name, QUESTION, "-o", "out.jsonl")
     assert (result.exit_code, result.stdout) == (65, "")
@@ -358,7 +362,7 @@ def test_several_questions_and_pictures_that_are_there_twice(run: Run, told: typ
     for name in ("a.png", "b.png"):
         draw(name)
     Path("list.txt").write_text("b.png\na.png\nb.png\n./b.png\n")
-    wanted = [(name, question) for name in ("b.png", "a.png", "./b.png") for question in ("one?", "two?")]
+    wanted = [(name, question) for name in ("b.png", "a.png", "b.png", "./b.png") for question in ("one?", "two?")]
     options = ("list.txt", "one?", "--question", "two?", "--question", "one?")
     assert [(r["image"], r["question"]) for r in rows_of(run("batch", *options))] == wanted
     for _ in range(2):
@@ -403,7 +407,7 @@ def test_a_source_that_was_empty_and_is_no_more(run: Run, here: Path, told: type
     for options in ([], ["-o", "out.jsonl"]):
         result = run("batch", "photos", QUESTION, *options)
         assert rows_of(result, 66) == []
-        assert result.stderr.startswith("llava: photos: there is nothing to ask about in it\n")
+        assert result.stderr.startswith("llava: photos: an empty folder\n")
     assert rows_of(run("batch", "-", QUESTION, input="")) == []
     draw("photos/a.png")
     result = run("batch", "photos", QUESTION, "-o", "out.jsonl")

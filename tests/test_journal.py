@@ -26,7 +26,7 @@ from llava_cli.batch import run as module
 from llava_cli.batch.journal import Journal
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run import Job, run
-from llava_cli.batch.tasks import Source
+from llava_cli.batch.source import Source
 from llava_cli.errors import BadData, LlavaError, OutputTaken
 from llava_cli.settings import Settings
 
@@ -49,7 +49,7 @@ def attempt(folder: Path, faults: Faults | None = None, check: str = "", **optio
 
     What it says when it fails has `check` in it.
     """
-    source = Source(str(folder / "list.txt"), options.pop("questions", ("what?",)), root="/")
+    source = Source([str(folder / "list.txt")], options.pop("questions", ("what?",)), root="/")
     path = options.pop("output", folder / "out" / "out.jsonl")
     job = Job(source, Settings(), "llava batch …", path, quiet=True, **options)
     with (faults or Faults())(folder / "out"):
@@ -492,7 +492,7 @@ def test_two_runs_one_of_which_goes_by_a_linked_folder(done: Path) -> None:
     [
         ("missing/out.jsonl", "no such file or directory"),
         ("list.txt/out.jsonl", "not a directory"),
-        ("out", "not a regular file"),
+        ("out", "a folder"),
         ("fifo", "not a regular file"),
         ("null", "not a regular file"),
         ("n" * 300, "file name too long"),
@@ -531,7 +531,7 @@ def test_what_stands_beside_the_output_is_a_plant(
     before = {path: path.lstat().st_mtime_ns for path in done.rglob("*")}
     reason = "is a link to " if "link" in what else "not a folder" if real.is_dir() else "(not a regular file|is a dir)"
     with pytest.raises(OutputTaken, match=f"{re.escape(str(path))}: {reason}"):
-        run(Job(Source(str(done / "list.txt"), ("what?",), root="/"), Settings(), "", done / "out" / "out.jsonl"))
+        run(Job(Source([str(done / "list.txt")], ("what?",), root="/"), Settings(), "", done / "out" / "out.jsonl"))
     assert {path: path.lstat().st_mtime_ns for path in done.rglob("*")} == before
     assert output(done) == undisturbed
 
@@ -615,7 +615,7 @@ def test_settings_of_a_stranger_are_told_in_one_line(done: Path) -> None:
     path = done / "out" / "out.jsonl.run" / "settings.json"
     path.write_text(json.dumps({f"\x1b[2J\n{number}" * 100: "\x1b[2J\n" * 100 for number in range(5000)}))
     with pytest.raises(BadData) as error:
-        run(Job(Source(str(done / "list.txt"), ("what?",), root="/"), Settings(), "", done / "out" / "out.jsonl"))
+        run(Job(Source([str(done / "list.txt")], ("what?",), root="/"), Settings(), "", done / "out" / "out.jsonl"))
     assert error.value.reason.isprintable() and len(error.value.reason) < 10_000
     assert re.search(r"; and 4,\d\d\d more$", error.value.reason)
 
@@ -628,9 +628,9 @@ def test_what_rows_say_is_summed_up_in_one_line(
         row["flags"] = [f"\x1b[2J\n{number}.{n}" * 50 for n in range(50)]
     lines[0] |= {"status": "error", "error": {"type": "\x1b]0;x\x07\nOops" * 100}, "answer_tokens": 10**400}
     set_output(done, b"".join(map(to_line, lines)))
-    job = Job(Source(str(done / "list.txt"), ("what?",), root="/"), Settings(), "", done / "out" / "out.jsonl")
+    job = Job(Source([str(done / "list.txt")], ("what?",), root="/"), Settings(), "", done / "out" / "out.jsonl")
     assert run(job) == 1
-    (line,) = capfd.readouterr().err.splitlines()
+    *_, line = capfd.readouterr().err.splitlines()
     assert line.isprintable() and len(line) < 5000
 
 

@@ -7,7 +7,6 @@ line, appended whole, and row N is about line N of the manifest: to go on means 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -57,22 +56,24 @@ class Journal:
 
     def lock(self) -> None:
         """Takes the output for this process. Raises `OutputTaken` where another one has it, or nobody can write it."""
+        from filelock import lock_descriptor  # where rows go to stdout, nobody waits for its import
+
         try:
+            if self.output.is_dir():
+                hint = f"-o {files.quoted(self.output / 'out.jsonl')} writes into it"
+                raise OutputTaken(self._name, "a folder", hint)
             if self.output.exists() and not self.output.is_file():
                 raise OutputTaken(self._name, "not a regular file", "without -o rows go to stdout")
             files.refuse_link(self.output)
             files.make_folder(self.folder, parents=False)
             self._lock = files.open_for_writing(self.folder / "lock", os.O_RDWR, files.SHARED)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_descriptor(self._lock, blocking=False):
+                raise OutputTaken(self._name, "another run is writing it", "wait for it, or give another file to -o")
             for path in (self._manifest, self._settings):
                 files.refuse_irregular(path)
             files.clear(self.folder)
             files.clear(self.output.parent, self.output.name)
             self._file = files.open_for_writing(self.output, os.O_RDWR | os.O_APPEND, files.SHARED)
-        except BlockingIOError:
-            raise OutputTaken(
-                self._name, "another run is writing it", "wait for it, or give another file to -o"
-            ) from None
         except OSError as error:
             raise self._taken(error) from None
 
@@ -253,8 +254,15 @@ class Journal:
         number = 1
         while os.path.lexists(torn := self.folder / f"torn-{number}"):
             number += 1
-        starts = ((at, min(at + _PIECE, end)) for begin, end in spans for at in range(begin, end, _PIECE))
-        files.put(torn, (os.pread(self._file, end - begin, begin) for begin, end in starts))
+
+        def pieces() -> Iterator[bytes]:
+            with _open(self.output) as file:
+                for begin, end in spans:
+                    file.seek(begin)
+                    for at in range(begin, end, _PIECE):
+                        yield file.read(min(_PIECE, end - at))
+
+        files.put(torn, pieces())
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -17,8 +17,9 @@ from llava_cli.batch.journal import Journal
 from llava_cli.batch.opener import Opener
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.runner import answered, conversation_of, sampling_of
+from llava_cli.batch.source import Source
 from llava_cli.batch.tally import Tally
-from llava_cli.batch.tasks import STDIN, Source, Task, distinct
+from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
 from llava_cli.errors import InputMissing, LlavaError
 from llava_cli.loader import identify, open_engine
@@ -48,13 +49,20 @@ def run(job: Job) -> int:
     """Does it all; the exit code. Raises what keeps it from beginning, or from writing."""
     tally, stopping = Tally(job.verify), Stopping(job.quiet)
     with ExitStack() as stack:
-        journal = None
-        if job.output is not None:
+        journal = tasks = None
+        if job.output is None:
+            tasks = job.source.ready()
+        else:
             journal = Journal(job.output)
             stack.callback(journal.close)
             _begin(job, journal, tally)
-            if journal.done == journal.total and not journal.again and not job.verify:
-                return _end(job, tally, stopping, "nothing left to do")
+            if journal.done < journal.total or journal.again or job.verify:
+                tasks = journal.tasks()
+        is_counted = journal is not None or not job.source.is_stream
+        if is_counted:
+            _say_what_is_left_out(job)
+        if tasks is None:
+            return _end(job, tally, stopping, "nothing left to do")
         opener = Opener(job.source.locate, job.allow_truncated, job.allow_urls)
         stack.callback(opener.close)
         with render.spinner("loading the model", job.quiet):
@@ -62,12 +70,20 @@ def run(job: Job) -> int:
         if not job.quiet:
             render.say_demo(job.settings, engine)
         stack.enter_context(stopping)
-        speed = _answer(job, journal, tally, engine, opener, stopping)
+        speed = _answer(job, journal, tasks, tally, engine, opener, stopping)
         if job.verify and not stopping.signal:
             _verify(job, tally, engine, opener, stopping)
         if opener.refused and not job.quiet:
             render.note(f"{opener.refused}; {opener.refused.hint}")
+        if not is_counted:
+            _say_what_is_left_out(job)
     return _end(job, tally, stopping, speed)
+
+
+def _say_what_is_left_out(job: Job) -> None:
+    """Once its source has been looked through: of a stream, at the end."""
+    for line in () if job.quiet else job.source.notes():
+        render.note(line)
 
 
 def _begin(job: Job, journal: Journal, tally: Tally) -> None:
@@ -95,8 +111,16 @@ def _made_by(job: Job) -> dict[str, Any]:
     }
 
 
-def _answer(job: Job, journal: Journal | None, tally: Tally, engine: Engine, opener: Opener, stopping: Stopping) -> str:
-    """Answers what there is to answer; says how fast that went."""
+def _answer(
+    job: Job,
+    journal: Journal | None,
+    tasks: Iterable[Task],
+    tally: Tally,
+    engine: Engine,
+    opener: Opener,
+    stopping: Stopping,
+) -> str:
+    """Answers `tasks`, and before them those whose rows are replaced; says how fast that went."""
     begin, pictures, before, tokens = time.monotonic(), 0, "", tally.tokens
 
     def rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
@@ -111,13 +135,13 @@ def _answer(job: Job, journal: Journal | None, tally: Tally, engine: Engine, ope
     with render.counting(journal.total if journal else None, job.quiet) as show:
         if journal is None:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
-            for row in rows(distinct(job.source.tasks())):
+            for row in rows(tasks):
                 sys.stdout.write(to_line(row, ascii_only).decode())
                 sys.stdout.flush()
         else:
             if journal.again:
                 journal.replace(rows(journal.tasks_again()))
-            for row in rows(journal.tasks()) if stopping.go_on() else ():
+            for row in rows(tasks) if stopping.go_on() else ():
                 journal.append(row)
     if not before:
         return "nothing left to do"
@@ -145,16 +169,16 @@ def _verify(job: Job, tally: Tally, engine: Engine, opener: Opener, stopping: St
 
 def _end(job: Job, tally: Tally, stopping: Stopping, speed: str) -> int:
     """The summary, and how to go on where there is more to do."""
-    if not tally.rows and not stopping.signal and job.source.name != STDIN:
-        hint = "--include takes files by name" if job.source.is_folder else ""
-        raise InputMissing(printable(job.source.name), "there is nothing to ask about in it", hint)
+    if not tally.rows and not stopping.signal and not job.source.is_stdin:
+        reason, hint = job.source.why_nothing()
+        raise InputMissing(job.source.name, reason, hint)
     if not job.quiet:
         render.note(f"{tally.summary()} · {speed}")
     if stopping.signal:
         if job.output is not None:
             render.note(f"stopped; to go on:\n  {job.command}")
         return 128 + stopping.signal
-    return 1 if tally.failed else 0
+    return 1 if tally.failed or job.source.passed.unreadable.count else 0
 
 
 class Stopping:

@@ -22,7 +22,9 @@ WINDOW = 1024
 
 
 def sampling_of(task: Task, settings: Sampling) -> Sampling:
-    return replace(settings, max_tokens=task.max_tokens) if task.max_tokens else settings
+    if not task.max_tokens:
+        return settings
+    return replace(settings, max_tokens=task.max_tokens, unset=settings.unset - {"max_tokens"})
 
 
 def conversation_of(task: Task, picture: Picture, settings: Settings) -> Conversation:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llava_cli.cli import app
 from llava_cli.cli.options import (
+    AdapterOpt,
     DeviceOpt,
     DoubleOpt,
     FitOpt,
@@ -30,11 +31,17 @@ from llava_cli.cli.options import (
 )
 from llava_cli.errors import UsageError
 
-SourceArg = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", help="A folder, a file of paths, a questions .jsonl, or - for stdin."),
+if TYPE_CHECKING:
+    from llava_cli.batch.source import Source
+
+WordsArg = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SOURCE]... [QUESTION]",
+        help="Pictures and folders; or one file of paths, one of questions (.jsonl, .json, .csv), or - for stdin.",
+        show_default=False,
+    ),
 ]
-QuestionArg = Annotated[str | None, typer.Argument(metavar="[QUESTION]", show_default=False)]
 QuestionsOpt = Annotated[
     list[str] | None, typer.Option("--question", metavar="TEXT", help="One more question about each picture.")
 ]
@@ -71,8 +78,7 @@ USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 @app.command()
 def batch(
     context: typer.Context,
-    source: SourceArg,
-    question: QuestionArg = None,
+    words: WordsArg = None,
     questions: QuestionsOpt = None,
     output: OutputOpt = None,
     include: IncludeOpt = None,
@@ -85,6 +91,7 @@ def batch(
     repair: RepairOpt = False,
     verify: VerifyOpt = 0,
     model: ModelOpt = None,
+    adapter: AdapterOpt = None,
     precision: PrecisionOpt = None,
     double_quant: DoubleOpt = None,
     device: DeviceOpt = None,
@@ -106,31 +113,37 @@ def batch(
 
     llava batch photos/ "describe the photo" -o out.jsonl
 
+    llava batch *.jpg "what is this?"
+
     find . -name '*.jpg' | llava batch - "what is this?" | jq -r .answer
 
     llava batch questions.jsonl -o answers.jsonl
+
+    Each picture, each path of a list and each line of a questions file has its own row, in their order. SOURCE is known
+    by its content: questions may have any name, or come on stdin. What is passed over in a folder is counted on stderr.
     """
     from llava_cli.batch.run import Job, run
-    from llava_cli.batch.tasks import Source
-    from llava_cli.files import quoted
+    from llava_cli.batch.source import Source, expanded, split
     from llava_cli.memory import prepare_for_many
 
     prepare_for_many(kernels=32)
-    if output is None and (extend or retry_errors or repair):
+    to_file = None if output is None or str(output) == "-" else output
+    if to_file is None and (extend or retry_errors or repair):
         raise UsageError("--extend, --retry-errors, --repair", "are about a file of rows", USAGE)
-    asked = (*([question] if question is not None else []), *(questions or []))
-    given = Source(source, asked, tuple(include or ()), null, root)
-    given.check()
     settings = settings_of(context)
     if settings.server and batch_size != "auto":
         raise UsageError("--batch-size", f"{settings.server} decides that", "--concurrency N requests at a time")
-    command = " ".join(["llava", *map(quoted, sys.argv[1:])])
+    size = _size(batch_size)
+    sources, question = split(words or [""])
+    asked = (*([question] if question is not None else []), *(questions or []))
+    given = Source(expanded(sources), asked, tuple(include or ()), null, root)
+    given.check(allow_urls, to_file)
     job = Job(
         source=given,
         settings=settings,
-        command=f"… | {command}" if source == "-" else command,
-        output=output,
-        size=_size(batch_size),
+        command=_command(given),
+        output=to_file,
+        size=size,
         extend=extend,
         retry=retry_errors,
         repair=repair,
@@ -141,6 +154,15 @@ def batch(
     )
     if code := run(job):
         raise typer.Exit(code)
+
+
+def _command(source: Source) -> str:
+    """This command, to be typed again; what came through a pipe has to come again."""
+    from llava_cli.files import quoted
+
+    words = ["<(…)" if source.is_substituted and word == source.words[0] else quoted(word) for word in sys.argv[1:]]
+    command = " ".join(["llava", *words])
+    return f"… | {command}" if source.is_stdin else command
 
 
 def _size(text: str) -> int | None:
