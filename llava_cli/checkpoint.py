@@ -13,16 +13,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_cli import digests, limits
+from llava_cli import digests, foreign_formats, incomplete, limits
 from llava_cli.bounded_json import Bounds, loads
 from llava_cli.errors import ModelUnusable, brief, plainly
+from llava_cli.original_format import convert_command, is_original
 from llava_cli.registry import ALIASES, Checkpoint, hub_cache, is_commit
 from llava_cli.regular_files import NotRegular, TooLarge, read
-from llava_cli.safetensors_header import BadHeader, StoredTensor, read_header
-from llava_cli.untrusted_config import refusal
+from llava_cli.safetensors_header import BadHeader, Header, read_header
+from llava_cli.untrusted_config import refusal, unknown_quantization
 from llava_cli.untrusted_text import one_line
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _CONFIGS = (
     "generation_config.json",
     "processor_config.json",
@@ -32,10 +34,12 @@ _CONFIGS = (
 )
 """What else transformers takes options from."""
 _FOREIGN = {
-    "adapter_config.json": "holds an adapter, which is not loaded",
+    ADAPTER_CONFIG: "holds an adapter",
     "audio_tokenizer_config.json": "asks for an audio tokenizer from the Hub",
 }
 """Files that make transformers load something else."""
+_PICKLE = re.compile(r"(pytorch_model|model|consolidated|weights)\b.*\.(bin|pt|pth|ckpt)")
+"""Weights as torch saves them."""
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """One process' part of a training run: where there are such, transformers loads them in place of the others."""
 
@@ -43,52 +47,91 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 def check_files(checkpoint: Checkpoint) -> str:
     """Config and processor: there, readable, of a model that takes pictures and text. Returns its type."""
     name, folder = checkpoint.name, checkpoint.folder
+    files = _files(checkpoint)
+    if not (folder / CONFIG).exists():
+        raise incomplete.no_config(checkpoint)
+    incomplete.check_beginnings(checkpoint, [file for file in files if _ending(file) in _STAND_INS])
     config = read_json(checkpoint, CONFIG)
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise ModelUnusable(name, "its config.json names no model type", "llava models lists others")
-    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        if "auto_map" in config:
-            raise ModelUnusable(name, "needs its own code, which is never run", "llava models lists others")
-        words = f"{one_line(kind)} models do not load as picture-and-text models"
-        raise ModelUnusable(name, words, "llava models lists others")
-    if config.get("is_encoder_decoder"):
-        raise ModelUnusable(name, f"{kind} models are encoder-decoders, which are not supported", "llava models")
+    kind = _kind(checkpoint, config)
+    _refuse(checkpoint, CONFIG, unknown_quantization(config), "take the model unquantized: -p 4bit quantizes it here")
     _refuse(checkpoint, CONFIG, refusal(config))
-    for file in _files(checkpoint):
+    for file in files:
         _refuse(checkpoint, file, _FOREIGN.get(file) or (_DISTRIBUTED.fullmatch(file) and "is part of a training run"))
         if file in _CONFIGS:  # transformers ignores a damaged one of them, end tokens and all
             _refuse(checkpoint, file, refusal(read_json(checkpoint, file)))
     if not any((folder / f).exists() for f in ("processor_config.json", "preprocessor_config.json")):
-        raise ModelUnusable(name, "no processor_config.json or preprocessor_config.json", again(name))
+        words = "no processor_config.json or preprocessor_config.json"
+        raise incomplete.lacks_processor(checkpoint, words, again(name))
     if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelUnusable(name, "no tokenizer.json", again(name))
+        raise incomplete.lacks_processor(checkpoint, "no tokenizer.json", again(name))
     return kind
 
 
-def _refuse(checkpoint: Checkpoint, file: str, reason: str | None) -> None:
+def _kind(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
+    """The model type that a config names; `ModelUnusable` for one that no class of transformers answers for."""
+    from transformers.models.auto import modeling_auto
+
+    name, kind, hint = checkpoint.name, config.get("model_type"), "llava models lists others"
+    if is_original(config):
+        raise ModelUnusable(name, "is in LLaVA's original format, not in that of transformers", convert_command(name))
+    if not isinstance(kind, str):
+        raise ModelUnusable(name, "its config.json names no model type", hint)
+    if kind not in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        if "auto_map" in config:
+            raise ModelUnusable(name, "needs its own code, which is never run", hint)
+        words = f"{one_line(kind)} models do not load as picture-and-text models"
+        if kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            words += ": they read text alone"
+        elif kind in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+            words += ": they write no text"
+        raise ModelUnusable(name, words, hint)
+    if config.get("is_encoder_decoder"):
+        raise ModelUnusable(name, f"{kind} models are encoder-decoders, which are not supported", "llava models")
+    return kind
+
+
+def _refuse(checkpoint: Checkpoint, file: str, reason: str | None, hint: str = "llava models lists others") -> None:
     if reason:
-        raise ModelUnusable(checkpoint.name, f"{file} {reason}", "llava models lists others")
+        raise ModelUnusable(checkpoint.name, f"{file} {reason}", hint)
 
 
 class Weights(list[Path]):
     """The files of a checkpoint's weights, and what their headers say."""
 
-    def __init__(self, paths: Iterable[Path], tensors: Iterable[StoredTensor]) -> None:
+    def __init__(self, paths: Iterable[Path], headers: Iterable[Header] = ()) -> None:
         super().__init__(paths)
-        self.bytes_per_weight = 4.0 if {tensor.dtype for tensor in tensors} == {"F32"} else 2.0
+        headers = list(headers)
+        tensors = {name: tensor for header in headers for name, tensor in header.items()}
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        self.bytes_per_weight = 4.0 if dtypes == {"F32"} else 2.0
         """In the files."""
+        self.are_quantized = bool(dtypes & {"U8", "I8"}) and any(name.endswith(_SCALES) for name in tensors)
+        """As bitsandbytes does it."""
+        self.are_of_mlx = any(header.metadata.get("format") == "mlx" for header in headers)
+        """Whether MLX wrote them, which has some axes in another order."""
+        packed = {name.removesuffix(_SCALES[0]) for name in tensors if name.endswith(_SCALES[0])}
+        self.numbers = sum(
+            2 * (tensor.end - tensor.begin) if name in packed else tensor.numbers * _PACKED.get(tensor.dtype, 1)
+            for name, tensor in tensors.items()
+        )
+        """How many weights they are."""
+
+
+_SCALES = (".absmax", ".nested_absmax", ".SCB")
+"""Endings of what bitsandbytes stores beside a layer's weights."""
+_PACKED = {"U8": 2, "F4": 2}
+"""Weights in one number of a file: two of 4 bits in a byte."""
 
 
 def check_weights(checkpoint: Checkpoint) -> Weights:
     """The weight files of a checkpoint, all there and whole; `ModelUnusable` names the one that is not."""
     paths = _weights(checkpoint)
-    return Weights(paths, [tensor for path in paths for tensor in _header(checkpoint, path).values()])
+    if unfinished := next((path.name for path in paths if path.with_name(f"{path.name}.aria2").exists()), None):
+        raise ModelUnusable(checkpoint.name, f"the download of {one_line(unfinished)} has not ended", "end it first")
+    return Weights(paths, [_header(checkpoint, path) for path in paths])
 
 
-def _header(checkpoint: Checkpoint, path: Path) -> dict[str, StoredTensor]:
+def _header(checkpoint: Checkpoint, path: Path) -> Header:
     try:
         return read_header(path)
     except NotRegular as error:
@@ -100,7 +143,7 @@ def _header(checkpoint: Checkpoint, path: Path) -> dict[str, StoredTensor]:
 def _weights(checkpoint: Checkpoint) -> list[Path]:
     """Where transformers looks for them: a whole file comes before shards."""
     name, folder = checkpoint.name, checkpoint.folder
-    paths = [folder / "model.safetensors"]
+    paths = [folder / _WHOLE]
     if not paths[0].exists() and (folder / _INDEX).exists():
         shards = read_json(checkpoint, _INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
@@ -108,15 +151,26 @@ def _weights(checkpoint: Checkpoint) -> list[Path]:
         paths = [folder / _shard(checkpoint, shard) for shard in sorted(set(shards.values()))]
     for path in paths:
         if not path.exists():
-            pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-            if pickles and len(paths) == 1:
-                hint = "convert it to safetensors, or take another model"
-                raise ModelUnusable(name, f"{pickles[0].name} is a pickle, which is never loaded", hint)
-            raise ModelUnusable(name, f"{one_line(path.name)} is missing", again(name))
+            raise _no_weights(checkpoint, path.name)
     return paths
 
 
-_INDEX = "model.safetensors.index.json"
+def _no_weights(checkpoint: Checkpoint, missing: str) -> ModelUnusable:
+    """The error for a folder without one of its weight files, with what it has in their place."""
+    name, folder = checkpoint.name, checkpoint.folder
+    if missing == _WHOLE:
+        if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+            words = f"{missing} is missing, and of the shards ({one_line(shards[0].name)} …) {_INDEX}"
+            return incomplete.lacks(checkpoint, words, again(name))
+        if pickle := next((name for name in sorted(os.listdir(folder)) if _PICKLE.fullmatch(name)), None):
+            hint = "convert it to safetensors, or take another model"
+            return ModelUnusable(name, f"{one_line(pickle)} is a pickle, which is never loaded", hint)
+        if found := foreign_formats.in_folder(os.listdir(folder), os.fspath(folder)):
+            return ModelUnusable(name, *found)
+    return incomplete.lacks(checkpoint, f"{one_line(missing)} is missing", again(name))
+
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def _shard(checkpoint: Checkpoint, name: str) -> str:
@@ -167,6 +221,8 @@ def _ending(name: str) -> str:
 
 
 _TEXTS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+_STAND_INS = {".json", ".model", ".safetensors"}
+"""Files in whose place another may be: large ones, and those that somebody may fetch one by one."""
 _NEVER_OPENED = {
     *(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
     *(".py", ".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4"),
@@ -193,7 +249,24 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for (name, size), content in zip(sizes.items(), contents, strict=True):
         for field in (os.fsencode(name), str(size).encode(), content.encode()):
             digest.update(len(field).to_bytes(8, "little") + field)
+    if checkpoint.adapter:
+        digest.update(_adapter_digest(checkpoint, checkpoint.adapter))
     return digest.hexdigest()
+
+
+def adapter_weights(folder: Path) -> Path | None:
+    """The file of an adapter's tensors; None where there is none."""
+    paths = (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin"))
+    return next((path for path in paths if path.exists()), None)
+
+
+def _adapter_digest(checkpoint: Checkpoint, adapter: Path) -> bytes:
+    """What tells an adapter from any other."""
+    paths = [path for path in (adapter / ADAPTER_CONFIG, adapter_weights(adapter)) if path]
+    try:
+        return "".join(digests.sha256(paths)).encode()
+    except OSError as error:
+        raise _unreadable(checkpoint, os.path.basename(str(error.filename)), error) from None
 
 
 def _commit(folder: Path) -> str | None:

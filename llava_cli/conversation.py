@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -38,9 +38,28 @@ class Turn:
     question: str
     pictures: tuple[Picture, ...] = ()
     answer: str | None = None
+    parts: tuple[str | Picture, ...] = ()
+    """The question's texts and its pictures in their order, where that is not all pictures first: see `of`."""
+    is_unasked: bool = False
+    """Whether there is no question at all: the model's side speaks first, or once more."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", _as_text(self.question))
+        object.__setattr__(self, "parts", tuple(_as_text(p) if isinstance(p, str) else p for p in self.parts))
+
+    @classmethod
+    def of(cls, parts: Iterable[str | Picture], answer: str | None = None) -> Turn:
+        """A turn that asks with texts and pictures in this order. Texts that follow each other are lines of one."""
+        joined: list[str | Picture] = []
+        for part in parts:
+            if isinstance(part, str) and joined and isinstance(joined[-1], str):
+                joined[-1] += f"\n{part}"
+            else:
+                joined.append(part)
+        texts = [part for part in joined if isinstance(part, str)]
+        pictures = tuple(part for part in joined if isinstance(part, Picture))
+        is_usual = joined == [*pictures, *texts]  # which is how a turn without `parts` is read
+        return cls("\n".join(texts), pictures, answer, () if is_usual else tuple(joined))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ WisconsinAIVision/ViP-LLaVA; the rest is from the model cards and configs on the
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +44,7 @@ _PADDED, _TILES = "padded to a square with the mean color", "whole, and in tiles
 
 FAMILIES = (
     Family("builtin", "", "", None, 1024, view="padded to a square with grey", pictures="several"),
+    Family("llava-llama3", "llava", "llama", "llama3", 8192, token="<|start_header_id|>", fit="pad", view=_PADDED),
     Family("llava-1.5", "llava", "llama", "llava-1.5", 4096, fit="pad", view=_PADDED),
     Family("bakllava", "llava", "mistral", "llava-1.5", 32768, fit="pad", view=_PADDED),
     Family("llava-interleave", "llava", "qwen2", "qwen", 32768, view="resized to a square", pictures="several"),
@@ -59,16 +60,43 @@ FAMILIES = (
 )
 
 
-def recognise(kind: str, backbone: str, vocabulary: Container[str]) -> Family | None:
+FORMATS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "qwen": ("<|im_start|>", "<|im_end|>"),
+    "mistral": ("[INST]", "[/INST]"),
+}
+"""Templates by the tokens of a vocabulary that was made for them. Those of Vicuna's and the older LLaVA's are words."""
+
+
+def format_of(vocabulary: Collection[str]) -> str | None:
+    """The template that a vocabulary was made for; None where it may be any."""
+    return next((name for name, words in FORMATS.items() if all(word in vocabulary for word in words)), None)
+
+
+def recognise(kind: str, backbone: str, vocabulary: Collection[str]) -> Family | None:
     """The family that a config's model types and a tokenizer's vocabulary belong to; None for others."""
     return next(
         (
             family
             for family in FAMILIES
-            if (family.kind, family.backbone) == (kind, backbone) and (not family.token or family.token in vocabulary)
+            if (family.kind, family.backbone) == (kind, backbone) and _has_words_of(family, vocabulary)
         ),
         None,
     )
+
+
+def _has_words_of(family: Family, vocabulary: Collection[str]) -> bool:
+    """Whether a vocabulary is one of a family's: language models of one architecture have several."""
+    if family.token or family.template is None:
+        return family.token in vocabulary or not family.token
+    made_for = format_of(vocabulary)
+    return made_for == family.template or (made_for is None and _END in vocabulary)
+
+
+_END = "</s>"
+"""Of an answer, in the formats whose other words are plain text."""
 
 
 def named(name: str) -> Family:

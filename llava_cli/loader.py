@@ -5,19 +5,18 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from llava_cli import __version__
+from llava_cli import __version__, adapters
+from llava_cli.chat_template import read_template
 from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, read_json
-from llava_cli.errors import ModelUnusable, UsageError, model_errors
+from llava_cli.errors import ModelUnusable, UsageError
 from llava_cli.families import Family, named, recognise
-from llava_cli.registry import BUILTIN, Checkpoint, default_name, find
+from llava_cli.registry import BUILTIN, Checkpoint
 from llava_cli.sandbox.text import Refused, TextSandbox
 from llava_cli.settings import Device, Fit, Precision, Settings
 
@@ -34,22 +33,23 @@ def load(
     template: str | None = None,
     fit: Fit | None = None,
     visual_tokens: int | None = None,
+    adapter: str | None = None,
 ) -> LocalEngine:
     """Loads a model: `load("llava-1.5-7b", precision="4bit")`.
 
-    `model` is an alias, a Hub repo that is on disk, or a folder; None is the default model. What is
-    None comes from the environment, else the config file. Raises `ModelUnusable`, `OutOfMemory` or
-    `UsageError`.
+    `model` is an alias, a Hub repo that is on disk, or a folder; None is the default model, or the one that
+    `adapter`, the folder of a PEFT adapter, was trained on. What is None comes from the environment, else the config
+    file. Raises `ModelUnusable`, `OutOfMemory` or `UsageError`.
     """
     given = {"model": model, "precision": precision, "device": device, "template": template, "fit": fit}
-    return load_engine(Settings.resolve(**given, visual_tokens=visual_tokens))
+    return load_engine(Settings.resolve(**given, visual_tokens=visual_tokens, adapter=adapter))
 
 
 def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
     """The server that the settings name; else the user's own, where it holds the model that they ask for; else that
     model, loaded here.
 
-    `tell` gets one line where a server is gone before all is answered.
+    `tell` gets one line where a server is gone before all is answered, and what `load_engine` has to say.
     """
     if settings.server:
         from llava_cli.engine.remote import RemoteEngine
@@ -59,14 +59,14 @@ def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
     from llava_cli.engine.warm import holder
 
     path = place.socket_path()
-    if place.is_ours(path) and (engine := holder(wanted(settings), lambda: load_engine(settings), tell, path)):
+    if place.is_ours(path) and (engine := holder(wanted(settings), lambda: load_engine(settings, tell), tell, path)):
         return engine
-    return load_engine(settings)
+    return load_engine(settings, tell)
 
 
 def wanted(settings: Settings) -> dict[str, Any]:
     """What two engines have in common whose answers are the same. Needs no torch."""
-    checkpoint = find(default_name(settings))
+    checkpoint = adapters.find(settings)
     names = ("precision", "device", "double_quant", "template", "fit", "visual_tokens")
     return {
         "llava": __version__,
@@ -90,22 +90,35 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def load_engine(settings: Settings) -> LocalEngine:
-    """The engine that the settings ask for."""
+def load_engine(settings: Settings, tell: Callable[[str], None] = lambda line: None) -> LocalEngine:
+    """The engine that the settings ask for; `tell` gets a line for what of the checkpoint is not done as it says."""
     begin = time.perf_counter()
-    checkpoint = find(default_name(settings))
+    checkpoint = adapters.find(settings)
     sandbox = _text_sandbox(checkpoint)
     kind, weights = check_files(checkpoint), check_weights(checkpoint)
+    adapters.check(checkpoint)
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.visual import choose_tokens
+    from llava_cli.generation import check_generation_config, load_generation_config
     from llava_cli.machine import plan
-    from llava_cli.model import load_config, load_model
+    from llava_cli.model import check_size, empty_model, load_config, load_model, without_quantization
+    from llava_cli.processor import check_image_tokens
 
     how = plan(settings.device, settings.precision)
     with quiet():
         config = load_config(checkpoint)
+        if not weights.are_quantized and without_quantization(config):
+            words = "config.json says that bitsandbytes has quantized its weights; they are not, and read as they are"
+            tell(f"llava: {checkpoint.name}: {words}")
         prompter = _prompter(checkpoint, kind, config, settings, sandbox)
+        generation_config = load_generation_config(checkpoint)
+        if checkpoint.name != BUILTIN:
+            empty = empty_model(checkpoint, config)
+            check_size(checkpoint, empty, weights)
+            check_generation_config(checkpoint, generation_config, empty)
+            check_image_tokens(checkpoint, prompter, empty)
         model, how = load_model(checkpoint, config, how, weights, settings)
+        model.generation_config = generation_config
     if settings.visual_tokens:
         choose_tokens(model, settings.visual_tokens)
     return LocalEngine(checkpoint.name, model, prompter, how.precision, time.perf_counter() - begin)
@@ -117,9 +130,8 @@ def identify(settings: Settings) -> dict[str, str]:
         engine = open_engine(settings, lambda line: None)
         return {"model": engine.model, "server": engine.where}
     from llava_cli.machine import plan
-    from llava_cli.prompt import read_template
 
-    checkpoint = find(default_name(settings))
+    checkpoint = adapters.find(settings)
     _check_visual_tokens(checkpoint, check_files(checkpoint), settings)
     how = plan(settings.device, settings.precision)
     template = settings.template or ""
@@ -136,7 +148,7 @@ def identify(settings: Settings) -> dict[str, str]:
 
 def load_prompter(settings: Settings) -> Prompter:
     """Processor, tokenizer and template alone: what `llava prompt` needs."""
-    checkpoint = find(default_name(settings))
+    checkpoint = adapters.find(settings)
     sandbox = _text_sandbox(checkpoint)
     kind = check_files(checkpoint)
     from llava_cli.model import load_config
@@ -154,7 +166,7 @@ def _text_sandbox(checkpoint: Checkpoint) -> TextSandbox:
 
 
 def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings, sandbox: TextSandbox) -> Prompter:
-    from llava_cli.model import nothing_is_fetched
+    from llava_cli.processor import load_processor
     from llava_cli.prompt import Prompter
 
     _check_visual_tokens(checkpoint, kind, settings)
@@ -162,19 +174,19 @@ def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings
         sandbox.check_tokenizer()
     except Refused as error:
         raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", again(checkpoint.name)) from None
-    with model_errors(checkpoint.name, "its processor cannot be loaded", again(checkpoint.name)):
-        # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
-        made, absent = _processor_class(kind)
-        with nothing_is_fetched():
-            processor = made.from_pretrained(
-                checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil", **absent
-            )
-        _agree(processor, config)
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise ModelUnusable(checkpoint.name, "its processor does not take pictures and text")
+    processor = load_processor(checkpoint, kind, config)
     family = _family(checkpoint, config, processor.tokenizer)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Prompter(processor, settings.template, settings.fit, family, settings.visual_tokens, sandbox, context)
+    text = config.get_text_config()
+    return Prompter(
+        processor,
+        settings.template,
+        settings.fit,
+        family,
+        settings.visual_tokens,
+        sandbox,
+        context=getattr(text, "max_position_embeddings", None),
+        vocabulary=getattr(text, "vocab_size", None),
+    )
 
 
 def _check_visual_tokens(checkpoint: Checkpoint, kind: str, settings: Settings) -> None:
@@ -194,34 +206,8 @@ def _check_visual_tokens(checkpoint: Checkpoint, kind: str, settings: Settings) 
 def _family(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> Family | None:
     if checkpoint.name == BUILTIN:
         return named(BUILTIN)
-    return recognise(config.model_type, config.get_text_config().model_type, tokenizer.get_added_vocab())
-
-
-def _processor_class(kind: str) -> tuple[Any, dict[str, None]]:
-    """A model type's processor class, and what to make it without.
-
-    Its part for videos is left out: we have none, and it needs torchvision.
-    """
-    import transformers
-    from transformers.models.auto import processing_auto
-
-    whole: Any = getattr(transformers, processing_auto.PROCESSOR_MAPPING_NAMES[kind])  # type: ignore[attr-defined]
-    parts = [part for part in whole.get_attributes() if part != "video_processor"]
-    if len(parts) == len(whole.get_attributes()):
-        return whole, {}
-    module = sys.modules[whole.__module__]
-    if getattr(module, "num2words", str) is None:
-        module.num2words = str  # type: ignore[attr-defined]  # SmolVLM's spells out how many frames a video has
-    still = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
-    return still, {"video_processor": None} if "video_processor" in signature(whole.__init__).parameters else {}
-
-
-def _agree(processor: Any, config: Any) -> None:
-    """The model's vision options go for the processor, which counts image tokens by its own copy of them."""
-    if hasattr(processor, "patch_size") and hasattr(config.vision_config, "patch_size"):
-        processor.patch_size = config.vision_config.patch_size
-    if hasattr(processor, "vision_feature_select_strategy") and hasattr(config, "vision_feature_select_strategy"):
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    vocabulary = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    return recognise(config.model_type, config.get_text_config().model_type, vocabulary)
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_cli import adapters
 from llava_cli.checkpoint import CONFIG, Weights, again, read_json
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
+from llava_cli.files import quoted
 from llava_cli.registry import Checkpoint
 from llava_cli.settings import QUANTISED, Precision, Settings
 from llava_cli.untrusted_config import description
@@ -60,6 +62,49 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 @nothing_is_fetched()
+def empty_model(checkpoint: Checkpoint, config: Any) -> Any:
+    """The model that a config describes, with shapes and without numbers. Raises `ModelUnusable`."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    words = "its config describes no model"
+    with model_errors(checkpoint.name, words, again(checkpoint.name)), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def without_quantization(config: Any) -> bool:
+    """Takes out of a config that weights are stored quantized, and says whether it was there.
+
+    It is left over where somebody has merged what was trained on quantized weights into whole ones.
+    """
+    parts = [part for part in (config, config.get_text_config()) if getattr(part, "quantization_config", None)]
+    for part in parts:
+        del part.quantization_config
+    return bool(parts)
+
+
+def check_size(checkpoint: Checkpoint, empty: Any, weights: Weights) -> None:
+    """Raises `ModelUnusable` where a config describes far more than the files hold: what is missing would be made."""
+    described = sum(weight.numel() for weight in empty.parameters())
+    if described > _ROOM * weights.numbers:
+        if weights.are_of_mlx:
+            raise _of_mlx(checkpoint.name)
+        words = f"config.json describes {described:,} weights, its files hold {weights.numbers:,}"
+        raise ModelUnusable(checkpoint.name, words, again(checkpoint.name) or _ITS_CONFIG)
+
+
+def _of_mlx(name: str) -> ModelUnusable:
+    return ModelUnusable(name, "its weights are in MLX's format", "take the checkpoint that they were made of")
+
+
+_ITS_CONFIG = "take the config.json that these weights were saved with"
+
+
+_ROOM = 1.5
+"""Embeddings that stand for a head, too, are in the files once."""
+
+
+@nothing_is_fetched()
 def load_model(
     checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, settings: Settings
 ) -> tuple[Any, Plan]:
@@ -67,6 +112,7 @@ def load_model(
     from llava_cli import quantised
 
     if stored := _stored_quantization(config):
+        _refuse_adapter(checkpoint)
         how = replace(how, precision=_stored_precision(checkpoint.name, stored, settings.precision))
     copy = quantised.copy_of(checkpoint, _how(how, settings.double_quant)) if how.precision in QUANTISED else None
     if stored or copy is None:
@@ -118,13 +164,20 @@ def _ready(checkpoint: Checkpoint, model: Any, folder: Path | None) -> Any:
 def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, double_quant: bool = False) -> Any:
     """The model with its weights; those of one that is not stored quantised are, if `how` says so, on their way."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
     from llava_cli.engine.fast import compile_ahead
-    from llava_cli.engine.stored import misfit
+    from llava_cli.engine.stored import leave_unpacked, misfit
     from llava_cli.machine import native
 
     name, stored = checkpoint.name, _stored_quantization(config)
+    if how.precision in QUANTISED:
+        for part in _CHATTY:
+            logging.getLogger(part).setLevel(logging.ERROR)
+    merged = None  # before it is quantized, for what is quantized cannot be changed exactly
+    if checkpoint.adapter and how.precision in QUANTISED:
+        whole = replace(how, precision=native(how.device)[0], device="cpu")
+        merged = _read(checkpoint, config, whole, weights)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
     if how.device == "cpu":
@@ -138,23 +191,60 @@ def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, doub
             "local_files_only": True,
             "trust_remote_code": False,
             "output_loading_info": True,
+            "generation_config": GenerationConfig(),  # `generation` reads the checkpoint's
+            "ignore_mismatched_sizes": True,  # of which `_check_fit` tells more than transformers does
         }
         if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
             options["attn_implementation"] = how.attention
         if how.precision in QUANTISED and not stored:
             options["quantization_config"] = _quantization(name, how, config, dtype, double_quant)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
+        loaded: Any
+        if merged:
+            options["config"] = merged.config  # where an adapter has embeddings and head part company
+            loaded = type(merged).from_pretrained(None, state_dict=merged.state_dict(), **options)
+        else:
+            loaded = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        # transformers would go on with random numbers in their place.
-        raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
+    _check_fit(name, info, weights)
+    if merged:
+        model.generation_config = merged.generation_config
+    elif checkpoint.adapter:
+        model = adapters.merge(model, checkpoint)
     if stored and (wrong := misfit(model)):  # before anything reads as much of it as there should be
         raise ModelUnusable(name, f"damaged: {wrong}", again(name))
+    leave_unpacked(model)
     for weight in model.parameters():  # of a quantised one transformers leaves some as they were saved elsewhere
         packed = hasattr(weight, "quant_state")  # whose bytes may be called numbers
         if weight.is_floating_point() and weight.dtype != dtype and how.precision in QUANTISED and not packed:
             weight.data = weight.data.to(dtype)
     return model
+
+
+_CHATTY = ("bitsandbytes.autograd._functions", "bitsandbytes.nn.modules")
+"""Loggers that warn of every layer in every forward pass: that it casts to another dtype."""
+
+
+def _refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Raises `ModelUnusable` where an adapter is to be merged into weights that are stored quantized."""
+    if checkpoint.adapter:
+        words = "stored quantized: an adapter cannot be merged into its weights exactly"
+        hint = f"llava ask -m BASE -p 4bit --adapter {quoted(checkpoint.adapter)} …, with its BASE in 16 bits"
+        raise ModelUnusable(checkpoint.name, words, hint)
+
+
+def _check_fit(name: str, info: Any, weights: Weights) -> None:
+    """Raises `ModelUnusable` where there is not of everything what the config says.
+
+    transformers would go on with random numbers in its place.
+    """
+    if wrong := sorted(info["mismatched_keys"]):
+        tensor, found, wanted = wrong[0]
+        if weights.are_of_mlx:  # which has some axes in another order
+            raise _of_mlx(name)
+        words = f"{tensor} is {list(found)} in its files, and {list(wanted)} by its config.json"
+        raise ModelUnusable(name, words, again(name) or _ITS_CONFIG)
+    if missing := sorted(info["missing_keys"]):
+        raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
 
 
 def _how(how: Plan, double: bool) -> str:
@@ -203,9 +293,6 @@ def _quantization(name: str, how: Plan, config: Any, dtype: torch.dtype, double:
     from accelerate import init_empty_weights
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-    if how.precision == "8bit":
-        # It warns of every layer in every forward pass that it casts bf16 to fp16.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with init_empty_weights():
         model = AutoModelForImageTextToText.from_config(config)
     decoder, head = model.get_decoder(), model.get_output_embeddings()

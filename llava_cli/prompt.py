@@ -1,26 +1,20 @@
-"""A conversation -> the exact prompt string -> token ids, through the checkpoint's own processor.
-
-Templates are data: the checkpoint's chat template, a file of `templates/`, or the user's own file.
-"""
+"""A conversation -> the exact prompt string -> token ids, through the checkpoint's own processor."""
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import limits
+from llava_cli.chat_template import ChatTemplate, Messages, choose, hint, is_ours
 from llava_cli.conversation import Conversation
-from llava_cli.errors import LlavaError, ModelUnusable, PromptTooLong, UsageError, brief
+from llava_cli.errors import ModelUnusable, PromptTooLong
 from llava_cli.families import Family
 from llava_cli.images import reduce, square
-from llava_cli.registry import builtin_folder
-from llava_cli.sandbox.text import PIECE, RehearsedTokenizer, TextSandbox, are_more, tokenizer_errors
+from llava_cli.sandbox.text import PIECE, Refused, RehearsedTokenizer, TextSandbox, are_more, tokenizer_errors
 from llava_cli.settings import Fit
 from llava_cli.trie_regex import any_of
 
@@ -34,49 +28,18 @@ _OURS = "\U000f0000"
 """The first character of a private-use plane, where no tokenizer has words."""
 LARGE = 16_000_000
 """Pixels of a prompt, more than which are processed one prompt at a time: 10 bytes each, and 0.2 s for 16 million."""
-TEMPLATES = Path(__file__).parent / "templates"
-
-
-def named_templates() -> list[str]:
-    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-
-
-def read_template(name: str) -> str:
-    """The Jinja text of a named template or of a `.jinja` file; `UsageError` where there is none."""
-    path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such template" if isinstance(error, FileNotFoundError) else brief(error)
-        raise UsageError(name, reason, _hint()) from None
-
-
-def is_ours(text: str) -> bool:
-    """Whether a template is one that we ship: others are programs of strangers, and run in the sandbox."""
-    return text in _our_templates()
-
-
-@cache
-def _our_templates() -> frozenset[str]:
-    paths = [*TEMPLATES.glob("*.jinja"), *builtin_folder().glob("*.jinja")]
-    return frozenset(path.read_text("utf-8") for path in paths)
-
-
-def _hint() -> str:
-    return f"--template takes hub, native, a .jinja file or one of: {', '.join(named_templates())}"
 
 
 class Prompter:
     """Renders and tokenises conversations for one checkpoint.
 
     `processor` is the checkpoint's transformers processor, `family` what it was trained with, if that is known.
-    `template` names the format: "hub" is the checkpoint's own, "native" the family's, None the first of them that
-    there is; else a named template or a .jinja file. `fit` "pad" or "crop" makes every picture square before the
-    processor sees it, "auto" does what the family was trained with. `visual_tokens` is how many image tokens a
-    picture has at most, of a model that has as many for each picture; None for all. A checkpoint's template is
-    rendered, and texts are tokenized first, in `sandbox`; None where both are trusted. `context` is how many tokens
-    the model reads. What a user writes stays text: special tokens in it ("<image>", "</s>") become neither control
-    tokens nor pictures.
+    `template` names the format, as `chat_template.choose` takes it. `fit` "pad" or "crop" makes every picture square
+    before the processor sees it, "auto" does what the family was trained with. `visual_tokens` is how many image tokens
+    a picture has at most, of a model that has as many for each picture; None for all. A checkpoint's template is
+    rendered, and texts are tokenized first, in `sandbox`; None where both are trusted. `context` is how many tokens the
+    model reads, `vocabulary` how many it knows. What a user writes stays text: special tokens in it ("<image>", "</s>")
+    become neither control tokens nor pictures.
     """
 
     def __init__(
@@ -88,10 +51,11 @@ class Prompter:
         visual_tokens: int | None = None,
         sandbox: TextSandbox | None = None,
         context: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         # A copy, for what it remembers is this prompter's alone.
         self.processor, self.tokenizer = copy(processor), processor.tokenizer
-        self._sandbox, self._context = sandbox, context
+        self._sandbox, self._context, self._vocabulary = sandbox, context, vocabulary
         if sandbox and sandbox.tokenizer:
             self.processor.tokenizer = RehearsedTokenizer(processor.tokenizer, sandbox)
         self.processor.image_processor = _Once(processor.image_processor)
@@ -101,11 +65,12 @@ class Prompter:
         # The last prompt with pictures: its text, their layout, the model's inputs.
         self._last: tuple[str, list[object], dict[str, torch.Tensor]] | None = None
         self.family = family
-        self.template, self._text = template, self._text_of(template)
-        self._is_ours = not self._text or is_ours(self._text)
+        self.origin = "none"
+        """Where the chat template is from, in words."""
         self.fit: Fit = family.fit if family and family.fit and fit == "auto" else fit
         self.visual_tokens = visual_tokens
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
+        self._template = self._template_of(template)
         # Those that are not marked as special are control tokens too, but for runs of spaces.
         added = {
             t.content for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip() and t.content < _OURS
@@ -144,6 +109,16 @@ class Prompter:
                 self.processor.image_processor.last = processed
             return self._encode(conversation, images)
 
+    def rehearse(self) -> dict[str, torch.Tensor]:
+        """The model's inputs for a picture alone, that is not square; nothing is remembered of it."""
+        from PIL import Image
+
+        with self._lock:
+            picture = self._view(Image.new("RGB", (60, 40)))
+            inputs = dict(self.processor(text=self.image_token, images=[picture], return_tensors="pt"))
+            self.processor.image_processor.last = None
+            return inputs
+
     def _encode(self, conversation: Conversation, images: list[Image]) -> dict[str, torch.Tensor]:
         text = self._render(conversation)
         if images and self._last and self._last[0] == text:
@@ -157,6 +132,9 @@ class Prompter:
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
         inputs = self._spell_out(inputs, stand_ins) if stand_ins else inputs
+        if self._vocabulary and (highest := int(inputs["input_ids"].max())) >= self._vocabulary:
+            reason = f"makes token {highest} of a prompt, and the model has {self._vocabulary}"
+            raise ModelUnusable("the checkpoint's tokenizer", reason, "take tokenizer and config of one model")
         if images and self.visual_tokens:
             inputs = self._shorten(inputs, len(images), self.visual_tokens)
         self._last = (
@@ -189,46 +167,28 @@ class Prompter:
         red, green, blue = (int(255 * m) for m in mean)
         return reduce(image) if self.fit == "auto" else square(image, self.fit, (red, green, blue))
 
-    def _text_of(self, name: str | None) -> str | None:
-        """The Jinja text that a template's name stands for here; None where there is none at all."""
-        own = self.processor.chat_template or self.tokenizer.chat_template
-        if isinstance(own, dict):  # several, by name
-            own = own.get("default")
-        own = own if isinstance(own, str) else None
-        native = read_template(self.family.template) if self.family and self.family.template else None
-        if name == "hub":
-            if not own:
-                raise UsageError("--template hub", "the checkpoint has none", _hint())
-            return own
-        if name == "native":
-            if not self.family:
-                raise UsageError("--template native", "the model is of no family that is known", _hint())
-            return native or own
-        return read_template(name) if name else own or native
+    def _template_of(self, name: str | None) -> ChatTemplate | None:
+        """The template that `name` stands for here; None where there is none at all."""
+        vocabulary = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
+        if (chosen := choose(name, self.processor, self.family, vocabulary)) is None:
+            return None
+        text, called, self.origin = chosen
+        sandbox = None if is_ours(text) else self._sandbox
+
+        def render(messages: Messages, asks: bool) -> str:
+            if len(text) > limits.TEMPLATE_CHARACTERS:
+                raise Refused(f"longer than {limits.TEMPLATE_CHARACTERS:,} characters")
+            if sandbox:
+                return sandbox.render(text, messages, asks, self.tokenizer.special_tokens_map)
+            options: dict[str, Any] = {"chat_template": text, "add_generation_prompt": asks, "tokenize": False}
+            return str(self.tokenizer.apply_chat_template(messages, **options))
+
+        return ChatTemplate(render, called, self.image_token, self._hide)
 
     def _render(self, conversation: Conversation) -> str:
-        if not self._text:
-            raise self._bad_template("there is none")
-        if len(self._text) > limits.TEMPLATE_CHARACTERS:
-            raise self._bad_template(f"longer than {limits.TEMPLATE_CHARACTERS:,} characters")
-        asks = not conversation.turns or conversation.turns[-1].answer is None
-        messages = list(self._messages(conversation))
-        try:
-            if self._sandbox and not self._is_ours:
-                text = self._sandbox.render(self._text, messages, asks, self.tokenizer.special_tokens_map)
-            else:
-                text = str(
-                    self.tokenizer.apply_chat_template(
-                        messages, chat_template=self._text, add_generation_prompt=asks, tokenize=False
-                    )
-                )
-        except Exception as error:  # `Refused`, Jinja's own errors, and whatever a template raises
-            raise self._bad_template(brief(error)) from None
-        if (found := text.count(self.image_token)) != len(conversation.pictures):
-            raise self._bad_template(
-                f"it names {found} pictures where the conversation has {len(conversation.pictures)}"
-            )
-        return text
+        if not self._template:
+            raise ModelUnusable("the checkpoint's chat template", "there is none", hint())
+        return self._template.render(conversation)
 
     def _check_length(self, text: str) -> None:
         """Raises `PromptTooLong` where a prompt is that for certain, before all of it is tokenized."""
@@ -242,25 +202,6 @@ class Prompter:
         if too_long:
             reason = f"more than {self._context} tokens, which is all that the model reads"
             raise PromptTooLong("prompt", reason, "llava prompt prints it and counts its tokens")
-
-    def _bad_template(self, reason: str) -> LlavaError:
-        if self.template not in (None, "hub", "native"):
-            return UsageError("--template", reason, _hint())
-        return ModelUnusable("the checkpoint's chat template", reason, _hint())
-
-    def _messages(self, conversation: Conversation) -> Iterator[dict[str, Any]]:
-        def says(role: str, text: str, pictures: int = 0) -> dict[str, Any]:
-            return {
-                "role": role,
-                "content": [{"type": "image"}] * pictures + [{"type": "text", "text": self._hide(text)}],
-            }
-
-        if conversation.system is not None:
-            yield says("system", conversation.system)
-        for turn in conversation.turns:
-            yield says("user", turn.question, len(turn.pictures))
-            if turn.answer is not None:
-                yield says("assistant", turn.answer)
 
     def _hide(self, text: str) -> str:
         return self._special.sub(lambda found: self._stand_in[found[0]], text)

@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_cli import bounded_json, files, limits, regular_files
+from llava_cli import bounded_json, files, foreign_formats, limits, regular_files
 from llava_cli.errors import ModelUnusable
+from llava_cli.paths import NOWHERE, expanded, user_folder
 from llava_cli.settings import Settings
 
 BUILTIN = "builtin"
@@ -86,6 +87,8 @@ class Checkpoint:
     name: str
     """What the user calls it."""
     folder: Path
+    adapter: Path | None = None
+    """The folder of an adapter that is merged into its weights."""
 
 
 def builtin_folder() -> Path:
@@ -100,10 +103,12 @@ def find(name: str) -> Checkpoint:
     """
     if name == BUILTIN:
         return Checkpoint(BUILTIN, builtin_folder())
+    if name not in ALIASES and os.path.isfile(file := os.path.expanduser(name)):
+        raise ModelUnusable(name, *(foreign_formats.of_file(file) or ("is a file", "-m takes a model's folder")))
     if is_folder(name):
-        folder = Path(name).expanduser()
+        folder = expanded(name)
         if not os.path.isdir(folder):
-            raise ModelUnusable(name, "no such folder")
+            raise ModelUnusable(name, _why_no_folder(folder))
         return Checkpoint(name, folder)
     if found := _snapshot(name):
         return Checkpoint(name, found)
@@ -114,6 +119,16 @@ def find(name: str) -> Checkpoint:
     known = ALIASES.get(name)
     of = f" ({known.repo}, {known.bytes / 1e9:.1f} GB)" if known else ""
     raise ModelUnusable(name, f"not on this machine{of}", f"llava models pull {name}")
+
+
+def _why_no_folder(folder: Path) -> str:
+    try:
+        os.stat(folder)
+    except PermissionError as error:
+        return (error.strerror or str(error)).lower()
+    except (OSError, ValueError):
+        pass
+    return "no such folder"
 
 
 def is_folder(name: str) -> bool:
@@ -154,7 +169,7 @@ def _whole(folder: Path) -> bool:
     """Whether all weights are there: they are fetched last, and other tools fetch a config alone."""
     index = folder / "model.safetensors.index.json"
     weights = {"model.safetensors"}
-    if index.exists():
+    if index.exists() and not (folder / "model.safetensors").exists():
         bounds = bounded_json.Bounds(limits.CONFIG_BYTES, limits.JSON_DEPTH, limits.JSON_ITEMS)
         try:
             shards = bounded_json.loads(regular_files.read(index, bounds.bytes), bounds)["weight_map"].values()
@@ -180,7 +195,8 @@ def hub_cache() -> Path:
 
     env = os.environ
     home = expand(env.get("HF_HOME", os.path.join(env.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")))
-    return Path(expand(env.get("HF_HUB_CACHE", env.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub")))))
+    cache = expand(env.get("HF_HUB_CACHE", env.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))))
+    return NOWHERE / "hub" if cache.startswith("~") else Path(cache)  # not in a folder `~` of the current one
 
 
 def quantised_cache() -> Path:
@@ -201,9 +217,7 @@ def kernel_cache() -> Path:
 def _cache() -> Path:
     if cache := os.environ.get("LLAVA_CACHE"):
         return Path(cache)
-    from platformdirs import user_cache_path
-
-    return user_cache_path("llava")
+    return user_folder("cache")
 
 
 def default_name(settings: Settings) -> str:
@@ -225,9 +239,7 @@ def data_folder() -> Path:
     """Where chats and what was pulled are noted: `LLAVA_DATA` or the user's data folder."""
     if named := os.environ.get("LLAVA_DATA"):
         return Path(named)
-    from platformdirs import user_data_path
-
-    return user_data_path("llava")
+    return user_folder("data")
 
 
 def remember(name: str) -> None:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +39,20 @@ class StoredTensor(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+
+class Header(dict[str, StoredTensor]):
+    """The tensors of a file by name, and what the file says of itself."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = metadata
+
+
+def read_header(path: Path) -> Header:
     """The tensors of a file by name. Raises `BadHeader`, and `OSError` where it cannot be read."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -47,7 +61,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise BadHeader("no safetensors header")
         text = file.read(length)
     header = _parse(text)
-    _check_metadata(header.pop("__metadata__", {}))
+    metadata = _checked_metadata(header.pop("__metadata__", {}))
     tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
@@ -56,7 +70,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         end = tensor.end
     if end != size:
         raise BadHeader("cut off, or too long")
-    return tensors
+    return Header(tensors, metadata)
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -78,9 +92,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_metadata(metadata: Any) -> None:
+def _checked_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadHeader("metadata that are no texts")
+    return metadata
 
 
 def _tensor(entry: Any, data: int) -> StoredTensor:

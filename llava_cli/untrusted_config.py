@@ -49,6 +49,14 @@ def refusal(content: dict[str, Any]) -> str | None:
             return "asks for a model of timm's, which may be anything"
         if reason := _too_large(part):
             return reason
+    return unknown_quantization(content)
+
+
+def unknown_quantization(content: dict[str, Any]) -> str | None:
+    """The part of `refusal` that is about quantized weights."""
+    for part in _objects(content):
+        if isinstance(part.get("quantization"), dict):
+            return "says that MLX has quantized it (quantization); only bitsandbytes' way is known"
         if (quantization := part.get("quantization_config")) and (reason := _unknown_quantization(quantization)):
             return reason
     return None

@@ -26,6 +26,7 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaProcessor,
     MistralConfig,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -37,14 +38,18 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from llava_cli.pixtral import PixtralProcessor
 
 # SmolVLM's processor asks for it also where there are no videos.
 processing_smolvlm.num2words = processing_smolvlm.num2words or str
 
 PATCH, SIDE = 14, 56
+_FULL = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
 GRID = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 
 VICUNA = (
@@ -88,6 +93,12 @@ ONEVISION = (
     "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
     "{% for c in m['content'] if c['type'] == 'text' %}{{ '\n' + c['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PIXTRAL = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '[IMG]' }}{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}{{ '[/INST]' }}{% else %}"
+    "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 SMOL = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -278,6 +289,28 @@ def _onevision(**config: Any) -> tuple[Any, Any]:
     return made, processor
 
 
+def _pixtral(**config: Any) -> tuple[Any, Any]:
+    words = tokenizer(extra=("<unk>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"))
+    vision = PixtralVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=32,
+        image_size=2 * SIDE,
+        patch_size=PATCH,
+    )
+    made = LlavaConfig(
+        vision_config=vision,
+        text_config=_text(words, MistralConfig),
+        image_token_index=words.convert_tokens_to_ids("[IMG]"),
+        image_seq_length=1,
+        **{**_FULL, **config},
+    )
+    pixels = PixtralImageProcessorPil(size={"longest_edge": 2 * SIDE}, patch_size={"height": PATCH, "width": PATCH})
+    return made, PixtralProcessor(pixels, words, patch_size=PATCH, chat_template=PIXTRAL)
+
+
 def _smolvlm(kind: Any = Idefics3Config, **config: Any) -> tuple[Any, Any]:
     words = _smol()
     vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -296,8 +329,6 @@ def _smolvlm(kind: Any = Idefics3Config, **config: Any) -> tuple[Any, Any]:
     return made, _still(SmolVLMProcessor)(SmolVLMImageProcessorPil(**size), video_processor=None, **options)
 
 
-_FULL = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
-
 FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "llava-llama": partial(_llava, LlamaConfig, VICUNA),
     "llava-mistral": partial(_llava, MistralConfig, MISTRAL),
@@ -311,6 +342,7 @@ FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "llava-next-llama3": partial(_next, LlamaConfig, LLAMA3, _llama3),
     "llava-next-qwen": partial(_next, Qwen2Config, CHATML, _qwen),
     "llava-onevision": _onevision,
+    "pixtral": _pixtral,
     "smolvlm": _smolvlm,
     "smolvlm2": partial(_smolvlm, SmolVLMConfig),
 }

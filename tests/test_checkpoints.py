@@ -165,7 +165,7 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
     "empty": (write("model.safetensors", ""), CUT_OFF),
     "three bytes": (write("model.safetensors", b"\x08\0\0"), CUT_OFF),
     "garbage": (write("model.safetensors", bytes(range(256)) * 20), CUT_OFF),
-    "a pointer of git-lfs": (write("model.safetensors", LFS), CUT_OFF),
+    "a pointer of git-lfs": (write("model.safetensors", LFS), "model.safetensors is a pointer of git-lfs"),
     "a length alone": (cut("model.safetensors", 8), CUT_OFF),
     "half a header": (cut("model.safetensors", 2000), CUT_OFF),
     "half the data": (cut("model.safetensors", 6_000_000), CUT_OFF),

@@ -91,7 +91,7 @@ def test_vision_options_of_the_config_are_respected(
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     plain = load(str(checkpoint("llava-llama")), precision="fp32").network.get_image_features(pixels).pooler_output[0]
     if isinstance(change["vision_feature_layer"], list):
-        with pytest.raises(Exception, match="cannot be loaded"):
+        with pytest.raises(Exception, match=r"linear_1.weight is \[64, 64\] in its files"):
             load(str(folder), precision="fp32")
     else:
         changed = load(str(folder), precision="fp32").network.get_image_features(pixels).pooler_output[0]
