@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_cli import adapters
 from llava_cli.checkpoint import check_files, check_weights
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import LlavaError, model_errors
+from llava_cli.generation import summary
 from llava_cli.loader import load_engine
-from llava_cli.registry import default_name, find
 from llava_cli.settings import Sampling, Settings
+from llava_cli.untrusted_text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -33,21 +36,27 @@ class Check(NamedTuple):
 def checkup(settings: Settings) -> Iterator[Check]:
     """Each check as it is done; the first that makes the next ones impossible is the last."""
     try:
-        checkpoint = find(default_name(settings))
+        checkpoint = adapters.find(settings)
         kind, weights = check_files(checkpoint), check_weights(checkpoint)
         size = sum(path.stat().st_size for path in weights) / 1e9
         yield Check("files", True, f"{kind}, {len(weights)} weight file(s), {size:.2f} GB, whole")
-        engine = load_engine(settings)
+        notes: list[str] = []
+        engine = load_engine(settings, notes.append)
+        for note in notes:
+            yield Check("stored", True, note.removeprefix(f"llava: {checkpoint.name}: "))
         yield Check(
             "family", True, engine.family.name if engine.family else "not known; what it was trained with neither"
         )
     except LlavaError as error:
         yield Check("load", False, f"{error}; {error.hint}" if error.hint else str(error))
         return
+    precision = _stored_precision if weights.are_quantized else _precision
     for name, look in (
         ("template", _template),
+        ("generation", _generation),
+        ("end tokens", _end_tokens),
         ("image tokens", _image_tokens),
-        ("precision", _precision),
+        ("precision", precision),
         ("forward pass", _forward),
         ("answer", _answer),
     ):
@@ -71,7 +80,7 @@ def _talk() -> Conversation:
 def _template(engine: LocalEngine) -> tuple[bool, str]:
     talk = _talk()
     first, later = engine.prompt(talk), engine.prompt(talk.answered("a square").ask("what color?"))
-    words = "one turn and two render"
+    words = f"one turn and two render: {engine.prompter.origin}"
     return first != later and "what is this?" in first and "what color?" in later, words
 
 
@@ -79,7 +88,14 @@ def _image_tokens(engine: LocalEngine) -> tuple[bool, str]:
     inputs = engine.inputs(_talk())
     _, tokens = engine.prompter.count(inputs)
     features = _features(engine.network, inputs)
-    return tokens == features > 0, f"{tokens} in the prompt, {features} features from the vision tower"
+    word, image = engine.prompter.image_token, getattr(engine.network.config, "image_token_id", None)
+    words = f"{tokens} in the prompt, {features} features from the vision tower"
+    known = engine.prompter.tokenizer.convert_tokens_to_ids(word)
+    if image is not None:
+        words += f"; {word!r} is token {known}"
+    if image not in (None, known):
+        words += f", and {image} by config.json"
+    return tokens == features > 0 and image in (None, known), words
 
 
 def _features(model: Any, inputs: dict[str, torch.Tensor]) -> int:
@@ -94,13 +110,35 @@ def _features(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     return sum(part.numel() // part.shape[-1] for part in parts)
 
 
+def _generation(engine: LocalEngine) -> tuple[bool, str]:
+    return True, summary(engine.network.generation_config)
+
+
+def _end_tokens(engine: LocalEngine) -> tuple[bool, str]:
+    tokenizer = engine.prompter.tokenizer
+    ends = {token: tokenizer.convert_ids_to_tokens(token) for token in sorted(engine.ends)}
+    words = ", ".join(f"{token} {one_line(str(word))}" for token, word in ends.items())
+    return bool(ends), words or "none: answers end at --max-tokens"
+
+
+def _stored_precision(engine: LocalEngine) -> tuple[bool, str]:
+    """Of weights that are stored quantized: which layers are is their author's choice, down to the vision tower's."""
+    counts = Counter(type(layer).__name__ for layer in engine.network.modules())
+    right = counts[_KINDS[engine.precision]]
+    wrong = sum(counts[kind] for kind in _KINDS.values()) - right
+    return right > 0 == wrong, f"{right} layers are stored in {engine.precision}"
+
+
+_KINDS = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
+"""bitsandbytes' layers, by the names of their classes."""
+
+
 def _precision(engine: LocalEngine) -> tuple[bool, str]:
     import torch
 
-    kinds = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    wanted, model = kinds.get(engine.precision), engine.network
-    quantised = [name for name, layer in model.named_modules() if type(layer).__name__ in kinds.values()]
+    wanted, model = _KINDS.get(engine.precision), engine.network
+    quantised = [name for name, layer in model.named_modules() if type(layer).__name__ in _KINDS.values()]
     if not wanted:
         plain = {p.dtype for p in model.parameters()} == {dtypes.get(engine.precision)}
         return plain and not quantised, f"all weights are {engine.precision}"

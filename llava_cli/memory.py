@@ -39,6 +39,18 @@ _CGROUPS = [
 ]
 
 
+def peak() -> int:
+    """Bytes that this process had at most."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        used = psutil.Process().memory_info()
+        return int(getattr(used, "peak_wset", used.rss))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def prepare_for_many(kernels: int) -> None:
     """What suits a process that answers many; to be called before there are threads, and before torch is loaded.
 
@@ -54,7 +66,7 @@ def prepare_for_many(kernels: int) -> None:
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kernels))
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(kernels // 2))
-    with suppress(AttributeError, OSError):  # another C library
+    with suppress(*_NOT_GLIBC):
         for parameter, value in _HEAP.items():
             _libc().mallopt(parameter, value)
 
@@ -69,7 +81,7 @@ TIDY = 200
 
 def give_back_memory() -> None:
     """Returns to the system what glibc keeps between what is in use: in a long run that becomes more and more."""
-    with suppress(AttributeError, OSError):  # another C library
+    with suppress(*_NOT_GLIBC):
         _libc().malloc_trim(0)
 
 
@@ -117,6 +129,10 @@ def _advise(begin: int, size: int, advice: int) -> None:
     """It is advice: where the system does not take it, all goes on as it would have without."""
     if sys.platform == "linux":
         _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+
+
+_NOT_GLIBC = (AttributeError, OSError, TypeError)
+"""What calling one of its functions raises where the C library is another one, or has no name (Windows)."""
 
 
 @cache

@@ -129,7 +129,7 @@ def _is_there(copy: Copy) -> bool:
 
 def copies() -> Iterator[tuple[Path, int]]:
     """All that is in the cache, what was begun and never finished too, and how many bytes each takes."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # none, or in a home that this user cannot enter
         for path in sorted(quantised_cache().iterdir()):
             yield path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 

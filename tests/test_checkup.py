@@ -18,7 +18,17 @@ from llava_cli.checkup import checkup
 from llava_cli.settings import Settings
 
 Checkpoint = Callable[[str], Path]
-CHECKS = ["files", "family", "template", "image tokens", "precision", "forward pass", "answer"]
+CHECKS = [
+    "files",
+    "family",
+    "template",
+    "generation",
+    "end tokens",
+    "image tokens",
+    "precision",
+    "forward pass",
+    "answer",
+]
 
 
 def failed(run: Run, *args: str | Path) -> list[str]:
@@ -42,7 +52,12 @@ def test_every_family_is_right(family: str, checkpoint: Checkpoint) -> None:
     assert [check.name for check in checks] == CHECKS
 
 
-def test_what_a_wrong_number_of_image_tokens_looks_like(run: Run, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_what_a_wrong_number_of_image_tokens_looks_like(
+    run: Run, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were it not put right, and refused, before the weights are read."""
+    monkeypatch.setattr("llava_cli.processor._agree", lambda *args: None)
+    monkeypatch.setattr("llava_cli.processor.check_image_tokens", lambda *args: None)
     folder = tmp_path / "wrong"
     shutil.copytree(checkpoint("llava-llama"), folder)
     path = folder / "processor_config.json"

@@ -29,7 +29,7 @@ TALKS = {
     "wide": Conversation().ask("what is this?", [picture(300, 40, 2)]),
     "tall": Conversation().ask("what is this?", [picture(40, 300, 3)]),
     "several": Conversation().ask("what changed?", [picture(60, 60, 4), picture(120, 60, 5), picture(50, 90, 6)]),
-    "turns": Conversation(system="Be brief.")
+    "turns": Conversation()
     .ask("what is this?", [picture(60, 60, 7)])
     .answered("a cat")
     .ask("and this?", [picture(90, 50, 8)])

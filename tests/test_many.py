@@ -37,7 +37,7 @@ def requests(sampling: Sampling = SAMPLING) -> list[Request]:
         Conversation().ask("what is this?", [picture(50, 200, 3)]),
         Conversation().ask("what changed?", [same, wide]),
         Conversation().ask("what is this?", [picture(60, 60, 4)]).answered("a cat").ask("what color is it?"),
-        Conversation(system="Be brief.").ask("hm?", [picture(90, 90, 5)]),
+        Conversation().ask("hm?", [picture(90, 90, 5)]),
         Conversation().ask("no picture?"),
     ]
     return [Request(conversation, sampling) for conversation in asked]

@@ -206,14 +206,15 @@ def test_where_no_copy_can_be_kept_the_model_is_there_all_the_same(
     def cannot(*args: object, **options: object) -> None:
         raise OSError(30, "Read-only file system")
 
+    folder = checkpoint("llava-llama")
     if trouble == "full":
         usage = shutil.disk_usage("/")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     elif trouble == "read-only":
-        monkeypatch.setattr(Path, "mkdir", cannot)
+        monkeypatch.setattr("os.mkdir", cannot)
     else:
         monkeypatch.setattr("os.rename", cannot)
-    engine = load(str(checkpoint("llava-llama")), precision="4bit", device="cpu")
+    engine = load(str(folder), precision="4bit", device="cpu")
     assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=3)).answer_tokens
     assert kept() == []
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from llava_cli.engine.kernels import Layout
 
-NAME = "llava"
+NAME, TORCHS = "llava", "sdpa"
+"""transformers' names for our attention and for torch's."""
 LONG = 1024
 """Keys of a head, turned over, that stay in a core's cache; of more torch's own is faster in fp32, and not in bf16."""
 
@@ -29,13 +30,36 @@ def has_amx() -> bool:
 
 
 def use_our_attention(model: Any) -> None:
-    """Lets a model on a CPU attend by `attend`, if it takes its attention from transformers' interface."""
+    """Lets those parts of a model on a CPU attend by `attend` that transformers has attend by torch's function.
+
+    Others keep what it chose for them: scores of Gemma 2 are capped, those of gpt-oss have sinks, which torch's and
+    ours lack.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    _replace_attention(model, TORCHS, NAME)
+
+
+def uses_our_attention(module: Any) -> bool:
+    """Whether a part of a model that has a config attends by `attend`."""
+    return bool(module.config._attn_implementation == NAME)
+
+
+def use_torchs_attention(model: Any) -> None:
+    """Undoes `use_our_attention`."""
+    _replace_attention(model, NAME, TORCHS)
+
+
+def _replace_attention(model: Any, old: str, new: str) -> None:
+    def replaced(config: Any) -> str | dict[str, Any]:
+        own = new if config._attn_implementation == old else config._attn_implementation
+        parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+        return {"": own, **{name: replaced(part) for name, part in parts.items()}} if parts else own
+
+    model.set_attn_implementation(replaced(model.config))
 
 
 def attend(

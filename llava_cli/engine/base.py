@@ -130,4 +130,6 @@ class Engine(ABC):
         """
         sources = [images] if isinstance(images, (str, PathLike)) else images
         pictures = [open_picture(os.fspath(source)) for source in sources]
-        return self.answer(Conversation(system=system).ask(question, pictures), Sampling(**sampling)).text
+        unset = frozenset(Sampling.names()) - sampling.keys()
+        talk = Conversation(system=system).ask(question, pictures)
+        return self.answer(talk, Sampling(**sampling, unset=unset)).text

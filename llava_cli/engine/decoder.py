@@ -27,12 +27,21 @@ _KINDS = ("LlamaModel", "MistralModel", "Qwen2Model")
 """Around which a model does nothing to tokens alone but look them up before and multiply by its head behind."""
 
 
+_LAYER = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+"""The parts of a layer and of its parts: one that has any other computes something else."""
+
+
 def suits(decoder: Any) -> bool:
     """Whether a decoder has layers that are known here, and kernels for them are there on this CPU."""
     import torch
 
     known = (
         type(decoder).__name__ in _KINDS
+        and all(_has_parts(layer, name, parts) for layer in decoder.layers for name, parts in _LAYER.items())
         and decoder.config.hidden_act == "silu"
         and "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or [])
         and decoder.norm.weight.dtype in (torch.bfloat16, torch.float32)
@@ -43,6 +52,10 @@ def suits(decoder: Any) -> bool:
     width, queries, keys, inner, size = next(iter(shapes))
     shared = keys > 0 and queries % keys == 0  # each head of keys by as many of queries
     return len(shapes) == 1 and shared and width % (2 * WIDTH) == size % COLUMNS == inner % WIDTH == 0
+
+
+def _has_parts(layer: Any, name: str, parts: set[str]) -> bool:
+    return {part for part, _ in layer.get_submodule(name).named_children()} == parts
 
 
 def _shape(attention: Any, mlp: Any) -> tuple[int, ...]:

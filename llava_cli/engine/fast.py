@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine import int8, tiles, tower
-from llava_cli.engine.attention import NAME, has_amx, use_our_attention
+from llava_cli.engine.attention import has_amx, use_our_attention, use_torchs_attention, uses_our_attention
 from llava_cli.engine.decoder import Decoder, Product, suits
 from llava_cli.engine.head import Head
 from llava_cli.engine.int8 import TOKENS, Products, as_they_are, has_room, layout_of_whole_numbers, whole_numbers
@@ -73,9 +73,8 @@ def speed_up(model: Any, arranged: Arranged) -> None:
     for activation in model.modules():
         if type(activation).__name__ == "QuickGELUActivation":
             activation.forward = _quick_gelu
-    if attends := model.config._attn_implementation == "sdpa":
-        use_our_attention(model)
-    used = [layer for layer in model.modules() if attends and tower.suits(layer) and layer not in unused]
+    use_our_attention(model)
+    used = [layer for layer in model.modules() if layer not in unused and _is_fast_tower_layer(layer)]
     layers = {layer: name for name, layer in model.named_modules() if type(layer).__name__ in _QUANTISED}
     seeing = wide_vision_layers(model) if layers else {}
     copies = [*layers, *seeing] if int8.suits_here() or not arranged.kept else seeing
@@ -89,7 +88,7 @@ def speed_up(model: Any, arranged: Arranged) -> None:
 
     decoder, output = model.get_decoder(), model.get_output_embeddings()
     with torch.inference_mode():
-        if attends and suits(decoder):
+        if suits(decoder) and uses_our_attention(decoder):
             vars(decoder)["forward"] = Decoder(decoder, join)
         else:
             for layer in layers:
@@ -100,6 +99,10 @@ def speed_up(model: Any, arranged: Arranged) -> None:
             vars(layer)["forward"] = join_seeing([layer]) or layer.forward
         if head := (Head.of(output, arranged, in_8_bits) if layers else None) or Plain.of(output):
             vars(output)["forward"] = head
+
+
+def _is_fast_tower_layer(layer: Any) -> bool:
+    return tower.suits(layer) and uses_our_attention(layer.self_attn)
 
 
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
@@ -223,10 +226,9 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def as_transformers(model: Any) -> Iterator[None]:
     """Within, the model computes as transformers has it: what its answers are compared with."""
-    attends = model.config._attn_implementation == NAME
     ways = {layer: vars(layer)["forward"] for layer in model.modules() if "forward" in vars(layer)}
-    if attends:
-        model.set_attn_implementation("sdpa")
+    if attends := any(uses_our_attention(part) for part in model.modules() if hasattr(part, "config")):
+        use_torchs_attention(model)
     own = _passed_on, _quick_gelu
     ours = [
         layer
@@ -241,4 +243,4 @@ def as_transformers(model: Any) -> Iterator[None]:
         for layer in ours:
             layer.forward = ways[layer]
         if attends:
-            model.set_attn_implementation(NAME)
+            use_our_attention(model)

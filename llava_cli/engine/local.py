@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from llava_cli import memory
 from llava_cli.conversation import Conversation
 from llava_cli.engine.ahead import Ahead
 from llava_cli.engine.base import Answer, Chunk, Engine, Request
@@ -38,7 +38,11 @@ class LocalEngine(Engine):
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.network = model
         self._prefix = PrefixCache(model)
-        self._ends = end_tokens(model)
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The ids of the tokens that end an answer; of use once a prompt has been made, for one is made for it."""
+        return end_tokens(self.network, self.prompter)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         begin = time.perf_counter()
@@ -46,8 +50,8 @@ class LocalEngine(Engine):
             inputs = self.inputs(conversation)
             length = inputs["input_ids"].shape[1]
             most = self._most(length, sampling.max_tokens)
-            reply = Reply(self.prompter.tokenizer, sampling.stop, self._ends, most, begin)
-            for token in decode(self._prefix, inputs, sampling, most):
+            reply = self._reply(sampling, most, begin)
+            for token in decode(self._prefix, inputs, sampling, most, self.ends):
                 if piece := reply.put(token):
                     yield Chunk(piece)
                 if reply.done:
@@ -97,9 +101,7 @@ class LocalEngine(Engine):
             return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
         if self.device == "mps":
             return torch.mps.driver_allocated_memory()
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return memory.peak()
 
     def _rows(self, requests: Iterable[Request | LlavaError]) -> Iterator[Row | tuple[int, Request | LlavaError]]:
         """Each request ready to be answered; as it is where it cannot stand in a batch, or why it cannot at all."""
@@ -127,11 +129,15 @@ class LocalEngine(Engine):
             most = self._most(inputs["input_ids"].shape[1], request.sampling.max_tokens)
         if not self._prefix.can_part(inputs) or inputs["input_ids"].shape[1] == 1:
             return None
-        return Row(number, inputs, group, most, partial(self._start, request.sampling, most))
+        return Row(number, inputs, group, most, partial(self._start, request.sampling, inputs["input_ids"], most))
 
-    def _start(self, sampling: Sampling, most: int) -> tuple[Chooser, Reply]:
-        reply = Reply(self.prompter.tokenizer, sampling.stop, self._ends, most, time.perf_counter())
-        return Chooser(self.network, sampling), reply
+    def _start(self, sampling: Sampling, prompt: torch.Tensor, most: int) -> tuple[Chooser, Reply]:
+        chooser = Chooser(self.network, sampling, prompt, most, self.ends)
+        return chooser, self._reply(sampling, most, time.perf_counter())
+
+    def _reply(self, sampling: Sampling, most: int, begin: float) -> Reply:
+        stop = (*sampling.stop, *(self.network.generation_config.stop_strings or ()))
+        return Reply(self.prompter.tokenizer, stop, self.ends, most, begin)
 
     def inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The prompt's tensors on the model's device, pixels in the vision tower's dtype."""

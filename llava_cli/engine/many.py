@@ -301,16 +301,31 @@ _TILED = {"pixel_values": 5, "pixel_attention_mask": 4}
 
 
 def _stacked(inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The pictures of several prompts as those of one: rows one after another, tiles padded to the most there are."""
-    import torch
-    from torch.nn.functional import pad
+    """The pictures of several prompts as those of one: rows one after another.
 
-    stacked = {}
+    Tiles are padded to the most there are, and pictures whose sizes are told (Pixtral's) to the largest.
+    """
+    import torch
+
+    stacked, are_sized = {}, any("image_sizes" in one for one in inputs)
     for name in (*ROWS, *WHOLE):
         parts = [one[name] for one in inputs if name in one]
-        if parts and parts[0].dim() == _TILED.get(name):
-            most, within = max(part.shape[1] for part in parts), (0, 0) * (parts[0].dim() - 2)
-            parts = [pad(part, (*within, 0, most - part.shape[1])) for part in parts]
+        if parts and (parts[0].dim() == _TILED.get(name) or (are_sized and name == "pixel_values")):
+            parts = _padded(parts)
         if parts:
             stacked[name] = torch.cat(parts)
     return stacked
+
+
+def _padded(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors with zeros at the end of each dimension but the first, up to the longest."""
+    from torch.nn.functional import pad
+
+    longest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+
+    def lacking(part: torch.Tensor) -> list[int]:
+        """As `pad` takes it: before and after, the last dimension first."""
+        both = zip(reversed(longest), reversed(part.shape[1:]), strict=True)
+        return [count for most, size in both for count in (0, most - size)]
+
+    return [pad(part, lacking(part)) for part in parts]

@@ -104,10 +104,14 @@ class PrefixCache:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether rows are equal, apart from padding to as many tiles as the largest picture beside them has."""
+    """Whether rows are equal, apart from padding to as many tiles, or sides, as the largest picture beside them has."""
     import torch
 
-    if not len(one) or one.dim() < 2:
+    if one.shape == other.shape or one.dim() < 2:
         return torch.equal(one, other)
-    tiles = min(one.shape[1], other.shape[1])
-    return torch.equal(one[:, :tiles], other[:, :tiles]) and not one[:, tiles:].any() and not other[:, tiles:].any()
+    shared = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
+
+    def is_padding(row: torch.Tensor) -> bool:
+        return bool(row.count_nonzero() == row[shared].count_nonzero())
+
+    return torch.equal(one[shared], other[shared]) and is_padding(one) and is_padding(other)

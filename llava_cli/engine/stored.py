@@ -30,6 +30,22 @@ def misfit(model: Any) -> str | None:
     return None
 
 
+def leave_unpacked(model: Any) -> None:
+    """Keeps bitsandbytes from rearranging layers in 4 bits for a CPU whose rows or columns its arrangement leaves over.
+
+    It would fail in the first forward pass: SigLIP's are 4304 wide, 67 blocks of 64 and a quarter. Its other way is
+    slower.
+    """
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            blocks = layer.in_features % layer.weight.quant_state.blocksize
+            if blocks or layer.out_features % _PACKED_ROWS:
+                layer.support_avx512bf16_for_cpu = False
+
+
+_PACKED_ROWS = 32
+
+
 def _wrong_in_4_bits(layer: Any) -> Iterator[str]:
     import torch
 
