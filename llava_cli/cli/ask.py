@@ -8,6 +8,7 @@ from llava_cli import render
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
+    AdapterOpt,
     DeviceOpt,
     DoubleOpt,
     FitOpt,
@@ -36,6 +37,7 @@ def ask(
     context: typer.Context,
     args: PicturesAndQuestion = None,
     model: ModelOpt = None,
+    adapter: AdapterOpt = None,
     precision: PrecisionOpt = None,
     double_quant: DoubleOpt = None,
     device: DeviceOpt = None,

@@ -8,7 +8,7 @@ import typer
 
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.options import DeviceOpt, DoubleOpt, JsonOpt, PrecisionOpt, settings_of
+from llava_cli.cli.options import AdapterOpt, DeviceOpt, DoubleOpt, JsonOpt, PrecisionOpt, settings_of
 from llava_cli.errors import ModelUnusable
 
 NameArg = Annotated[
@@ -21,6 +21,7 @@ NameArg = Annotated[
 def doctor(
     context: typer.Context,
     model: NameArg = None,
+    adapter: AdapterOpt = None,
     device: DeviceOpt = None,
     precision: PrecisionOpt = None,
     double_quant: DoubleOpt = None,

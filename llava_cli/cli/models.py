@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ from llava_cli import render
 from llava_cli.cli import Group, app
 from llava_cli.cli.options import JsonOpt
 from llava_cli.files import quoted
-from llava_cli.registry import ALIASES, BUILTIN, builtin_folder, default_name, find, is_folder, on_disk, pulled
+from llava_cli.paths import expanded
+from llava_cli.registry import ALIASES, BUILTIN, builtin_folder, data_folder, default_name, is_folder, on_disk, pulled
 from llava_cli.settings import Settings, set_default_model
 from llava_cli.untrusted_text import printable
 
@@ -42,8 +44,8 @@ def list_models() -> None:
         )
     for name in dict.fromkeys([*pulled(), chosen]):
         if name not in ALIASES and name != BUILTIN:
-            folder = Path(name).expanduser() if is_folder(name) else on_disk(name)
-            cells = [_size(folder), "yes"] if folder and folder.is_dir() else ["", "-"]
+            folder = expanded(name) if is_folder(name) else on_disk(name)
+            cells = [_size(folder), "yes"] if folder and os.path.isdir(folder) else ["", "-"]
             rows.append(_row(name, chosen, *cells, "", ""))
     render.table(["", "model", "size", "on disk", "fits", ""], rows)
 
@@ -84,7 +86,9 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
         }
         facts |= {"language model": alias.languages, "note": alias.note}
     else:
-        checkpoint = find(name)
+        from llava_cli.adapters import find_named
+
+        checkpoint = find_named(name)
         facts |= {"folder": str(checkpoint.folder), "on disk": _size(checkpoint.folder)}
         from llava_cli.loader import load_prompter
 
@@ -122,6 +126,36 @@ def pull(name: NameArg) -> None:
         folder = download.pull(name, meter, judge=check_files)
     render.note(f"{printable(name)} is in {printable(str(folder))}")
     render.note(f'  llava ask -m {quoted(name)} img.jpg "what is this?"')
+    if not is_folder(name) and name not in pulled():
+        render.note(f"not noted as pulled, for nothing can be kept in {printable(str(data_folder()))}")
+
+
+@models.command()
+def convert(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="One of LLaVA's original code: llava_llama, …")],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="A new folder for the checkpoint.")],
+    vision_tower: Annotated[
+        str | None, typer.Option("--vision-tower", metavar="FOLDER|REPO", help="Its tower, CLIP or SigLIP. [its own]")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="FOLDER|REPO", help="The language model of a LoRA or of a projector alone."),
+    ] = None,
+) -> None:
+    """Make a checkpoint of a folder in LLaVA's original format (llava_llama, llava_mistral, llava_qwen).
+
+    llava models convert llava-v1.5-7b -o llava-1.5-7b
+
+    llava models convert llava-v1.5-7b-lora --base vicuna-7b-v1.5 -o llava-tuned
+
+    Tower, projector and language model are put together, tensor by tensor; nothing of FOLDER is run.
+    """
+    from llava_cli import convert as conversion
+
+    with render.progress(folder) as meter:
+        options = conversion.convert(folder, out, vision_tower, base, meter)
+    render.note(f"{printable(folder)} is in {printable(str(out))}")
+    render.note(f'  llava ask -m {quoted(out)} {options}{" " * bool(options)}img.jpg "what is this?"')
 
 
 @models.command()
@@ -135,12 +169,14 @@ def default(
     if name is None:
         render.say(default_name(Settings.resolve()))
         return
-    checkpoint = find(name)
+    from llava_cli.adapters import find_named
+
+    checkpoint = find_named(name)
     if is_folder(name):
         from llava_cli.checkpoint import check_files
 
         check_files(checkpoint)  # any folder has a name; not all hold a model
-        name = str(checkpoint.folder.resolve())  # the next command may be typed somewhere else
+        name = str((checkpoint.adapter or checkpoint.folder).resolve())  # the next command may be typed elsewhere
     set_default_model(name)
     render.note(f"{printable(name)} is the default model")
 

@@ -12,6 +12,10 @@ from llava_cli.settings import Device, Fit, Precision, Settings
 ModelOpt = Annotated[
     str | None, typer.Option("-m", "--model", metavar="NAME|REPO|FOLDER", help="The model; `llava models` lists them.")
 ]
+AdapterOpt = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="FOLDER", help="Merge this PEFT adapter (LoRA, DoRA, …) into the model."),
+]
 PrecisionOpt = Annotated[
     Precision | None, typer.Option("-p", "--precision", help="Number format of the weights; auto suits the device.")
 ]
@@ -65,7 +69,7 @@ PicturesAndQuestion = Annotated[
 ]
 
 
-LOADING = ("precision", "double_quant", "device", "template", "fit", "visual_tokens")
+LOADING = ("adapter", "precision", "double_quant", "device", "template", "fit", "visual_tokens")
 """What is decided where the model is loaded."""
 
 

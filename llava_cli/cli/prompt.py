@@ -12,6 +12,7 @@ from llava_cli import render
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
+    AdapterOpt,
     FitOpt,
     JsonOpt,
     ModelOpt,
@@ -35,6 +36,7 @@ def prompt(
     context: typer.Context,
     args: PicturesAndQuestion = None,
     model: ModelOpt = None,
+    adapter: AdapterOpt = None,
     system: SystemOpt = None,
     template: TemplateOpt = None,
     fit: FitOpt = None,

@@ -10,6 +10,7 @@ import typer
 from llava_cli import render
 from llava_cli.cli import app
 from llava_cli.cli.options import (
+    AdapterOpt,
     DeviceOpt,
     DoubleOpt,
     FitOpt,
@@ -52,6 +53,7 @@ StopOpt = Annotated[bool, typer.Option("--stop", help="Stop the server, once its
 def serve(
     context: typer.Context,
     model: ModelOpt = None,
+    adapter: AdapterOpt = None,
     precision: PrecisionOpt = None,
     double_quant: DoubleOpt = None,
     device: DeviceOpt = None,
