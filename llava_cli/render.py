@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import files
-from llava_cli.conversation import Conversation, Picture
+from llava_cli.conversation import Conversation
 from llava_cli.engine import Answer, Chunk, Engine
 from llava_cli.errors import LlavaError, OutputError, OutputTaken, brief, printable
 from llava_cli.families import Family
@@ -25,8 +25,6 @@ from llava_cli.untrusted_text import TerminalText, for_json_line, for_terminal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-THUMBNAIL_ROWS = 10
 
 
 def show(chunks: Iterable[Chunk]) -> Answer:
@@ -237,14 +235,6 @@ def counting(total: int | None, quiet: bool = False) -> Iterator[Any]:
         yield show
 
 
-def thumbnail(picture: Picture) -> None:
-    """Draws a picture on the terminal, ten rows high: as graphics where it can show them, else in half blocks."""
-    from rich.console import Console
-    from textual_image.renderable import Image
-
-    Console().print(Image(picture.image, height=THUMBNAIL_ROWS))
-
-
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns on stdout: drawn on a terminal, tab-separated in a pipe. No cell can make a column or row of its own."""
     rows = [[printable(cell) for cell in row] for row in rows]
@@ -264,9 +254,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def plain_streams() -> None:
     """Nothing a model or a file's name holds may fail to print, whatever the locale."""
-    # A stream that was closed (`2>&-`) is None; print() would take stdout in its stead.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  open for as long as we run
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -40,7 +39,7 @@ class Words(Completer):
                 if name.startswith(command[1:]):
                     yield Completion(f"/{name}", -len(command), display_meta=COMMANDS[name].help)
         elif command == "/set":
-            yield from (Completion(f.name, -len(rest)) for f in fields(Sampling) if f.name.startswith(rest))
+            yield from (Completion(name, -len(rest)) for name in Sampling.names() if name.startswith(rest))
         elif command in ("/image", "/save", "/export"):
             paths = self._pictures if command == "/image" else self._files
             yield from paths.get_completions(Document(rest), complete_event)
@@ -68,6 +67,8 @@ def keyboard(history: Path | None) -> Read:
         except OSError as error:
             raise OutputError(str(history), printable(str(error.strerror)), "--no-save keeps nothing") from None
         kept = FileHistory(history)
+    # The terminal is asked nothing: where it does not answer a warning would be drawn, and a slow answer is typed text.
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
     # Where stdout goes to a file, the person is on the other stream.
     output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
     session: PromptSession[str] = PromptSession(

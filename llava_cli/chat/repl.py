@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from llava_cli import limits, render
-from llava_cli.chat.commands import Leave, obey, unattached
+from llava_cli.chat.commands import Leave, command_of, obey, unattached
 from llava_cli.chat.session import Chat
 from llava_cli.errors import BadData, LlavaError
+from llava_cli.untrusted_text import decoded
 
 Read = Callable[[], str]
 """Gives the next line. Raises `EOFError` at the end, and `KeyboardInterrupt` for Ctrl-C where nothing is typed."""
@@ -54,8 +56,8 @@ def turn(chat: Chat, line: str, quiet: bool = False, stats: bool = False) -> Non
     line = line.rstrip()
     if not line:
         return
-    if line.startswith("/"):
-        result = obey(chat, line)
+    if command := command_of(line):
+        result = obey(chat, command)
     else:
         if not quiet and (path := unattached(chat, line)):
             chat.note(f"the model does not see {path}; to show it: /image {path}")
@@ -70,9 +72,20 @@ def turn(chat: Chat, line: str, quiet: bool = False, stats: bool = False) -> Non
 
 
 def piped_lines() -> Iterator[str]:
-    """The lines of stdin. Raises `BadData` for one that no model could read."""
-    most = limits.TEXT_CHARACTERS
-    while line := sys.stdin.buffer.readline(most + 1) if sys.stdin else b"":
+    """The lines of stdin, in UTF-8 or what its mark says. Raises `BadData` for one that no model could read."""
+    if not sys.stdin:
+        return
+    most, stdin = limits.TEXT_CHARACTERS, sys.stdin.buffer
+    line = stdin.readline(most + 1)
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # in which a line ends in two bytes
+        whole = line + stdin.read(4 * most)
+        if len(whole) > 4 * most:
+            raise BadData("stdin", f"more than {4 * most:,} bytes of UTF-16", "iconv -f UTF-16 -t UTF-8 makes it UTF-8")
+        yield from decoded(whole).splitlines()
+        return
+    line = line.removeprefix(codecs.BOM_UTF8)
+    while line:
         if len(line) > most:
             raise BadData("stdin", f"a line of more than {most:,} bytes")
         yield line.decode("utf-8", "surrogateescape")  # a path may be no text
+        line = stdin.readline(most + 1)

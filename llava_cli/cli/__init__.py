@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -59,9 +60,13 @@ def _output_failed(error: OSError) -> int:
         raise error
     gone = isinstance(error, BrokenPipeError)  # `llava … | head`: who was reading has seen enough
     if not gone:
-        render.show_error(OutputError(printable(str(error.filename or "output")), error.strerror or str(error)))
+        render.show_error(OutputError(printable(str(error.filename or "output")), _reason(error)))
     render.close_stdout()
     return 0 if gone else OutputError.exit_code
+
+
+def _reason(error: OSError) -> str:
+    return "stdout is closed" if error.errno == errno.EBADF else error.strerror or str(error)
 
 
 app = typer.Typer(

@@ -10,6 +10,7 @@ from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import PromptTooLong, UsageError, printable
 from llava_cli.images import looks_like_picture, open_picture
 from llava_cli.settings import Settings
+from llava_cli.untrusted_text import decoded
 
 USAGE = 'llava ask img.jpg "what is this?"'
 
@@ -36,7 +37,7 @@ def _stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     most = limits.TEXT_CHARACTERS
-    text = sys.stdin.buffer.read(4 * most + 1).decode("utf-8", "replace")  # a character has 4 at most
+    text = decoded(sys.stdin.buffer.read(4 * most + 1))  # a character has 4 at most
     if len(text) > most:
         raise PromptTooLong("QUESTION", f"longer than {most:,} characters")
     return text.strip()
