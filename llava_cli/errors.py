@@ -5,6 +5,7 @@
     ├── BadImage            65   bytes that are no picture we take
     ├── PromptTooLong       65   the prompt does not fit the model's context
     ├── BadData             65   a file of questions or of answers that is not what it should be
+    │   └── NoAnswer        65   a server's model that says nothing, refuses, or is cut off by a filter
     ├── InputMissing        66   a file or URL that is not there, or cannot be read
     ├── ModelUnusable       69   unknown, absent, damaged or unsuitable checkpoint
     ├── ServerFailed        69   a server that gave no answer, however often it was asked
@@ -51,6 +52,10 @@ class PromptTooLong(LlavaError):
 
 class BadData(LlavaError):
     exit_code = 65
+
+
+class NoAnswer(BadData):
+    pass
 
 
 class InputMissing(LlavaError):

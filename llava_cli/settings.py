@@ -6,6 +6,7 @@ behind `LLAVA_` in capitals, the environment's variables.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from llava_cli import files, limits
 from llava_cli.errors import OutputError, UsageError
+from llava_cli.paths import user_folder
 from llava_cli.untrusted_text import printable
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16", "8bit", "4bit"]
 QUANTISED = ("8bit", "4bit")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Fit = Literal["auto", "pad", "crop"]
+_ANOTHER, _MEND = "LLAVA_CONFIG=FILE names another file", "mend or delete that file"
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,18 @@ class Sampling:
     """Makes sampling repeatable."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts; one alone may be given as it is."""
+    unset: frozenset[str] = field(default=frozenset(), repr=False, compare=False, kw_only=True)
+    """Names of the options that nobody has set. No option itself."""
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            if (value := getattr(self, one.name)) is not None:
-                object.__setattr__(self, one.name, _convert(one.name, one.name, value))
+        for name in self.names():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _convert(name, name, value))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The options."""
+        return [one.name for one in fields(cls) if one.name != "unset"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Settings(Sampling):
 
     model: str | None = None
     """An alias, a Hub repo or a folder; None for the default model."""
+    adapter: str | None = None
+    """The folder of a PEFT adapter that is merged into the model; None for none."""
     precision: Precision = "auto"
     double_quant: bool = False
     """With 4-bit weights, their scales are quantised too: 0.4 bits a weight less."""
@@ -70,10 +82,6 @@ class Settings(Sampling):
     """How many requests of a batch `server` gets at a time."""
 
     @classmethod
-    def names(cls) -> list[str]:
-        return [one.name for one in fields(cls)]
-
-    @classmethod
     def resolve(cls, **flags: Any) -> Settings:
         """Merges flags (None or an empty list is "not given") over the environment over the config file.
 
@@ -82,16 +90,15 @@ class Settings(Sampling):
         path = config_file()
         environment = {name: os.environ.get(f"LLAVA_{name.upper()}", "") for name in _TYPES}
         given = {name: value for name, value in flags.items() if value is not None and value != []}
-        return cls(
-            **{
-                **_read(lambda name: f"{path}: {name}", _read_config(path)),
-                **_read(lambda name: f"LLAVA_{name.upper()}", environment),
-                **{name: _convert(f"--{name.replace('_', '-')}", name, value) for name, value in given.items()},
-            }
-        )
+        values = {
+            **_read(lambda name: f"{path}: {name}", _read_config(path)),
+            **_read(lambda name: f"LLAVA_{name.upper()}", environment),
+            **{name: _convert(f"--{name.replace('_', '-')}", name, value) for name, value in given.items()},
+        }
+        return cls(**values, unset=frozenset(_TYPES) - values.keys())
 
 
-_TYPES: dict[str, Any] = get_type_hints(Settings)
+_TYPES: dict[str, Any] = {name: kind for name, kind in get_type_hints(Settings).items() if name in Settings.names()}
 _RANGES = {
     "max_tokens": (1, 1_000_000),
     "temperature": (0, 10),
@@ -106,9 +113,7 @@ def config_file() -> Path:
     """Where `llava models default` writes and everybody may edit: `LLAVA_CONFIG` or the user's config folder."""
     if named := os.environ.get("LLAVA_CONFIG"):
         return Path(named)
-    from platformdirs import user_config_path
-
-    return user_config_path("llava") / "config.toml"
+    return user_folder("config") / "config.toml"
 
 
 def set_default_model(name: str) -> None:
@@ -125,20 +130,21 @@ def set_default_model(name: str) -> None:
         files.put(real, [tomlkit.dumps(document).encode()], files.SECRET)  # there may be a key in it
     except files.IsLink as error:
         reason = f"{printable(str(error.strerror))}, which is another user's"
-        raise OutputError(str(path), reason, "LLAVA_CONFIG=FILE names another file") from None
+        raise OutputError(str(path), reason, _ANOTHER) from None
     except OSError as error:
-        raise OutputError(str(path), error.strerror or str(error)) from None
+        raise OutputError(str(path), error.strerror or str(error), _ANOTHER) from None
 
 
 def _document(path: Path) -> TOMLDocument | None:
-    """The config file; None where there is none."""
+    """The config file; None where there is none, or where there may be none, in a home that this user cannot enter."""
     try:
         with open(path, "rb") as file:
             text = file.read(limits.SETTINGS_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from None
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) or _is_out_of_sight(path):
+            return None
+        hint = _ANOTHER if isinstance(error, PermissionError) else _MEND
+        raise UsageError(str(path), error.strerror or str(error), hint) from None
     if len(text) > limits.SETTINGS_BYTES:
         raise _damaged(path, f"larger than {limits.SETTINGS_BYTES:,} bytes")
     import tomlkit
@@ -152,8 +158,17 @@ def _document(path: Path) -> TOMLDocument | None:
         raise _damaged(path, str(error)) from None
 
 
+def _is_out_of_sight(path: Path) -> bool:
+    """Whether this user cannot even see if there is a config file. One that they have named has to be seen."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP) and not os.environ.get("LLAVA_CONFIG")
+    return False
+
+
 def _damaged(path: Path, reason: str) -> UsageError:
-    return UsageError(str(path), printable(reason), "mend or delete that file")
+    return UsageError(str(path), printable(reason), _MEND)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

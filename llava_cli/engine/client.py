@@ -8,21 +8,22 @@ from __future__ import annotations
 import base64
 import io
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from llava_cli import limits
 from llava_cli.bounded_http import Response, TooLarge
 from llava_cli.bounded_json import TooMuch
-from llava_cli.conversation import Conversation, Picture
+from llava_cli.conversation import Conversation, Picture, Turn
 from llava_cli.engine import wire
 from llava_cli.engine.base import Answer, Chunk, FinishReason, Request
-from llava_cli.engine.wire import Malformed, Unanswered, tokens
-from llava_cli.errors import BadData, BadImage, LlavaError, ModelUnusable, PromptTooLong, ServerFailed
+from llava_cli.engine.wire import Malformed, Message, Unanswered, WebPage, tokens
+from llava_cli.errors import BadData, BadImage, LlavaError, ModelUnusable, NoAnswer, PromptTooLong, ServerFailed
 from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import one_line
 
@@ -32,15 +33,32 @@ _ERRORS: dict[str, type[LlavaError]] = {
     "exceed_context_size_error": PromptTooLong,  # llama.cpp
     "invalid_image": BadImage,
 }
+_STATUSES = {
+    "insufficient_quota": 402,  # which comes as 429, and asking again is no use
+    "invalid_api_key": 401,
+    "authentication_error": 401,
+    "permission_error": 403,
+    "model_not_found": 404,
+    "not_found_error": 404,
+    "NotFoundError": 404,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "invalid_request_error": 400,
+    "BadRequestError": 400,
+}
+"""What the code or type of an error means where its status does not say, as within an answer that has begun."""
 _BUSY = (408, 413, 425, 429)
-_WORDS = ("content", "reasoning_content", "reasoning")
-"""What a server goes on with while it says something, be it only to itself."""
+_OTHERWISE = {"max_tokens": "max_completion_tokens", "stream_options": None}
+"""What newer servers call otherwise, and what some do not know and can do without."""
 _FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 """That every server takes."""
+_TITLE = re.compile(rb"<title[^<>]{0,99}>([^<>]{1,999})</title", re.IGNORECASE)
 
 
 Post = Callable[[str, dict[str, Any]], Response]
 """Sends JSON to a path below the API's address. Raises `Unanswered`, `Malformed` or `TooLarge`."""
+Hint = Callable[[int], str]
+"""The next command to type where a server answers with this status."""
 
 
 class Client:
@@ -49,52 +67,53 @@ class Client:
     `post` sends to it, `url` makes of a picture what it takes, and `model` is the one of its models that is asked.
     """
 
-    def __init__(self, name: str, post: Post, url: Callable[[Picture], str], model: str | None = None) -> None:
-        self._name, self._post, self._url = name, post, url
+    def __init__(
+        self,
+        name: str,
+        post: Post,
+        url: Callable[[Picture], str],
+        model: str | None = None,
+        hint: Hint = lambda status: "",
+    ) -> None:
+        self._name, self._post, self._url, self._hint = name, post, url, hint
         self._with = {"model": model} if model else {}
+        self._otherwise: dict[str, str | None] = {}
 
     def whole(self, request: Request) -> Answer:
         """The whole answer. Raises `Unanswered`, or what is wrong with the request or the answer."""
-        begin = time.perf_counter()
-        with self.understood():
-            said = self.ask(CHAT, self._asking(request.conversation, request.sampling))
-            seconds = time.perf_counter() - begin
-            choice = wire.first_choice(said)
-            text, reason = wire.content(wire.mapping(choice.get("message"))), wire.finish_reason(choice)
-            return _answer(text.lstrip(), reason, said.get("usage"), 0, seconds, seconds)
+        *_, last = self._chunks(self._asking(request.conversation, request.sampling))
+        assert last.answer is not None
+        return last.answer
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Generator[Chunk, None, None]:
         """The answer as it comes. Raises `Unanswered` also where it has no end, or what is wrong with either side."""
-        begin = first = time.perf_counter()
-        text: list[str] = []
-        reason, usage, whole = None, None, False
         body = {**self._asking(conversation, sampling), "stream": True, "stream_options": {"include_usage": True}}
+        return self._chunks(body)
+
+    def _chunks(self, body: dict[str, Any]) -> Generator[Chunk, None, None]:
+        """What comes of a request, in one piece or in several: some servers do not as they are asked."""
+        heard, is_whole = _Heard(), False
         with self.understood(), closing(self._sent(CHAT, body)) as response:
             for data in wire.events(response):
-                if data == b"[DONE]":
-                    whole = True
+                if data == wire.DONE:
+                    is_whole = True
                     break
                 event = wire.parsed(data)
-                if event.get("error"):
+                if wire.is_error(event):
                     raise self._error(500, event)
-                usage = event.get("usage") or usage
-                if event.get("choices") in (None, []):  # it has the usage, or nothing
-                    continue
-                choice = wire.first_choice(event)
-                delta = wire.mapping(choice.get("delta") or {})
-                reason = wire.finish_reason(choice) or reason
-                if any(map(delta.get, _WORDS)):
+                text, is_new = heard.take(event)
+                if is_new:
                     response.deadline.restart()
-                piece = wire.content(delta)
-                if piece := piece if text else piece.lstrip():
-                    first = first if text else time.perf_counter()
-                    text.append(piece)
-                    yield Chunk(piece)
-        if not (whole or reason):
+                if text:
+                    yield Chunk(text)
+            if is_whole and not heard.has_choices:
+                raise Malformed
+        if not (is_whole or heard.reason):
             raise Unanswered(wire.BROKEN_OFF)
-        now = time.perf_counter()
-        seconds = (first if text else now) - begin, now - begin
-        yield Chunk("", _answer("".join(text), reason, usage, len(text), *seconds))
+        if reason := heard.no_answer():
+            hint = "--max-tokens N lets it say more" if heard.reason == "length" else ""
+            raise NoAnswer(self._name, reason, hint)
+        yield Chunk("", heard.answer())
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """What is said at a path. Raises `Unanswered`, or what is wrong with the request or the answer."""
@@ -107,22 +126,51 @@ class Client:
         try:
             yield
         except Malformed as error:
-            raise ModelUnusable(self._name, str(error), "curl URL/models says what it is") from None
+            hint = (isinstance(error, WebPage) and self._hint(404)) or "curl URL/models says what it is"
+            raise ModelUnusable(self._name, str(error), hint) from None
         except (TooLarge, TooMuch) as error:
             raise ServerFailed(self._name, f"its answer is refused: {error}") from None
 
     def _asking(self, conversation: Conversation, sampling: Sampling) -> dict[str, Any]:
-        """A conversation as OpenAI's request for its next answer."""
-        said = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}  # of what may be all settings
-        given = {name: value for name, value in said.items() if value not in (None, ())}
+        """A conversation as OpenAI's request for its next answer.
+
+        What nobody has set, and is as it is when nothing is said, is the server's to choose: newer ones take no other.
+        """
+        usual = Sampling()
+        given = {
+            name: value
+            for name in Sampling.names()
+            if (value := getattr(sampling, name)) not in (None, ())
+            and (name not in sampling.unset or value != getattr(usual, name))
+        }
         return {**self._with, "messages": messages(conversation, self._url), **given}
 
     def _sent(self, path: str, body: dict[str, Any]) -> Response:
-        response = self._post(path, body)
-        if response.status == 200:
-            return response
-        with closing(response):
-            raise self.refusal(response)
+        while True:
+            response = self._post(path, self._reworded(body))
+            if response.status == 200:
+                return response
+            with closing(response):
+                error = self.refusal(response)
+            if not self._learns(error, body):
+                raise error
+
+    def _reworded(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A request in this server's words."""
+        names = {name: self._otherwise.get(name, name) for name in body}
+        return {other: body[name] for name, other in names.items() if other}
+
+    def _learns(self, error: Exception, body: dict[str, Any]) -> bool:
+        """Whether an error tells that something has another name there, or none."""
+        if not isinstance(error, BadData):
+            return False
+        new = {
+            name: other
+            for name, other in _OTHERWISE.items()
+            if name in body and name not in self._otherwise and (other or name) in error.reason
+        }
+        self._otherwise.update(new)
+        return bool(new)
 
     def refusal(self, response: Response) -> Exception:
         """What a status that is no success is here."""
@@ -135,6 +183,9 @@ class Client:
             data = b""
         try:
             said = wire.parsed(data)
+        except WebPage:
+            title = _TITLE.search(data[:10_000])
+            said = {"error": title[1].decode("utf-8", "replace") if title else ""}
         except (Malformed, TooMuch):
             said = {"error": data.decode("utf-8", "replace")}
         return self._error(response.status, said, response.header("Retry-After"))
@@ -142,25 +193,91 @@ class Client:
     def _error(self, status: int, said: dict[str, Any], after: str | None = None) -> Exception:
         """OpenAI's form of an error, or what others make of it."""
         error = said.get("error", said)
-        error = error if isinstance(error, dict) else {"message": error}
-        message = one_line(str(error.get("message") or said.get("detail") or "")) or f"status {status}"
-        code, kind = error.get("code"), error.get("type")
-        if isinstance(code, int) and 400 <= code < 600:
-            status = code
-        elif kind == "invalid_request_error" and status >= 500:  # within a stream, whose status was sent before
-            status = 400
-        if known := _ERRORS.get(str(code)) or _ERRORS.get(str(kind)):
+        error = error if isinstance(error, dict) else said
+        message = wire.error_words(said) or f"status {status}"
+        code, kind = str(error.get("code")), str(error.get("type"))
+        if known := _ERRORS.get(code) or _ERRORS.get(kind):
             thing, _, reason = message.partition(": ")
             return known(thing, reason) if reason and len(thing) < 20 else known("prompt", message)
-        if status in (401, 403):
-            return ModelUnusable(self._name, message, "LLAVA_API_KEY=… is the key that is sent")
-        if status == 404:
-            return ModelUnusable(self._name, message, "-m NAME asks for another model")
+        status = _status(status, code, kind)
+        if status in (401, 402, 403, 404):
+            return ModelUnusable(self._name, message, self._hint(status))
         if status >= 500 or status in _BUSY:
             return Unanswered(f"{'fails' if status >= 500 else 'takes no more'} ({message})", status, _seconds(after))
         if "context length" in message:  # vLLM and others have no code for it
             return PromptTooLong("prompt", message)
-        return BadData(self._name, message)
+        option = str(error.get("param")).replace("_", "-")
+        hint = f"without --{option} it may answer" if error.get("param") in Sampling.names() else ""
+        return BadData(self._name, message, hint)
+
+
+class _Heard:
+    """What has come of an answer, and what it took."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._first: float | None = None
+        self._text: list[str] = []
+        self._rest: list[Message] = []
+        self._usage: Any = None
+        self._pieces = 0
+        self.has_choices = False
+        self.reason: str | None = None
+
+    def take(self, event: dict[str, Any]) -> tuple[str, bool]:
+        """What an event adds to the text, and whether it says anything, be it to itself. Raises `Malformed`."""
+        self._usage = event.get("usage") or self._usage
+        if event.get("choices") in (None, []):  # it has the usage, or nothing
+            return "", False
+        choice, self.has_choices = wire.first_choice(event), True
+        self.reason = wire.finish_reason(choice) or self.reason
+        message = wire.message(choice)
+        if message.refusal or message.thoughts or message.has_calls:
+            self._rest.append(message)
+        if text := message.text if self._text else message.text.lstrip():
+            self._first = self._first or time.perf_counter()
+            self._text.append(text)
+            self._pieces += "delta" in choice
+        return text, bool(message.text or message.thoughts or message.refusal)
+
+    def no_answer(self) -> str | None:
+        """Why what has come is no answer, or not all of one; None where it is."""
+        refusal, thoughts = ("".join(getattr(one, name) for one in self._rest) for name in ("refusal", "thoughts"))
+        if refusal:
+            return f"refuses to answer: {one_line(refusal)}"
+        if self.reason == "content_filter":
+            return f"its content filter {'cuts the answer off' if self._text else 'holds the answer back'}"
+        if self.reason == "error":
+            return "fails in the midst of its answer"
+        if self._text:
+            return None
+        if self.reason == "refusal":
+            return "refuses to answer"
+        if any(one.has_calls for one in self._rest) or self.reason == "tool_calls":
+            return "calls a tool, and does not answer"
+        return f"thinks, and does not answer: {one_line(thoughts)}" if thoughts else None
+
+    def answer(self) -> Answer:
+        """The whole answer; its pieces are how many tokens it has where the server does not say."""
+        now = time.perf_counter()
+        usage = self._usage if isinstance(self._usage, dict) else {}
+        details = usage.get("prompt_tokens_details")
+        cached = tokens(details.get("cached_tokens")) if isinstance(details, dict) else 0
+        why: FinishReason = "length" if self.reason == "length" else "stop"
+        answered = tokens(usage.get("completion_tokens")) or self._pieces
+        first = (self._first or now) - self._begin
+        return Answer(
+            "".join(self._text), why, tokens(usage.get("prompt_tokens")), cached, answered, first, now - self._begin
+        )
+
+
+def _status(status: int, code: str, kind: str) -> int:
+    """What an error is that came with a status: its code may know better, its type where the status says nothing."""
+    if code.isdecimal() and 400 <= int(code[:9]) < 600:
+        return int(code)
+    if code == "insufficient_quota" or status >= 500:
+        return _STATUSES.get(code) or _STATUSES.get(kind) or status
+    return status
 
 
 def behind(shown: str, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -221,13 +338,24 @@ def messages(conversation: Conversation, url: Callable[[Picture], str]) -> list[
     if conversation.system is not None:
         made.append({"role": "system", "content": conversation.system})
     for turn in conversation.turns:
-        shown = [{"type": "image_url", "image_url": {"url": url(picture)}} for picture in turn.pictures]
-        # Text alone is a string: some servers' templates take nothing else.
-        content = [*shown, {"type": "text", "text": turn.question}] if shown else turn.question
-        made.append({"role": "user", "content": content})
+        if not turn.is_unasked:
+            made.append({"role": "user", "content": _content(turn, url)})
         if turn.answer is not None:
             made.append({"role": "assistant", "content": turn.answer})
     return made
+
+
+def _content(turn: Turn, url: Callable[[Picture], str]) -> str | list[dict[str, Any]]:
+    """A question; text alone is a string, for some servers' templates take nothing else."""
+    if not turn.pictures:
+        return turn.question
+    texts = [turn.question] if turn.question else []
+    return [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": url(part)}}
+        for part in turn.parts or (*turn.pictures, *texts)
+    ]
 
 
 def whole_file(picture: Picture) -> str:
@@ -254,18 +382,15 @@ def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _answer(text: str, reason: str | None, usage: Any, pieces: int, first: float, total: float) -> Answer:
-    """`pieces` that came are how many tokens the answer has where the server does not say."""
-    usage = usage if isinstance(usage, dict) else {}
-    details = usage.get("prompt_tokens_details")
-    cached = tokens(details.get("cached_tokens")) if isinstance(details, dict) else 0
-    why: FinishReason = "length" if reason == "length" else "stop"
-    answered = tokens(usage.get("completion_tokens")) or pieces
-    return Answer(text, why, tokens(usage.get("prompt_tokens")), cached, answered, first, total)
-
-
 def _seconds(after: str | None) -> float:
+    """How long a server asks to be left alone: in seconds, or until a date."""
     try:
         return max(0.0, float(after or 0))
-    except ValueError:  # a date
+    except ValueError:
+        pass
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return max(0.0, parsedate_to_datetime(after or "").timestamp() - time.time())
+    except (ValueError, OverflowError):
         return 0.0

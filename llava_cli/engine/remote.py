@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -13,18 +14,34 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from llava_cli import limits
-from llava_cli.bounded_http import Deadline, Response, Url, ask, connect, encrypt
+from llava_cli.bounded_http import (
+    Deadline,
+    NoSuchProxy,
+    Response,
+    Url,
+    ask,
+    connect,
+    connect_by,
+    encrypt,
+    proxy_of,
+)
 from llava_cli.conversation import Conversation
 from llava_cli.engine import wire
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.client import CHAT, Client, at_once, behind, messages, plain_file, whole_file
 from llava_cli.engine.wire import Malformed, Unanswered, unanswered
-from llava_cli.errors import BadData, LlavaError, ModelUnusable, ServerFailed, UsageError, plainly, printable
+from llava_cli.errors import BadData, LlavaError, ModelUnusable, NoAnswer, ServerFailed, UsageError, plainly, printable
 from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import one_line
 
 T = TypeVar("T")
 TRIES = 8
+_ENDPOINTS = (f"/{CHAT}", "/models", "/completions", "/responses")
+"""What people copy behind the address where an API's paths begin."""
+_LOCAL = re.compile(
+    r"(?:localhost|\[[0-9a-f:.]+\]|[0-9]+(?:\.[0-9]+){3}|[\w.-]+(?=:[0-9]))(?::[0-9]+)?(?:/|$)", re.IGNORECASE
+)
+"""An address without `http://` that is of this machine or has a port: a name alone may be one for `https://`."""
 LONGEST_WISH = 120.0
 """Seconds that a server may ask to be left alone for."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -47,15 +64,17 @@ class RemoteEngine(Engine):
         self._tell, self._concurrency = tell, concurrency
         self._lock, self._is_well = threading.Lock(), True
         self._authorization = _authorization(key)
-        self._client = Client(self.where, self._post, plain_file)
+        self._names: list[str] = []
+        self._client = Client(self.where, self._post, plain_file, hint=self._hint)
         try:
             found = self._models() if model else self._patiently(self._models)
         except Unanswered:  # some cannot list what they have, and answer all the same
             found = []
-        asked = model or self._only(found)
+        self._names = [str(one["id"]) for one in found]
+        asked = model or self._only()
         self.model = one_line(asked)
         is_ours = any(one.get("owned_by") == "llava" for one in found)  # and decodes pictures as we do
-        self._client = Client(self.where, self._post, whole_file if is_ours else plain_file, asked)
+        self._client = Client(self.where, self._post, whole_file if is_ours else plain_file, asked, self._hint)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         shown = ""
@@ -64,7 +83,7 @@ class RemoteEngine(Engine):
                 with closing(self._client.stream(conversation, sampling)) as chunks:
                     for chunk in behind(shown, chunks):
                         shown += chunk.text
-                        yield chunk
+                        yield self._checked(chunk)
                 self._is_well = True
                 return
             except Unanswered as error:
@@ -81,7 +100,8 @@ class RemoteEngine(Engine):
         for number, _, outcome in at_once(enumerate(requests), self._whole, self._concurrency, go_on):
             if not isinstance(outcome, (Answer, LlavaError)) or isinstance(outcome, ModelUnusable):
                 raise outcome
-            failed = failed + 1 if isinstance(outcome, (BadData, ServerFailed)) else 0
+            is_failure = isinstance(outcome, (BadData, ServerFailed)) and not isinstance(outcome, NoAnswer)
+            failed = failed + 1 if is_failure else 0
             if failed > self._concurrency and isinstance(outcome, LlavaError):
                 raise outcome
             yield number, outcome
@@ -98,7 +118,15 @@ class RemoteEngine(Engine):
         return 0
 
     def _whole(self, request: Request) -> Answer:
-        return self._patiently(lambda: self._client.whole(request))
+        answer = self._patiently(lambda: self._client.whole(request))
+        self._checked(Chunk("", answer))
+        return answer
+
+    def _checked(self, chunk: Chunk) -> Chunk:
+        """Raises `NoAnswer` for a whole answer of no words: nobody could tell it from a server's mistake."""
+        if chunk.answer and not chunk.answer.text:
+            raise NoAnswer(self.where, "answers with nothing", f"-m NAME asks for another model than {self.model}")
+        return chunk
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         number = 0
@@ -141,14 +169,23 @@ class RemoteEngine(Engine):
             raise
         return [one for one in found if isinstance(one, dict) and one.get("id") and isinstance(one["id"], str)]
 
-    def _only(self, found: list[dict[str, Any]]) -> str:
-        names = [str(one["id"]) for one in found]
-        if len(names) == 1:
-            return names[0]
-        if not names:
-            raise ModelUnusable(self.where, "does not say which models it has", "-m NAME asks for one")
-        some = ", ".join(map(one_line, names[:20]))
-        raise ModelUnusable(self.where, "has several models", f"-m NAME asks for one of {some}")
+    def _only(self) -> str:
+        if len(self._names) == 1:
+            return self._names[0]
+        if not self._names:
+            raise ModelUnusable(self.where, "does not say which models it has", f"{self._hint(404)}")
+        raise ModelUnusable(self.where, "has several models", self._hint(404))
+
+    def _hint(self, status: int) -> str:
+        """What to type where the server answers with this status."""
+        if status in (401, 403):
+            return f"LLAVA_API_KEY=… is the key that is sent{'' if self._authorization else '; there is none'}"
+        if status != 404:
+            return ""
+        if self._names:
+            return f"-m NAME asks for one of {', '.join(map(one_line, self._names[:20]))}"
+        other = "" if self.where.endswith("/v1") else f"; its API may be at --server {self.where}/v1"
+        return f"-m NAME asks for a model{other}"
 
     def _post(self, path: str, body: dict[str, Any]) -> Response:
         return self._send("POST", path, json.dumps(body).encode())  # escaped, for not all that is typed is text
@@ -160,6 +197,9 @@ class RemoteEngine(Engine):
         try:
             connection, target, for_proxy = _route(url, Deadline(limits.CONNECT_SECONDS))
         except OSError as error:
+            if "WRONG_VERSION_NUMBER" in str(error):
+                other = self.where.replace("https:", "http:", 1)
+                raise ModelUnusable(self.where, "speaks HTTP there, without TLS", f"--server {other}") from None
             raise Unanswered(f"does not answer ({plainly(error)})", None) from None
         deadline = Deadline(limits.REPLY_SECONDS)
         with unanswered("does not answer", deadline):
@@ -176,12 +216,17 @@ def _listed(response: Response) -> list[Any]:
 
 def _address(url: str) -> str:
     """Where the API's paths begin: `/v1` unless something else is named. Raises `UsageError` for what is no address."""
+    url = url.strip()
+    if _LOCAL.match(url):
+        url = f"http://{url}"
     try:
-        parts = urlsplit(url.strip())
-        address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+        parts = urlsplit(url)
+        path = re.sub("/{2,}", "/", parts.path).rstrip("/")
+        api = next((path.removesuffix(end) for end in _ENDPOINTS if path.endswith(end)), path or "/v1")
+        address = f"{parts.scheme}://{parts.netloc}{api}"
         Url.parse(f"{address}/{CHAT}")
     except ValueError:
-        hint = "--server http://127.0.0.1:8000" if ":/" in url else f"--server http://{printable(url)}"
+        hint = "--server http://127.0.0.1:8000" if ":/" in url else f"--server https://{printable(url)}"
         raise UsageError(f"--server {printable(url)}", "not an http(s) address", hint) from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError("--server", "an address without a name, a key or a query", "LLAVA_API_KEY=… is for the key")
@@ -202,32 +247,11 @@ def _route(url: Url, deadline: Deadline) -> tuple[socket.socket, str, dict[str, 
 
     Raises `OSError`, or `UsageError` for a proxy that is none.
     """
-    proxy = _proxy(url)
-    connection = connect((proxy or url).host, (proxy or url).port, deadline)
-    for_proxy = {"Proxy-Authorization": proxy.authorization} if proxy and proxy.authorization else {}
-    if proxy and not url.is_tls:
-        return connection, f"http://{url.authority}{url.target}", for_proxy
-    if proxy:
-        there = f"{url.authority}:443" if url.port == 443 else url.authority
-        answer = ask(connection, deadline, "CONNECT", there, {"Host": there, "Connection": "keep-alive", **for_proxy})
-        if answer.status != 200:
-            answer.close()
-            raise OSError(f"its proxy answers {answer.status}")
-    return encrypt(connection, url.host, deadline) if url.is_tls else connection, url.target, {}
-
-
-def _proxy(url: Url) -> Url | None:
-    """The proxy that the environment has for a URL."""
-    from urllib.request import getproxies, proxy_bypass
-
-    proxies = getproxies()
-    named = proxies.get("https" if url.is_tls else "http") or proxies.get("all")
-    if not named or proxy_bypass(f"{url.host}:{url.port}"):
-        return None
     try:
-        proxy = Url.parse(named if "://" in named else f"http://{named}")
-    except ValueError:
-        proxy = None
-    if proxy is None or proxy.is_tls:  # the address may have a password in it, and is not shown
-        raise UsageError("the proxy for --server", "not an http:// address", f"NO_PROXY={url.host} goes without it")
-    return proxy
+        proxy = proxy_of(url)
+    except NoSuchProxy as error:
+        raise UsageError("the proxy for --server", str(error), error.hint) from None
+    if proxy:
+        return connect_by(proxy, url, deadline)
+    connection = connect(url.host, url.port, deadline)
+    return encrypt(connection, url.host, deadline) if url.is_tls else connection, url.target, {}

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from llava_cli import bounded_json, limits
 from llava_cli.bounded_http import Deadline, NotHttp, Response
 from llava_cli.bounded_json import TooMuch
 from llava_cli.errors import plainly
+from llava_cli.untrusted_text import one_line
 
-_EVENT = (b"data:", b":", b"event:", b"id:", b"retry:")
+DONE = b"[DONE]"
 BROKEN_OFF = "ended in the midst of an answer"
+_OTHER_FIELDS = (b":", b"event:", b"id:", b"retry:")
+"""Lines of server-sent events that have no data."""
+_TEXTS = ("text", "output_text", None)
+"""What a part of a content is called that has text of the answer."""
+_THOUGHTS = ("thinking", "reasoning")
+_REASONS = {
+    "length": "length",
+    "max_tokens": "length",
+    "max_output_tokens": "length",
+    "model_length": "length",
+    "content_filter": "content_filter",
+    "safety": "content_filter",
+    "recitation": "content_filter",
+    "blocklist": "content_filter",
+    "prohibited_content": "content_filter",
+    "spii": "content_filter",
+    "refusal": "refusal",
+    "tool_calls": "tool_calls",
+    "tool_use": "tool_calls",
+    "function_call": "tool_calls",
+    "error": "error",
+}
+"""Why an answer ended, in the words of OpenAI and of others; any other word is an ordinary end."""
 
 
 class Unanswered(Exception):
@@ -29,6 +54,23 @@ class Malformed(Exception):
 
     def __init__(self, reason: str = "does not speak OpenAI's chat completions") -> None:
         super().__init__(reason)
+
+
+class WebPage(Malformed):
+    """An answer is a page for people."""
+
+    def __init__(self) -> None:
+        super().__init__("sends a web page there, and does not speak OpenAI's chat completions")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message, or a piece of one as it comes: its text, and what may stand in its place."""
+
+    text: str = ""
+    refusal: str = ""
+    thoughts: str = ""
+    has_calls: bool = False
 
 
 @contextmanager
@@ -53,15 +95,25 @@ def body(response: Response) -> dict[str, Any]:
 
 
 def events(response: Response) -> Iterator[bytes]:
-    """The data of server-sent events. Raises `Unanswered`, `Malformed` or `TooLarge`."""
+    """The data of server-sent events, or a JSON object in their place as the only one, and then `DONE`.
+
+    Raises `Unanswered`, `Malformed` or `TooLarge`.
+    """
     _check_encoding(response)
     with unanswered(BROKEN_OFF, response.deadline):
-        for line in response.lines(limits.REPLY_BYTES, limits.REPLY_LINE_BYTES):
-            line = line.strip()
-            if line and not line.startswith(_EVENT):
+        lines = map(bytes.strip, response.lines(limits.REPLY_BYTES, limits.REPLY_LINE_BYTES))
+        for line in lines:
+            name, _, value = line.partition(b":")
+            if line.startswith(b"{"):
+                yield b"\n".join([line, *lines])
+                yield DONE
+            elif name in (b"data", b"error"):  # the latter is an older llama.cpp's
+                if value := value.strip():
+                    yield value
+            elif line.startswith(b"<"):
+                raise WebPage
+            elif line and not line.startswith(_OTHER_FIELDS):
                 raise Malformed
-            if line.startswith(b"data:"):
-                yield line[len(b"data:") :].strip()
 
 
 def _check_encoding(response: Response) -> None:
@@ -77,7 +129,7 @@ def parsed(data: bytes) -> dict[str, Any]:
     except TooMuch:
         raise
     except ValueError:
-        raise Malformed from None
+        raise (WebPage() if data.lstrip().startswith(b"<") else Malformed()) from None
 
 
 def first_choice(said: dict[str, Any]) -> dict[str, Any]:
@@ -88,21 +140,48 @@ def first_choice(said: dict[str, Any]) -> dict[str, Any]:
     return mapping(choices[0])
 
 
-def content(message: dict[str, Any]) -> str:
-    """The text of a message or of a piece of one, which may come in parts. Raises `Malformed`."""
-    found = message.get("content")
-    if found is None:
-        return ""
-    if isinstance(found, list):
-        parts = [mapping(part) for part in found]
-        return "".join(string(part.get("text")) for part in parts if part.get("type") == "text")
-    return string(found)
+def is_error(said: dict[str, Any]) -> bool:
+    """Whether an object tells of a failure, whatever status it came with."""
+    return bool(said.get("error") or (said.get("choices") is None and any(map(said.get, _ERROR_WORDS))))
+
+
+_ERROR_WORDS = ("message", "detail", "msg")
+"""Where an error that is no object of OpenAI's has its words."""
+
+
+def error_words(error: Any) -> str:
+    """What an error says, in one line: text, OpenAI's object, FastAPI's list of places and mistakes, or a list."""
+    if isinstance(error, dict):
+        words = next(filter(None, (error_words(error.get(name)) for name in (*_ERROR_WORDS, "error"))), "")
+        place = ".".join(map(str, where)) if isinstance(where := error.get("loc"), list) else ""
+        return one_line(f"{place}: {words}" if place and words else words)
+    if isinstance(error, list):
+        return one_line("; ".join(filter(None, map(error_words, error[:5]))))
+    return one_line(error) if isinstance(error, str) else ""
+
+
+def message(choice: dict[str, Any]) -> Message:
+    """What a choice has of a message: whole, a piece, or the bare text of older servers. Raises `Malformed`."""
+    found = mapping(choice.get("delta") or choice.get("message") or {})
+    content = found.get("content", choice.get("text"))
+    text, refusal, thoughts = "", _optional(found.get("refusal")), ""
+    for part in content if isinstance(content, list) else [content]:
+        part = {"text": part} if isinstance(part, str) else mapping(part or {})
+        kind = part.get("type")
+        if kind in _THOUGHTS:
+            thoughts += "…"  # whose form differs from server to server
+        elif kind == "refusal":
+            refusal += _optional(part.get("refusal"))
+        elif kind in _TEXTS and part.get("text") is not None:
+            text += string(part["text"])
+    thoughts += _optional(found.get("reasoning_content")) or _optional(found.get("reasoning"))
+    return Message(text, refusal, thoughts, bool(found.get("tool_calls") or found.get("function_call")))
 
 
 def finish_reason(choice: dict[str, Any]) -> str | None:
-    """Raises `Malformed`."""
+    """Why an answer ended, as OpenAI calls it; None where it has not. Raises `Malformed`."""
     found = choice.get("finish_reason")
-    return None if found is None else string(found)
+    return None if found is None else _REASONS.get(string(found).lower(), "stop")
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -117,6 +196,11 @@ def string(value: Any) -> str:
     if not isinstance(value, str):
         raise Malformed
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _optional(value: Any) -> str:
+    """Text that is not needed for an answer; empty for what is none."""
+    return string(value) if isinstance(value, str) else ""
 
 
 def tokens(value: Any) -> int:

@@ -28,9 +28,10 @@ from llava_cli.server.bodies import Bodies, Body, Left
 from llava_cli.server.guard import is_own_socket
 from llava_cli.server.lane import Lane
 from llava_cli.server.metrics import CONTENT_TYPE, Metrics
-from llava_cli.server.openai import ChatRequest, Refusal, Shapes, not_json
+from llava_cli.server.openai import ChatRequest, Refusal, Shapes
 from llava_cli.server.pictures import Opener, Pictures
 from llava_cli.settings import Settings
+from llava_cli.untrusted_text import one_line
 
 T = TypeVar("T")
 Event = Token | Answer
@@ -168,6 +169,7 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
     engine = service.live.engine
 
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> dict[str, Any]:
         return {"status": "stopping" if service.draining else "ok"}
 
@@ -185,10 +187,13 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
+    @app.head("/v1/models", include_in_schema=False)
+    @app.api_route("/models", methods=["GET", "HEAD"], include_in_schema=False)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model()]}
 
     @app.get("/v1/models/{name:path}")
+    @app.head("/v1/models/{name:path}", include_in_schema=False)
     async def model(name: str) -> dict[str, Any]:
         _check_model(name)
         return _model()
@@ -201,7 +206,8 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
             reason = f"{name[: limits.NAME_CHARACTERS]}: this server has {engine.model}"
             raise Refusal(404, reason, "model", "model_not_found")
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=_BODY)
+    @app.post("/chat/completions", include_in_schema=False)
     async def chat(request: Request) -> Response:
         own = is_own_socket(request.scope)
         with service.bodies.one(own) as body:
@@ -223,6 +229,12 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
         answering.end()
         return answer
 
+    @app.get("/openapi.json", include_in_schema=False)
+    async def description() -> dict[str, Any]:
+        page = app.openapi()
+        page.setdefault("components", {}).setdefault("schemas", {}).update(_PARTS_OF_BODY)
+        return page
+
     @app.exception_handler(Refusal)
     async def refuse(request: Request, error: Refusal) -> Response:
         service.metrics.replied(error.status)
@@ -243,7 +255,14 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        return await refuse(request, Refusal(error.status_code, str(error.detail)))
+        reason, path = str(error.detail), one_line(request.url.path)
+        if error.status_code == 404:
+            reason = f"there is no {path} here: POST /v1/chat/completions answers, GET /v1/models names the model"
+        elif error.status_code == 405:
+            reason = f"{one_line(request.method)} {path}: {reason}"
+        refused = await refuse(request, Refusal(error.status_code, reason))
+        refused.headers.update(error.headers or {})
+        return refused
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
@@ -254,6 +273,10 @@ def make_app(service: Service, said: Callable[[], dict[str, Any]]) -> FastAPI:
     return app
 
 
+_SCHEMA = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+_PARTS_OF_BODY = _SCHEMA.pop("$defs")
+_BODY = {"requestBody": {"content": {"application/json": {"schema": _SCHEMA}}, "required": True}}
+"""For the page that describes the API: the route itself reads the body within bounds."""
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -269,7 +292,8 @@ async def _received(request: Request, body: Body) -> ChatRequest:
     await body.arrive(request.receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        raise not_json()
+        named = one_line(kind) or "no type"
+        raise Refusal(400, f"the body has to be sent as Content-Type: application/json, not {named}")
     return await body.parsed()
 
 

@@ -19,6 +19,7 @@ from llava_cli import limits
 from llava_cli.bounded_json import Bounds, Scanner, TooMuch
 from llava_cli.server.lane import Lane
 from llava_cli.server.openai import ChatRequest, Refusal, mistake
+from llava_cli.untrusted_text import one_line
 
 N = TypeVar("N", int, float)
 _PIECE = 1 << 20
@@ -135,7 +136,13 @@ class Body:
 def parse(data: bytearray) -> ChatRequest:
     """A body as a request. Raises `Refusal`."""
     try:
-        value = json.loads(_text(data), parse_int=_short(int), parse_float=_short(float), parse_constant=_no_number)
+        value = json.loads(
+            _text(data),
+            parse_int=_short(int),
+            parse_float=_short(float),
+            parse_constant=_no_number,
+            object_pairs_hook=_members,
+        )
     except UnicodeError:
         raise Refusal(400, "the body is no JSON in UTF-8") from None
     except (ValueError, RecursionError):
@@ -151,6 +158,15 @@ def _text(data: bytearray) -> str:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     pieces = range(0, len(data), _PIECE)
     return "".join([decoder.decode(data[start : start + _PIECE], start + _PIECE >= len(data)) for start in pieces])
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's members: null is as if it were left out, and of one that is there twice nobody knows which counts."""
+    if len(members := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = one_line(next(name for name in names if names.count(name) > 1))
+        raise Refusal(400, f"the body has {twice!r} twice in one object")
+    return {name: value for name, value in members.items() if value is not None}
 
 
 def _short(number: Callable[[str], N]) -> Callable[[str], N]:

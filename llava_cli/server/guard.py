@@ -13,6 +13,7 @@ from typing import Any
 
 from llava_cli import limits
 from llava_cli.server.openai import Refusal
+from llava_cli.untrusted_text import one_line
 
 OWN_PATHS = "/llava"
 """What begins so is for the user's own commands alone."""
@@ -33,6 +34,7 @@ class Guard:
         self.hosts, self.origins = {host.lower() for host in hosts}, set(origins)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope = {**scope, "path": _plain(scope["path"])}  # what is checked is what is routed
         outside, origin = not is_own_socket(scope), None
         exchange = _Exchange(receive, send)
         try:
@@ -55,9 +57,11 @@ class Guard:
         found = _HOST.fullmatch(host.lower())
         name = (found[1] or found[2]) if found else ""
         if name not in self.hosts and not _is_address(name):
-            raise Refusal(403, "this host is not served", code="host")
+            named = one_line(name) or "NAME"
+            raise Refusal(403, f"this host is not served; llava serve --allow-host {named} allows it", code="host")
         if origin is not None and origin not in self.origins:
-            raise Refusal(403, "this origin is not allowed", code="origin")
+            named = one_line(origin)
+            raise Refusal(403, f"this origin is not allowed; llava serve --allow-origin {named} does", code="origin")
 
     def _check(self, path: str, headers: dict[str, str]) -> None:
         if path.startswith(OWN_PATHS):
@@ -133,6 +137,13 @@ def _headers(scope: Any) -> dict[str, str]:
     return headers
 
 
+def _plain(path: str) -> str:
+    """A path without the slashes that clients put together where they join addresses; a model's name keeps its own."""
+    head, models, name = path.partition("/models/")
+    head = re.sub("/{2,}", "/", head)
+    return f"{head}{models}{name}" if name else (head + models).rstrip("/") or "/"
+
+
 def _check_length(headers: dict[str, str], most: int) -> None:
     if int(headers.get("content-length") or 0) > most:  # digits, as h11 has seen to
         raise Refusal(413, f"the body: larger than {most // 1_000_000} MB", close=True)
@@ -141,7 +152,7 @@ def _check_length(headers: dict[str, str], most: int) -> None:
 def _cors(origin: str) -> list[tuple[bytes, bytes]]:
     allowed = {
         "access-control-allow-origin": origin,
-        "access-control-allow-headers": "authorization, content-type",
+        "access-control-allow-headers": "authorization, content-type, *",  # clients add ones of their own
         "access-control-allow-methods": "GET, POST",
         "vary": "origin",
     }

@@ -5,13 +5,12 @@ https://platform.openai.com/docs/api-reference/chat. What would change an answer
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from llava_cli import limits
 from llava_cli.conversation import Conversation, Picture, Turn
@@ -21,23 +20,39 @@ from llava_cli.errors import BadImage, LlavaError, OutOfMemory, PromptTooLong, U
 from llava_cli.settings import Sampling
 
 _UNDONE: dict[str, tuple[Any, ...]] = {
-    "tools": (),
     "tool_choice": ("none", "auto"),
-    "functions": (),
     "function_call": ("none", "auto"),
-    "logit_bias": (),
-    "audio": (),
     "modalities": (["text"],),
-    "prediction": (),
     "response_format": ({"type": "text"},),
-    "frequency_penalty": (),
-    "presence_penalty": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "thinking": ({"type": "disabled"},),
     "repetition_penalty": (1,),
+    "repeat_penalty": (1,),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "best_of": (1,),
     "top_k": (-1,),
-    "min_p": (),
+    "add_generation_prompt": (True,),
+    "skip_special_tokens": (True,),
 }
-"""What is not done here, and what it may be set to all the same, beside nothing."""
+"""What is not done here, and what it may be set to all the same, beside nothing. What is not in it may not be set."""
+_HARMLESS = {
+    *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_retention", "cache_prompt", "keep_alive", "request_id", "session_id", "chat_id", "id"),
+}
+"""What a request may say besides, for no answer depends on it."""
+_HARMLESS_IN_MESSAGES = {
+    *("name", "id", "type", "status", "metadata", "cache_control", "annotations", "timestamp", "weight"),
+    *("reasoning", "reasoning_content", "reasoning_details"),  # of earlier answers, which no model reads again
+}
+_HARMLESS_IN_PARTS = {"id", "index", "name", "metadata", "cache_control", "annotations", "detail", "mime_type"}
+_STRUCTURED = {"metadata", "cache_control", "annotations", "reasoning_details"}
+"""What of all these is more than a word or a number: anywhere else there could be a picture in it."""
 _SYSTEM = ("system", "developer")
+_ROLES = (*_SYSTEM, "user", "assistant")
+_TEXTS = ("text", "input_text", "output_text")
+"""What a part with text is called, in the words of the Responses API too."""
 
 
 class Refusal(Exception):
@@ -78,32 +93,128 @@ class Refusal(Exception):
         return {**after, "Connection": "close"} if self.close else after
 
 
-class ImageUrl(BaseModel):
+@dataclass(frozen=True)
+class Shown:
+    """A picture of a message, by its URL."""
+
     url: str
 
 
 class Part(BaseModel):
-    type: Literal["text", "image_url"]
-    text: str = ""
-    image_url: ImageUrl | None = None
+    """A part of a message's content, in OpenAI's form or in one that other clients send."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+
+    def read(self, place: str) -> str | Shown:
+        """Its text or its picture. Raises `Refusal` for what is neither, or more."""
+        extra = dict(self.model_extra or {})
+        if self.type in _TEXTS:
+            read: str | Shown = _text_of(extra.pop("text", ""), f"{place}.text")
+        elif self.type in _PICTURES:
+            read = Shown(_PICTURES[self.type](extra, place).strip())
+        else:
+            reason = f"{place}.type: {self.type[: limits.NAME_CHARACTERS]!r} is not supported; text and image_url are"
+            raise Refusal(400, reason, f"{place}.type")
+        _check_rest(extra, _HARMLESS_IN_PARTS, f"{place}.")
+        return read
+
+
+def _text_of(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise Refusal(400, f"{place}: has to be text", place)
+    return value
+
+
+def _image_url(extra: dict[str, Any], place: str) -> str:
+    """OpenAI's `{"image_url": {"url": …}}`, or the URL itself, as its Responses API has it."""
+    value = extra.pop("image_url", None)
+    if isinstance(value, Mapping):
+        rest, place = dict(value), f"{place}.image_url"
+        value = rest.pop("url", None)
+        _check_rest(rest, {"detail", "format"}, f"{place}.")
+        return _text_of(_there(value, f"{place}.url"), f"{place}.url")
+    return _text_of(_there(value, f"{place}.image_url"), f"{place}.image_url")
+
+
+def _image(extra: dict[str, Any], place: str) -> str:
+    """Anthropic's `{"source": {…}}`, LangChain's `{"base64": …}` and others: a URL, or data in base64."""
+    source = extra.pop("source", None)
+    found = dict(source) if isinstance(source, Mapping) else extra
+    for name in ("type", "source_type"):
+        if found.get(name) in ("base64", "url"):
+            del found[name]
+    kinds = [name for name in ("media_type", "mime_type", "mimeType") if isinstance(found.get(name), str)]
+    kind = found.pop(kinds[0]) if kinds else ""
+    names = [name for name in ("url", "data", "base64", "image") if name in found]
+    if len(names) != 1:
+        what = "two pictures in one part" if names else "a picture by its url, or its data in base64, is missing"
+        raise Refusal(400, f"{place}: {what}", place)
+    value = _text_of(found.pop(names[0]), f"{place}.{names[0]}")
+    if found is not extra:
+        _check_rest(found, _HARMLESS_IN_PARTS, f"{place}.source.")
+    is_url = names[0] == "url" or ":" in value[:10]
+    return value if is_url else f"data:{kind[: limits.NAME_CHARACTERS]};base64,{value}"
+
+
+def _there(value: Any, place: str) -> Any:
+    if value is None:
+        raise Refusal(400, f"{place}: is missing", place)
+    return value
+
+
+_PICTURES: dict[str, Callable[[dict[str, Any], str], str]] = {
+    "image_url": _image_url,
+    "input_image": _image_url,
+    "image": _image,
+}
+"""How the URL of a part's picture is found, which is taken out of its members."""
+
+
+def _check_rest(rest: Mapping[str, Any], harmless: Collection[str], place: str) -> None:
+    """Raises `Refusal` for what says something, and would be passed over."""
+    for name, value in rest.items():
+        is_plain = name in _STRUCTURED or not isinstance(value, (list, dict))
+        if value and not (name in harmless and is_plain):
+            name = f"{place}{name[: limits.NAME_CHARACTERS]}"
+            raise Refusal(400, f"{name} is not supported", name, "unsupported_parameter")
 
 
 class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    model_config = ConfigDict(extra="allow")
 
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content if part.type == "text")
-        return self.content or ""
+    role: str
+    content: str | Annotated[list[Part | str], Field(fail_fast=True)] | None = None
 
-    def urls(self) -> list[str]:
-        parts = self.content if isinstance(self.content, list) else []
-        return [part.image_url.url if part.image_url else "" for part in parts if part.type == "image_url"]
+    def parts(self, place: str) -> list[str | Shown]:
+        """Its texts and pictures, in order. Raises `Refusal` for what it has besides."""
+        _check_rest(self.model_extra or {}, _HARMLESS_IN_MESSAGES, f"{place}.")
+        if self.role not in _ROLES:
+            reason = f"{place}.role: {self.role[: limits.NAME_CHARACTERS]!r} is not one of {', '.join(_ROLES)}"
+            raise Refusal(400, reason, f"{place}.role")
+        content = self.content if isinstance(self.content, list) else [self.content or ""]
+        parts = [
+            part if isinstance(part, str) else part.read(f"{place}.content.{number}")
+            for number, part in enumerate(content)
+        ]
+        if self.role != "user" and any(isinstance(part, Shown) for part in parts):
+            raise Refusal(400, f"{place}: pictures are for messages of role user", place)
+        return [part for part in parts if part != ""]
 
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("has to be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
 
 
 class ChatRequest(BaseModel):
@@ -115,43 +226,48 @@ class ChatRequest(BaseModel):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
+    temperature: Float | None = None
+    top_p: Float | None = None
+    seed: Int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    n: int | None = 1
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    n: Int | None = 1
 
     def check(self) -> None:
         """Raises `Refusal` for what is not done here, or is too much."""
-        for name, value in (self.model_extra or {}).items():
-            if value and value not in _UNDONE.get(name, (value,)):
-                raise Refusal(400, f"{name} is not supported", name, "unsupported_parameter")
+        extra = self.model_extra or {}
+        _check_rest({n: v for n, v in extra.items() if v not in _UNDONE.get(n, ())}, _HARMLESS, "")
         if self.n not in (None, 1):
             raise Refusal(400, "n: one answer at a time", "n", "unsupported_parameter")
         if isinstance(self.stop, list) and len(self.stop) > limits.REQUEST_STOPS:
             raise Refusal(400, f"stop: at most {limits.REQUEST_STOPS} texts", "stop")
-        if len(self.pictures()) > limits.REQUEST_PICTURES:
+        parts = [part for message in self._parts() for part in message]
+        if sum(isinstance(part, Shown) for part in parts) > limits.REQUEST_PICTURES:
             raise Refusal(400, f"at most {limits.REQUEST_PICTURES} pictures", "messages")
-        if (length := sum(len(message.text()) for message in self.messages)) > limits.TEXT_CHARACTERS:
+        if (length := sum(len(part) for part in parts if isinstance(part, str))) > limits.TEXT_CHARACTERS:
             reason = f"prompt: {length:,} characters of text; a request has at most {limits.TEXT_CHARACTERS:,}"
             raise Refusal(400, reason, "messages", "context_length_exceeded")
 
+    def _parts(self) -> list[list[str | Shown]]:
+        """What each message says."""
+        return [message.parts(f"messages.{number}") for number, message in enumerate(self.messages)]
+
     def pictures(self) -> list[str]:
         """The URLs of its pictures, in order."""
-        return [url for message in self.messages for url in message.urls()]
+        return [part.url for message in self._parts() for part in message if isinstance(part, Shown)]
 
     def sampling(self, usual: Sampling) -> Sampling:
         """How to answer; `usual` where the request does not say."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         given = {"max_tokens": most, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()) or None
+        stop = tuple(filter(None, (self.stop,) if isinstance(self.stop, str) else self.stop or ())) or None
         said: dict[str, Any] = {name: value for name, value in {**given, "stop": stop}.items() if value is not None}
         try:
-            return Sampling(**{**{field.name: getattr(usual, field.name) for field in fields(Sampling)}, **said})
+            values = {name: getattr(usual, name) for name in Sampling.names()} | said
+            return Sampling(**values, unset=usual.unset - said.keys())
         except UsageError as error:
             raise Refusal(400, str(error), error.thing) from None
 
@@ -160,49 +276,72 @@ class ChatRequest(BaseModel):
         conversation = self.conversation(usual, open_url)
         last = conversation.turns[-1] if conversation.turns else None
         if last is None or last.answer is not None:
-            raise Refusal(400, "the last message has to be a user's", "messages")
-        if not last.question.strip():
+            reason = "the last message has to be a user's; what an assistant's begins with is not gone on with"
+            raise Refusal(400, reason, "messages")
+        if not last.question.strip() and not last.pictures:
             raise Refusal(400, "there is no question", "messages")
         return conversation
 
     def conversation(self, usual: str | None, open_url: Callable[[str, str], Picture]) -> Conversation:
-        """Its messages, answered or not; those of a user's in a row are one question."""
-        system = "\n".join(m.text() for m in self.messages if m.role in _SYSTEM) or usual
+        """Its messages, answered or not; a last one of an assistant's that is empty is as if it were left out."""
+        said = list(zip((message.role for message in self.messages), self._parts(), strict=True))
+        if said and said[-1] == ("assistant", []):
+            said.pop()
+        head = next((number for number, (role, _) in enumerate(said) if role not in _SYSTEM), len(said))
+        system = "\n".join(str(part) for _, parts in said[:head] for part in parts) or usual
         turns: list[Turn] = []
-        number = itertools.count(1)
-        for role, several in itertools.groupby((m for m in self.messages if m.role not in _SYSTEM), lambda m: m.role):
-            messages = list(several)
+        asked: list[list[str | Picture]] = []
+        count = 0
+        for number, (role, parts) in enumerate(said[head:], head):
+            if role in _SYSTEM:
+                place = f"messages.{number}"
+                raise Refusal(400, f"{place}: a message of role {role} stands before all others here", place)
             if role == "assistant":
-                if not turns or len(messages) > 1 or messages[0].urls():
-                    raise Refusal(400, "an assistant's message answers a user's, with text", "messages")
-                turns[-1] = replace(turns[-1], answer=messages[0].text())
-            else:
-                text = "\n".join(filter(None, [message.text() for message in messages]))
-                urls = [url for message in messages for url in message.urls()]
-                turns.append(Turn(text, tuple(open_url(url, f"picture {next(number)}") for url in urls)))
+                answer = "\n".join(map(str, parts))
+                is_unasked = number == head or said[number - 1][0] == "assistant"
+                turns += [Turn("", answer=answer, is_unasked=True)] if is_unasked else _turns(asked, answer)
+                asked = []
+                continue
+            asked.append([])
+            for part in parts:
+                count += isinstance(part, Shown)
+                asked[-1].append(part if isinstance(part, str) else open_url(part.url, f"picture {count}"))
+        turns += _turns(asked, None) if asked else []
         return Conversation(tuple(turns), system)
+
+
+def _turns(asked: list[list[str | Picture]], answer: str | None) -> list[Turn]:
+    """Messages of a user's in a row: one question, or several where its pictures would change their places in one."""
+    one = _turn([part for message in asked for part in message], answer)
+    if not one.parts or len(asked) == 1:
+        return [one]
+    return [*(_turn(message, None) for message in asked[:-1]), _turn(asked[-1], answer)]
+
+
+def _turn(parts: list[str | Picture], answer: str | None) -> Turn:
+    """One question. Its only text goes behind the pictures, as models were trained; of several each has its place."""
+    turn = Turn.of(parts, answer)
+    is_text_first = turn.parts[1:] == turn.pictures
+    return replace(turn, parts=()) if is_text_first else turn
 
 
 def mistake(errors: Sequence[Any]) -> Refusal:
     """What is wrong with a body, of all that pydantic says: where it got farthest, for a content may be two things."""
     worst = max(errors, key=lambda error: len(error["loc"]))
     if not worst["loc"]:
-        return not_json()
+        return Refusal(400, "the body has to be a JSON object")
     place = ".".join(str(part) for part in worst["loc"] if str(part) not in _KINDS and "[" not in str(part))
     words = {
         "missing": "is missing",
         "model_type": "has to be an object",
         "model_attributes_type": "has to be an object",
     }
-    message = words.get(worst["type"]) or worst["msg"][:1].lower() + worst["msg"][1:]
+    said = worst["msg"].removeprefix("Value error, ")
+    message = words.get(worst["type"]) or said[:1].lower() + said[1:]
     return Refusal(400, f"{place}: {message}", place)
 
 
-def not_json() -> Refusal:
-    return Refusal(400, "the body has to be a JSON object, sent as Content-Type: application/json")
-
-
-_KINDS = ("str", "int", "float", "bool")
+_KINDS = ("str", "int", "float", "bool", "Part")
 """What pydantic calls a branch where a value may be several things."""
 
 

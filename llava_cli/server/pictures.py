@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
+from urllib.parse import unquote_to_bytes
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
@@ -24,9 +23,11 @@ from llava_cli.server.lane import Lane
 from llava_cli.server.openai import Refusal
 
 T = TypeVar("T")
-_DATA = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
-_DATA_HEAD = 200
-"""Characters of a data: URI before its data."""
+_DATA_HEAD = 1000
+"""Characters of a data: URI before its data, and of another URL as far as it is looked at."""
+_SIGNATURES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0A")
+"""How base64 of JPEG, PNG, GIF, WebP and TIFF begins: some clients send it without `data:`."""
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _TEXTS = 4
 """Requests at a time that have no pictures."""
 _PATIENT = 2
@@ -82,14 +83,39 @@ class Opener:
             if url in self._fetched:
                 return self._fetched[url]
             raise Refusal(400, f"{name}: remote pictures are off; send a data: URI", "messages", "remote_url")
-        if not (start := _DATA.match(url, 0, _DATA_HEAD)):
-            raise Refusal(400, f"{name}: not a base64 data: URI", "messages", "invalid_image_url")
-        if len(url) > self._most * 4 // 3 + _DATA_HEAD:
-            raise Refusal(400, f"{name}: larger than {self._most // 1_000_000} MB", "messages", "image_too_large")
+        if len(url) > 3 * self._most + _DATA_HEAD:  # as long as it is where each byte is percent-encoded
+            raise self._too_large(name)
         try:
-            return base64.b64decode(url[start.end() :], validate=True)
-        except (binascii.Error, ValueError):
-            raise Refusal(400, f"{name}: damaged base64", "messages", "invalid_image_url") from None
+            data = data_of(url)
+        except ValueError as error:
+            raise Refusal(400, f"{name}: {error}", "messages", "invalid_image_url") from None
+        if len(data) > self._most:
+            raise self._too_large(name)
+        return data
+
+    def _too_large(self, name: str) -> Refusal:
+        return Refusal(400, f"{name}: larger than {self._most // 1_000_000} MB", "messages", "image_too_large")
+
+
+def data_of(url: str) -> bytes:
+    """What a data: URI holds (RFC 2397), or base64 without one. Raises `ValueError`, in words, for what is neither."""
+    comma = url.find(",", 0, _DATA_HEAD)
+    if url[:5].lower() == "data:" and comma > 0:
+        data = unquote_to_bytes(url[comma + 1 :])
+        options = [option.strip().lower() for option in url[5:comma].split(";")[1:]]
+        return _from_base64(data) if "base64" in options else data
+    if url.startswith(_SIGNATURES):
+        return _from_base64(url.encode())
+    raise ValueError("not a data: URI")
+
+
+def _from_base64(data: bytes) -> bytes:
+    """Either alphabet of RFC 4648, with line breaks and without padding too. Raises `ValueError` in words."""
+    plain = data.translate(_URL_SAFE, b" \t\r\n\f\v").rstrip(b"=")
+    try:
+        return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
+    except ValueError:
+        raise ValueError("not base64") from None
 
 
 @dataclass(frozen=True)

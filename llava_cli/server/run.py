@@ -137,8 +137,6 @@ def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[d
             asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(said())))
         finally:
             service.pictures.close()
-    if live.running:  # though nobody hears it any more, and ending torch in the midst of it would abort
-        os._exit(0)
 
 
 @contextmanager
