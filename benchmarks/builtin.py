@@ -9,6 +9,8 @@ Every question goes the way `llava ask` goes: a picture file, `load`, `engine.as
   drawings of six to nine shapes, and of numbers.
 - photographs that training never saw, whole and in part: right is to decline.
 
+`--photos FOLDER` asks about the pictures of any folder instead, three questions each, and lists what is answered.
+
 An answer is right when it is the expected one to the letter.
 """
 
@@ -26,6 +28,7 @@ from PIL import Image
 
 from llava_cli import Conversation, load, open_picture
 from llava_cli.engine.local import LocalEngine
+from llava_cli.errors import LlavaError
 from llava_cli.settings import Precision
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
@@ -109,6 +112,28 @@ def run_scenes(engine: LocalEngine, each: int, folder: Path) -> None:
     print("\n".join(missed[:: max(1, len(missed) // 40)]), file=sys.stderr)
 
 
+def run_folder(engine: LocalEngine, folder: Path) -> None:
+    """All pictures below a folder: what is answered about them, and not declined."""
+    asked = declined = seen = whole = 0
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        rng = Random(f"test/{path.name}")
+        said = []
+        try:
+            for _, question, _ in [("", "what is this?", ""), *questions.turns(random_scene(rng), 2, rng)]:
+                said.append((question, engine.ask(str(path), question)))
+        except LlavaError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+            continue
+        answered = [(question, answer) for question, answer in said if answer != questions.DECLINE]
+        seen, whole = seen + 1, whole + (not answered)
+        asked, declined = asked + len(said), declined + len(said) - len(answered)
+        for question, answer in answered:
+            print(f"answered: {path}: {question!r}: {answer!r}", flush=True)
+    if not asked:
+        sys.exit(f"{folder}: no pictures")
+    print(f"{declined} of {asked} questions declined, {declined / asked:.1%}; all about {whole} of {seen} pictures")
+
+
 def run_photos(engine: LocalEngine, folder: Path) -> None:
     asked = declined = 0
     for name, photo in zip(samples.PHOTOS_TEST, samples.load_photos(samples.PHOTOS_TEST), strict=True):
@@ -130,9 +155,13 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=get_args(Precision))
     parser.add_argument("--each", type=int, default=200, help="questions of each kind about drawings")
     parser.add_argument("--easy-vqa", type=int, default=9673, help="questions of easy-VQA's test half")
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="only these, all of which should be declined")
     args = parser.parse_args()
     engine = load(args.model, precision=args.precision)
     print(f"{engine.model}, {engine.precision} on {engine.device}")
+    if args.photos:
+        run_folder(engine, args.photos)
+        return
     with tempfile.TemporaryDirectory() as folder:
         run_photos(engine, Path(folder))
         run_scenes(engine, args.each, Path(folder))

@@ -25,6 +25,8 @@ _LINKS = 40
 """In a row: as many as Linux follows."""
 SECRET = 0o600
 """The mode of what is its owner's alone: keys, chats, logs."""
+PRIVATE = 0o700
+"""The mode of a folder that is its owner's alone."""
 SHARED = 0o666
 """The mode of what the user's umask decides."""
 
@@ -142,9 +144,8 @@ def put(path: Path, chunks: Iterable[bytes], mode: int = SHARED) -> None:
     descriptor = os.open(new, _NEW, mode if kept is None else kept)
     try:
         try:
-            if kept is not None:
-                with suppress(AttributeError):  # a system without modes
-                    os.fchmod(descriptor, kept)  # whatever the umask is
+            if kept is not None or mode == SECRET:
+                _set_mode(descriptor, mode if kept is None else kept)
             _write_all(descriptor, chunks)
         finally:
             os.close(descriptor)
@@ -161,6 +162,8 @@ def put_new(path: Path, data: bytes, mode: int = SHARED) -> None:
     descriptor = os.open(path, _NEW, mode)
     try:
         try:
+            if mode == SECRET:
+                _set_mode(descriptor, mode)
             _write_all(descriptor, [data])
         finally:
             os.close(descriptor)
@@ -199,9 +202,9 @@ def make_folder(path: Path, mode: int = 0o777, parents: bool = True) -> None:
     there.
     """
     if parents:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(path.parent)
     try:
-        os.mkdir(path, mode)
+        make_new_folder(path, mode)
     except OSError:
         if not os.path.lexists(path):
             raise
@@ -215,6 +218,18 @@ def make_folder(path: Path, mode: int = 0o777, parents: bool = True) -> None:
 def make_new_folder(path: Path, mode: int = 0o777) -> None:
     """A folder where there is nothing, not even a link. Raises `FileExistsError`, or another `OSError`."""
     os.mkdir(path, mode)
+    if mode == PRIVATE:
+        os.chmod(path, mode)  # whatever the umask is
+
+
+def _make_parents(path: Path) -> None:
+    """As `mkdir -p`: the umask decides about others, but this user may use what is made."""
+    if path.is_dir():
+        return
+    _make_parents(path.parent)
+    with suppress(FileExistsError):
+        os.mkdir(path)
+        os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o300)
 
 
 def make_own_folder(path: Path) -> Path:
@@ -223,7 +238,7 @@ def make_own_folder(path: Path) -> Path:
     Raises `IsLink`, or another `OSError`, also for one that others may write: they could plant files in it.
     """
     path = followed(path)
-    make_folder(path, 0o700)
+    make_folder(path, PRIVATE)
     status = os.stat(path)
     _refuse_foreign(path, status)
     if _user() is not None and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -264,6 +279,12 @@ def quoted(word: str | os.PathLike[str]) -> str:
         return shlex.quote(word)
     plain = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(word))
     return f"$'{''.join(plain)}'"
+
+
+def _set_mode(descriptor: int, mode: int) -> None:
+    """Gives an open file exactly this mode, whatever the umask is."""
+    if hasattr(os, "fchmod"):  # else a system without modes
+        os.fchmod(descriptor, mode)
 
 
 def _write_all(descriptor: int, chunks: Iterable[bytes]) -> None:

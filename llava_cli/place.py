@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llava_cli import bounded_http, bounded_json, files, limits
-from llava_cli.errors import OutputTaken, plainly
+from llava_cli.errors import ModelUnusable, OutputTaken, plainly
 from llava_cli.regular_files import open_regular
 from llava_cli.untrusted_text import one_line
 
@@ -49,8 +49,13 @@ def socket_path() -> Path:
 
     try:
         return user_runtime_path("llava") / "server.sock"
-    except (OSError, RuntimeError):  # another user has made the folder, in which no socket is trusted
+    except (OSError, RuntimeError):  # another user has made the folder, in which no socket is trusted; or there is none
         return Path(os.environ.get("TMPDIR") or "/tmp", f"runtime-{os.geteuid()}", "server.sock")
+
+
+def has_sockets() -> bool:
+    """Whether this system has Unix sockets, of which it can be told whose they are. Windows has not."""
+    return hasattr(socket, "AF_UNIX") and hasattr(os, "geteuid")
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class SocketConnection(http.client.HTTPConnection):
 
 def status(path: Path | None = None) -> dict[str, Any] | None:
     """What the server at a socket says of itself; None where there is none."""
+    if not has_sockets():
+        return None
     path = path or socket_path()
     if is_ours(path):
         with suppress(OSError), closing(SocketConnection(path, limits.STATUS_SECONDS)) as connection:
@@ -151,7 +158,10 @@ def _distrust(folder: Path) -> str:
 
 
 def check_free(path: Path) -> None:
-    """Raises `OutputTaken` where a server has the socket."""
+    """Raises `OutputTaken` where a server has the socket, and `ModelUnusable` where this system has no such sockets."""
+    if not has_sockets():
+        hint = "--server URL asks one that runs on another system; ask, chat and batch need none"
+        raise ModelUnusable("llava serve", "needs Unix sockets, which this system has not", hint)
     if said := status(path):
         raise OutputTaken(str(path), f"{said['model']} is being served (pid {said['pid']})", "llava serve --stop")
     if pid := in_between(path):
@@ -160,7 +170,9 @@ def check_free(path: Path) -> None:
 
 def in_between(path: Path) -> str | None:
     """The process that has the socket's place, whether it answers yet, or any more, or not."""
-    import fcntl  # which not every system has, and without a server is not needed
+    if not has_sockets():
+        return None
+    import fcntl  # with which a server that is not there need not be looked for
 
     with suppress(OSError), open_regular(_beside(path, "lock"), follow=False) as file:
         if not _is_only_ours(file.fileno()):
@@ -175,14 +187,15 @@ def in_between(path: Path) -> str | None:
 
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """A socket of mode 0600 at `path`, that is nobody else's until the end. Raises `OutputTaken`.
+    """A socket of mode 0600 at `path`, that is nobody else's until the end.
 
+    Raises as `check_free` does, and `OutputTaken` where it cannot be made.
     A lock beside it says whose it is: while a model is loaded or answers are finished nobody answers there, and still
     another server may neither take the socket for left behind nor delete it.
     """
+    check_free(path)
     import fcntl
 
-    check_free(path)
     with open_beside(path, "lock") as lock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as one:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,7 +224,7 @@ def open_beside(path: Path, kind: str) -> TextIO:
     beside = _beside(path, kind)
     try:
         with _umask(0o077):
-            if not path.parent.exists():
+            if not os.path.lexists(path.parent):
                 files.make_folder(path.parent, 0o700)
         if distrust := _distrust(path.parent):
             raise OutputTaken(str(path), distrust, _ANOTHER)

@@ -6,13 +6,14 @@ one, and of a file no more is written than was said to come.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +27,7 @@ from llava_cli.untrusted_text import one_line
 # Weights in safetensors and what it takes to use them; never pickles, never code.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _CHUNK = 10 * 2**20
+_NO_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR)
 _RETRIES = 5
 """In a row without a byte more of the file."""
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL)
@@ -81,13 +83,15 @@ def pull(name: str, progress: Callable[[int, int], None], judge: Callable[[Check
                 judge(Checkpoint(name, snapshot))
             _fetch(name, commit, file, cache, count)
         files.put(cache / "refs" / "main", [commit.encode()])
-        remember(name)
+        with suppress(OSError):  # then it is no default, but whole
+            remember(name)
         return snapshot
     except LlavaError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # the Hub's and the network's have none
-            raise OutputError(str(error.filename or cache), error.strerror or str(error), again) from None
+            hint = "HF_HOME=FOLDER names another place" if error.errno in _NO_PLACE else again
+            raise OutputError(str(error.filename or cache), error.strerror or str(error), hint) from None
         what = "the download broke off" if commit else "the Hub cannot be reached"
         raise ModelUnusable(name, f"{what} ({brief(error)})", again) from None
 
@@ -269,6 +273,16 @@ def _receive(name: str, commit: str, file: HubFile, descriptor: int, count: Call
         raise OSError(f"{here:,} of {file.size:,} bytes came")
 
 
+def _own_headers() -> dict[str, str]:
+    """Who asks: with the user's token, unless it is in a home that this user cannot enter."""
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # loaded lazily
+
+    try:
+        return build_hf_headers()
+    except OSError:
+        return build_hf_headers(token=False)
+
+
 class _Busy(Exception):
     """The Hub asks for patience."""
 
@@ -280,9 +294,8 @@ def _asked(name: str, url: str, timeout: float, headers: dict[str, str] | None =
     Not with `hf_raise_for_status`, which reads whatever comes with an error.
     """
     from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # loaded lazily
 
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity", **(headers or {})}
+    headers = {**_own_headers(), "Accept-Encoding": "identity", **(headers or {})}
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
         said = {key: response.headers.get(f"X-Error-{key}", "") for key in ("Code", "Message")}
         if said["Code"] == "GatedRepo":

@@ -24,6 +24,13 @@ def spare_imports() -> None:
         signal.signal(signal.SIGINT, _interrupt)
 
 
+def end_at_once() -> None:
+    """From now on, when the command has done its work: nothing is left that has to be in order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if not is_ignored(number):
+            signal.signal(number, lambda number, frame: os._exit(128 + number))
+
+
 def is_ignored(number: int) -> bool:
     """Whether who started the command has it ignore a signal, which is then not ours to take."""
     return signal.getsignal(number) is signal.SIG_IGN

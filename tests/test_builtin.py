@@ -90,3 +90,5 @@ def test_card_states_what_was_measured() -> None:
     card = (builtin_folder() / "README.md").read_text("utf-8")
     assert re.search(r"easy-VQA.*\d\d\.\d", card)
     assert re.search(r"declined.*\d\d", card, re.I)
+    assert re.search(r"nobody chose declined.*\d\d", card)
+    assert "padded square that it sees" in card

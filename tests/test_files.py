@@ -36,14 +36,19 @@ MAKERS = {
 COPIES = {f"shutil.{name}" for name in ("copy", "copy2", "copyfile", "copytree", "move", "unpack_archive")}
 
 ALLOWED = {
-    ("batch/tasks.py", "TemporaryDirectory"): "a new folder, whose name nobody can guess, of mode 0700",
+    ("paths.py", "from tempfile import TemporaryDirectory"): "imported where it is used, for it takes its time",
+    ("paths.py", "TemporaryDirectory"): "a new folder, whose name nobody can guess, of mode 0700",
     ("batch/tasks.py", "sqlite3.connect"): "in that folder",
     (
         "chat/keyboard.py",
         "FileHistory",
     ): "appends to a file that `files.make_own_file` has made, in the user's own folder",
     ("chat/store.py", "sqlite3.connect"): "the same",
+    ("convert/__init__.py", "mkdir"): "the folders above one that the user names; what is written is in a new one",
+    ("convert/__init__.py", "save_file"): "into that new folder",
+    ("convert/tokenizer.py", "save_pretrained"): "into the scratch folder of `paths.py`",
     ("pull.py", "WeakFileLock"): "the lock that huggingface_hub takes, too; links are refused before",
+    ("start.py", "open"): "a stream of this process, by its number",
     ("quantised.py", "save_pretrained"): "into a new folder of mode 0700, in one that is the user's own",
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, Shell
+from conftest import Run, Shell, missing
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -33,7 +33,7 @@ Open = Callable[[Path], Page]
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     found = shutil.which("chromium")
     if not found:
-        pytest.fail("there is no Chromium to open the page in: apt-get install -y chromium", pytrace=False)
+        missing("there is no Chromium to open the page in: apt-get install -y chromium")
     environment = {**os.environ, "HOME": str(tmp_path_factory.mktemp("chromium"))}
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=ARGS, env=environment, timeout=300_000)

@@ -6,6 +6,7 @@ path to come back to (stdin, a URL) are kept as PNG files beside the database.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sqlite3
@@ -70,8 +71,15 @@ class Said:
     answer: str
 
 
+class NoHome(OutputError):
+    """Nothing can be kept in the user's data folder: it may not be entered, is read-only, or cannot be there."""
+
+
+_NO_HOME = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
 class Store:
-    """The chats of one user. Raises `OutputError` where the file cannot be used."""
+    """The chats of one user. Raises `OutputError` where the file cannot be used, `NoHome` where there can be none."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or data_folder()
@@ -226,4 +234,5 @@ class Store:
         except (sqlite3.Error, OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or brief(error)
             thing = getattr(error, "filename", None) or self.file
-            raise OutputError(printable(str(thing)), printable(reason), "--no-save keeps nothing") from None
+            kind = NoHome if getattr(error, "errno", None) in _NO_HOME else OutputError
+            raise kind(printable(str(thing)), printable(reason), "--no-save keeps nothing") from None

@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from llava_cli import render, signals
+from llava_cli import render, signals, thumbnail
 from llava_cli.cli import app
 from llava_cli.cli.arguments import open_named
 from llava_cli.cli.options import (
+    AdapterOpt,
     DeviceOpt,
     DoubleOpt,
     FitOpt,
@@ -58,6 +59,7 @@ def chat(
     plain: PlainOpt = False,
     no_preview: NoPreviewOpt = False,
     model: ModelOpt = None,
+    adapter: AdapterOpt = None,
     precision: PrecisionOpt = None,
     double_quant: DoubleOpt = None,
     device: DeviceOpt = None,
@@ -86,9 +88,16 @@ def chat(
     settings = settings_of(context)
     from llava_cli.chat.repl import answer_lines, converse, piped_lines
     from llava_cli.chat.session import Chat
-    from llava_cli.chat.store import Store
+    from llava_cli.chat.store import NoHome, Store
 
-    store = None if no_save else Store()
+    store = None
+    try:
+        store = None if no_save else Store()
+    except NoHome as error:
+        if continue_ or resume is not None:
+            raise
+        if not quiet:
+            render.note(f"this chat is not kept: {error}; LLAVA_DATA=FOLDER names a place")
     number, before = None, None
     if continue_ or resume is not None:
         if store is None:
@@ -110,7 +119,7 @@ def chat(
         engine = open_engine(settings, render.note)
     if not quiet:
         render.say_demo(settings, engine)
-    preview = render.thumbnail if draw and person and not no_preview else lambda picture: None
+    preview = thumbnail.draw if draw and person and not no_preview else lambda picture: None
     talk = Chat(engine, settings, (lambda line: None) if quiet else render.note, preview, store)
     if number is not None and before is not None:
         talk.resume(number, before)

@@ -9,7 +9,7 @@ import typer
 
 from llava_cli import render
 from llava_cli.chat.export import turn_as_text
-from llava_cli.chat.store import Store, Summary
+from llava_cli.chat.store import NoHome, Store, Summary
 from llava_cli.cli import Group, app
 from llava_cli.untrusted_text import one_line, printable
 
@@ -28,7 +28,7 @@ def _chats(context: typer.Context) -> None:
 @chats.command("list")
 def list_chats() -> None:
     """List all chats, the last one first."""
-    _table(Store().find())
+    _table(_found())
 
 
 @chats.command()
@@ -37,7 +37,7 @@ def search(text: Annotated[str, typer.Argument(metavar="TEXT", help="What was sa
 
     llava chats search "red circle"
     """
-    _table(Store().find(text))
+    _table(_found(text))
 
 
 @chats.command()
@@ -60,6 +60,13 @@ def delete(numbers: Annotated[list[int], typer.Argument(metavar="N...", help="Th
     for number in numbers:
         store.delete(number)
         render.note(f"deleted: chat {number}; what was typed is in {store.folder / 'history'} still")
+
+
+def _found(text: str = "") -> list[Summary]:
+    try:
+        return Store().find(text)
+    except NoHome:  # nor a chat, then
+        return []
 
 
 def _table(found: list[Summary]) -> None:
