@@ -11,10 +11,9 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_cli import limits, registry
 from llava_cli.checkpoint import ADAPTER_CONFIG, CONFIG, adapter_weights, read_json
@@ -149,8 +148,7 @@ def _places(name: str, adapter: Path) -> Iterator[Path]:
 # What may be merged.
 
 
-@dataclass(frozen=True)
-class _Method:
+class _Method(NamedTuple):
     """A kind of adapter that is merged exactly."""
 
     prefix: str
@@ -182,8 +180,7 @@ _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-@dataclass(frozen=True)
-class _Recipe:
+class _Recipe(NamedTuple):
     """What an adapter's config says, as far as it matters."""
 
     method: _Method

@@ -38,7 +38,7 @@ _FOREIGN = {
     "audio_tokenizer_config.json": "asks for an audio tokenizer from the Hub",
 }
 """Files that make transformers load something else."""
-_PICKLE = re.compile(r"(pytorch_model|model|consolidated|weights)\b.*\.(bin|pt|pth|ckpt)")
+_PICKLE = r"(pytorch_model|model|consolidated|weights)\b.*\.(bin|pt|pth|ckpt)"
 """Weights as torch saves them."""
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """One process' part of a training run: where there are such, transformers loads them in place of the others."""
@@ -162,7 +162,7 @@ def _no_weights(checkpoint: Checkpoint, missing: str) -> ModelUnusable:
         if shards := sorted(folder.glob("model-*-of-*.safetensors")):
             words = f"{missing} is missing, and of the shards ({one_line(shards[0].name)} …) {_INDEX}"
             return incomplete.lacks(checkpoint, words, again(name))
-        if pickle := next((name for name in sorted(os.listdir(folder)) if _PICKLE.fullmatch(name)), None):
+        if pickle := next((name for name in sorted(os.listdir(folder)) if re.fullmatch(_PICKLE, name)), None):
             hint = "convert it to safetensors, or take another model"
             return ModelUnusable(name, f"{one_line(pickle)} is a pickle, which is never loaded", hint)
         if found := foreign_formats.in_folder(os.listdir(folder), os.fspath(folder)):

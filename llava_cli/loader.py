@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import __version__, adapters
-from llava_cli.chat_template import read_template
 from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, read_json
 from llava_cli.errors import ModelUnusable, UsageError
 from llava_cli.families import Family, named, recognise
@@ -129,6 +128,7 @@ def identify(settings: Settings) -> dict[str, str]:
     if settings.server:
         engine = open_engine(settings, lambda line: None)
         return {"model": engine.model, "server": engine.where}
+    from llava_cli.chat_template import read_template
     from llava_cli.machine import plan
 
     checkpoint = adapters.find(settings)

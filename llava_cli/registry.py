@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_cli import bounded_json, files, foreign_formats, limits, regular_files
+from llava_cli import bounded_json, files, limits, regular_files
 from llava_cli.errors import ModelUnusable
 from llava_cli.paths import NOWHERE, expanded, user_folder
 from llava_cli.settings import Settings
@@ -104,6 +104,8 @@ def find(name: str) -> Checkpoint:
     if name == BUILTIN:
         return Checkpoint(BUILTIN, builtin_folder())
     if name not in ALIASES and os.path.isfile(file := os.path.expanduser(name)):
+        from llava_cli import foreign_formats  # where a folder is named, nobody waits for its table
+
         raise ModelUnusable(name, *(foreign_formats.of_file(file) or ("is a file", "-m takes a model's folder")))
     if is_folder(name):
         folder = expanded(name)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llava_cli import render, signals, thumbnail
+from llava_cli import render, signals
 from llava_cli.cli import app
 from llava_cli.cli.arguments import open_named
 from llava_cli.cli.options import (
@@ -89,6 +89,7 @@ def chat(
     from llava_cli.chat.repl import answer_lines, converse, piped_lines
     from llava_cli.chat.session import Chat
     from llava_cli.chat.store import NoHome, Store
+    from llava_cli.thumbnail import draw as draw_thumbnail
 
     store = None
     try:
@@ -119,7 +120,7 @@ def chat(
         engine = open_engine(settings, render.note)
     if not quiet:
         render.say_demo(settings, engine)
-    preview = thumbnail.draw if draw and person and not no_preview else lambda picture: None
+    preview = draw_thumbnail if draw and person and not no_preview else lambda picture: None
     talk = Chat(engine, settings, (lambda line: None) if quiet else render.note, preview, store)
     if number is not None and before is not None:
         talk.resume(number, before)

@@ -52,7 +52,7 @@ _OTHERWISE = {"max_tokens": "max_completion_tokens", "stream_options": None}
 """What newer servers call otherwise, and what some do not know and can do without."""
 _FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 """That every server takes."""
-_TITLE = re.compile(rb"<title[^<>]{0,99}>([^<>]{1,999})</title", re.IGNORECASE)
+_TITLE = rb"<title[^<>]{0,99}>([^<>]{1,999})</title"
 
 
 Post = Callable[[str, dict[str, Any]], Response]
@@ -184,7 +184,7 @@ class Client:
         try:
             said = wire.parsed(data)
         except WebPage:
-            title = _TITLE.search(data[:10_000])
+            title = re.search(_TITLE, data[:10_000], re.IGNORECASE)
             said = {"error": title[1].decode("utf-8", "replace") if title else ""}
         except (Malformed, TooMuch):
             said = {"error": data.decode("utf-8", "replace")}

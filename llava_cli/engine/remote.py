@@ -38,9 +38,7 @@ T = TypeVar("T")
 TRIES = 8
 _ENDPOINTS = (f"/{CHAT}", "/models", "/completions", "/responses")
 """What people copy behind the address where an API's paths begin."""
-_LOCAL = re.compile(
-    r"(?:localhost|\[[0-9a-f:.]+\]|[0-9]+(?:\.[0-9]+){3}|[\w.-]+(?=:[0-9]))(?::[0-9]+)?(?:/|$)", re.IGNORECASE
-)
+_LOCAL = r"(?:localhost|\[[0-9a-f:.]+\]|[0-9]+(?:\.[0-9]+){3}|[\w.-]+(?=:[0-9]))(?::[0-9]+)?(?:/|$)"
 """An address without `http://` that is of this machine or has a port: a name alone may be one for `https://`."""
 LONGEST_WISH = 120.0
 """Seconds that a server may ask to be left alone for."""
@@ -217,7 +215,7 @@ def _listed(response: Response) -> list[Any]:
 def _address(url: str) -> str:
     """Where the API's paths begin: `/v1` unless something else is named. Raises `UsageError` for what is no address."""
     url = url.strip()
-    if _LOCAL.match(url):
+    if re.match(_LOCAL, url, re.IGNORECASE):
         url = f"http://{url}"
     try:
         parts = urlsplit(url)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_cli import bounded_json, limits
 from llava_cli.bounded_http import Deadline, NotHttp, Response
@@ -63,8 +62,7 @@ class WebPage(Malformed):
         super().__init__("sends a web page there, and does not speak OpenAI's chat completions")
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """A message, or a piece of one as it comes: its text, and what may stand in its place."""
 
     text: str = ""
