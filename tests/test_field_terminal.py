@@ -7,7 +7,9 @@ a picture or nothing, and nothing is asked | test_a_thumbnail_is_drawn_or_not, t
 test_a_picture_of_any_shape_fits
 typed ahead | a letter while the model loads | three scripts, emoji, two lines, 0 x 0, 1 x 1, dumb, resized | \
 the question as typed | test_what_is_typed_ahead_is_asked
-closed streams | `ask >&-` | stderr, stdin, all, a full disk, `--help` | 74, or the answer | test_closed_streams
+pasted | two lines | behind a picture, resized while it is drawn; Kitty, Sixel | one question | \
+test_what_is_pasted_behind_a_picture
+closed streams | `ask >&-` | stderr, stdin, all, a full disk; other commands | 74, or the answer | test_closed_streams
 words | `exit` | `quit`, `:q`, `/bye`, `help`, `?` | not asked | test_words_of_other_programs
 /image lines | several pictures | a question, quotes, escapes, spaces, `file://` | attached | test_image_lines
 hints | `shot\\u202fPM.png` | spaces, a quote | what is hinted is obeyed | test_a_hint_can_be_pasted
@@ -153,36 +155,45 @@ def test_what_is_typed_ahead_is_asked(
     assert questions == typed.split("\r")
 
 
+@pytest.mark.parametrize("terminal", ["xterm-256color", "xterm-kitty", "foot"])
+def test_what_is_pasted_behind_a_picture(terminal: str, home_terminal: Any, drawing: Path, run: Run) -> None:
+    child, prompt = home_terminal(TERM=terminal), re.escape("\x1b[?2004h")  # from here on pastes are bracketed
+    child.expect(prompt)
+    child.send(f"/image {drawing}\r")
+    child.setwinsize(12, 30)
+    child.expect(prompt)
+    child.send("\x1b[200~two lines,\nжизнь\x1b[201~\r")
+    child.setwinsize(50, 160)
+    child.send("/exit\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0, child.before
+    assert not ASKS.search(child.before or "")
+    shown = run("chats", "show", "1").stdout
+    assert "> two lines,\n> жизнь\n" in shown
+    assert drawing.name in shown
+
+
+CLOSED = {"stdout": ">&-", "a full disk": ">/dev/full", "both": ">&- <&-", "all": ">&- 2>&- <&-"}
+OTHERS_CLOSED = {"stderr": "2>&-", "stderr and stdin": "2>&- <&-", "stdin": "<&-"}
+SAYS = {"ask": DESCRIBED, "--version": "llava", "models": "builtin", "doctor": "machine", "batch": DESCRIBED}
+
+
 @pytest.mark.parametrize(
-    "redirection, code, answers",
+    "command, redirection, code, answers",
     [
-        (">&-", 74, False),
-        (">/dev/full", 74, False),
-        (">&- <&-", 74, False),
-        (">&- 2>&- <&-", 74, False),
-        ("2>&-", 0, True),
-        ("2>&- <&-", 0, True),
-        ("<&-", 0, True),
+        *(("ask", redirection, 74, False) for redirection in CLOSED.values()),
+        *(("ask", redirection, 0, True) for redirection in OTHERS_CLOSED.values()),
+        *((command, ">&-", 74, False) for command in ("--version", "models", "doctor", "batch")),
+        *((command, "2>&-", 0, True) for command in ("--version", "models", "doctor", "batch")),
     ],
 )
-@pytest.mark.parametrize(
-    "command, words",
-    [
-        ("ask", [DESCRIBED]),
-        ("--version", ["llava"]),
-        ("models", ["builtin"]),
-    ],
-)
-def test_closed_streams(
-    command: str, words: list[str], redirection: str, code: int, answers: bool, drawing: Path
-) -> None:
-    if command == "models" and redirection not in (">&-", "2>&-"):
-        return
-    asked = f"ask '{drawing}' 'what is this?'" if command == "ask" else command
+def test_closed_streams(command: str, redirection: str, code: int, answers: bool, drawing: Path) -> None:
+    asked = f"{command} '{drawing}' 'what is this?'" if command in ("ask", "batch") else command
     line = f"'{sys.executable}' -m llava_cli {asked} {redirection}"
     result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=600)
     assert result.returncode == code, result.stderr
-    assert all(word in result.stdout for word in words) == answers
+    assert (SAYS[command] in result.stdout) == answers
     assert "Traceback" not in result.stderr
     if code and "2>" not in redirection:
         assert result.stderr.splitlines()[-1].startswith("llava: output: ")
