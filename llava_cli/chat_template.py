@@ -132,16 +132,15 @@ class ChatTemplate:
             raise self._refusal(conversation, content, brief(error)) from None
         if (found := text.count(self._image)) != len(conversation.pictures):
             raise self._bad(f"it names {found} pictures where the conversation has {len(conversation.pictures)}")
-        system = self._hide(conversation.system or "").strip()
-        if system not in text:
+        if any(self._hide(system).strip() not in text for system in conversation.instructions):
             raise UsageError("--system", f"{self._name} leaves it out", "ask without it, or say it in the question")
         return text
 
     def _content_for(self, conversation: Conversation) -> Content:
-        """What messages have for the template. Raises `UsageError` where it changes the order of a turn's parts."""
+        """What messages have for the template. Raises `UsageError` where it changes the order of a turn's texts."""
         if self._content is None:
             self._content = next((one for one in CONTENTS if self._takes(one, _EXAMPLE)), CONTENTS[0])
-        if any(turn.parts for turn in conversation.turns) and not self._takes(self._content, _MIXED):
+        if any(_has_pictures_between(turn) for turn in conversation.turns) and not self._takes(self._content, _MIXED):
             words = f"{self._name} puts all pictures of a message before its text"
             raise UsageError("prompt", words, "put the pictures first, or take a --template that keeps their order")
         return self._content
@@ -165,6 +164,8 @@ class ChatTemplate:
         if conversation.system is not None:
             yield says("system", conversation.system)
         for turn in conversation.turns:
+            if turn.system is not None:
+                yield says("system", turn.system)
             if not turn.is_unasked:
                 yield says("user", *_parts(turn))
             if turn.answer is not None:
@@ -213,6 +214,14 @@ CONTENTS: tuple[Content, ...] = (_as_parts, _as_text, _as_words)
 
 def _parts(turn: Turn) -> tuple[str | Picture, ...]:
     return turn.parts or (*turn.pictures, turn.question)
+
+
+def _has_pictures_between(turn: Turn) -> bool:
+    """Whether pictures stand between texts, which are then about what is before and behind them.
+
+    Of one text and pictures a template may put the pictures first, as its model was trained.
+    """
+    return sum(isinstance(part, str) for part in turn.parts) > 1
 
 
 _PICTURE = Picture("", cast("Image", None), "")  # of which templates see nothing

@@ -42,6 +42,8 @@ class Turn:
     """The question's texts and its pictures in their order, where that is not all pictures first: see `of`."""
     is_unasked: bool = False
     """Whether there is no question at all: the model's side speaks first, or once more."""
+    system: str | None = None
+    """Instructions that come before it, later than the conversation's own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", _as_text(self.question))
@@ -80,6 +82,12 @@ class Conversation:
     def answered(self, text: str) -> Conversation:
         """This conversation with its last question answered."""
         return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], answer=text)))
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """All system texts, in the order in which the prompt has them."""
+        texts = (self.system, *(turn.system for turn in self.turns))
+        return tuple(text for text in texts if text is not None)
 
     @property
     def pictures(self) -> tuple[Picture, ...]:

@@ -669,6 +669,7 @@ def picture(width: int, height: int) -> Picture:
 
 
 MIXED = Conversation((Turn.of(["one", picture(60, 40), "two", picture(40, 60)]),))
+TEXT_FIRST = Conversation((Turn.of(["one", picture(60, 40), picture(40, 60)]),))
 IN_ORDER = (
     "{% for m in messages %}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}"
     "{% endfor %}"
@@ -685,7 +686,9 @@ IN_ORDER = (
 def test_order_is_kept(text: str, expected: str, copy: Copy) -> None:
     folder = copy("llava-llama")
     template(text)(folder)
-    assert load_prompter(Settings(model=str(folder))).render(MIXED) == expected
+    prompter = load_prompter(Settings(model=str(folder)))
+    assert prompter.render(MIXED) == expected
+    assert prompter.render(TEXT_FIRST) == expected.replace("two", "").replace("\n\n", "\n")
 
 
 @pytest.mark.parametrize("name", [None, "hub", "native", "llava-1.5"])
@@ -693,7 +696,20 @@ def test_order_that_is_not_kept_is_refused(name: str | None, copy: Copy) -> None
     prompter = load_prompter(Settings(model=str(copy("llava-llama")), template=name))
     with pytest.raises(UsageError, match="puts all pictures of a message before its text"):
         prompter.render(MIXED)
-    assert prompter.render(Conversation().ask("two", MIXED.pictures)).count("<image>") == 2
+    asked = Conversation().ask("one", MIXED.pictures)
+    assert prompter.render(TEXT_FIRST) == prompter.render(asked)  # which is how such a model was trained
+    assert prompter.render(asked).count("<image>") == 2
+
+
+LATER = Conversation((Turn("one", answer="a"), Turn("two", system="Be brief.")), "Be kind.")
+
+
+def test_a_later_system_text_has_its_place_or_is_refused(copy: Copy) -> None:
+    folder = str(copy("llava-llama"))
+    native = load_prompter(Settings(model=folder, template="native")).render(LATER)
+    assert native == "Be kind. USER: one ASSISTANT: a</s>Be brief. USER: two ASSISTANT:"
+    with pytest.raises(UsageError, match="leaves it out"):
+        load_prompter(Settings(model=folder, template="gemma")).render(LATER)
 
 
 def test_order_of_a_turn() -> None:

@@ -7,7 +7,8 @@
 | other forms | `image_url` as text | Anthropic's, LangChain's | the picture | `test_parts_of_other_clients` |
 | null | `stream: null` | each optional field, in messages and parts | left out | `test_null_is_left_out` |
 | roles | an assistant greets | several in a row, an empty one | in the prompt | `test_orders_of_roles` |
-| roles | a tool's message | system in the middle | 400 that names it | `test_roles_that_are_refused` |
+| roles | system in the middle | twice, last, before an answer | where it stands | `test_orders_of_roles` |
+| roles | a tool's message | a function's | 400 that names it | `test_roles_that_are_refused` |
 | order | text, picture, text, picture | two messages | kept, or 400 | `test_the_order_of_parts` |
 | meaning | `images` in a message | `tool_calls`, a key twice | 400, by name | `test_what_would_be_passed_over` |
 | harmless | `name`, `detail`, `user` | `cache_control`, empty lists | answered | `test_what_changes_nothing` |
@@ -169,6 +170,8 @@ def test_null_is_left_out(server: Endpoint) -> None:
 
 ASSISTANT = {"role": "assistant", "content": "Hello, I am here."}
 ASKS = {"role": "user", "content": QUESTION}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASKED = f"USER: {QUESTION} ASSISTANT: {ASSISTANT['content']}</s>"
 
 
 @pytest.mark.parametrize(
@@ -184,6 +187,13 @@ ASKS = {"role": "user", "content": QUESTION}
         ([ASKS, {"role": "assistant", "content": [{"type": "text", "text": ""}]}], f"USER: {QUESTION} ASSISTANT:"),
         ([{"role": "developer", "content": "Be brief."}, ASKS], f"Be brief. USER: {QUESTION} ASSISTANT:"),
         ([{**ASKS, "content": "Look."}, {**ASKS, "name": "me"}], f"USER: Look.\n{QUESTION} ASSISTANT:"),
+        ([ASKS, SYSTEM, ASKS], f"USER: {QUESTION}Be brief. USER: {QUESTION} ASSISTANT:"),
+        ([ASKS, ASSISTANT, SYSTEM, SYSTEM, ASKS], f"{ASKED}Be brief.\nBe brief. USER: {QUESTION} ASSISTANT:"),
+        (
+            [ASKS, ASSISTANT, SYSTEM, ASSISTANT, ASKS],
+            f"{ASKED}Be brief.  ASSISTANT: {ASSISTANT['content']}</s>USER: {QUESTION} ASSISTANT:",
+        ),
+        ([ASKS, SYSTEM], f"USER: {QUESTION}Be brief.  ASSISTANT:"),
         ([user(SHOWN)], "USER: <image>\n ASSISTANT:"),
         ([user({"type": "text", "text": QUESTION}, SHOWN)], f"USER: <image>\n{QUESTION} ASSISTANT:"),
         (
@@ -203,7 +213,6 @@ def test_orders_of_roles(messages: list[dict[str, Any]], prompt: str, engine: Lo
     [
         ([ASKS, {"role": "tool", "content": "4", "tool_call_id": "1"}], "messages.1.tool_call_id is not supported"),
         ([ASKS, {"role": "function", "name": "f", "content": "4"}], "messages.1.role: 'function' is not one of"),
-        ([ASKS, {"role": "system", "content": "Be brief."}, ASKS], "messages.1: a message of role system stands"),
         ([ASKS, ASSISTANT], "the last message has to be a user's"),
         ([{"role": "system", "content": [SHOWN]}, ASKS], "messages.0: pictures are for messages of role user"),
         ([user({"type": "text", "text": " "})], "there is no question"),

@@ -338,6 +338,8 @@ def messages(conversation: Conversation, url: Callable[[Picture], str]) -> list[
     if conversation.system is not None:
         made.append({"role": "system", "content": conversation.system})
     for turn in conversation.turns:
+        if turn.system is not None:
+            made.append({"role": "system", "content": turn.system})
         if not turn.is_unasked:
             made.append({"role": "user", "content": _content(turn, url)})
         if turn.answer is not None:

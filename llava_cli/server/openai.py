@@ -278,7 +278,7 @@ class ChatRequest(BaseModel):
         if last is None or last.answer is not None:
             reason = "the last message has to be a user's; what an assistant's begins with is not gone on with"
             raise Refusal(400, reason, "messages")
-        if not last.question.strip() and not last.pictures:
+        if not last.question.strip() and not last.pictures and not last.is_unasked:
             raise Refusal(400, "there is no question", "messages")
         return conversation
 
@@ -291,38 +291,38 @@ class ChatRequest(BaseModel):
         system = "\n".join(str(part) for _, parts in said[:head] for part in parts) or usual
         turns: list[Turn] = []
         asked: list[list[str | Picture]] = []
+        later: list[str] = []  # instructions before what is asked or answered next
         count = 0
-        for number, (role, parts) in enumerate(said[head:], head):
-            if role in _SYSTEM:
-                place = f"messages.{number}"
-                raise Refusal(400, f"{place}: a message of role {role} stands before all others here", place)
+        for role, parts in said[head:]:
             if role == "assistant":
-                answer = "\n".join(map(str, parts))
-                is_unasked = number == head or said[number - 1][0] == "assistant"
-                turns += [Turn("", answer=answer, is_unasked=True)] if is_unasked else _turns(asked, answer)
-                asked = []
-                continue
-            asked.append([])
-            for part in parts:
-                count += isinstance(part, Shown)
-                asked[-1].append(part if isinstance(part, str) else open_url(part.url, f"picture {count}"))
-        turns += _turns(asked, None) if asked else []
+                turns += _turns(asked, "\n".join(map(str, parts)), later)
+                asked, later = [], []
+            elif role in _SYSTEM:
+                if asked:
+                    turns += _turns(asked, None, later)
+                    asked, later = [], []
+                later += map(str, parts)
+            else:
+                asked.append([])
+                for part in parts:
+                    count += isinstance(part, Shown)
+                    asked[-1].append(part if isinstance(part, str) else open_url(part.url, f"picture {count}"))
+        turns += _turns(asked, None, later) if asked or later else []
         return Conversation(tuple(turns), system)
 
 
-def _turns(asked: list[list[str | Picture]], answer: str | None) -> list[Turn]:
-    """Messages of a user's in a row: one question, or several where its pictures would change their places in one."""
-    one = _turn([part for message in asked for part in message], answer)
-    if not one.parts or len(asked) == 1:
-        return [one]
-    return [*(_turn(message, None) for message in asked[:-1]), _turn(asked[-1], answer)]
+def _turns(asked: list[list[str | Picture]], answer: str | None, instructions: list[str]) -> list[Turn]:
+    """Messages of a user's in a row: one question, or several where its pictures would change their places in one.
 
-
-def _turn(parts: list[str | Picture], answer: str | None) -> Turn:
-    """One question. Its only text goes behind the pictures, as models were trained; of several each has its place."""
-    turn = Turn.of(parts, answer)
-    is_text_first = turn.parts[1:] == turn.pictures
-    return replace(turn, parts=()) if is_text_first else turn
+    Where there are none the model's side speaks unasked.
+    """
+    one = Turn.of([part for message in asked for part in message], answer)
+    if len(asked) < 2 or sum(isinstance(part, str) for part in one.parts) < 2:
+        turns = [replace(one, is_unasked=not asked)]
+    else:
+        turns = [*(Turn.of(message) for message in asked[:-1]), Turn.of(asked[-1], answer)]
+    system = "\n".join(instructions) or None
+    return [replace(turns[0], system=system), *turns[1:]]
 
 
 def mistake(errors: Sequence[Any]) -> Refusal:
