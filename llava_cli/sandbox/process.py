@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
+from weakref import WeakSet
 
 from llava_cli import limits
 from llava_cli.processes import worker_command
@@ -41,6 +43,7 @@ class Worker:
         self.starts = 0
         """How many processes there have been: what one was told, the next one does not know."""
         self._layers: list[str] | None = None
+        _workers.add(self)
 
     @property
     def is_running(self) -> bool:
@@ -124,6 +127,16 @@ class Worker:
             raise
         if not keeper().release(number):
             self.end()  # killed after its last word: the next request is not for it
+
+
+_workers: WeakSet[Worker] = WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Before we leave, so that nothing that we have started outlives us, be it for a moment."""
+    for worker in list(_workers):
+        worker.end()
 
 
 def _is_used_up(process: subprocess.Popen[bytes]) -> bool:
