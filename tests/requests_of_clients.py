@@ -7,9 +7,12 @@ import copy
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from random import Random
-from typing import Any
+from typing import Any, cast
 
+import httpx
+import openai
 from PIL import Image
 
 from llava_cli.conversation import Conversation, Picture
@@ -22,14 +25,48 @@ B64 = base64.b64encode(_file.getvalue()).decode()
 URL = f"data:image/png;base64,{B64}"
 SHOWN = {"type": "image_url", "image_url": {"url": URL, "detail": "auto"}}
 
+
+def recorded(messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+    """The body that the openai client sends for these words of a program."""
+    bodies: list[dict[str, Any]] = []
+
+    def keep(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return httpx.Response(400, json={"error": {"message": "only recorded"}})
+
+    with httpx.Client(transport=httpx.MockTransport(keep)) as http:
+        client = openai.OpenAI(api_key="none", base_url="http://127.0.0.1/v1", http_client=http, max_retries=0)
+        with suppress(openai.BadRequestError):
+            client.chat.completions.create(model="builtin", messages=cast(Any, messages), **options)
+    return bodies[0]
+
+
 REQUESTS: list[dict[str, Any]] = [
+    # the openai client
+    recorded([{"role": "user", "content": [SHOWN, {"type": "text", "text": "Which one is it?"}]}], stream=None),
+    recorded(
+        [
+            {"role": "system", "content": "Answer in French."},
+            {"role": "user", "content": [{"type": "text", "text": "Left:"}, SHOWN]},
+            {"role": "assistant", "content": "Un rond."},
+            {"role": "system", "content": "Now in Greek."},
+            {"role": "user", "content": "And its color?", "name": "anna"},
+        ],
+        stream=True,
+        stream_options={"include_usage": True},
+        temperature=0.0,
+        max_completion_tokens=64,
+        stop=["\n\n"],
+        user="anna",
+        extra_body={"cache_prompt": True},
+    ),
     # curl, as in OpenAI's documentation
     {
         "model": "builtin",
         "messages": [{"role": "user", "content": [{"type": "text", "text": "What is this one?"}, SHOWN]}],
         "max_tokens": 300,
     },
-    # the openai client
+    # its older versions
     {
         "messages": [
             {"role": "developer", "content": "Talk like a sailor."},
