@@ -1101,11 +1101,7 @@ def marked(hooked: Path) -> Callable[[], list[str]]:
                 continue
         return alive
 
-    def left() -> list[str]:
-        """Those that stay: the system ends a helper with its parent, but a moment later."""
-        return next((alive for alive in (found() for _ in range(300)) if not alive), None) or found()
-
-    return left
+    return found
 
 
 @pytest.fixture

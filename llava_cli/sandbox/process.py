@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import BinaryIO
 from weakref import WeakSet
 
@@ -43,7 +44,6 @@ class Worker:
         self.starts = 0
         """How many processes there have been: what one was told, the next one does not know."""
         self._layers: list[str] | None = None
-        _workers.add(self)
 
     @property
     def is_running(self) -> bool:
@@ -56,6 +56,8 @@ class Worker:
         if self._process is None:
             self._parent, self._layers = os.getpid(), None
             self.starts += 1
+            _workers.add(self)
+            _end_all_at_exit()
             try:
                 self._process = keeper().start(self._popen)
             except OSError as error:
@@ -132,11 +134,19 @@ class Worker:
 _workers: WeakSet[Worker] = WeakSet()
 
 
-@atexit.register
 def _end_all() -> None:
     """Before we leave, so that nothing that we have started outlives us, be it for a moment."""
     for worker in list(_workers):
         worker.end()
+
+
+@cache
+def _end_all_at_exit() -> None:
+    """Once, with the first process, not where this is imported: what is registered last is run first.
+
+    The command's own way out (`start.py`), registered before anything else is done, leaves without running the rest.
+    """
+    atexit.register(_end_all)
 
 
 def _is_used_up(process: subprocess.Popen[bytes]) -> bool:
