@@ -8,10 +8,11 @@ import io
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from random import Random
+from threading import Thread
 from typing import Any, cast
 
-import httpx
 import openai
 from PIL import Image
 
@@ -30,13 +31,21 @@ def recorded(messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
     """The body that the openai client sends for these words of a program."""
     bodies: list[dict[str, Any]] = []
 
-    def keep(request: httpx.Request) -> httpx.Response:
-        bodies.append(json.loads(request.content))
-        return httpx.Response(400, json={"error": {"message": "only recorded"}})
+    class Recorder(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_error(400, "only recorded")
 
-    with httpx.Client(transport=httpx.MockTransport(keep)) as http:
-        client = openai.OpenAI(api_key="none", base_url="http://127.0.0.1/v1", http_client=http, max_retries=0)
-        with suppress(openai.BadRequestError):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Recorder) as server:
+        Thread(target=server.handle_request, daemon=True).start()
+        direct = openai.DefaultHttpxClient(trust_env=False)  # not by way of a proxy that this machine may have
+        client = openai.OpenAI(
+            api_key="none", base_url=f"http://127.0.0.1:{server.server_port}/v1", http_client=direct, max_retries=0
+        )
+        with client, suppress(openai.BadRequestError):
             client.chat.completions.create(model="builtin", messages=cast(Any, messages), **options)
     return bodies[0]
 
