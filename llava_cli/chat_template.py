@@ -34,7 +34,7 @@ def read_template(name: str) -> str:
     """The Jinja text of a named template or of a `.jinja` file; `UsageError` where there is none."""
     path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such template" if isinstance(error, FileNotFoundError) else brief(error)
         raise UsageError(name, reason, hint()) from None

@@ -15,6 +15,8 @@
 | keys nobody reads | `text` beside QUESTION | `question_id`, many | one line, counts | test_keys_that_nobody_reads |
 | twice | a question | a path, three times, resumed, old runs | a row a line, in order | test_what_is_there_twice |
 | left out | linked folder | `.jfif`, `@eaDir`, hidden, endings | found, or one line | test_what_a_folder_has_besides |
+| other names | a JPEG without an ending | `.txt`, `.jpg.1`, a cache's name | found, as `ask` opens it | test_a_picture_by_another_name_is_found_as_ask_opens_it |
+| `file:` in lists | `file:///a%20b.png` | one slash, localhost, another host | opened; a row that says why | test_file_urls_in_a_list |
 | unreadable | mode 000 | an error while it is read, the SOURCE itself | a note and 1; 66 | test_a_folder_that_cannot_be_read |
 | known causes | `find -print0` | `-0` of lines, `-o -`, URL, `~`, -o as SOURCE | cause, command | test_causes_that_are_known |
 | elsewhere | `ls photos` | a list beside its pictures, questions | names `--root` | test_paths_that_begin_elsewhere |
@@ -601,6 +603,25 @@ def test_many_lines_about_one_picture(run: Run, tmp_path: Path) -> None:
     assert Path("out.jsonl").read_bytes().count(b"\n") == 3_000
 
 
+@pytest.mark.parametrize("given", ["file://HERE/photos/c%20d.png", "file:HERE/photos/c%20d.png", "file://localhost/…"])
+@pytest.mark.parametrize("row", [False, True], ids=["list", "questions"])
+def test_file_urls_in_a_list(given: str, row: bool, run: Run) -> None:
+    """What file managers and other programs export; a report shows their pictures, too."""
+    draw("photos/c d.png")
+    here = given.replace("/…", "HERE/photos/c%20d.png").replace("HERE", str(Path.cwd()))
+    elsewhere = "file://nas/photos/c.png"
+    lines = [json.dumps({"image": image, "question": QUESTION}) if row else image for image in (here, elsewhere)]
+    Path("x.list").write_text("\n".join(lines))
+    result = run("batch", "x.list", *([] if row else [QUESTION]), "-o", "out.jsonl")
+    first, second = rows_of(Path("out.jsonl").read_bytes())
+    assert (first["image"], first["status"]) == (here, "ok"), first
+    assert second["status"] == "error" and "another machine (nas)" in second["error"]["message"], second
+    assert "its first picture" not in result.stderr
+    report = run("report", "out.jsonl")
+    assert report.exit_code == 0 and "2 rows, 1 without their picture" in report.stderr, report.stderr
+    assert "data:image/" in Path("out.html").read_text()
+
+
 # Folders.
 
 
@@ -623,6 +644,20 @@ def test_what_a_folder_has_besides(run: Run) -> None:
     assert run("batch", "photos", QUESTION, "-q").stderr == ""
     both = run("batch", "photos", "photos/link", QUESTION)
     assert images(both.stdout) == ["photos/c.png", "photos/d.png", "photos/link.png", "photos/link/e.png"]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+@pytest.mark.parametrize("name", ["none", "f_00a1b2", "photo.jpg.1", "photo.txt"])
+def test_a_picture_by_another_name_is_found_as_ask_opens_it(kind: str, name: str, run: Run) -> None:
+    Image.new("RGB", (20, 20), "red").save(Path("photos") / name, kind)
+    os.mkfifo("photos/pipe")
+    (Path("photos") / "short").write_bytes(b"\xff")
+    result = run("batch", "photos", QUESTION)
+    assert images(result.stdout) == sorted(["c.png", "d.png", name])
+    assert "2 files are no pictures (2 without ending)" in result.stderr
+    assert run("ask", f"photos/{name}", QUESTION).exit_code == 0
+    only = run("batch", "photos", QUESTION, "--include", "*.png")
+    assert images(only.stdout) == ["c.png", "d.png"]
 
 
 def test_a_folder_of_pictures_alone_is_not_spoken_of(run: Run) -> None:

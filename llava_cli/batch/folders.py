@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 from llava_cli import limits
+from llava_cli.batch.foreign_files import begins_like_a_picture
 from llava_cli.errors import InputMissing
 from llava_cli.images import SUFFIXES
 from llava_cli.untrusted_text import one_line, printable
@@ -77,7 +78,8 @@ def walk(folder: str, include: Sequence[str] = (), passed: PassedOver | None = N
 
     Hidden names are passed over, as are folders that systems keep there. Links to files are followed, those to folders
     are not: they may lead anywhere, and back. What is a picture is told by `include`, patterns of names or paths, else
-    by its ending. Raises `InputMissing` where the folder itself cannot be read; one below it is `passed` over.
+    by its ending, or by how it begins: what a camera, a cache or a browser has saved may have another name. Raises
+    `InputMissing` where the folder itself cannot be read; one below it is `passed` over.
     """
     passed = passed or PassedOver()
     folders = [""]
@@ -96,7 +98,7 @@ def walk(folder: str, include: Sequence[str] = (), passed: PassedOver | None = N
                             folders.append(path)
                     elif entry.is_symlink() and os.path.isdir(entry.path):  # is_dir() raises for a link to itself
                         passed.links.add(path)
-                    elif _included(path, include):
+                    elif _included(path, include) or (not include and begins_like_a_picture(entry.path)):
                         yield path
                     elif not include:
                         passed.add_file(entry.name)

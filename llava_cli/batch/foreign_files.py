@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from llava_cli import files
+from llava_cli import files, regular_files
 from llava_cli.images import SUFFIXES
 
 JSON_LINES = (".jsonl", ".ndjson")
 HEAD_BYTES = 65_536
-"""Of a file, that are looked at."""
+"""Of a SOURCE, that are looked at."""
+_MAGIC_BYTES = 16
+"""Of a file in a folder."""
 _BATCH = 'llava batch FOLDER "what is this?"'
 _PIPE = "{tool} {name} | llava batch - …"
 
@@ -87,11 +89,28 @@ _CONTROLS = bytes((*range(1, 8), *range(14, 27)))
 _TARS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 _PAGE = re.compile(rb"\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
 _SVG = re.compile(rb"\s*(<\?xml.{0,200}?>\s*)?(<!--.{0,2000}?-->\s*)*(<!doctype svg.{0,400}?>\s*)?<svg\b", re.I | re.S)
-_PICTURES: tuple[tuple[int, bytes], ...] = (
-    *((0, magic) for magic in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")),
-    *((0, magic) for magic in (b"II+\0", b"MM\0+", b"\0\0\1\0", b"\0\0\2\0", b"\xff\x0a", b"8BPS\0", b"qoif", b"DDS ")),
-    *((0, magic) for magic in (b"\0\0\0\x0cjP  ", b"\0\0\0\x0cJXL ", b"\x76\x2f\x31\x01")),
+_OURS: tuple[tuple[int, bytes], ...] = (
+    *((0, magic) for magic in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")),
     (8, b"WEBP"),
+)
+_PICTURES: tuple[tuple[int, bytes], ...] = (
+    *_OURS,
+    *(
+        (0, magic)
+        for magic in (
+            b"II*\0",
+            b"MM\0*",
+            b"II+\0",
+            b"MM\0+",
+            b"\0\0\1\0",
+            b"\0\0\2\0",
+            b"\xff\x0a",
+            b"8BPS\0",
+            b"qoif",
+            b"DDS ",
+        )
+    ),
+    *((0, magic) for magic in (b"\0\0\0\x0cjP  ", b"\0\0\0\x0cJXL ", b"\x76\x2f\x31\x01")),
     *((4, b"ftyp" + brand) for brand in (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")),
     *((4, b"ftyp" + brand) for brand in (b"mif1", b"msf1", b"jxl ", b"jp2 ", b"crx ")),
 )
@@ -102,9 +121,23 @@ def is_picture(head: bytes, name: str) -> bool:
     return (
         name.lower().endswith(SUFFIXES)
         or any(_has(head, at, magic) for at, magic in _PICTURES)
-        or (head[:2] == b"BM" and head[6:10] == bytes(4))
+        or _is_bmp(head)
         or _SVG.match(head) is not None
     )
+
+
+def begins_like_a_picture(path: str) -> bool:
+    """Whether a file is of a format that is opened everywhere, whatever its name is; False where it cannot be read."""
+    try:
+        with regular_files.open_regular(path) as file:
+            head = file.read(_MAGIC_BYTES)
+    except (OSError, ValueError):
+        return False
+    return any(head.startswith(magic, at) for at, magic in _OURS) or _is_bmp(head)
+
+
+def _is_bmp(head: bytes) -> bool:
+    return head[:2] == b"BM" and head[6:10] == bytes(4)
 
 
 def foreign(head: bytes, name: str, null: bool) -> tuple[str, str] | None:

@@ -33,7 +33,7 @@ from llava_cli.batch.tasks import Task
 from llava_cli.bounded_json import Bounds, TooMuch, loads
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadData, InputMissing, LlavaError, OutputError, OutputTaken, UsageError
-from llava_cli.images import is_url
+from llava_cli.images import is_url, local_path
 from llava_cli.regular_files import NotRegular, open_regular
 from llava_cli.untrusted_text import for_page, printable
 
@@ -126,7 +126,7 @@ class Places:
 
     def locate(self, image: str) -> str:
         """The path of a row's picture. Raises `Outside`."""
-        paths = [os.path.join(start, image) for start in self.starts]
+        paths = [os.path.join(start, local_path(image)) for start in self.starts]
         inside = [self._inside(path) for path in paths]
         found = next((path for path in inside if path and os.path.lexists(path)), inside[0])
         if found is None:

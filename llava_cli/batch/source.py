@@ -156,9 +156,9 @@ class Source:
 
         Whoever wrote a questions file is often a stranger: what it names is below its folder, or the one that the user
         names, wherever links lead. In a folder of pictures links to files are followed, as other programs do it. The
-        paths of a list are the user's own.
+        paths of a list are the user's own, and may be `file:` URLs.
         """
-        path = os.path.join(self.folder, image)
+        path = os.path.join(self.folder, local_path(image))
         found = resolved(path)
         if self._questions:
             is_inside = is_below(found, self._real_folder)
@@ -273,7 +273,11 @@ class Source:
     def _elsewhere(self) -> str:
         """Where the first picture of a list is that is not where its paths begin."""
         first, begin = self._first, self.folder or os.curdir
-        if not (first and self.listing) or is_url(first) or os.path.lexists(os.path.join(begin, first)):
+        if (
+            not (first and self.listing)
+            or re.match("[A-Za-z]{2,}:", first)
+            or os.path.lexists(os.path.join(begin, first))
+        ):
             return ""
         beside = os.path.dirname(self.words[0]) or os.curdir
         roots = [root for root in (os.curdir, beside) if os.path.lexists(os.path.join(root, first))]
