@@ -34,8 +34,8 @@ from llava_cli.batch.runner import answered
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation
 from llava_cli.engine.local import LocalEngine
-from llava_cli.images import open_picture
-from llava_cli.memory import prepare_for_many
+from llava_cli.hardware.memory import prepare_for_many
+from llava_cli.images.reader import open_picture
 from llava_cli.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))

@@ -17,7 +17,7 @@ from PIL import Image
 from llava_cli import Conversation, Sampling
 from llava_cli.conversation import Picture
 from llava_cli.engine.local import LocalEngine
-from llava_cli.prompt import Prompter
+from llava_cli.prompts.prompter import Prompter
 
 QUESTIONS = ("what is in this picture?", "what color is the largest of them?", "and what is to the left of it?")
 

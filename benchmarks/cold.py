@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from llava_cli.registry import builtin_folder
+from llava_cli.models.registry import builtin_folder
 
 HERE = Path(__file__).parent
 PICTURE, QUESTION = str(HERE.parent / "examples" / "triangle.png"), "what shape is it?"

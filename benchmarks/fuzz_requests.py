@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from requests_of_clients import check, mutated
 
 from llava_cli.conversation import Picture
-from llava_cli.decode import decode
+from llava_cli.images.decode import decode
 from llava_cli.loader import load_prompter
 from llava_cli.server.pictures import data_of
 from llava_cli.settings import Settings

@@ -21,7 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_cli import load
 from llava_cli.engine.local import LocalEngine
-from llava_cli.registry import builtin_folder
+from llava_cli.models.registry import builtin_folder
 from llava_cli.settings import Precision
 
 DECODERS: dict[str, dict[str, Any]] = {

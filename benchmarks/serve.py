@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
 import samples
 
 from llava_cli import Conversation, load, open_picture
-from llava_cli.place import SocketConnection, status
+from llava_cli.engine.remote.local_socket import SocketConnection, status
 
 QUESTIONS = ("what is this?", "what color is the background?", "how many shapes are there?")
 AT_ONCE = 8

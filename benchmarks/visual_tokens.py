@@ -23,9 +23,9 @@ from PIL import Image
 
 from llava_cli import Conversation, Sampling, load, open_picture
 from llava_cli.conversation import Picture
-from llava_cli.engine import Answer, Request, visual
+from llava_cli.engine import Answer, Request, visual_tokens
 from llava_cli.engine.local import LocalEngine
-from llava_cli.prompt import Prompter
+from llava_cli.prompts.prompter import Prompter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
 import questions
@@ -81,7 +81,7 @@ def drawings(each: int = 200) -> Asked:
 def accuracy(asked: Asked, count: int, choose: Choose) -> float:
     """Per cent of the answers that are right to the letter."""
     engine = load("builtin", visual_tokens=count)
-    visual.most_diverse, before = choose, visual.most_diverse
+    visual_tokens.most_diverse, before = choose, visual_tokens.most_diverse
     begin = time.perf_counter()
     try:
         requests = (
@@ -92,7 +92,7 @@ def accuracy(asked: Asked, count: int, choose: Choose) -> float:
             for number, answer in engine.answer_many(requests)
         )
     finally:
-        visual.most_diverse = before
+        visual_tokens.most_diverse = before
     share = 100 * right / len(asked)
     print(f"  {count} tokens: {right} right, {share:.2f} %, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     return share
@@ -100,8 +100,8 @@ def accuracy(asked: Asked, count: int, choose: Choose) -> float:
 
 def run_accuracy(name: str, asked: Asked, seed: int) -> dict[str, list[float]]:
     """Prints a line for each number of tokens -> per cent right, by the way they are chosen, in the order of COUNTS."""
-    whole = accuracy(asked, ALL, visual.most_diverse)  # all of them: nothing is chosen
-    found = {"diversity": visual.most_diverse, "random": at_random(seed)}
+    whole = accuracy(asked, ALL, visual_tokens.most_diverse)  # all of them: nothing is chosen
+    found = {"diversity": visual_tokens.most_diverse, "random": at_random(seed)}
     shares = {
         way: [accuracy(asked, count, choose) if count < ALL else whole for count in COUNTS]
         for way, choose in found.items()
@@ -123,7 +123,7 @@ def run_speed(runs: int) -> None:
     def wait(count: int) -> float:
         """Seconds to the first token, of an engine that has read nothing yet."""
         network.base_model.get_image_features = whole
-        visual.choose_tokens(network, count)
+        visual_tokens.choose_tokens(network, count)
         prompter = Prompter(one.prompter.processor, visual_tokens=count)
         answer = LocalEngine("1B", network, prompter, "4bit", 0).answer(talk, Sampling(max_tokens=1))
         tokens[count] = answer.prompt_tokens

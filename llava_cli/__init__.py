@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llava_cli.conversation import Conversation, Picture, Turn
     from llava_cli.engine import Answer, Chunk, Engine
     from llava_cli.errors import LlavaError
-    from llava_cli.images import open_picture
+    from llava_cli.images.reader import open_picture
     from llava_cli.loader import load
     from llava_cli.settings import Sampling
 

@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llava_cli import __version__, adapters
-from llava_cli.checkpoint import again, check_files, check_weights, fingerprint, read_json
+from llava_cli import __version__
 from llava_cli.errors import ModelUnusable, UsageError
-from llava_cli.families import Family, named, recognise
-from llava_cli.registry import BUILTIN, Checkpoint
-from llava_cli.sandbox.text import Refused, TextSandbox
+from llava_cli.models import adapters
+from llava_cli.models.families import Family, named, recognise
+from llava_cli.models.registry import BUILTIN, Checkpoint
+from llava_cli.models.validate import again, check_files, check_weights, fingerprint, read_json
+from llava_cli.prompts.sandbox import Refused, TextSandbox
 from llava_cli.settings import Device, Fit, Precision, Settings
 
 if TYPE_CHECKING:
     from llava_cli.engine import Engine
     from llava_cli.engine.local import LocalEngine
-    from llava_cli.prompt import Prompter
+    from llava_cli.prompts.prompter import Prompter
 
 
 def load(
@@ -51,14 +52,16 @@ def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
     `tell` gets one line where a server is gone before all is answered, and what `load_engine` has to say.
     """
     if settings.server:
-        from llava_cli.engine.remote import RemoteEngine
+        from llava_cli.engine.remote.remote_engine import RemoteEngine
 
         return RemoteEngine(settings.server, settings.api_key, settings.model, settings.concurrency, tell)
-    from llava_cli import place
-    from llava_cli.engine.warm import holder
+    from llava_cli.engine.remote import local_socket
+    from llava_cli.engine.remote.local_server_engine import holder
 
-    path = place.socket_path()
-    if place.is_ours(path) and (engine := holder(wanted(settings), lambda: load_engine(settings, tell), tell, path)):
+    path = local_socket.socket_path()
+    if local_socket.is_ours(path) and (
+        engine := holder(wanted(settings), lambda: load_engine(settings, tell), tell, path)
+    ):
         return engine
     return load_engine(settings, tell)
 
@@ -96,12 +99,12 @@ def load_engine(settings: Settings, tell: Callable[[str], None] = lambda line: N
     sandbox = _text_sandbox(checkpoint)
     kind, weights = check_files(checkpoint), check_weights(checkpoint)
     adapters.check(checkpoint)
+    from llava_cli.engine.generate.generation_config import check_generation_config, load_generation_config
     from llava_cli.engine.local import LocalEngine
-    from llava_cli.engine.visual import choose_tokens
-    from llava_cli.generation import check_generation_config, load_generation_config
-    from llava_cli.machine import plan
-    from llava_cli.model import check_size, empty_model, load_config, load_model, without_quantization
-    from llava_cli.processor import check_image_tokens
+    from llava_cli.engine.visual_tokens import choose_tokens
+    from llava_cli.hardware.device import plan
+    from llava_cli.models.weights import check_size, empty_model, load_config, load_model, without_quantization
+    from llava_cli.prompts.processor import check_image_tokens
 
     how = plan(settings.device, settings.precision)
     with quiet():
@@ -128,8 +131,8 @@ def identify(settings: Settings) -> dict[str, str]:
     if settings.server:
         engine = open_engine(settings, lambda line: None)
         return {"model": engine.model, "server": engine.where}
-    from llava_cli.chat_template import read_template
-    from llava_cli.machine import plan
+    from llava_cli.hardware.device import plan
+    from llava_cli.prompts.chat_template import read_template
 
     checkpoint = adapters.find(settings)
     _check_visual_tokens(checkpoint, check_files(checkpoint), settings)
@@ -151,7 +154,7 @@ def load_prompter(settings: Settings) -> Prompter:
     checkpoint = adapters.find(settings)
     sandbox = _text_sandbox(checkpoint)
     kind = check_files(checkpoint)
-    from llava_cli.model import load_config
+    from llava_cli.models.weights import load_config
 
     with quiet():
         return _prompter(checkpoint, kind, load_config(checkpoint), settings, sandbox)
@@ -166,8 +169,8 @@ def _text_sandbox(checkpoint: Checkpoint) -> TextSandbox:
 
 
 def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings, sandbox: TextSandbox) -> Prompter:
-    from llava_cli.processor import load_processor
-    from llava_cli.prompt import Prompter
+    from llava_cli.prompts.processor import load_processor
+    from llava_cli.prompts.prompter import Prompter
 
     _check_visual_tokens(checkpoint, kind, settings)
     try:

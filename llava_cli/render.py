@@ -18,8 +18,8 @@ from llava_cli import files
 from llava_cli.conversation import Conversation
 from llava_cli.engine import Answer, Chunk, Engine
 from llava_cli.errors import LlavaError, OutputError, OutputTaken, brief, printable
-from llava_cli.families import Family
-from llava_cli.registry import BUILTIN
+from llava_cli.models.families import Family
+from llava_cli.models.registry import BUILTIN
 from llava_cli.settings import Settings
 from llava_cli.untrusted_text import TerminalText, for_json_line, for_terminal
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from llava_cli import lean, signals
+from llava_cli import fast_start, signals
 
 _OPENING = ("ask", "chat")
 """Commands that open pictures first of all."""
@@ -61,7 +61,7 @@ def main() -> None:
             {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
         )
     signals.start()
-    lean.start()
+    fast_start.start()
     if sys.argv[1:2] and sys.argv[1] in _OPENING and len(sys.argv) > 2:
         _begin_sandbox()
     from llava_cli.cli import app, register
@@ -87,7 +87,7 @@ def _fill_closed_streams() -> None:
 
 
 def _begin_sandbox() -> None:
-    from llava_cli.images import begin
+    from llava_cli.images.reader import begin
     from llava_cli.sandbox.process import WorkerDied
 
     with suppress(WorkerDied):  # whoever opens a picture says so

@@ -18,7 +18,7 @@ from servers import Serve, Server, begin
 from typer.testing import CliRunner, Result
 
 from llava_cli.cli import app, register
-from llava_cli.sandbox import pictures
+from llava_cli.images import sandbox
 
 if TYPE_CHECKING:
     from llava_cli.engine.local import LocalEngine
@@ -156,5 +156,5 @@ def hooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), str(Path(__file__).parent)]))
-    monkeypatch.setattr(pictures, "JOB", "hostile")
+    monkeypatch.setattr(sandbox, "JOB", "hostile")
     return tmp_path / "hook"

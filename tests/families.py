@@ -43,7 +43,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from llava_cli.pixtral import PixtralProcessor
+from llava_cli.prompts.pixtral import PixtralProcessor
 
 # SmolVLM's processor asks for it also where there are no videos.
 processing_smolvlm.num2words = processing_smolvlm.num2words or str

@@ -36,27 +36,28 @@ import psutil
 from PIL import Image
 from servers import Server, begin
 
-from llava_cli import images, limits
+from llava_cli import limits
 from llava_cli.batch import report
 from llava_cli.batch.journal import Journal
 from llava_cli.batch.opener import Opener
 from llava_cli.batch.source import Source
 from llava_cli.batch.tasks import Task
 from llava_cli.bounded_http import Deadline, Response
-from llava_cli.checkpoint import check_files, check_weights
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.engine import remote
 from llava_cli.engine.base import Request
-from llava_cli.engine.client import Client, plain_file
-from llava_cli.engine.wire import Unanswered, unanswered
+from llava_cli.engine.remote import remote_engine
+from llava_cli.engine.remote.local_socket import SocketConnection
+from llava_cli.engine.remote.openai_client import Client, plain_file
+from llava_cli.engine.remote.wire import Unanswered, unanswered
 from llava_cli.errors import LlavaError, model_errors
-from llava_cli.fetch import fetch
-from llava_cli.memory import give_back_memory
-from llava_cli.place import SocketConnection
-from llava_cli.registry import Checkpoint, builtin_folder
+from llava_cli.hardware.memory import give_back_memory
+from llava_cli.images import reader
+from llava_cli.images.fetch import fetch
+from llava_cli.images.sandbox import Crash
+from llava_cli.models.registry import Checkpoint, builtin_folder
+from llava_cli.models.validate import check_files, check_weights
+from llava_cli.prompts.sandbox import Refused, TextSandbox
 from llava_cli.safetensors_header import read_header
-from llava_cli.sandbox.pictures import Crash
-from llava_cli.sandbox.text import Refused, TextSandbox
 from llava_cli.settings import Sampling, Settings
 from llava_cli.untrusted_text import TerminalText, for_json_line, for_page, for_terminal, one_line, printable
 
@@ -402,8 +403,8 @@ class Pictures(Boundary):
         super().__init__(folder)
         self.limit(DECODE_SECONDS=10.0)
         self._seeds = _pictures()
-        images._sandboxes.cache_clear()  # those would have been made with another limit
-        self._stack.callback(lambda: images._sandboxes().close())
+        reader._sandboxes.cache_clear()  # those would have been made with another limit
+        self._stack.callback(lambda: reader._sandboxes().close())
         self._batch = Opener()
         self._stack.callback(self._batch.close)
         self._pillow = self._pillow_process()
@@ -440,14 +441,14 @@ class Pictures(Boundary):
         (file := self.folder / "picture").write_bytes(data)
         opens, by_batch = self._opens(file), self._batch.open(str(file))
         try:
-            picture = images.open_picture(str(file))
+            picture = reader.open_picture(str(file))
         except LlavaError as error:
             assert not isinstance(error, Crash), str(error)
             assert isinstance(by_batch, LlavaError), f"batch opens what ask does not: {error}"
             assert by_batch.reason == error.reason
             assert not (opens and error.reason in _BROKEN), f"Pillow opens it, and it is said to be {error.reason}"
             if error.reason == "truncated":
-                return outcome(lambda: images.open_picture(str(file), allow_truncated=True))
+                return outcome(lambda: reader.open_picture(str(file), allow_truncated=True))
             return refused(error, error.thing, error.hint)
         assert isinstance(by_batch, Picture) and by_batch.image.tobytes() == picture.image.tobytes()
         assert picture.image.mode == "RGB"
@@ -519,7 +520,7 @@ class Checkpoints(Boundary):
 
     def check(self, data: bytes) -> str:
         from llava_cli.loader import load_prompter
-        from llava_cli.model import load_config
+        from llava_cli.models.weights import load_config
 
         name, _, content = data.partition(b"\n")
         family, _, file = name.decode().partition("/")
@@ -680,7 +681,7 @@ class Templates(Boundary):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.limit(TEMPLATE_SECONDS=0.3)
-        self._seeds = [file.read_bytes() for file in (Path(images.__file__).parent / "templates").glob("*.jinja")]
+        self._seeds = [file.read_bytes() for file in (Path(reader.__file__).parent / "templates").glob("*.jinja")]
         self._seeds.sort()
         self._sandbox = TextSandbox(None)
         self._stack.callback(self._sandbox.end)
@@ -1023,7 +1024,7 @@ class OtherServers(Boundary):
         self.limit(REPLY_BYTES=80_000, REPLY_LINE_BYTES=40_000, REPLY_ERROR_BYTES=10_000, REPLY_SECONDS=2.0)
         self.limit(FETCH_BYTES=50_000, FETCH_SECONDS=2.0)
         for name, value in (("TRIES", 2), ("FIRST_PAUSE", 0.0), ("LONGEST_WISH", 0.0)):
-            self._stack.enter_context(patch.object(remote, name, value))
+            self._stack.enter_context(patch.object(remote_engine, name, value))
         self._listening = self._stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         self._url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self._reply = b""
@@ -1037,7 +1038,9 @@ class OtherServers(Boundary):
 
         def ask() -> None:
             model = None if len(data) % 8 == 0 else "m"  # it asks for a list of models first, in any case
-            remote.RemoteEngine(self._url, None, model, 1, lambda line: None).answer(Conversation().ask(QUESTION))
+            remote_engine.RemoteEngine(self._url, None, model, 1, lambda line: None).answer(
+                Conversation().ask(QUESTION)
+            )
 
         return f"{outcome(ask)}/{outcome(lambda: fetch(f'{self._url}/x.png'))}"
 

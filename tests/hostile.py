@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import time
 
-from llava_cli.sandbox import pictures
-from llava_cli.sandbox.pictures import prepare
+from llava_cli.images import sandbox
+from llava_cli.images.sandbox import prepare
 
 __all__ = ["answer", "prepare"]
-REQUEST = pictures._REQUEST.size
+REQUEST = sandbox._REQUEST.size
 
 
 def answer(request: bytes) -> tuple[bytes, ...]:
@@ -24,5 +24,5 @@ def answer(request: bytes) -> tuple[bytes, ...]:
         try:
             bytearray(5 << 30)
         except MemoryError:
-            return pictures._refusal("takes too much memory to decode", "")
-    return pictures.answer(request)
+            return sandbox._refusal("takes too much memory to decode", "")
+    return sandbox.answer(request)

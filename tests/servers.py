@@ -94,7 +94,7 @@ def in_thread(
     import uvicorn
     from uvicorn.server import ServerState
 
-    from llava_cli.engine.live import Live
+    from llava_cli.engine.generate.live import Live
     from llava_cli.server.app import Service, make_app
     from llava_cli.server.connection import Connection
     from llava_cli.server.guard import Guard

@@ -31,8 +31,8 @@ from llava_cli.batch import run as module
 from llava_cli.batch.opener import Opener
 from llava_cli.batch.rows import _is_repeated
 from llava_cli.cli import app
+from llava_cli.engine.generate.batch import Batch
 from llava_cli.engine.local import LocalEngine
-from llava_cli.engine.many import Batch
 from llava_cli.errors import LlavaError, OutOfMemory
 
 QUESTION = "what is this?"

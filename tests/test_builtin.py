@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from llava_cli import Conversation, load, open_picture
 from llava_cli.engine.local import LocalEngine
-from llava_cli.registry import builtin_folder
+from llava_cli.models.registry import builtin_folder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

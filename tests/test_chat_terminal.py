@@ -13,7 +13,7 @@ import pexpect
 import pytest
 from conftest import Run
 
-from llava_cli.registry import builtin_folder
+from llava_cli.models.registry import builtin_folder
 
 Open = Callable[..., "pexpect.spawn[str]"]
 ENTER, ESCAPE = "\r", "\x1b"

@@ -19,13 +19,14 @@ from hub import shard
 from test_checkpoints import change, put
 from test_engine import CONVERSATIONS
 
-from llava_cli import Sampling, digests, limits, load, quantised
-from llava_cli.checkpoint import check_files, check_weights, fingerprint
+from llava_cli import Sampling, limits, load
 from llava_cli.errors import ModelUnusable
-from llava_cli.model import load_config, nothing_is_fetched
-from llava_cli.registry import Checkpoint, builtin_folder, hub_cache, quantised_cache
+from llava_cli.models import digests, quantized_cache
+from llava_cli.models.registry import Checkpoint, builtin_folder, hub_cache, quantised_cache
+from llava_cli.models.untrusted_config import REFUSED, description, refusal
+from llava_cli.models.validate import check_files, check_weights, fingerprint
+from llava_cli.models.weights import load_config, nothing_is_fetched
 from llava_cli.safetensors_header import BadHeader, read_header
-from llava_cli.untrusted_config import REFUSED, description, refusal
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_a_header_is_no_longer_deeper_or_fuller_than_it_may_be(tmp_path: Path, m
 
 def test_headers_are_read_once(checkpoint_of: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "llava_cli.checkpoint.read_header", lambda path, read=read_header: reads.append(path) or read(path)
+        "llava_cli.models.validate.read_header", lambda path, read=read_header: reads.append(path) or read(path)
     )
     reads: list[Path] = []
     assert check_weights(checkpoint_of).bytes_per_weight == 2.0
@@ -221,13 +222,13 @@ def test_json_is_no_longer_deeper_or_fuller_than_it_may_be(
                 patch.setattr(f"llava_cli.{limit}", most)
                 if name != "config.json":  # which is read first
                     whole = (folder / "config.json").read_bytes()
-                    patch.setattr("llava_cli.checkpoint.read_json", reader(whole, name))
+                    patch.setattr("llava_cli.models.validate.read_json", reader(whole, name))
                 assert words in refused()
 
 
 def reader(config: bytes, checked: str) -> Callable[[Checkpoint, str], Any]:
     """Reads as ever, but for a config that is within all limits."""
-    from llava_cli.checkpoint import read_json
+    from llava_cli.models.validate import read_json
 
     return lambda checkpoint, file: read_json(checkpoint, file) if file == checked else json.loads(config)
 
@@ -572,7 +573,7 @@ def test_a_models_own_code_cannot_fetch_anything(hub: list[str], monkeypatch: py
     import huggingface_hub
     from transformers.integrations.hub_kernels import get_kernel
 
-    from llava_cli.model import load_config as _  # noqa: F401
+    from llava_cli.models.weights import load_config as _  # noqa: F401
 
     with nothing_is_fetched():
         with pytest.raises(ImportError):
@@ -860,9 +861,13 @@ def test_a_copy_says_what_it_was_made_of(
     one = checkpoint("llava-llama")
     first = answer(one)
     (copy,) = quantised_cache().iterdir()
-    label = copy / quantised.LABEL
+    label = copy / quantized_cache.LABEL
     said = json.loads(label.read_text())
-    assert said == {"fingerprint": fingerprint(Checkpoint("x", one)), "how": "4bit-cpu", "format": quantised.FORMAT}
+    assert said == {
+        "fingerprint": fingerprint(Checkpoint("x", one)),
+        "how": "4bit-cpu",
+        "format": quantized_cache.FORMAT,
+    }
     assert {path.stat().st_mode & 0o077 for path in (copy, *copy.iterdir())} == {0}
     before = (copy / "model.safetensors").stat().st_ino
     if trouble == "another's":  # whose digest begins alike

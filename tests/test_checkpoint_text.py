@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from llava_cli import limits
 from llava_cli.errors import ModelUnusable, PromptTooLong
 from llava_cli.loader import load_prompter
-from llava_cli.sandbox.text import PIECE, Refused, TextSandbox, are_more
+from llava_cli.prompts.sandbox import PIECE, Refused, TextSandbox, are_more
 from llava_cli.settings import Settings
 
 MESSAGES: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ from hub import shard
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from llava_cli.registry import builtin_folder
+from llava_cli.models.registry import builtin_folder
 
 Damage = Callable[[Path], object]
 Refused = Callable[..., Result]
@@ -300,7 +300,7 @@ def test_too_large_for_this_machine(folder: Path, refused: Refused) -> None:
 
 
 def test_too_large_at_this_precision(folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_cli.memory.free_memory", lambda device: 10**10)
+    monkeypatch.setattr("llava_cli.hardware.memory.free_memory", lambda device: 10**10)
     of_size(2 * 10**10)(folder)
     assert f"\n  llava ask -m {folder} -p 4bit\n" in refused(71).stderr
 

@@ -14,7 +14,7 @@ from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from llava_cli import load
-from llava_cli.checkup import checkup
+from llava_cli.diagnostics import checkup
 from llava_cli.settings import Settings
 
 Checkpoint = Callable[[str], Path]
@@ -56,8 +56,8 @@ def test_what_a_wrong_number_of_image_tokens_looks_like(
     run: Run, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were it not put right, and refused, before the weights are read."""
-    monkeypatch.setattr("llava_cli.processor._agree", lambda *args: None)
-    monkeypatch.setattr("llava_cli.processor.check_image_tokens", lambda *args: None)
+    monkeypatch.setattr("llava_cli.prompts.processor._agree", lambda *args: None)
+    monkeypatch.setattr("llava_cli.prompts.processor.check_image_tokens", lambda *args: None)
     folder = tmp_path / "wrong"
     shutil.copytree(checkpoint("llava-llama"), folder)
     path = folder / "processor_config.json"
@@ -67,7 +67,7 @@ def test_what_a_wrong_number_of_image_tokens_looks_like(
 
 
 def test_a_fast_way_that_is_wrong_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_cli.engine import attention
+    from llava_cli.engine.cpu import attention
 
     right = attention._of_many
     monkeypatch.setattr(attention, "_of_many", lambda *args: right(*args[:-2], 1.5 * args[-2], args[-1]))

@@ -15,7 +15,7 @@ import pexpect
 import pytest
 from conftest import Run, Shell
 
-from llava_cli.registry import builtin_folder
+from llava_cli.models.registry import builtin_folder
 
 ROOT = Path(__file__).parent.parent
 

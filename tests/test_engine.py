@@ -14,9 +14,9 @@ from transformers import AutoModelForImageTextToText
 
 from llava_cli import Conversation, Sampling, load
 from llava_cli.conversation import Picture
-from llava_cli.engine.decode import decode
+from llava_cli.engine.generate.decode import decode
+from llava_cli.engine.generate.prefix import PrefixCache
 from llava_cli.engine.local import LocalEngine
-from llava_cli.engine.prefix import PrefixCache
 from llava_cli.errors import PromptTooLong
 
 Get = Callable[[str], Path]

@@ -18,29 +18,32 @@ from families import FAMILIES
 from test_engine import CONVERSATIONS
 
 from llava_cli import Conversation, Sampling, load, open_picture
-from llava_cli.arranged import Arranged
-from llava_cli.engine import attention, decoder, fast, int8, passes, plain, tiles, tower
-from llava_cli.engine.attention import NAME, OneToken, attend
-from llava_cli.engine.cache import ROOM, RoomyCache
-from llava_cli.engine.decoder import Decoder, Group, suits
-from llava_cli.engine.fast import Joined, _quick_gelu, as_transformers, joined, unused_layers
+from llava_cli.engine.cpu import attention, decoder, decoder_passes, onednn_linear, quantized_linear
+from llava_cli.engine.cpu import dense_linear as plain
+from llava_cli.engine.cpu import patch as fast
+from llava_cli.engine.cpu import vision_layer as tower
+from llava_cli.engine.cpu.attention import NAME, OneToken, attend
+from llava_cli.engine.cpu.decoder import Decoder, Group, suits
+from llava_cli.engine.cpu.decoder_passes import Step, bound
+from llava_cli.engine.cpu.dense_linear import Plain
+from llava_cli.engine.cpu.jit import FEW, chain, compiler
+from llava_cli.engine.cpu.jit.builder import KINDS, Kind
+from llava_cli.engine.cpu.jit.compiler import kinds_here
+from llava_cli.engine.cpu.lm_head import Head
+from llava_cli.engine.cpu.onednn_linear import Products, as_they_are, weights_of, whole_numbers
+from llava_cli.engine.cpu.packed_weights import Arranged
+from llava_cli.engine.cpu.patch import Joined, _quick_gelu, as_transformers, joined, unused_layers
+from llava_cli.engine.cpu.quantized_linear import Room, Tiled, in_tiles, joined_bias
+from llava_cli.engine.cpu.vision_layer import TowerLayer
 from llava_cli.engine.forward import Forward
-from llava_cli.engine.head import Head
-from llava_cli.engine.int8 import Products, as_they_are, weights_of, whole_numbers
-from llava_cli.engine.kernels import FEW, chain, compiled
-from llava_cli.engine.kernels.compiled import kinds_here
-from llava_cli.engine.kernels.writer import KINDS, Kind
+from llava_cli.engine.kv_cache import ROOM, RoomyCache
 from llava_cli.engine.local import LocalEngine
-from llava_cli.engine.passes import Step, bound
-from llava_cli.engine.plain import Plain
-from llava_cli.engine.tiles import Room, Tiled, in_tiles, joined_bias
-from llava_cli.engine.tower import TowerLayer
-from llava_cli.registry import kernel_cache
+from llava_cli.models.registry import kernel_cache
 from llava_cli.settings import Precision
 
 Plainly = Callable[..., LocalEngine]
 SAMPLING = Sampling(max_tokens=12)
-COMPILED = attention, decoder, fast, int8, passes, plain, tiles, tower
+COMPILED = attention, decoder, fast, onednn_linear, decoder_passes, plain, quantized_linear, tower
 """Where kernels are used."""
 
 
@@ -73,7 +76,7 @@ def each_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "another CPU":
         for module in COMPILED:
             monkeypatch.setattr(module, "kinds_here", lambda: kinds_here()[-1:])
-    monkeypatch.setattr(int8, "suits_here", lambda: request.param == "AMX")
+    monkeypatch.setattr(onednn_linear, "suits_here", lambda: request.param == "AMX")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,7 +200,7 @@ def test_what_is_faster_is_there_for_what_it_suits(plainly: Plainly, monkeypatch
         assert ways(load("builtin", precision=precision, device="cpu")) == {Decoder, TowerLayer, Plain, FunctionType}
     assert ways(plainly("builtin", "4bit")) == set()
     for amx in (True, False):
-        monkeypatch.setattr(int8, "suits_here", lambda amx=amx: amx)
+        monkeypatch.setattr(onednn_linear, "suits_here", lambda amx=amx: amx)
         assert ways(load("builtin", precision="8bit", device="cpu")) == {Decoder, TowerLayer, Head, FunctionType}
     monkeypatch.undo()
     assert ways(load("builtin", precision="4bit", device="cpu")) == {Decoder, TowerLayer, Plain, FunctionType}
@@ -208,7 +211,7 @@ def test_what_is_faster_is_there_for_what_it_suits(plainly: Plainly, monkeypatch
 
 def test_machine_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """For later processes, and made anew where its file is not whole, or nothing can be written."""
-    make, written = partial(compiled._compile, chain.write, kinds_here()[0], False), chain._Chain
+    make, written = partial(compiler._compile, chain.write, kinds_here()[0], False), chain._Chain
     make()
     (file,) = kernel_cache().iterdir()
     whole = file.read_bytes()
@@ -317,7 +320,7 @@ def test_products_of_tiles_where_columns_are_no_whole_blocks(inputs: int) -> Non
     """As in SigLIP's tower."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(inputs, 48)
-    assert tiles.suits([layer])
+    assert quantized_linear.suits([layer])
     with torch.inference_mode():
         x = torch.randn(2, 1500, inputs)
         found, expected = Tiled(**in_tiles([layer]), bias=layer.bias)(x), layer(x)
@@ -328,7 +331,7 @@ def test_products_of_tiles_where_columns_are_no_whole_blocks(inputs: int) -> Non
 def test_products_of_tiles_with_weights_that_others_have_quantised(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     layer = four_bits(32, False, **options)
-    assert tiles.suits([layer])
+    assert quantized_linear.suits([layer])
     with torch.inference_mode():
         x = torch.randn(7, 128)
         found, expected = Tiled(**in_tiles([layer]))(x), x @ next(weights_of([layer])).t()
@@ -347,7 +350,7 @@ def test_products_of_tiles_of_several_threads() -> None:
 
 
 def test_layers_of_other_shapes_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "suits_here", lambda: False)
+    monkeypatch.setattr(onednn_linear, "suits_here", lambda: False)
     for make in (four_bits, eight_bits):
         assert joined([make(24, False)], "layer", True, Arranged()) is None
         assert joined([make(32, False)], "layer", False, Arranged()) is None  # it would be in memory twice
@@ -448,10 +451,10 @@ def test_bitsandbytes_multiplies_where_nothing_can_be_compiled(
         monkeypatch.setitem(sys.modules, "llvmlite", None)
         monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     else:
-        monkeypatch.setattr(compiled, "_openmp", lambda: None)
+        monkeypatch.setattr(compiler, "_openmp", lambda: None)
     for module in COMPILED:
         monkeypatch.setattr(module, "kinds_here", kinds_here.__wrapped__)
-    monkeypatch.setattr(int8, "suits_here", lambda: False)
+    monkeypatch.setattr(onednn_linear, "suits_here", lambda: False)
     engine = load("builtin", precision="4bit", device="cpu")
     assert not any(isinstance(vars(m).get("forward"), (Tiled, Head)) for m in engine.network.modules())
     assert engine.ask(str(drawing), "what color is the circle?") == "red"
@@ -528,7 +531,7 @@ def off(engine: LocalEngine, drawing: Path) -> float:
 def test_no_copies_in_8_bits_where_memory_is_short(
     monkeypatch: pytest.MonkeyPatch, drawing: Path, each_cpu: None
 ) -> None:
-    monkeypatch.setattr("llava_cli.engine.int8.free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr("llava_cli.engine.cpu.onednn_linear.free_memory", lambda device: 1_000_000)
     engine = load("builtin", precision="4bit", device="cpu")
     groups = [
         group

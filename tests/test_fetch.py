@@ -18,10 +18,10 @@ from PIL import Image
 from tls import of_a_server
 
 from llava_cli import bounded_http, limits
-from llava_cli import fetch as module
 from llava_cli.errors import BadImage, InputMissing, LlavaError
-from llava_cli.fetch import fetch
-from llava_cli.images import open_picture
+from llava_cli.images import fetch as module
+from llava_cli.images.fetch import fetch
+from llava_cli.images.reader import open_picture
 
 QUESTION = "what is this?"
 

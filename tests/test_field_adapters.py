@@ -43,10 +43,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from llava_cli import adapters, load
-from llava_cli.checkpoint import fingerprint
+from llava_cli import load
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.loader import wanted
+from llava_cli.models import adapters
+from llava_cli.models.validate import fingerprint
 from llava_cli.settings import Sampling, Settings
 
 Lora = peft.LoraConfig

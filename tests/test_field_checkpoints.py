@@ -179,7 +179,7 @@ def refused(run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     """Expects one line and hints, before a weight is read, alike of all commands: the lines."""
 
     def check(name: object, *commands: str, code: int = 69) -> list[str]:
-        monkeypatch.setattr("llava_cli.model.load_model", None)
+        monkeypatch.setattr("llava_cli.models.weights.load_model", None)
         found = []
         for command in commands or ("ask", "prompt"):
             result = run(command, "-m", str(name), drawing, QUESTION)

@@ -23,16 +23,16 @@ from conftest import Run
 from peer import Peer, Reply, delta, say, serving, stream
 
 from llava_cli.conversation import Conversation, Turn
-from llava_cli.engine import remote
-from llava_cli.engine.client import messages
+from llava_cli.engine.remote import remote_engine
+from llava_cli.engine.remote.openai_client import messages
 
 QUESTION = "what color is the circle?"
 
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(remote, "TRIES", 2)
+    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote_engine, "TRIES", 2)
     with serving() as it:
         yield it
 
@@ -211,7 +211,7 @@ def test_the_order_of_what_is_asked() -> None:
 
 def test_a_date_to_come_back_at(peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    monkeypatch.setattr(remote_engine.time, "sleep", pauses.append)
     peer.replies = [say(429, {}, Retry_After="Fri, 31 Dec 2100 23:59:59 GMT")]
     assert run("ask", "--server", peer.url, drawing, QUESTION).stdout == "red\n"
-    assert pauses == [remote.LONGEST_WISH]
+    assert pauses == [remote_engine.LONGEST_WISH]

@@ -40,10 +40,10 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from llava_cli import Answer, Conversation, Sampling, load
 from llava_cli.engine import Request
-from llava_cli.engine.decode import decode
+from llava_cli.engine.generate.decode import decode
+from llava_cli.engine.generate.generation_config import REFUSED
+from llava_cli.engine.generate.prefix import PrefixCache
 from llava_cli.engine.local import LocalEngine
-from llava_cli.engine.prefix import PrefixCache
-from llava_cli.generation import REFUSED
 
 MOST = 16
 TALKS = [
@@ -215,7 +215,7 @@ ASKING = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str, run: Run, folder: Path, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_cli.model.load_model", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("llava_cli.models.weights.load_model", lambda *args: pytest.fail("weights were read"))
     generation(folder, **{name: ASKING[name]})
     result = run("ask", "-m", folder, drawing, "what is this?")
     assert (result.exit_code, result.stdout) == (69, "")
@@ -246,7 +246,7 @@ DAMAGED: list[dict[str, Any]] = [
 def test_damaged(
     values: dict[str, Any], run: Run, folder: Path, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_cli.model.load_model", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("llava_cli.models.weights.load_model", lambda *args: pytest.fail("weights were read"))
     generation(folder, **values)
     result = run("ask", "-m", folder, drawing, "what is this?")
     assert (result.exit_code, result.stdout) == (69, "")

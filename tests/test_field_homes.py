@@ -36,8 +36,9 @@ from typing import Any
 import pytest
 from conftest import Run, Shell
 
-from llava_cli import files, paths, registry, settings
+from llava_cli import files, paths, settings
 from llava_cli.errors import OutputError
+from llava_cli.models import registry
 
 TESTS = Path(__file__).parent
 QUESTION = "what color is the circle?"

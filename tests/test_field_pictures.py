@@ -32,10 +32,10 @@ from peer import Peer, serving
 from PIL import Image
 from test_images import END, TURN, encoded, header, idat, noise, opened, pixels, png, tiff_exif
 
-from llava_cli import fetch, images
-from llava_cli.decode import decode
 from llava_cli.errors import BadImage, InputMissing, UsageError
-from llava_cli.images import looks_like_picture, open_picture
+from llava_cli.images import fetch, reader
+from llava_cli.images.decode import decode
+from llava_cli.images.reader import looks_like_picture, open_picture
 
 QUESTION = "what is this?"
 ROW = bytes([255, 0, 0, 0, 128, 0, 0, 0, 255])
@@ -406,7 +406,7 @@ def test_a_folder_is_named_as_a_shell_takes_it(run: Run, folder: Path) -> None:
 @pytest.mark.parametrize("ending", [".jfif", ".jpe", ".pjpeg", ".pjp", ".dib", ".apng", ".mpo", ".hif", ".JFIF"])
 def test_endings(ending: str) -> None:
     assert looks_like_picture(f"gone{ending}")
-    assert ending.lower() in images.SUFFIXES
+    assert ending.lower() in reader.SUFFIXES
 
 
 def test_a_mpo_is_a_picture_of_ours() -> None:

@@ -39,8 +39,8 @@ from servers import Endpoint, connected, in_thread, post, response
 
 from llava_cli import load
 from llava_cli.conversation import Picture, Turn
-from llava_cli.decode import decode
 from llava_cli.engine.local import LocalEngine
+from llava_cli.images.decode import decode
 from llava_cli.server.bodies import parse
 from llava_cli.server.pictures import data_of
 

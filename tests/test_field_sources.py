@@ -46,7 +46,7 @@ from llava_cli import limits
 from llava_cli.batch import folders
 from llava_cli.batch import run as module
 from llava_cli.batch.journal import Journal
-from llava_cli.images import SUFFIXES
+from llava_cli.images.reader import SUFFIXES
 
 QUESTION = "what is this?"
 Row = dict[str, Any]

@@ -34,7 +34,8 @@ from conftest import Run
 from PIL import Image
 from test_render import Screen
 
-from llava_cli import open_picture, thumbnail
+from llava_cli import open_picture
+from llava_cli.chat import thumbnail
 
 DESCRIBED = "a red circle and a blue triangle on a white background"
 KITTY, SIXEL = "\x1b_Ga=T,f=100,q=2,", "\x1bP"

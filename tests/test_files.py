@@ -47,9 +47,9 @@ ALLOWED = {
     ("convert/__init__.py", "mkdir"): "the folders above one that the user names; what is written is in a new one",
     ("convert/__init__.py", "save_file"): "into that new folder",
     ("convert/tokenizer.py", "save_pretrained"): "into the scratch folder of `paths.py`",
-    ("pull.py", "WeakFileLock"): "the lock that huggingface_hub takes, too; links are refused before",
+    ("models/download.py", "WeakFileLock"): "the lock that huggingface_hub takes, too; links are refused before",
     ("start.py", "open"): "a stream of this process, by its number",
-    ("quantised.py", "save_pretrained"): "into a new folder of mode 0700, in one that is the user's own",
+    ("models/quantized_cache.py", "save_pretrained"): "into a new folder of mode 0700, in one that is the user's own",
 }
 
 

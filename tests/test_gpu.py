@@ -18,8 +18,8 @@ from test_prefix import same
 from llava_cli import Answer, Conversation, Sampling, load, open_picture
 from llava_cli.engine.local import LocalEngine
 from llava_cli.errors import OutOfMemory, model_errors
-from llava_cli.machine import plan
-from llava_cli.memory import free_memory
+from llava_cli.hardware.device import plan
+from llava_cli.hardware.memory import free_memory
 from llava_cli.settings import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -20,12 +20,12 @@ from conftest import Run
 from PIL import Image
 from typer.testing import Result
 
-from llava_cli import images, limits
-from llava_cli.decode import decode
+from llava_cli import limits
 from llava_cli.errors import BadImage, InputMissing, LlavaError, printable
-from llava_cli.images import looks_like_picture, open_picture, reduce, square
-from llava_cli.sandbox import pictures
-from llava_cli.sandbox.pictures import Sandboxes
+from llava_cli.images import reader, sandbox
+from llava_cli.images.decode import decode
+from llava_cli.images.reader import looks_like_picture, open_picture, reduce, square
+from llava_cli.images.sandbox import Sandboxes
 
 Pixel = tuple[int, int, int]
 
@@ -214,8 +214,8 @@ def test_damaged_png_data_is_refused_or_read_but_never_black() -> None:
 
 def test_a_heic_without_the_extra_names_it(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "img.heic").write_bytes(encoded(noise(), "HEIF"))
-    monkeypatch.setattr(pictures, "HEIF", "")
-    monkeypatch.setattr(images, "_sandboxes", Sandboxes)
+    monkeypatch.setattr(sandbox, "HEIF", "")
+    monkeypatch.setattr(reader, "_sandboxes", Sandboxes)
     result = run("ask", "img.heic", QUESTION)
     assert_refused(result, "img.heic", "HEIC needs an extra", 65, "pip install 'llava-cli[heic]'")
 
@@ -391,7 +391,7 @@ def test_the_hash_is_of_the_bytes_that_were_decoded(folder: Path, monkeypatch: p
             (folder / "img.png").write_bytes(b"other bytes")
             return super().open(*args)
 
-    monkeypatch.setattr(images, "_sandboxes", Slow)
+    monkeypatch.setattr(reader, "_sandboxes", Slow)
     picture = open_picture("img.png")
     assert picture.sha256 == hashlib.sha256(data).hexdigest()
     assert picture.image == noise()

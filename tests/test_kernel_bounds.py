@@ -17,19 +17,20 @@ from safetensors.torch import save_file
 from test_engine import CONVERSATIONS
 from test_fast import Module, eight_bits, four_bits, sixteen_bits
 
-from llava_cli import Sampling, load, quantised
-from llava_cli.arranged import Arranged, _write
-from llava_cli.engine import attention, tower
-from llava_cli.engine.attention import OneToken, attend
-from llava_cli.engine.decoder import suits
-from llava_cli.engine.kernels import compiled
-from llava_cli.engine.kernels.compiled import Misfit, addresses, kinds_here
-from llava_cli.engine.passes import _Buffers, _turn
-from llava_cli.engine.plain import Plain
-from llava_cli.engine.stored import misfit
-from llava_cli.engine.tiles import Room, Tiled, in_tiles, layout_in_tiles
+from llava_cli import Sampling, load
+from llava_cli.engine.cpu import attention, vision_layer
+from llava_cli.engine.cpu.attention import OneToken, attend
+from llava_cli.engine.cpu.decoder import suits
+from llava_cli.engine.cpu.decoder_passes import _Buffers, _turn
+from llava_cli.engine.cpu.dense_linear import Plain
+from llava_cli.engine.cpu.jit import compiler
+from llava_cli.engine.cpu.jit.compiler import Misfit, addresses, kinds_here
+from llava_cli.engine.cpu.packed_weights import Arranged, _write
+from llava_cli.engine.cpu.quantized_linear import Room, Tiled, in_tiles, layout_in_tiles
 from llava_cli.errors import ModelUnusable
-from llava_cli.registry import quantised_cache
+from llava_cli.models import quantized_cache
+from llava_cli.models.registry import quantised_cache
+from llava_cli.models.stored_quantization import misfit
 from llava_cli.safetensors_header import read_header
 
 Tensors = dict[str, torch.Tensor]
@@ -52,7 +53,7 @@ def stored(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytes
         (copy,) = quantised_cache().iterdir()
         folder = tmp_path / "stored"
         shutil.copytree(checkpoint("llava-llama"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
-        kept = shutil.ignore_patterns("arranged-*", quantised.LABEL)
+        kept = shutil.ignore_patterns("arranged-*", quantized_cache.LABEL)
         shutil.copytree(copy, folder, ignore=kept, dirs_exist_ok=True)
         shutil.rmtree(copy)
         return folder
@@ -413,7 +414,9 @@ def test_a_decoders_kernels_check_norms_and_cache(engines: Callable[[str], Any])
 @compiles
 def test_a_towers_kernels_check_norms(engines: Callable[[str], Any]) -> None:
     network = engines("llava-llama").network
-    way = next(way for layer in network.modules() if isinstance(way := vars(layer).get("forward"), tower.TowerLayer))
+    way = next(
+        way for layer in network.modules() if isinstance(way := vars(layer).get("forward"), vision_layer.TowerLayer)
+    )
     x = torch.zeros(1, 5, 64)
     norm = torch.nn.LayerNorm(64)
     way._norm(norm, x, torch.zeros_like(x))
@@ -449,19 +452,19 @@ def test_heads_that_do_not_share_keys_evenly_are_no_decoder_of_ours() -> None:
 
 @compiles
 def test_machine_code_that_others_may_have_written_is_not_run(tmp_path: Path) -> None:
-    folder, made = compiled.kernel_cache(), []
+    folder, made = compiler.kernel_cache(), []
 
     def make() -> bytes:
         made.append(b"right")
         return b"right"
 
     def got() -> bytes:
-        return compiled._kept("name", make)
+        return compiler._kept("name", make)
 
     assert (got(), got(), len(made)) == (b"right", b"right", 1)
     (path,) = folder.iterdir()
     assert (path.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (0o600, 0o700)
-    evil = compiled._digest(b"evil").encode() + b"\nevil"
+    evil = compiler._digest(b"evil").encode() + b"\nevil"
     (theirs := tmp_path / "theirs").write_bytes(evil)
     path.write_bytes(evil)
     path.chmod(0o620)

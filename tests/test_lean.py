@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_cli import lean
+from llava_cli import fast_start
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +74,7 @@ def test_a_package_is_put_off_if_its_light_part_is_there(
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("some_package", "some_package.light", "some_package.heavy"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    lean._defer("some_package", part, mark="ours")
+    fast_start._defer("some_package", part, mark="ours")
     package = importlib.import_module("some_package")
     assert package.mark == ("ours" if part == "light" else "its own")
     assert ("some_package.heavy" in sys.modules) is (part == "missing")

@@ -14,11 +14,12 @@ from test_engine import picture
 
 from llava_cli import Answer, Conversation, Sampling
 from llava_cli.conversation import Picture
-from llava_cli.engine import Request, schedule
-from llava_cli.engine.kept import Kept
-from llava_cli.engine.live import Asked, Live
+from llava_cli.engine import Request
+from llava_cli.engine.generate import scheduler
+from llava_cli.engine.generate.batch import Batch, Token
+from llava_cli.engine.generate.live import Asked, Live
+from llava_cli.engine.generate.prompt_cache import Kept
 from llava_cli.engine.local import LocalEngine
-from llava_cli.engine.many import Batch, Token
 from llava_cli.errors import LlavaError, ModelUnusable, OutOfMemory, PromptTooLong
 
 SAMPLING = Sampling(max_tokens=12)
@@ -199,7 +200,7 @@ def test_what_is_kept_stays_within_its_budget(
     kept = Kept(100_000, engine.network.config.image_token_id)
     rows = []
     monkeypatch.setattr(Batch, "_drop", spying := _Spy(Batch._drop))
-    running = schedule.Schedule(engine.network, None, kept)
+    running = scheduler.Schedule(engine.network, None, kept)
     for number in range(12):
         row = engine.row(number, Request(Conversation().ask("what is this?", [seen(number)]), SAMPLING), number)
         assert row
@@ -232,7 +233,7 @@ def test_rows_are_kept_without_their_padding(engines: Callable[[str], LocalEngin
     """Beside a longer one, a prompt has columns on its left that mean nothing."""
     engine = engines("llava-llama")
     kept = Kept(10**9, engine.network.config.image_token_id)
-    running = schedule.Schedule(engine.network, None, kept)
+    running = scheduler.Schedule(engine.network, None, kept)
     talks = [Conversation().ask("what? " * times, [seen(times)]) for times in (1, 9)]
     rows = [engine.row(i, Request(talk, SAMPLING), i) for i, talk in enumerate(talks)]
     for row, talk in zip(rows, talks, strict=True):
@@ -255,9 +256,9 @@ def test_a_few_wait_a_moment_for_others_to_join_with(
     patience: float, joined: list[int], engines: Callable[[str], LocalEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until they are half as many as are being answered; nobody waits where nothing runs."""
-    monkeypatch.setattr(schedule, "GATHER", patience)
+    monkeypatch.setattr(scheduler, "GATHER", patience)
     engine = engines("llava-llama")
-    running = schedule.Schedule(engine.network, None, Kept(10**9, engine.network.config.image_token_id))
+    running = scheduler.Schedule(engine.network, None, Kept(10**9, engine.network.config.image_token_id))
 
     def put(number: int) -> None:
         talk = Conversation().ask("what is this?", [seen(number)])

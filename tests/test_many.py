@@ -178,7 +178,7 @@ def test_an_error_of_the_requests_is_not_swallowed(engines: Engines) -> None:
 def test_families_that_cannot_stand_in_rows_answer_one_by_one(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_cli.engine.prefix.PrefixCache.can_part", lambda self, inputs: False)
+    monkeypatch.setattr("llava_cli.engine.generate.prefix.PrefixCache.can_part", lambda self, inputs: False)
     same_as_alone(engines("llava-llama"), requests(), 4)
 
 

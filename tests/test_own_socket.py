@@ -20,8 +20,17 @@ from conftest import Run, Shell
 from servers import Serve, connected, in_thread
 
 from llava_cli import limits, load, processes
+from llava_cli.engine.remote.local_socket import (
+    Peer,
+    SocketConnection,
+    in_between,
+    is_ours,
+    listening,
+    open_beside,
+    socket_path,
+    status,
+)
 from llava_cli.errors import OutputTaken
-from llava_cli.place import Peer, SocketConnection, in_between, is_ours, listening, open_beside, socket_path, status
 from llava_cli.server.run import Process
 
 QUESTION = "what color is the circle?"

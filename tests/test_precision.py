@@ -17,7 +17,7 @@ from PIL import Image
 from llava_cli import Conversation, Sampling, load
 from llava_cli.conversation import Picture
 from llava_cli.errors import UsageError
-from llava_cli.machine import plan
+from llava_cli.hardware.device import plan
 
 TALK = Conversation().ask("what is this?", [Picture("red", Image.new("RGB", (80, 50), "red"), sha256="")])
 

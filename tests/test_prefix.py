@@ -102,7 +102,7 @@ def test_answer_broken_off_between_tokens(after: int, engines: Callable[[str], L
 def test_ctrl_c_in_the_midst_of_a_forward_pass(
     step: int, layer: int, engines: Callable[[str], LocalEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_cli.engine.cache import RoomyLayer
+    from llava_cli.engine.kv_cache import RoomyLayer
 
     engine = engines("llava-llama")
     first = Conversation().ask("what is this?", [picture(60, 60)])

@@ -14,11 +14,11 @@ from families import FAMILIES
 from PIL import Image
 
 from llava_cli import Conversation
-from llava_cli.chat_template import named_templates
 from llava_cli.conversation import Picture
 from llava_cli.loader import load_prompter
-from llava_cli.prompt import Prompter
-from llava_cli.registry import builtin_folder
+from llava_cli.models.registry import builtin_folder
+from llava_cli.prompts.chat_template import named_templates
+from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import Settings
 
 DOT = Picture("dot.png", Image.new("RGB", (40, 30), "red"), sha256="")

@@ -22,7 +22,7 @@ from hub import Hub, hub_hash, serving, shard
 from typer.testing import Result
 
 from llava_cli import limits
-from llava_cli.registry import builtin_folder, find
+from llava_cli.models.registry import builtin_folder, find
 
 NAME = "owner/tiny-llava"
 AGAIN = f"\n  llava models pull {NAME}\n"
@@ -260,7 +260,7 @@ def test_the_users_token_goes_to_the_hub_alone(run: Run, hub: Hub, monkeypatch: 
 
 
 def test_shards_are_pulled(run: Run, hub: Hub, repo: Path) -> None:
-    from llava_cli.checkpoint import check_weights
+    from llava_cli.models.validate import check_weights
 
     shard(repo)
     hub.breaks_after = 1000

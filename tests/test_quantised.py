@@ -11,13 +11,15 @@ import torch
 from conftest import Run
 from test_engine import CONVERSATIONS
 
-from llava_cli import Sampling, arranged, load, quantised
-from llava_cli.arranged import Arranged
-from llava_cli.engine.fast import Joined
-from llava_cli.engine.int8 import Products
-from llava_cli.engine.kernels import Layout
-from llava_cli.quantised import Copy
-from llava_cli.registry import quantised_cache
+from llava_cli import Sampling, load
+from llava_cli.engine.cpu import packed_weights
+from llava_cli.engine.cpu.jit import Layout
+from llava_cli.engine.cpu.onednn_linear import Products
+from llava_cli.engine.cpu.packed_weights import Arranged
+from llava_cli.engine.cpu.patch import Joined
+from llava_cli.models import quantized_cache
+from llava_cli.models.quantized_cache import Copy
+from llava_cli.models.registry import quantised_cache
 from llava_cli.safetensors_header import read_header
 from llava_cli.settings import Precision
 
@@ -25,20 +27,20 @@ PRECISIONS: tuple[Precision, ...] = ("4bit", "8bit")
 
 
 def kept() -> list[str]:
-    return sorted(path.name for path, _ in quantised.copies())
+    return sorted(path.name for path, _ in quantized_cache.copies())
 
 
 @pytest.fixture
 def quantising(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of each copy that is made."""
     made: list[str] = []
-    keep = quantised.keep
+    keep = quantized_cache.keep
 
     def told(model: object, copy: Copy) -> bool:
         made.append(copy.path.name)
         return keep(model, copy)
 
-    monkeypatch.setattr(quantised, "keep", told)
+    monkeypatch.setattr(quantized_cache, "keep", told)
     return made
 
 
@@ -57,7 +59,7 @@ def test_a_copy_answers_like_what_it_was_made_of(
         return engine.answer(CONVERSATIONS["two"], Sampling(max_tokens=12)).text
 
     with monkeypatch.context() as without:
-        without.setattr(quantised, "keep", lambda model, copy: False)
+        without.setattr(quantized_cache, "keep", lambda model, copy: False)
         itself = answer()
     assert not kept()
     assert answer() == itself
@@ -111,13 +113,13 @@ def said(folder: Path) -> str:
 def arranging(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of each file that is made."""
     made: list[str] = []
-    write = arranged._write
+    write = packed_weights._write
 
     def told(tensors: dict[str, torch.Tensor], path: Path) -> None:
         made.append(path.stem)
         write(tensors, path)
 
-    monkeypatch.setattr(arranged, "_write", told)
+    monkeypatch.setattr(packed_weights, "_write", told)
     return made
 
 
@@ -184,7 +186,7 @@ def in_memory(path: Path) -> int:
 def test_weights_of_a_checkpoint_that_was_quantised_by_others(
     checkpoint: Callable[[str], Path], arranging: list[str], tmp_path: Path
 ) -> None:
-    from llava_cli.engine.fast import as_transformers
+    from llava_cli.engine.cpu.patch import as_transformers
 
     said(checkpoint("llava-llama"))
     (copy,) = quantised_cache().iterdir()

@@ -12,7 +12,7 @@ import pytest
 from conftest import Run
 
 from llava_cli import files, limits
-from llava_cli.registry import ALIASES, builtin_folder, find, remember
+from llava_cli.models.registry import ALIASES, builtin_folder, find, remember
 
 
 def on_disk(cache: Path, repo: str, weights: str = "model.safetensors") -> Path:

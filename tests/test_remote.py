@@ -22,15 +22,15 @@ from servers import Serve
 from tls import of_a_server
 
 from llava_cli import bounded_http, limits
-from llava_cli.engine import remote
-from llava_cli.images import open_picture
+from llava_cli.engine.remote import remote_engine
+from llava_cli.images.reader import open_picture
 
 QUESTION = "what color is the circle?"
 
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
     with serving() as it:
         yield it
 
@@ -197,7 +197,7 @@ def test_tls_by_a_proxy(
     status: int, trusted: ssl.SSLContext, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It sees where to, and neither the key nor the picture."""
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
     monkeypatch.setenv("LLAVA_API_KEY", "open-sesame")
     heads: list[bytes] = []
     with serving(trusted) as peer, socket.create_server(("127.0.0.1", 0)) as listener:
@@ -326,7 +326,7 @@ def test_a_server_is_left_alone_as_long_as_it_asks_to_be(
     wish: str, pause: float, peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    monkeypatch.setattr(remote_engine.time, "sleep", pauses.append)
     peer.replies = [say(429, {}, Retry_After=wish)]
     assert run("ask", "--server", peer.url, drawing, QUESTION).stdout == "red\n"
     assert pauses == [pause]
@@ -334,7 +334,7 @@ def test_a_server_is_left_alone_as_long_as_it_asks_to_be(
 
 def test_a_server_that_says_nothing(peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "REPLY_SECONDS", 0.05)
-    monkeypatch.setattr(remote, "TRIES", 2)
+    monkeypatch.setattr(remote_engine, "TRIES", 2)
     over = threading.Event()
     peer.usual = lambda handler, asked: over.wait(60) and None
     asked = run("ask", "--server", peer.url, drawing, QUESTION)

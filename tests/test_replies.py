@@ -22,11 +22,11 @@ from peer import Peer, Reply, delta, say, serving, stream
 from llava_cli import limits, render
 from llava_cli.bounded_http import Deadline, Response
 from llava_cli.conversation import Conversation
-from llava_cli.engine import remote, warm
 from llava_cli.engine.base import Answer, Request
-from llava_cli.engine.client import Client
-from llava_cli.engine.remote import RemoteEngine
-from llava_cli.engine.wire import Unanswered
+from llava_cli.engine.remote import local_server_engine, remote_engine
+from llava_cli.engine.remote.openai_client import Client
+from llava_cli.engine.remote.remote_engine import RemoteEngine
+from llava_cli.engine.remote.wire import Unanswered
 from llava_cli.errors import LlavaError
 from llava_cli.settings import Sampling
 
@@ -62,8 +62,8 @@ JUNK: list[Any] = [
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(remote, "TRIES", 2)
+    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote_engine, "TRIES", 2)
     with serving() as it:
         yield it
 
@@ -459,8 +459,8 @@ def test_nobody_is_waited_for_long(run: Run, drawing: Path, monkeypatch: pytest.
 )
 def test_wishes_beyond_reason(wish: str, pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", pauses.append)
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote_engine.time, "sleep", pauses.append)
+    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
     client = Client("its", lambda path, body: None, lambda picture: "")  # type: ignore[arg-type, return-value]
     engine = object.__new__(RemoteEngine)
     engine.where, engine._lock, engine._is_well = "its", threading.Lock(), False
@@ -589,7 +589,7 @@ def test_what_the_own_server_says_of_itself(name: str, tmp_path: Path) -> None:
     with own_server(tmp_path / "own.sock", head(len(data)) + data) as server:
 
         def found() -> Any:
-            return warm.holder(dict(wanted), lambda: None, print, tmp_path / "own.sock")  # type: ignore[arg-type, return-value]
+            return local_server_engine.holder(dict(wanted), lambda: None, print, tmp_path / "own.sock")  # type: ignore[arg-type, return-value]
 
         assert found().model == "m"
         for value in (*JUNK, ["fp32"], 10**400):
@@ -616,7 +616,7 @@ def test_the_own_server_is_read_within_bounds(
 ) -> None:
     monkeypatch.setattr(limits, "REPLY_BYTES", 1_000_000)
     monkeypatch.setattr(limits, "OWN_REPLY_SECONDS", 60.0)
-    engine = warm.WarmEngine(tmp_path / "own.sock", OWN, lambda: None, print)  # type: ignore[arg-type, return-value]
+    engine = local_server_engine.WarmEngine(tmp_path / "own.sock", OWN, lambda: None, print)  # type: ignore[arg-type, return-value]
     with own_server(tmp_path / "own.sock", data):
         with pytest.raises(LlavaError, match=re.escape(words)):
             engine.count(ASKED)
@@ -637,7 +637,7 @@ def test_the_own_server_may_not_hang_for_ever(tmp_path: Path, monkeypatch: pytes
         def load() -> Any:
             raise Loaded
 
-        engine = warm.WarmEngine(tmp_path / "own.sock", OWN, load, told.append)
+        engine = local_server_engine.WarmEngine(tmp_path / "own.sock", OWN, load, told.append)
         with pytest.raises(Loaded):
             engine.count(ASKED)
     assert told == ["llava: serve: no answer within 0 s; going on without it"]

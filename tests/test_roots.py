@@ -17,7 +17,7 @@ from PIL import Image
 
 from llava_cli.batch import run as module
 from llava_cli.batch.rows import to_line
-from llava_cli.registry import data_folder
+from llava_cli.models.registry import data_folder
 
 QUESTION = "what is this?"
 Row = dict[str, Any]

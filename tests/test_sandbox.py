@@ -23,9 +23,9 @@ from PIL import Image
 from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, LlavaError
-from llava_cli.sandbox import pictures
+from llava_cli.images import sandbox as pictures
+from llava_cli.images.sandbox import Crash, Sandbox
 from llava_cli.sandbox.confine import LAYERS
-from llava_cli.sandbox.pictures import Crash, Sandbox
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 
 SUPPORTED = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")

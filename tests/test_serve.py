@@ -25,9 +25,9 @@ from servers import Serve, Server, begin, end
 
 from llava_cli import Conversation, load
 from llava_cli.conversation import Picture
-from llava_cli.decode import decode
 from llava_cli.engine.local import LocalEngine
-from llava_cli.place import SocketConnection, status
+from llava_cli.engine.remote.local_socket import SocketConnection, status
+from llava_cli.images.decode import decode
 
 JSON = {"Content-Type": "application/json"}
 QUESTIONS = ("what is this?", "what color is the circle?", "is there a square?", "how many shapes are there?")

@@ -19,7 +19,7 @@ from servers import Endpoint, connected, in_thread, post, response
 
 from llava_cli import limits, load
 from llava_cli.engine import Request
-from llava_cli.engine.live import Live, Unwanted
+from llava_cli.engine.generate.live import Live, Unwanted
 from llava_cli.engine.local import LocalEngine
 from llava_cli.errors import InputMissing
 from llava_cli.server import pictures

@@ -11,12 +11,12 @@ from conftest import Run
 from PIL import Image
 
 from llava_cli import Conversation
-from llava_cli.chat_template import named_templates
 from llava_cli.conversation import Picture
-from llava_cli.families import FAMILIES
 from llava_cli.loader import load_prompter
-from llava_cli.prompt import Prompter
-from llava_cli.registry import ALIASES
+from llava_cli.models.families import FAMILIES
+from llava_cli.models.registry import ALIASES
+from llava_cli.prompts.chat_template import named_templates
+from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import Settings
 
 Checkpoint = Callable[[str], Path]

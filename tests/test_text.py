@@ -8,8 +8,8 @@ import pytest
 from families import tokenizer
 from transformers import AutoTokenizer
 
-from llava_cli.engine.text import TextStream
-from llava_cli.registry import builtin_folder
+from llava_cli.engine.generate.detokenizer import TextStream
+from llava_cli.models.registry import builtin_folder
 
 WORDS = tokenizer()
 BUILTIN = AutoTokenizer.from_pretrained(builtin_folder())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-from llava_cli.trie_regex import any_of
+from llava_cli.prompts.trie_regex import any_of
 
 
 def test_it_finds_what_the_longest_alternative_finds() -> None:

@@ -19,7 +19,7 @@ from test_prefix import same
 
 from llava_cli import Conversation, load
 from llava_cli.engine.local import LocalEngine
-from llava_cli.engine.visual import most_diverse
+from llava_cli.engine.visual_tokens import most_diverse
 from llava_cli.errors import UsageError
 from llava_cli.loader import load_prompter
 from llava_cli.settings import Settings
@@ -168,7 +168,7 @@ def test_pictures_that_stand_side_by_side_and_their_name_in_the_text(tmp_path: P
 def test_pictures_in_tiles_are_refused_before_a_weight_is_read(
     family: str, checkpoint: Get, run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_cli.model.load_model", None)
+    monkeypatch.setattr("llava_cli.models.weights.load_model", None)
     folder, kind = str(checkpoint(family)), json.loads((checkpoint(family) / "config.json").read_text())["model_type"]
     rows = tmp_path / "rows.jsonl"
     for command in (["ask", drawing], ["prompt", drawing], ["batch", drawing.parent, "-o", rows]):

@@ -15,7 +15,7 @@ from conftest import Run, Shell
 from PIL import Image
 from servers import Serve
 
-from llava_cli.place import status
+from llava_cli.engine.remote.local_socket import status
 
 QUESTION = "what color is the circle?"
 FP32 = ("-p", "fp32")

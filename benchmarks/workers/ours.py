@@ -20,13 +20,13 @@ from work import (
     some_tokens,
 )
 
-from llava_cli import Conversation, Sampling, lean, load, open_picture
+from llava_cli import Conversation, Sampling, fast_start, load, open_picture
 from llava_cli.engine import Answer, Request
 
 
 class Ours:
     def __init__(self, options: dict[str, Any]) -> None:
-        lean.start()
+        fast_start.start()
         self.engine = load(options["model"], precision=options["precision"], device="cpu")
         self.path = options["picture"]
         self.numbers = random.Random()

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from llava_cli import limits
 from llava_cli.batch.foreign_files import begins_like_a_picture
 from llava_cli.errors import InputMissing
-from llava_cli.images import SUFFIXES
+from llava_cli.images.reader import SUFFIXES
 from llava_cli.untrusted_text import one_line, printable
 
 _NOT_THE_USERS = {

@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple
 
 from llava_cli import files, regular_files
-from llava_cli.images import SUFFIXES
+from llava_cli.images.reader import SUFFIXES
 
 JSON_LINES = (".jsonl", ".ndjson")
 HEAD_BYTES = 65_536

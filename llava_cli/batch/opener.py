@@ -12,8 +12,8 @@ from typing import Any
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, InputMissing, LlavaError
-from llava_cli.images import is_url, read
-from llava_cli.sandbox.pictures import Crash, Sandboxes
+from llava_cli.images.reader import is_url, read
+from llava_cli.images.sandbox import Crash, Sandboxes
 from llava_cli.untrusted_text import printable
 
 ATTEMPTS = 2

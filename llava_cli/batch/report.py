@@ -33,7 +33,7 @@ from llava_cli.batch.tasks import Task
 from llava_cli.bounded_json import Bounds, TooMuch, loads
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadData, InputMissing, LlavaError, OutputError, OutputTaken, UsageError
-from llava_cli.images import is_url, local_path
+from llava_cli.images.reader import is_url, local_path
 from llava_cli.regular_files import NotRegular, open_regular
 from llava_cli.untrusted_text import for_page, printable
 

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from llava_cli import cache_files, files
-from llava_cli.registry import data_folder
+from llava_cli.models.registry import data_folder
 
 _KEY_BYTES = 32
 

@@ -14,7 +14,7 @@ from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Engine, Request
 from llava_cli.errors import LlavaError
-from llava_cli.memory import TIDY, give_back_memory
+from llava_cli.hardware.memory import TIDY, give_back_memory
 from llava_cli.settings import Sampling, Settings
 
 WINDOW = 1024

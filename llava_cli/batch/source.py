@@ -22,7 +22,7 @@ from llava_cli.batch.questions import Questions
 from llava_cli.batch.roots import is_below, resolved
 from llava_cli.batch.tasks import Task, in_order
 from llava_cli.errors import InputMissing, UsageError
-from llava_cli.images import SUFFIXES, is_url, local_path
+from llava_cli.images.reader import SUFFIXES, is_url, local_path
 from llava_cli.untrusted_text import printable
 
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'

@@ -18,7 +18,7 @@ from llava_cli.chat.session import Chat
 from llava_cli.conversation import Picture
 from llava_cli.engine import Chunk
 from llava_cli.errors import InputMissing, UsageError
-from llava_cli.images import SUFFIXES, is_url, local_path, open_picture
+from llava_cli.images.reader import SUFFIXES, is_url, local_path, open_picture
 from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import printable
 

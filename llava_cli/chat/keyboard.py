@@ -18,7 +18,7 @@ from llava_cli import files
 from llava_cli.chat.commands import COMMANDS
 from llava_cli.chat.repl import Read
 from llava_cli.errors import OutputError
-from llava_cli.images import SUFFIXES
+from llava_cli.images.reader import SUFFIXES
 from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import printable
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from llava_cli import files
 from llava_cli.conversation import Conversation, Picture, Turn
 from llava_cli.errors import InputMissing, LlavaError, OutputError, UsageError, brief
-from llava_cli.images import is_url, open_picture
-from llava_cli.registry import data_folder, is_folder
+from llava_cli.images.reader import is_url, open_picture
+from llava_cli.models.registry import data_folder, is_folder
 from llava_cli.untrusted_text import printable
 
 _SCHEMA = """

@@ -8,7 +8,7 @@ import sys
 from llava_cli import limits, render
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import PromptTooLong, UsageError, printable
-from llava_cli.images import looks_like_picture, open_picture
+from llava_cli.images.reader import looks_like_picture, open_picture
 from llava_cli.settings import Settings
 from llava_cli.untrusted_text import decoded
 

@@ -124,7 +124,7 @@ def batch(
     """
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.source import Source, expanded, split
-    from llava_cli.memory import prepare_for_many
+    from llava_cli.hardware.memory import prepare_for_many
 
     prepare_for_many(kernels=32)
     to_file = None if output is None or str(output) == "-" else output

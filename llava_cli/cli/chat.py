@@ -89,7 +89,7 @@ def chat(
     from llava_cli.chat.repl import answer_lines, converse, piped_lines
     from llava_cli.chat.session import Chat
     from llava_cli.chat.store import NoHome, Store
-    from llava_cli.thumbnail import draw as draw_thumbnail
+    from llava_cli.chat.thumbnail import draw as draw_thumbnail
 
     store = None
     try:

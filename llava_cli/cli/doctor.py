@@ -38,12 +38,12 @@ def doctor(
     """
     settings = settings_of(context)
     if model is not None:
-        from llava_cli.checkup import checkup
+        from llava_cli.diagnostics import checkup
 
         if not render.show_checks(checkup(settings), json):
             raise typer.Exit(ModelUnusable.exit_code)
         return
-    from llava_cli.machine import report
+    from llava_cli.hardware.device import report
 
     with render.spinner("looking at this machine"):
         found = report(settings)

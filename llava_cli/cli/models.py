@@ -12,8 +12,17 @@ from llava_cli import render
 from llava_cli.cli import Group, app
 from llava_cli.cli.options import JsonOpt
 from llava_cli.files import quoted
+from llava_cli.models.registry import (
+    ALIASES,
+    BUILTIN,
+    builtin_folder,
+    data_folder,
+    default_name,
+    is_folder,
+    on_disk,
+    pulled,
+)
 from llava_cli.paths import expanded
-from llava_cli.registry import ALIASES, BUILTIN, builtin_folder, data_folder, default_name, is_folder, on_disk, pulled
 from llava_cli.settings import Settings, set_default_model
 from llava_cli.untrusted_text import printable
 
@@ -32,7 +41,7 @@ def _models(context: typer.Context) -> None:
 @models.command("list")
 def list_models() -> None:
     """List the models that have a name: size, whether on disk, at which precision they fit here."""
-    from llava_cli.memory import best_fit
+    from llava_cli.hardware.memory import best_fit
 
     chosen = default_name(Settings.resolve())
     size = _size(builtin_folder())
@@ -68,8 +77,8 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
 
     llava models show llava-1.5-7b
     """
-    from llava_cli.families import Family, named
-    from llava_cli.memory import BYTES_PER_WEIGHT
+    from llava_cli.hardware.memory import BYTES_PER_WEIGHT
+    from llava_cli.models.families import Family, named
 
     facts: dict[str, str] = {"model": name}
     if name in ALIASES:
@@ -86,7 +95,7 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
         }
         facts |= {"language model": alias.languages, "note": alias.note}
     else:
-        from llava_cli.adapters import find_named
+        from llava_cli.models.adapters import find_named
 
         checkpoint = find_named(name)
         facts |= {"folder": str(checkpoint.folder), "on disk": _size(checkpoint.folder)}
@@ -119,8 +128,8 @@ def pull(name: NameArg) -> None:
 
     llava models pull llava-1.5-7b
     """
-    from llava_cli import pull as download
-    from llava_cli.checkpoint import check_files
+    from llava_cli.models import download
+    from llava_cli.models.validate import check_files
 
     with render.progress(name) as meter:
         folder = download.pull(name, meter, judge=check_files)
@@ -169,11 +178,11 @@ def default(
     if name is None:
         render.say(default_name(Settings.resolve()))
         return
-    from llava_cli.adapters import find_named
+    from llava_cli.models.adapters import find_named
 
     checkpoint = find_named(name)
     if is_folder(name):
-        from llava_cli.checkpoint import check_files
+        from llava_cli.models.validate import check_files
 
         check_files(checkpoint)  # any folder has a name; not all hold a model
         name = str((checkpoint.adapter or checkpoint.folder).resolve())  # the next command may be typed elsewhere
@@ -187,7 +196,7 @@ def prune() -> None:
 
     llava models prune
     """
-    from llava_cli.quantised import prune as pruned
+    from llava_cli.models.quantized_cache import prune as pruned
 
     freed = 0
     for name, size in pruned():

@@ -69,7 +69,7 @@ def prompt(
     inputs = prompter.encode(conversation)
     text, (tokens, image_tokens) = prompter.render(conversation), prompter.count(inputs)
     if save_view:
-        from llava_cli.view import as_seen
+        from llava_cli.prompts.preview import as_seen
 
         render.save_picture(as_seen(inputs, prompter.processor.image_processor), save_view)
     if json:

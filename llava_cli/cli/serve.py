@@ -86,17 +86,17 @@ def serve(
 
     curl http://127.0.0.1:8000/v1/models
     """
-    from llava_cli import place
-    from llava_cli.memory import prepare_for_many
+    from llava_cli.engine.remote import local_socket
+    from llava_cli.hardware.memory import prepare_for_many
     from llava_cli.server import run
 
     if status or end:
-        said = run.stop(_seconds("--drain", drain) + 5) if end else place.status()
+        said = run.stop(_seconds("--drain", drain) + 5) if end else local_socket.status()
         if json:
             render.show_json(said)
         elif said:
             render.say(f"stopped: {_line(said)}" if end else _line(said))
-        elif pid := place.in_between(place.socket_path()):
+        elif pid := local_socket.in_between(local_socket.socket_path()):
             render.say(f"a server begins or ends (pid {pid})")
         else:
             render.say("no server is running")

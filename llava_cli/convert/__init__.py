@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import files, limits
-from llava_cli.chat_template import read_template
-from llava_cli.checkpoint import ADAPTER_CONFIG, read_json
 from llava_cli.convert.description import (
     Original,
     Tower,
@@ -34,11 +32,13 @@ from llava_cli.convert.description import (
 from llava_cli.convert.tensors import Stored, Tensors, computed, shards_of, tensors_of, tensors_of_file, with_lora
 from llava_cli.convert.tokenizer import TOKENIZERS, Tokenizer, read_tokenizer
 from llava_cli.errors import ModelUnusable, OutputTaken, model_errors, plainly
-from llava_cli.families import format_of, recognise
 from llava_cli.files import quoted
-from llava_cli.original_format import is_original
+from llava_cli.models.families import format_of, recognise
+from llava_cli.models.original_format import is_original
+from llava_cli.models.registry import Checkpoint, is_commit, is_folder, repo_cache
+from llava_cli.models.validate import ADAPTER_CONFIG, read_json
 from llava_cli.paths import expanded, scratch_folder
-from llava_cli.registry import Checkpoint, is_commit, is_folder, repo_cache
+from llava_cli.prompts.chat_template import read_template
 from llava_cli.regular_files import read
 from llava_cli.untrusted_text import one_line
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli import limits
-from llava_cli.checkpoint import read_json
 from llava_cli.errors import ModelUnusable, model_errors
 from llava_cli.files import quoted
-from llava_cli.registry import Checkpoint
-from llava_cli.untrusted_config import description, refusal
+from llava_cli.models.registry import Checkpoint
+from llava_cli.models.untrusted_config import description, refusal
+from llava_cli.models.validate import read_json
 from llava_cli.untrusted_text import one_line
 
 _DECODERS = {

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava_cli.checkpoint import ADAPTER_CONFIG, read_json
 from llava_cli.errors import ModelUnusable
-from llava_cli.pickled_tensors import read_tensors
-from llava_cli.registry import Checkpoint
+from llava_cli.models.pickled_tensors import read_tensors
+from llava_cli.models.registry import Checkpoint
+from llava_cli.models.validate import ADAPTER_CONFIG, read_json
 from llava_cli.safetensors_header import BadHeader, read_header
 from llava_cli.untrusted_text import one_line
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from llava_cli import files, limits
 from llava_cli.bounded_json import Bounds, loads
-from llava_cli.checkpoint import read_json
 from llava_cli.errors import ModelUnusable, brief, model_errors
-from llava_cli.registry import Checkpoint
+from llava_cli.models.registry import Checkpoint
+from llava_cli.models.untrusted_config import refusal
+from llava_cli.models.validate import read_json
 from llava_cli.regular_files import read
-from llava_cli.untrusted_config import refusal
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZERS = (FILE, "tokenizer.model", "vocab.json")

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from llava_cli.conversation import Conversation
 from llava_cli.errors import LlavaError
-from llava_cli.families import Family
-from llava_cli.images import open_picture
+from llava_cli.images.reader import open_picture
+from llava_cli.models.families import Family
 from llava_cli.settings import Sampling
 
 Source = str | PathLike[str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.decoder import Decoder
+from llava_cli.engine.cpu.decoder import Decoder
 
 if TYPE_CHECKING:
     import torch

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli import memory
 from llava_cli.conversation import Conversation
-from llava_cli.engine.ahead import Ahead
 from llava_cli.engine.base import Answer, Chunk, Engine, Request
-from llava_cli.engine.decode import Chooser, decode, end_tokens
-from llava_cli.engine.many import Row
-from llava_cli.engine.prefix import PrefixCache
-from llava_cli.engine.reply import Reply
-from llava_cli.engine.schedule import Schedule
+from llava_cli.engine.generate.batch import Row
+from llava_cli.engine.generate.decode import Chooser, decode, end_tokens
+from llava_cli.engine.generate.prefetch import Ahead
+from llava_cli.engine.generate.prefix import PrefixCache
+from llava_cli.engine.generate.reply import Reply
+from llava_cli.engine.generate.scheduler import Schedule
 from llava_cli.errors import LlavaError, PromptTooLong, model_errors
-from llava_cli.prompt import Prompter, same_images
+from llava_cli.hardware import memory
+from llava_cli.prompts.prompter import Prompter, same_images
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:

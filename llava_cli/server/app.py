@@ -21,8 +21,8 @@ from starlette.exceptions import HTTPException
 from llava_cli import __version__, limits
 from llava_cli.engine import Answer
 from llava_cli.engine import Request as Asking
-from llava_cli.engine.live import Asked, Live
-from llava_cli.engine.many import Likelihood, Token
+from llava_cli.engine.generate.batch import Likelihood, Token
+from llava_cli.engine.generate.live import Asked, Live
 from llava_cli.errors import LlavaError
 from llava_cli.server.bodies import Bodies, Body, Left
 from llava_cli.server.guard import is_own_socket

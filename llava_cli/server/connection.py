@@ -14,7 +14,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava_cli import limits
-from llava_cli.place import Peer
+from llava_cli.engine.remote.local_socket import Peer
 from llava_cli.server.openai import Refusal
 from llava_cli.untrusted_text import one_line
 

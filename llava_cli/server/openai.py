@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from llava_cli import limits
 from llava_cli.conversation import Conversation, Picture, Turn
 from llava_cli.engine import Answer
-from llava_cli.engine.many import Likelihood
+from llava_cli.engine.generate.batch import Likelihood
 from llava_cli.errors import BadImage, LlavaError, OutOfMemory, PromptTooLong, UsageError
 from llava_cli.settings import Sampling
 

@@ -14,11 +14,11 @@ from urllib.parse import unquote_to_bytes
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
-from llava_cli.engine.live import Unwanted
+from llava_cli.engine.generate.live import Unwanted
 from llava_cli.errors import LlavaError
-from llava_cli.fetch import fetch
-from llava_cli.images import is_url
-from llava_cli.sandbox.pictures import Sandboxes
+from llava_cli.images.fetch import fetch
+from llava_cli.images.reader import is_url
+from llava_cli.images.sandbox import Sandboxes
 from llava_cli.server.lane import Lane
 from llava_cli.server.openai import Refusal
 

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli import limits, processes, signals
-from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
-from llava_cli.place import (
+from llava_cli.engine.remote.local_socket import (
     SocketConnection,
     check_free,
     in_between,
@@ -34,6 +33,7 @@ from llava_cli.place import (
     status,
     status_over,
 )
+from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
 from llava_cli.settings import Settings
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.ASCII)
@@ -121,7 +121,7 @@ def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[d
     path = socket_path()
     with _sockets(path, address) as sockets:
         address = replace(address, port=sockets[1].getsockname()[1])  # 0 was any that is free
-        from llava_cli.engine.live import Live
+        from llava_cli.engine.generate.live import Live
         from llava_cli.loader import load_engine, wanted
         from llava_cli.server.app import Service, make_app
         from llava_cli.server.guard import Guard
@@ -148,7 +148,7 @@ def _sockets(path: Path, address: Address) -> Iterator[list[socket.socket]]:
 
 def _said(service: Any, address: Address, settings: Settings, held: dict[str, Any]) -> dict[str, Any]:
     """What our own commands ask to know: who it is, and whether its answers are those that they would give."""
-    from llava_cli.machine import plan
+    from llava_cli.hardware.device import plan
 
     engine = service.live.engine
     auto = plan("auto", "auto")

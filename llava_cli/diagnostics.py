@@ -1,0 +1,169 @@
+"""Is this checkpoint right, on this machine? Loads it and compares what it does with transformers itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llava_cli.conversation import Conversation, Picture
+from llava_cli.engine.generate.generation_config import summary
+from llava_cli.errors import LlavaError, model_errors
+from llava_cli.loader import load_engine
+from llava_cli.models import adapters
+from llava_cli.models.validate import check_files, check_weights
+from llava_cli.settings import Sampling, Settings
+from llava_cli.untrusted_text import one_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava_cli.engine.local import LocalEngine
+
+BOUNDS = {"fp32": 1e-3, "bf16": 0.06, "fp16": 0.03, "8bit": 0.1, "4bit": 0.2}
+"""How far logits may be from transformers' own, as a share of their norm: what rounding alone can do."""
+
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    good: bool
+    words: str
+
+
+def checkup(settings: Settings) -> Iterator[Check]:
+    """Each check as it is done; the first that makes the next ones impossible is the last."""
+    try:
+        checkpoint = adapters.find(settings)
+        kind, weights = check_files(checkpoint), check_weights(checkpoint)
+        size = sum(path.stat().st_size for path in weights) / 1e9
+        yield Check("files", True, f"{kind}, {len(weights)} weight file(s), {size:.2f} GB, whole")
+        notes: list[str] = []
+        engine = load_engine(settings, notes.append)
+        for note in notes:
+            yield Check("stored", True, note.removeprefix(f"llava: {checkpoint.name}: "))
+        yield Check(
+            "family", True, engine.family.name if engine.family else "not known; what it was trained with neither"
+        )
+    except LlavaError as error:
+        yield Check("load", False, f"{error}; {error.hint}" if error.hint else str(error))
+        return
+    precision = _stored_precision if weights.are_quantized else _precision
+    for name, look in (
+        ("template", _template),
+        ("generation", _generation),
+        ("end tokens", _end_tokens),
+        ("image tokens", _image_tokens),
+        ("precision", precision),
+        ("forward pass", _forward),
+        ("answer", _answer),
+    ):
+        try:
+            with model_errors(engine.model, "fails"):  # whatever a damaged or unusual checkpoint makes of it
+                good, words = look(engine)
+        except LlavaError as error:
+            good, words = False, error.reason
+        yield Check(name, good, words)
+
+
+def _talk() -> Conversation:
+    """A question about a picture that is not square and of no one color."""
+    from PIL import Image
+
+    image = Image.linear_gradient("L").resize((320, 200)).convert("RGB")
+    image.paste("red", (20, 60, 120, 160))
+    return Conversation().ask("what is this?", [Picture("a red square", image, sha256="")])
+
+
+def _template(engine: LocalEngine) -> tuple[bool, str]:
+    talk = _talk()
+    first, later = engine.prompt(talk), engine.prompt(talk.answered("a square").ask("what color?"))
+    words = f"one turn and two render: {engine.prompter.origin}"
+    return first != later and "what is this?" in first and "what color?" in later, words
+
+
+def _image_tokens(engine: LocalEngine) -> tuple[bool, str]:
+    inputs = engine.inputs(_talk())
+    _, tokens = engine.prompter.count(inputs)
+    features = _features(engine.network, inputs)
+    word, image = engine.prompter.image_token, getattr(engine.network.config, "image_token_id", None)
+    words = f"{tokens} in the prompt, {features} features from the vision tower"
+    known = engine.prompter.tokenizer.convert_tokens_to_ids(word)
+    if image is not None:
+        words += f"; {word!r} is token {known}"
+    if image not in (None, known):
+        words += f", and {image} by config.json"
+    return tokens == features > 0 and image in (None, known), words
+
+
+def _features(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    """How many feature vectors the model makes of the pictures."""
+    import torch
+
+    takes = signature(model.get_image_features).parameters
+    with torch.inference_mode():
+        out = model.get_image_features(**{name: value for name, value in inputs.items() if name in takes})
+    found = getattr(out, "pooler_output", out)
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    return sum(part.numel() // part.shape[-1] for part in parts)
+
+
+def _generation(engine: LocalEngine) -> tuple[bool, str]:
+    return True, summary(engine.network.generation_config)
+
+
+def _end_tokens(engine: LocalEngine) -> tuple[bool, str]:
+    tokenizer = engine.prompter.tokenizer
+    ends = {token: tokenizer.convert_ids_to_tokens(token) for token in sorted(engine.ends)}
+    words = ", ".join(f"{token} {one_line(str(word))}" for token, word in ends.items())
+    return bool(ends), words or "none: answers end at --max-tokens"
+
+
+def _stored_precision(engine: LocalEngine) -> tuple[bool, str]:
+    """Of weights that are stored quantized: which layers are is their author's choice, down to the vision tower's."""
+    counts = Counter(type(layer).__name__ for layer in engine.network.modules())
+    right = counts[_KINDS[engine.precision]]
+    wrong = sum(counts[kind] for kind in _KINDS.values()) - right
+    return right > 0 == wrong, f"{right} layers are stored in {engine.precision}"
+
+
+_KINDS = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
+"""bitsandbytes' layers, by the names of their classes."""
+
+
+def _precision(engine: LocalEngine) -> tuple[bool, str]:
+    import torch
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    wanted, model = _KINDS.get(engine.precision), engine.network
+    quantised = [name for name, layer in model.named_modules() if type(layer).__name__ in _KINDS.values()]
+    if not wanted:
+        plain = {p.dtype for p in model.parameters()} == {dtypes.get(engine.precision)}
+        return plain and not quantised, f"all weights are {engine.precision}"
+    inner = {id(layer) for layer in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
+    right = all(
+        type(model.get_submodule(name)).__name__ == wanted and id(model.get_submodule(name)) in inner
+        for name in quantised
+    )
+    words = f"{len(quantised)} layers of the language model in {engine.precision}; the others in 16 bits"
+    return bool(quantised) and right, words
+
+
+def _forward(engine: LocalEngine) -> tuple[bool, str]:
+    import torch
+
+    from llava_cli.engine.cpu.patch import as_transformers
+
+    inputs, model = engine.inputs(_talk()), engine.network
+    ours = engine.logits(inputs).float()
+    with torch.inference_mode(), as_transformers(model):
+        theirs = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+    far, bound = float((ours - theirs).norm() / theirs.norm()), BOUNDS[engine.precision]
+    return far <= bound, f"logits are {far:.2%} of their norm from transformers' ({bound:.1%} at most)"
+
+
+def _answer(engine: LocalEngine) -> tuple[bool, str]:
+    answer = engine.answer(_talk(), Sampling(max_tokens=16))
+    return bool(answer.text), f"{answer.text!r}, first token after {answer.first_token_seconds:.2f} s"

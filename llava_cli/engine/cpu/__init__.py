@@ -1,0 +1,1 @@
+"""What a CPU computes faster than transformers does; `patch` is the only door."""

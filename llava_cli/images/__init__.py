@@ -1,0 +1,1 @@
+"""Pictures: read from where a user names them, decoded in the sandbox."""

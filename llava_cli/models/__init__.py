@@ -1,0 +1,1 @@
+"""Checkpoints: found, downloaded, validated, and their weights loaded."""

@@ -1,0 +1,1 @@
+"""Conversations -> the tensors that a model reads."""
