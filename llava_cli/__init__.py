@@ -33,7 +33,7 @@ _HOME = {
     "Sampling": "settings",
     "Turn": "conversation",
     "load": "loader",
-    "open_picture": "images",
+    "open_picture": "images.reader",
 }
 
 __all__ = [

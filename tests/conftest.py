@@ -144,9 +144,9 @@ def serve(home: Path) -> Iterator[Serve]:
 
 # Every process of ours runs this first, but for those that decode, which run nothing of anybody's.
 HOOK = """
-from llava_cli.sandbox import pictures
+from llava_cli.images import sandbox
 
-pictures.JOB = "hostile"
+sandbox.JOB = "hostile"
 """
 
 

@@ -56,6 +56,7 @@ from llava_cli.images.fetch import fetch
 from llava_cli.images.sandbox import Crash
 from llava_cli.models.registry import Checkpoint, builtin_folder
 from llava_cli.models.validate import check_files, check_weights
+from llava_cli.prompts.chat_template import TEMPLATES
 from llava_cli.prompts.sandbox import Refused, TextSandbox
 from llava_cli.safetensors_header import read_header
 from llava_cli.settings import Sampling, Settings
@@ -681,7 +682,7 @@ class Templates(Boundary):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.limit(TEMPLATE_SECONDS=0.3)
-        self._seeds = [file.read_bytes() for file in (Path(reader.__file__).parent / "templates").glob("*.jinja")]
+        self._seeds = [file.read_bytes() for file in TEMPLATES.glob("*.jinja")]
         self._seeds.sort()
         self._sandbox = TextSandbox(None)
         self._stack.callback(self._sandbox.end)
