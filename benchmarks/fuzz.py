@@ -25,8 +25,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import fuzzing
-from fuzzing import BOUNDARIES, Boundary, Footprint, Served, attempt, inputs
+from helpers import fuzzing
+from helpers.fuzzing import BOUNDARIES, Boundary, Footprint, Served, attempt, inputs
 
 SHARES: dict[type[Boundary], float] = {
     fuzzing.Requests: 0.1,

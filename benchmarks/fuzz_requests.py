@@ -12,7 +12,7 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from requests_of_clients import check, mutated
+from helpers.requests_of_clients import check, mutated
 
 from llava_cli.conversation import Picture
 from llava_cli.images.decode import decode

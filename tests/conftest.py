@@ -10,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import pytest
+from helpers.command import Run, Shell
+from helpers.servers import Serve, Server, begin
 from PIL import Image, ImageDraw
-from servers import Serve, Server, begin
 from typer.testing import CliRunner, Result
 
 from llava_cli.cli import app, register
@@ -28,16 +29,6 @@ register()
 os.environ["OMP_NUM_THREADS"] = "1"
 # Whoever runs the tests in the background may have had SIGINT ignored, and every process started here would ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-Run = Callable[..., Result]
-Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
-
-
-def missing(reason: str) -> NoReturn:
-    """What a test needs is not on this machine: the test is skipped, and fails where all tests have to be run."""
-    if os.environ.get("CI", "").lower() in ("", "0", "false"):
-        pytest.skip(reason)
-    pytest.fail(f"{reason} (CI is set)", pytrace=False)
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +94,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:
-        import families
+        from helpers import families
 
         if family not in made:
             made[family] = families.save(family, tmp_path_factory.mktemp(family))
@@ -146,7 +137,7 @@ def serve(home: Path) -> Iterator[Serve]:
 HOOK = """
 from llava_cli.images import sandbox
 
-sandbox.JOB = "hostile"
+sandbox.JOB = "helpers.hostile"
 """
 
 
@@ -156,5 +147,5 @@ def hooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), str(Path(__file__).parent)]))
-    monkeypatch.setattr(sandbox, "JOB", "hostile")
+    monkeypatch.setattr(sandbox, "JOB", "helpers.hostile")
     return tmp_path / "hook"

@@ -1,0 +1,34 @@
+"""`llava ask` as a user meets it, with the built-in model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from helpers.command import Run
+
+
+def test_answers_on_stdout_and_hints_on_stderr(run: Run, drawing: Path) -> None:
+    result = run("ask", drawing, "what is this?", "--max-tokens", "8")
+    assert result.exit_code == 0
+    assert result.stdout.strip()
+    assert "demonstration model" in result.stderr
+
+
+def test_json_has_every_field(run: Run, drawing: Path) -> None:
+    result = run("ask", drawing, "how many shapes are there?", "--json")
+    found = json.loads(result.stdout)
+    assert list(found) == [
+        "answer",
+        "question",
+        "images",
+        "model",
+        "precision",
+        "device",
+        "finish_reason",
+        "prompt_tokens",
+        "answer_tokens",
+        "seconds",
+    ]
+    assert list(found["seconds"]) == ["load", "first_token", "total"]
+    assert found["images"] == [str(drawing)]

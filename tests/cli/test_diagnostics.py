@@ -1,0 +1,103 @@
+"""`llava doctor MODEL`: a checkpoint held against transformers itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.command import Run
+from helpers.families import FAMILIES
+from safetensors.torch import load_file, save_file
+
+from llava_cli import load
+from llava_cli.diagnostics import checkup
+from llava_cli.settings import Settings
+
+Checkpoint = Callable[[str], Path]
+CHECKS = [
+    "files",
+    "family",
+    "template",
+    "generation",
+    "end tokens",
+    "image tokens",
+    "precision",
+    "forward pass",
+    "answer",
+]
+
+
+def failed(run: Run, *args: str | Path) -> list[str]:
+    result = run("doctor", *args, "--json")
+    found = [check["check"] for check in json.loads(result.stdout) if not check["good"]]
+    assert result.exit_code == (69 if found else 0)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "8bit", "4bit"])
+def test_the_built_in_model_is_right_in_every_precision(precision: str, run: Run) -> None:
+    result = run("doctor", "builtin", "-p", precision, "--device", "cpu")
+    assert [line.split("\t")[:2] for line in result.stdout.splitlines()] == [["ok", name] for name in CHECKS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_right(family: str, checkpoint: Checkpoint) -> None:
+    folder = str(checkpoint(family))
+    checks = list(checkup(Settings(model=folder, precision="fp32", device="cpu")))
+    assert [(name, words) for name, good, words in checks if not good] == []
+    assert [check.name for check in checks] == CHECKS
+
+
+def test_what_a_wrong_number_of_image_tokens_looks_like(
+    run: Run, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were it not put right, and refused, before the weights are read."""
+    monkeypatch.setattr("llava_cli.prompts.processor._agree", lambda *args: None)
+    monkeypatch.setattr("llava_cli.prompts.processor.check_image_tokens", lambda *args: None)
+    folder = tmp_path / "wrong"
+    shutil.copytree(checkpoint("llava-llama"), folder)
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_additional_image_tokens": 3}))
+    assert failed(run, folder, "-p", "fp32") == ["image tokens", "forward pass", "answer"]
+
+
+def test_a_fast_way_that_is_wrong_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_cli.engine.cpu import attention
+
+    right = attention._of_many
+    monkeypatch.setattr(attention, "_of_many", lambda *args: right(*args[:-2], 1.5 * args[-2], args[-1]))
+    assert failed(run, "builtin", "-p", "fp32", "--device", "cpu") == ["forward pass"]
+
+
+def test_broken_numbers_are_found(run: Run, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint("llava-llama"), folder)
+    weights = load_file(path := folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("mlp.up_proj.weight"))
+    save_file({**weights, name: torch.full_like(weights[name], torch.nan)}, path, metadata={"format": "pt"})
+    assert "forward pass" in failed(run, folder, "-p", "fp32")
+
+
+def test_what_cannot_be_loaded(run: Run, tmp_path: Path) -> None:
+    assert failed(run, tmp_path) == ["load"]
+    assert failed(run, "llava-1.5-7b") == ["load"]
+
+
+def test_double_quantisation(run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failed(run, "builtin", "-p", "4bit", "--double-quant") == []
+    args = ("ask", "-q", "-p", "4bit", drawing, "how many shapes are there?")
+    assert run(*args, "--double-quant").stdout == "2\n"
+    monkeypatch.setenv("LLAVA_DOUBLE_QUANT", "maybe")
+    assert run(*args).exit_code == 2
+    monkeypatch.setenv("LLAVA_DOUBLE_QUANT", "yes")
+    nested = {
+        layer.weight.quant_state.nested
+        for layer in load("builtin", precision="4bit", device="cpu").network.modules()
+        if type(layer).__name__ == "Linear4bit"
+    }
+    assert nested == {True}

@@ -1,0 +1,21 @@
+"""The command as tests run it; the fixtures are in `conftest.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+from typer.testing import Result
+
+Run = Callable[..., Result]
+Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+def missing(reason: str) -> NoReturn:
+    """What a test needs is not on this machine: the test is skipped, and fails where all tests have to be run."""
+    if os.environ.get("CI", "").lower() in ("", "0", "false"):
+        pytest.skip(reason)
+    pytest.fail(f"{reason} (CI is set)", pytrace=False)

@@ -1,0 +1,25 @@
+"""What a checkpoint is damaged with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Damage = Callable[[Path], object]
+
+
+def put(file: Path, content: bytes | str) -> None:
+    file.unlink(missing_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def change(name: str, **values: Any) -> Damage:
+    """Sets keys of a JSON file; None takes one out."""
+
+    def damage(folder: Path) -> None:
+        found = {**json.loads((folder / name).read_text()), **values}
+        put(folder / name, json.dumps({key: value for key, value in found.items() if value is not None}))
+
+    return damage
