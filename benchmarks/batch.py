@@ -29,14 +29,14 @@ from geometry import loaded
 from PIL import Image
 
 from llava_cli import load
-from llava_cli.batch.opener import Opener
-from llava_cli.batch.runner import answered
+from llava_cli.batch.picture_loader import PictureLoader
+from llava_cli.batch.runner import answer_tasks
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation
 from llava_cli.engine.local import LocalEngine
-from llava_cli.hardware.memory import prepare_for_many
+from llava_cli.hardware.allocator import limit_caches
 from llava_cli.images.reader import open_picture
-from llava_cli.settings import Settings
+from llava_cli.settings import Sampling, Settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
 import samples
@@ -59,7 +59,7 @@ Way = Callable[[list[Task]], list[str]]
 
 def ways(engine: LocalEngine, max_tokens: int) -> dict[str, Way]:
     """How the same tasks are done."""
-    settings = Settings(max_tokens=max_tokens)
+    settings = Settings(sampling=Sampling(max_tokens=max_tokens))
 
     def loop(tasks: list[Task]) -> list[str]:
         return [engine.ask(task.image, task.question, max_tokens=max_tokens) for task in tasks]
@@ -77,9 +77,9 @@ def ways(engine: LocalEngine, max_tokens: int) -> dict[str, Way]:
         return texts
 
     def batch(tasks: list[Task]) -> list[str]:
-        opener = Opener()
+        opener = PictureLoader()
         try:
-            return [row["answer"] for _, row in answered(engine, tasks, opener, settings, None, lambda: True)]
+            return [row["answer"] for _, row in answer_tasks(engine, tasks, opener, settings, None, lambda: True)]
         finally:
             opener.close()
 
@@ -89,7 +89,7 @@ def ways(engine: LocalEngine, max_tokens: int) -> dict[str, Way]:
 def work(way: str, model: str, tasks: list[Task], few: list[Task], max_tokens: int, turns: Connection) -> None:
     """One way in a process of its own: does its tasks at each turn, and sends the seconds and the answers."""
     if way == "batch":
-        prepare_for_many(kernels=32)
+        limit_caches(primitives=32)
     engine = loaded("1B", "4bit") if model == "1B" else load(model)
     do = ways(engine, max_tokens)[way]
     do(few[:2])  # the first pass is slow

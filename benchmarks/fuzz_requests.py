@@ -17,16 +17,16 @@ from helpers.requests_of_clients import check, mutated
 from llava_cli.conversation import Picture
 from llava_cli.images.decode import decode
 from llava_cli.loader import load_prompter
-from llava_cli.server.pictures import data_of
-from llava_cli.settings import Settings
+from llava_cli.server.pictures import decode_data_url
+from llava_cli.settings import LoadOptions
 
 
 def main(count: int = 5000, seed: int = 1) -> None:
-    prompter, rng = load_prompter(Settings(model="builtin")), Random(seed)
+    prompter, rng = load_prompter(LoadOptions(model="builtin")), Random(seed)
     begin, answered = time.perf_counter(), 0
     for _ in range(count):
         answered += check(
-            mutated(rng), prompter.render, lambda url, name: Picture(url, decode(data_of(url), "")[0], name)
+            mutated(rng), prompter.render, lambda url, name: Picture(url, decode(decode_data_url(url), "")[0], name)
         )
     seconds = time.perf_counter() - begin
     print(f"{count} requests, seed {seed}: {answered} answered, {count - answered} refused, {seconds:.1f} s")

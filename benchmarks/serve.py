@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
 import samples
 
 from llava_cli import Conversation, load, open_picture
-from llava_cli.engine.remote.local_socket import SocketConnection, status
+from llava_cli.engine.remote.local_socket import UnixHTTPConnection, server_info
 
 QUESTIONS = ("what is this?", "what color is the background?", "how many shapes are there?")
 AT_ONCE = 8
@@ -43,7 +43,7 @@ def ask(path: Path, data: bytes, question: str) -> tuple[int, str]:
     """The status and the answer, or what is wrong."""
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    connection = SocketConnection(path, 600)
+    connection = UnixHTTPConnection(path, 600)
     body = json.dumps({"messages": [{"role": "user", "content": content}]})
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -92,7 +92,7 @@ def thin(folder: Path, runs: int) -> None:
 
 
 def load_for(path: Path, minutes: float) -> None:
-    said = status(path)
+    said = server_info(path)
     assert said
     process, engine = psutil.Process(said["pid"]), load("builtin", precision=said["precision"], device="cpu")
     pictures = [picture(number) for number in range(40)]

@@ -5,15 +5,15 @@
     engine = load("llava-1.5-7b", precision="4bit")
     print(engine.ask("img.jpg", "what is this?"))
 
-`load` gives an `Engine`; `Conversation`, `Sampling` and `open_picture` are for what `ask` is too
-short for: several turns, streaming, prepared pictures. Importing this module loads none of torch.
+`load` returns an `Engine`. `Conversation`, `Sampling` and `open_picture` are for what `ask` does not cover: several
+turns, streaming, prepared pictures. Importing this package does not import torch.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from llava_cli._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from llava_cli.conversation import Conversation, Picture, Turn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llava_cli.loader import load
     from llava_cli.settings import Sampling
 
-_HOME = {
+_MODULES = {
     "Answer": "engine",
     "Chunk": "engine",
     "Conversation": "conversation",
@@ -51,8 +51,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""`python -m llava_cli`, without what lies in the current folder, which Python puts first on its path."""
+"""`python -m llava_cli`, without the modules of the current folder, which Python puts first on its path."""
 
 import sys
 

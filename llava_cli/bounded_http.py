@@ -1,7 +1,7 @@
-"""One exchange with an HTTP server, bounded as a whole: its seconds, and the bytes of its head and its body.
+"""One HTTP/1.1 exchange (RFC 9112) with bounds on its total time, and on the bytes of headers and body.
 
-A socket's own timeout bounds one read, and a server that sends a byte at a time never reaches it. Here each read, write
-and handshake gets what is left of one deadline. Nothing is followed, unpacked or kept open.
+A socket's own timeout bounds a single read, so a server that sends a byte at a time never reaches it. Here each read,
+write and handshake gets what remains of one deadline. No redirects, compression or persistent connections.
 """
 
 from __future__ import annotations
@@ -12,177 +12,82 @@ import os
 import socket
 import ssl
 import time
-from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from typing import cast
-from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from llava_cli import limits
+from llava_cli.http_url import Url
 
-_PIECE = 65_536
-_SAFE = "%/:=&?~+!$,;'@()*[]"
-"""What stays as it is in a path or query: what may be in one, and what is escaped already."""
+_CHUNK_BYTES = 65_536
 
 
-class TooLarge(Exception):
-    """More came than may: `str` names the limit."""
+class ResponseTooLarge(Exception):
+    """A response exceeds a limit, which the message names."""
 
 
 class NotHttp(OSError):
-    """What came is no HTTP."""
+    """A response is not HTTP."""
 
 
-class Incomplete(OSError):
-    """What came ended before it was whole."""
+class ResponseIncomplete(OSError):
+    """A response ended early."""
 
 
 class Deadline:
-    """The end of the `seconds` that something may take."""
+    """The end of the `seconds` that something may take, counted from its creation or last restart."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.restart()
 
     def restart(self) -> None:
-        """Gives all of the time again."""
         self._end = time.monotonic() + self.seconds
 
-    def left(self) -> float:
-        """The seconds that are left. Raises `TimeoutError` where none are."""
-        left = self._end - time.monotonic()
-        if left <= 0:
+    def remaining(self) -> float:
+        """The remaining seconds. Raises `TimeoutError` if there are none."""
+        remaining = self._end - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError("timed out")
-        return left
+        return remaining
 
 
-@dataclass(frozen=True)
-class Url:
-    """An http(s) URL in the parts that are sent. All ASCII, and without line breaks."""
+def connect_through(proxy: Url, url: Url, deadline: Deadline) -> tuple[socket.socket, str, dict[str, str]]:
+    """A connection to a URL's host through a proxy, the target to request there, and headers for the proxy.
 
-    is_tls: bool
-    host: str
-    port: int
-    target: str
-    """Path and query."""
-    authorization: str | None
-    """The header for the name and password in it."""
-
-    @classmethod
-    def parse(cls, text: str) -> Url:
-        """Raises `ValueError` for what is no http(s) URL."""
-        if len(text) > limits.REPLY_HEAD_BYTES:
-            raise ValueError("URL too long")
-        if any(character < " " or "\x7f" <= character <= "\x9f" for character in text):
-            raise ValueError("control character in the URL")  # urlsplit would leave some of them out
-        parts = urlsplit(text)
-        if parts.scheme not in ("http", "https"):
-            raise ValueError("not an http(s) URL")
-        if not parts.hostname:
-            raise ValueError("no host")
-        query = f"?{_quoted(parts.query)}" if parts.query else ""
-        user, at, _ = parts.netloc.rpartition("@")
-        return cls(
-            parts.scheme == "https",
-            _ascii_host(parts.hostname),
-            _port(parts.netloc) or (443 if parts.scheme == "https" else 80),
-            (_quoted(parts.path) or "/") + query,
-            f"Basic {b64encode(unquote_to_bytes(user if ':' in user else f'{user}:')).decode()}" if at else None,
-        )
-
-    @property
-    def authority(self) -> str:
-        """Host and port, as the `Host` header has them."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.is_tls else 80) else f"{host}:{self.port}"
-
-
-def _quoted(text: str) -> str:
-    return quote(text, safe=_SAFE, errors="surrogateescape")
-
-
-def _ascii_host(host: str) -> str:
-    """Raises `ValueError` for what cannot be looked up."""
-    if not host.isascii():
-        import idna
-
-        host = idna.encode(host, uts46=True).decode()
-    if not all(0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
-        raise ValueError("invalid host name")
-    return host
-
-
-def _port(netloc: str) -> int | None:
-    """Raises `ValueError` for what is none, in fewer words than urllib does."""
-    _, colon, port = netloc.rpartition("@")[2].rpartition("]")[2].rpartition(":")
-    if not colon or not port:
-        return None
-    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
-        raise ValueError(f"invalid port: {port!r}")
-    return int(port)
-
-
-class NoSuchProxy(ValueError):
-    """The environment names a proxy that cannot be used; the hint says how to do without it."""
-
-    def __init__(self, reason: str, host: str) -> None:
-        super().__init__(reason)
-        self.hint = f"NO_PROXY={host} goes without it"
-
-
-def proxy_of(url: Url) -> Url | None:
-    """The proxy that the environment has for a URL: `http_proxy`, `https_proxy`, `all_proxy`, `no_proxy`.
-
-    Raises `NoSuchProxy`, whose words do not show the address: it may have a password in it.
+    Raises `OSError`.
     """
-    from urllib.request import getproxies, proxy_bypass
-
-    proxies = getproxies()
-    named = proxies.get("https" if url.is_tls else "http") or proxies.get("all")
-    if not named or proxy_bypass(f"{url.host}:{url.port}"):
-        return None
-    try:
-        proxy = Url.parse(named if "://" in named else f"http://{named}")
-    except ValueError:
-        proxy = None
-    if proxy is None or proxy.is_tls:
-        raise NoSuchProxy("not an http:// address", url.host)
-    return proxy
-
-
-def connect_by(proxy: Url, url: Url, deadline: Deadline) -> tuple[socket.socket, str, dict[str, str]]:
-    """A connection by a proxy, what a URL is asked for there, and the headers that the proxy gets. Raises `OSError`."""
     connection = connect(proxy.host, proxy.port, deadline)
-    for_proxy = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+    proxy_headers = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
     if not url.is_tls:
-        return connection, f"http://{url.authority}{url.target}", for_proxy
-    there = f"{url.authority}:443" if url.port == 443 else url.authority
-    answer = ask(connection, deadline, "CONNECT", there, {"Host": there, "Connection": "keep-alive", **for_proxy})
-    if answer.status != 200:
-        answer.close()
-        raise OSError(f"its proxy answers {answer.status}")
-    return encrypt(connection, url.host, deadline), url.target, {}
+        return connection, f"http://{url.authority}{url.target}", proxy_headers
+    authority = f"{url.authority}:443" if url.port == 443 else url.authority
+    headers = {"Host": authority, "Connection": "keep-alive", **proxy_headers}
+    response = send_request(connection, deadline, "CONNECT", authority, headers)
+    if response.status != 200:
+        response.close()
+        raise OSError(f"its proxy answers {response.status}")
+    return start_tls(connection, url.host, deadline), url.target, {}
 
 
 def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
-    """A connection to the first address of a host that takes one. Raises `OSError`, which `TimeoutError` is too."""
-    return socket.create_connection((host, port), deadline.left())
+    """A connection to the first address of a host that accepts one. Raises `OSError`, also `TimeoutError`."""
+    return socket.create_connection((host, port), deadline.remaining())
 
 
-def encrypt(plain: socket.socket, host: str, deadline: Deadline) -> ssl.SSLSocket:
-    """TLS with a server whose certificate is for `host`. Closes the socket where that fails, with an `OSError`."""
+def start_tls(plain: socket.socket, host: str, deadline: Deadline) -> ssl.SSLSocket:
+    """TLS with a server whose certificate is for `host`. Closes the socket if that fails, with an `OSError`."""
     try:
-        plain.settimeout(deadline.left())  # of the whole handshake, not of each read in it
-        return _tls().wrap_socket(plain, server_hostname=host.rstrip("."))
+        plain.settimeout(deadline.remaining())  # of the whole handshake, not of each read in it
+        return tls_context().wrap_socket(plain, server_hostname=host.rstrip("."))
     except BaseException:
         plain.close()
         raise
 
 
 @cache
-def _tls() -> ssl.SSLContext:
+def tls_context() -> ssl.SSLContext:
     if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
         return ssl.create_default_context()
     import certifi
@@ -190,7 +95,7 @@ def _tls() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=certifi.where())
 
 
-def ask(
+def send_request(
     connection: socket.socket,
     deadline: Deadline,
     method: str,
@@ -198,16 +103,16 @@ def ask(
     headers: Mapping[str, str | bytes],
     body: bytes | None = None,
 ) -> Response:
-    """Sends a request and returns the beginning of what comes back. The connection is the response's, or closed.
+    """Sends a request and reads the head of the response, which then owns the connection; on an error closes it.
 
-    Raises `OSError` or `TooLarge`.
+    Raises `OSError` or `ResponseTooLarge`.
     """
-    common: dict[str, str | bytes] = {"User-Agent": "llava", "Accept-Encoding": "identity", "Connection": "close"}
+    defaults: dict[str, str | bytes] = {"User-Agent": "llava", "Accept-Encoding": "identity", "Connection": "close"}
     if body is not None:
-        common["Content-Length"] = str(len(body))
+        defaults["Content-Length"] = str(len(body))
     try:
-        with suppress(ConnectionError):  # it may have refused before it had read everything
-            _send(connection, deadline, _head(method, target, {**common, **headers}))
+        with suppress(ConnectionError):  # it may refuse before it has read everything
+            _send(connection, deadline, _head(method, target, {**defaults, **headers}))
             _send(connection, deadline, body or b"")
         return Response(connection, deadline, method)
     except BaseException:
@@ -225,85 +130,85 @@ def _head(method: str, target: str, headers: Mapping[str, str | bytes]) -> bytes
 
 
 def _send(connection: socket.socket, deadline: Deadline, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        connection.settimeout(deadline.left())
-        left = left[connection.send(left[:_PIECE]) :]
+    unsent = memoryview(data)
+    while unsent:
+        connection.settimeout(deadline.remaining())
+        unsent = unsent[connection.send(unsent[:_CHUNK_BYTES]) :]
 
 
-class _Incoming(io.RawIOBase):
-    """What a socket receives until the deadline, of limited size."""
+class _BoundedReader(io.RawIOBase):
+    """Reads a limited number of bytes from a socket until a deadline."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self._connection, self._deadline = connection, deadline
         self.allow(limits.REPLY_HEAD_BYTES, "headers")
 
     def allow(self, most: int, what: str) -> None:
-        """From here on: about so many bytes, for they are read in pieces."""
-        self._most, self._what, self._left = most, what, most
+        """Allows about `most` bytes from here on (they are read in chunks); `what` they are is for the error."""
+        self._most, self._what, self._remaining = most, what, most
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # which takes any buffer
-        if self._left <= 0:
-            raise TooLarge(f"{self._what} larger than {_size(self._most)}")
-        self._connection.settimeout(self._deadline.left())
+        if self._remaining <= 0:
+            raise ResponseTooLarge(f"{self._what} larger than {_size(self._most)}")
+        self._connection.settimeout(self._deadline.remaining())
         count = self._connection.recv_into(buffer)
-        self._left -= count
+        self._remaining -= count
         return count
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """As of a socket, for `http.client`."""
+        """Makes this a socket for `http.client`."""
         return io.BufferedReader(self)
 
 
 class Response:
-    """What a server sends back. All that reads raises `OSError`, for the deadline `TimeoutError`, or `TooLarge`."""
+    """A response. All methods that read raise `OSError` (`TimeoutError` at the deadline) or `ResponseTooLarge`."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline, method: str = "GET") -> None:
         self.deadline = deadline
-        self._connection, self._incoming = connection, _Incoming(connection, deadline)
-        self._response = http.client.HTTPResponse(cast(socket.socket, self._incoming), method=method)
-        with _http():
+        self._connection, self._reader = connection, _BoundedReader(connection, deadline)
+        self._response = http.client.HTTPResponse(cast(socket.socket, self._reader), method=method)
+        with _http_errors():
             self._response.begin()
         self.status = self._response.status
 
     def header(self, name: str) -> str | None:
         return self._response.getheader(name)
 
-    def pieces(self, most: int) -> Iterator[bytes]:
-        """The body as it comes, of at most so many bytes."""
-        # A server may send little but marks around chunks, which are no part of the body.
-        self._incoming.allow(2 * most + _PIECE, "marks around chunks")
+    def chunks(self, most: int) -> Iterator[bytes]:
+        """The body as it arrives, at most `most` bytes."""
+        # The framing of chunked encoding counts too: a server may send little else.
+        self._reader.allow(2 * most + _CHUNK_BYTES, "marks around chunks")
         size, expected = 0, self._response.length
         while size != expected:
-            with _http():
-                piece = self._response.read1(_PIECE if expected is None else min(_PIECE, expected - size))
-            if not piece:
+            with _http_errors():
+                chunk = self._response.read1(_CHUNK_BYTES if expected is None else min(_CHUNK_BYTES, expected - size))
+            if not chunk:
                 break
-            size += len(piece)
+            size += len(chunk)
             if size > most:
-                raise TooLarge(f"larger than {_size(most)}")
-            yield piece
+                raise ResponseTooLarge(f"larger than {_size(most)}")
+            yield chunk
         if expected and size < expected:
-            raise Incomplete(_TOO_EARLY)
+            raise ResponseIncomplete(_ENDED_EARLY)
 
     def read(self, most: int) -> bytes:
-        """The whole body, of at most so many bytes."""
-        data = io.BytesIO()  # the pieces of a hostile server are one byte each
-        for piece in self.pieces(most):
-            data.write(piece)
+        """The whole body, at most `most` bytes."""
+        data = io.BytesIO()  # linear time even for chunks of one byte
+        for chunk in self.chunks(most):
+            data.write(chunk)
         return data.getvalue()
 
     def lines(self, most: int, most_in_line: int) -> Iterator[bytes]:
-        """The body's lines, with their ends."""
+        """The body's lines with their line ends; the body has at most `most` bytes."""
         line = bytearray()
-        for piece in self.pieces(most):
-            for part in piece.splitlines(keepends=True):
+        for chunk in self.chunks(most):
+            for part in chunk.splitlines(keepends=True):
                 line += part
                 if len(line) > most_in_line:
-                    raise TooLarge(f"a line longer than {_size(most_in_line)}")
+                    raise ResponseTooLarge(f"a line longer than {_size(most_in_line)}")
                 if part.endswith((b"\n", b"\r")):
                     yield bytes(line)
                     line.clear()
@@ -319,19 +224,19 @@ def _size(count: int) -> str:
     return f"{count // 1_000_000} MB" if count >= 1_000_000 else f"{count:,} bytes"
 
 
-_TOO_EARLY = "peer closed connection too early"
+_ENDED_EARLY = "peer closed connection too early"
 
 
 @contextmanager
-def _http() -> Iterator[None]:
+def _http_errors() -> Iterator[None]:
     """Translates what `http.client` raises."""
     try:
         yield
     except ConnectionError:  # one of them is an HTTPException as well
         raise
     except http.client.LineTooLong:
-        raise TooLarge(f"headers larger than {_size(limits.REPLY_HEAD_BYTES)}") from None
+        raise ResponseTooLarge(f"headers larger than {_size(limits.REPLY_HEAD_BYTES)}") from None
     except http.client.IncompleteRead:
-        raise Incomplete(_TOO_EARLY) from None
+        raise ResponseIncomplete(_ENDED_EARLY) from None
     except (http.client.HTTPException, ValueError):
         raise NotHttp("does not speak HTTP") from None

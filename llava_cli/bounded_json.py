@@ -1,6 +1,6 @@
-"""JSON from outside, with bounds on bytes, depth and number of values that are checked before it is parsed.
+"""JSON from untrusted sources, with bounds on bytes, depth and number of values that are checked before parsing.
 
-Without them 2 MB of zeros become a million objects, and 10 kB of brackets a stack overflow.
+Without them 2 MB of zeros would become a million objects, and 10 kB of brackets would overflow the stack.
 """
 
 from __future__ import annotations
@@ -10,37 +10,37 @@ from dataclasses import dataclass
 from typing import Any
 
 _SLICE = 1 << 20
-_MARKS = b'"[]{},'
-_OTHERS = bytes(byte for byte in range(256) if byte not in _MARKS)
+_STRUCTURAL = b'"[]{},'
+_OTHERS = bytes(byte for byte in range(256) if byte not in _STRUCTURAL)
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a document may be at most."""
+    """The largest document that is accepted."""
 
     bytes: int
     depth: int
     items: int
-    """Values; the names of an object's members are not counted."""
+    """The number of values; names of an object's members do not count."""
 
 
 class TooMuch(ValueError):
-    """A document exceeds its bounds, in words that go on after its name."""
+    """A document exceeds its bounds; the message continues a sentence that begins with its name."""
 
 
 class Scanner:
-    """Counts values and depth while a document arrives, at 1 GB/s and without parsing it.
+    """Counts values and depth while a document arrives, at 1 GB/s, without parsing it.
 
-    What is no JSON may be miscounted: it is refused by the parser.
+    Counts are wrong for what is not JSON, which the parser refuses anyway.
     """
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.bytes, self._items, self._depth = 0, 1, 0
-        self._in_string, self._held = False, b""
+        self._in_string, self._pending = False, b""
 
     def feed(self, data: bytes) -> None:
-        """Looks at the next bytes. Raises `TooMuch`."""
+        """Counts the next bytes of the document. Raises `TooMuch`."""
         self.bytes += len(data)
         if self.bytes > self.bounds.bytes:
             raise TooMuch(f"larger than {_megabytes(self.bounds.bytes)}")
@@ -61,22 +61,22 @@ class Scanner:
                 raise TooMuch(f"nested deeper than {self.bounds.depth} levels")
 
     def _unescaped(self, data: bytes) -> bytes:
-        """Without escaped quotes and backslashes; a backslash at the end is held until what follows is there."""
-        data, self._held = self._held + data, b""
+        """Removes escaped quotes and backslashes; keeps a backslash at the end until the next bytes arrive."""
+        data, self._pending = self._pending + data, b""
         if b"\\" not in data:
             return data
         data = data.replace(b"\\\\", b"")
         if data.endswith(b"\\"):
-            data, self._held = data[:-1], b"\\"
+            data, self._pending = data[:-1], b"\\"
         return data.replace(b'\\"', b"")
 
 
 def loads(data: bytes, bounds: Bounds) -> Any:
-    """The document. Raises `TooMuch` where it exceeds its bounds, another `ValueError` where it is no JSON in UTF-8."""
+    """Parses a document. Raises `TooMuch` if it exceeds its bounds, another `ValueError` if it is not JSON in UTF-8."""
     scanner = Scanner(bounds)
     for start in range(0, len(data), _SLICE):
         scanner.feed(data[start : start + _SLICE])
-    return json.loads(data.decode("utf-8-sig"))  # of bytes the parser would guess: in UTF-16 there are no marks
+    return json.loads(data.decode("utf-8-sig"))  # the parser would also take UTF-16, which was not counted
 
 
 def _megabytes(size: int) -> str:

@@ -1,4 +1,4 @@
-"""What is said: pictures, turns and the conversation they make. Frozen; each step makes a new one."""
+"""Pictures, turns and conversations. All are immutable; each step makes a new conversation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Picture:
     frames: int = 1
     """How many frames the file has; only the first is used."""
     truncated: bool = False
-    """Whether the file's end was missing and that was allowed."""
+    """Whether the file's end is missing, which the user allowed."""
     data: bytes | None = field(default=None, repr=False, compare=False)
-    """The file's bytes, where they are at hand."""
+    """The file's bytes; None if they were not kept."""
     format: str = field(default="", compare=False)
-    """JPEG or PNG; empty for others, and where it is not known."""
+    """JPEG or PNG; empty for other formats, or if unknown."""
     plain: bool = field(default=False, compare=False)
-    """Whether any decoder sees in `data` what ours does."""
+    """Whether every decoder gets the same pixels from `data` as ours."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Turn:
     pictures: tuple[Picture, ...] = ()
     answer: str | None = None
     parts: tuple[str | Picture, ...] = ()
-    """The question's texts and its pictures in their order, where that is not all pictures first: see `of`."""
+    """The question's texts and pictures in order; empty for the usual order, pictures first (see `of`)."""
     is_unasked: bool = False
-    """Whether there is no question at all: the model's side speaks first, or once more."""
+    """Whether there is no question: the model speaks first, or once more."""
     system: str | None = None
-    """Instructions that come before it, later than the conversation's own."""
+    """Instructions before this turn, after the conversation's own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", _as_text(self.question))
@@ -51,7 +51,7 @@ class Turn:
 
     @classmethod
     def of(cls, parts: Iterable[str | Picture], answer: str | None = None) -> Turn:
-        """A turn that asks with texts and pictures in this order. Texts that follow each other are lines of one."""
+        """A turn of texts and pictures in this order. Adjacent texts become lines of one."""
         joined: list[str | Picture] = []
         for part in parts:
             if isinstance(part, str) and joined and isinstance(joined[-1], str):
@@ -60,7 +60,7 @@ class Turn:
                 joined.append(part)
         texts = [part for part in joined if isinstance(part, str)]
         pictures = tuple(part for part in joined if isinstance(part, Picture))
-        is_usual = joined == [*pictures, *texts]  # which is how a turn without `parts` is read
+        is_usual = joined == [*pictures, *texts]
         return cls("\n".join(texts), pictures, answer, () if is_usual else tuple(joined))
 
 
@@ -95,6 +95,6 @@ class Conversation:
         return tuple(picture for turn in self.turns for picture in turn.pictures)
 
 
-def _as_text(typed: str) -> str:
-    """What was typed or piped in may hold bytes that are no text, which a tokenizer would not take."""
-    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _as_text(text: str) -> str:
+    """Replaces bytes that are not UTF-8, which a command line or a pipe may have and no tokenizer takes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Is this checkpoint right, on this machine? Loads it and compares what it does with transformers itself."""
+"""What `llava doctor` finds out: what this machine can do, and whether a checkpoint works on it as in transformers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from collections.abc import Iterator
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_cli import fast_start
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.generate.generation_config import summary
 from llava_cli.errors import LlavaError, model_errors
-from llava_cli.loader import load_engine
+from llava_cli.hardware.device import Plan
+from llava_cli.images.sandbox import Sandbox
+from llava_cli.loader import cpu_wing, load_engine
 from llava_cli.models import adapters
-from llava_cli.models.validate import check_files, check_weights
-from llava_cli.settings import Sampling, Settings
+from llava_cli.models.registry import Checkpoint
+from llava_cli.models.validate import check_files
+from llava_cli.models.weight_files import check_weights
+from llava_cli.sandbox.confine import LAYERS
+from llava_cli.settings import LoadOptions, Sampling
 from llava_cli.untrusted_text import one_line
 
 if TYPE_CHECKING:
@@ -25,6 +31,63 @@ BOUNDS = {"fp32": 1e-3, "bf16": 0.06, "fp16": 0.03, "8bit": 0.1, "4bit": 0.2}
 """How far logits may be from transformers' own, as a share of their norm: what rounding alone can do."""
 
 
+def machine_facts(options: LoadOptions) -> dict[str, str]:
+    """What this machine is and has, and how a model would be run on it."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+    import torch
+
+    from llava_cli.hardware.device import choose_plan
+    from llava_cli.hardware.memory import free_memory
+    from llava_cli.models.registry import BUILTIN, builtin_folder, default_name
+    from llava_cli.models.weights import load_config
+
+    plan, memory = choose_plan(options.device, options.precision), psutil.virtual_memory()
+    facts = {
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "cpu": f"{psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "memory": f"{memory.total / 1e9:.1f} GB, {free_memory('cpu') / 1e9:.1f} GB free",
+    }
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        facts[f"gpu {i}"] = f"{torch.cuda.get_device_name(i)}, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
+    facts |= {"device": plan.device, "precision": f"{plan.precision} ({plan.why})", "attention": plan.attention}
+    facts["cpu kernels"] = _cpu_kernels(plan, load_config(Checkpoint(BUILTIN, builtin_folder())))
+    facts["picture sandbox"] = _sandbox()
+    facts["default model"] = default_name(options)
+    for package in ("torch", "transformers", "bitsandbytes", "accelerate", "llvmlite", "pillow"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "missing"
+    return facts
+
+
+def _cpu_kernels(plan: Plan, config: Any) -> str:
+    """The compiled kernels that a model with this config uses: "avx2, 9 compiled", or "none" and why."""
+    if wing := cpu_wing(plan):
+        return str(wing.describe_kernels(config, plan))
+    if plan.device != "cpu":
+        return f"none: the model runs on {plan.device}"
+    return "none: not installed" if fast_start.is_enabled() else "none: LLAVA_FAST=0"
+
+
+def _sandbox() -> str:
+    """Which layers of the sandbox for decoding pictures this system provides."""
+    sandbox = Sandbox()
+    try:
+        layers = sandbox.layers()
+    except LlavaError as error:
+        return f"{error.reason}: no picture can be opened"
+    finally:
+        sandbox.end()
+    if missing := [name for name in LAYERS if name not in layers]:
+        return f"{', '.join(layers) or 'a process of its own'}; this system has no {', '.join(missing)}"
+    return f"no files, no network, no processes ({', '.join(layers)})"
+
+
 class Check(NamedTuple):
     """One thing that was looked at."""
 
@@ -33,17 +96,19 @@ class Check(NamedTuple):
     words: str
 
 
-def checkup(settings: Settings) -> Iterator[Check]:
+def checkup(options: LoadOptions) -> Iterator[Check]:
     """Each check as it is done; the first that makes the next ones impossible is the last."""
     try:
-        checkpoint = adapters.find(settings)
+        checkpoint = adapters.find(options)
         kind, weights = check_files(checkpoint), check_weights(checkpoint)
         size = sum(path.stat().st_size for path in weights) / 1e9
         yield Check("files", True, f"{kind}, {len(weights)} weight file(s), {size:.2f} GB, whole")
         notes: list[str] = []
-        engine = load_engine(settings, notes.append)
+        engine = load_engine(options, notes.append)
+        about_checkpoint = f"llava: {checkpoint.name}: "
         for note in notes:
-            yield Check("stored", True, note.removeprefix(f"llava: {checkpoint.name}: "))
+            if note.startswith(about_checkpoint):
+                yield Check("stored", True, note.removeprefix(about_checkpoint))
         yield Check(
             "family", True, engine.family.name if engine.family else "not known; what it was trained with neither"
         )
@@ -57,6 +122,7 @@ def checkup(settings: Settings) -> Iterator[Check]:
         ("end tokens", _end_tokens),
         ("image tokens", _image_tokens),
         ("precision", precision),
+        ("cpu kernels", _kernels),
         ("forward pass", _forward),
         ("answer", _answer),
     ):
@@ -80,7 +146,7 @@ def _talk() -> Conversation:
 def _template(engine: LocalEngine) -> tuple[bool, str]:
     talk = _talk()
     first, later = engine.prompt(talk), engine.prompt(talk.answered("a square").ask("what color?"))
-    words = f"one turn and two render: {engine.prompter.origin}"
+    words = f"one turn and two render: {engine.prompter.template_origin}"
     return first != later and "what is this?" in first and "what color?" in later, words
 
 
@@ -116,7 +182,7 @@ def _generation(engine: LocalEngine) -> tuple[bool, str]:
 
 def _end_tokens(engine: LocalEngine) -> tuple[bool, str]:
     tokenizer = engine.prompter.tokenizer
-    ends = {token: tokenizer.convert_ids_to_tokens(token) for token in sorted(engine.ends)}
+    ends = {token: tokenizer.convert_ids_to_tokens(token) for token in sorted(engine.end_tokens)}
     words = ", ".join(f"{token} {one_line(str(word))}" for token, word in ends.items())
     return bool(ends), words or "none: answers end at --max-tokens"
 
@@ -151,14 +217,18 @@ def _precision(engine: LocalEngine) -> tuple[bool, str]:
     return bool(quantised) and right, words
 
 
+def _kernels(engine: LocalEngine) -> tuple[bool, str]:
+    """Without kernels a model is slower, not wrong."""
+    plan = Plan(engine.device, engine.precision, attention="", why="")
+    return True, _cpu_kernels(plan, engine.network.config)
+
+
 def _forward(engine: LocalEngine) -> tuple[bool, str]:
     import torch
 
-    from llava_cli.engine.cpu.patch import as_transformers
-
     inputs, model = engine.inputs(_talk()), engine.network
     ours = engine.logits(inputs).float()
-    with torch.inference_mode(), as_transformers(model):
+    with torch.inference_mode(), engine.patch.undone():
         theirs = model(**inputs, logits_to_keep=1).logits[:, -1].float()
     far, bound = float((ours - theirs).norm() / theirs.norm()), BOUNDS[engine.precision]
     return far <= bound, f"logits are {far:.2%} of their norm from transformers' ({bound:.1%} at most)"

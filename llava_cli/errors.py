@@ -1,20 +1,20 @@
-"""Everything that can go wrong for a user, with the words and the exit code it gets.
+"""The errors that a user can meet, each with its exit code.
 
     LlavaError               1   the root; never raised itself
     ├── UsageError           2   the command line, an environment variable or the config file
-    ├── BadImage            65   bytes that are no picture we take
+    ├── BadImage            65   bytes that are not a picture of a known format
     ├── PromptTooLong       65   the prompt does not fit the model's context
     ├── BadData             65   a file of questions or of answers that is not what it should be
-    │   └── NoAnswer        65   a server's model that says nothing, refuses, or is cut off by a filter
+    │   └── NoAnswer        65   a server's model answered nothing, refused, or was cut off by a filter
     ├── InputMissing        66   a file or URL that is not there, or cannot be read
     ├── ModelUnusable       69   unknown, absent, damaged or unsuitable checkpoint
-    ├── ServerFailed        69   a server that gave no answer, however often it was asked
+    ├── ServerFailed        69   a server that did not answer, despite retries
     ├── OutOfMemory         71   this machine has too little memory for what was asked
     ├── OutputTaken         73   the output is another run's, or cannot be written
     └── OutputError         74   writing an answer or a download failed
 
-Each has the `thing` it is about, the `reason` in a few words, and a `hint`: the next command to
-type. Errors of other libraries are translated where they are called; none travels further.
+Each has the `thing` it is about, the `reason` in a few words, and a `hint`: the next command to type. Errors of other
+libraries are translated where the library is called.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llava_cli.untrusted_text import one_line
-from llava_cli.untrusted_text import printable as printable  # errors are where most of the package needs it
+from llava_cli.untrusted_text import printable as printable  # most of the package needs it for its errors
 
 
 class LlavaError(Exception):
-    """An error that is the user's to mend: `llava: THING: REASON`, then a hint."""
+    """An error that the user can do something about, shown as `llava: THING: REASON`, then the hint."""
 
     exit_code = 1
 
@@ -82,19 +82,25 @@ class OutputError(LlavaError):
     exit_code = 74
 
 
-def brief(error: BaseException) -> str:
-    """The first line of another library's message, or what it calls the error."""
+def message_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's class."""
     return one_line(str(error)) or type(error).__name__
 
 
-def plainly(error: BaseException) -> str:
-    """Another library's message in our style: one line, no error number, no capital, nothing unprintable."""
+def plain_message(error: BaseException) -> str:
+    """Another library's message in our style: one printable line without an error number or a first capital."""
     words = re.sub(r"^\[[^]]*\] ", "", one_line(str(error))) or type(error).__name__
     return words[:1].lower() + words[1:]
 
 
+def os_reason(error: BaseException) -> str:
+    """The operating system's reason for a failed call, without the path; for other errors, `plain_message`."""
+    words = printable(getattr(error, "strerror", None) or "")
+    return words[:1].lower() + words[1:] or plain_message(error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch says so with a bare RuntimeError on a CPU, a file with ENOMEM."""
+    """Whether memory ran out: torch raises a bare RuntimeError on a CPU, a file ENOMEM."""
     if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one too
         return "out of memory" in str(error) or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
@@ -102,7 +108,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def model_errors(model: str, what: str, hint: str = "") -> Iterator[None]:
-    """Translates whatever torch, transformers and their Rust parts raise over a model: `llava: MODEL: WHAT (words)`."""
+    """Translates whatever torch, transformers and their Rust parts raise: `llava: MODEL: WHAT (their message)`."""
     try:
         yield
     except LlavaError:
@@ -112,9 +118,9 @@ def model_errors(model: str, what: str, hint: str = "") -> Iterator[None]:
             raise
         if is_out_of_memory(error):
             raise OutOfMemory(model, "not enough memory", "llava models lists what fits this machine") from error
-        raise ModelUnusable(model, f"{what} ({brief(error)})", hint) from error
+        raise ModelUnusable(model, f"{what} ({message_line(error)})", hint) from error
 
 
 def _is_rust_panic(error: BaseException) -> bool:
-    """Whether tokenizers or safetensors came upon a bug of theirs. The class is no `Exception`, and of no module."""
+    """Whether Rust code of tokenizers or safetensors panicked; that class is no `Exception` and cannot be imported."""
     return type(error).__name__ == "PanicException" and type(error).__module__ == "pyo3_runtime"

@@ -1,10 +1,10 @@
-"""Every file and folder that we create: never through a link that somebody else has put there, and whole or not at all.
+"""Creates files and folders: never through somebody else's link, and each file whole or not at all.
 
-Where a name may be anybody's guess (a socket's lock in a shared folder, a report beside unpacked rows), a link of that
-name would have us write wherever it leads. So what is new is opened with `O_NOFOLLOW`, or written beside its place and
-renamed, which replaces a link and leaves what it led to alone. In a folder that everybody may write, what is there
-already has to be this user's or the folder's owner's, and without a second name: the rule of Linux's
-`fs.protected_regular` and `fs.protected_hardlinks`, also where those are off.
+Where anybody may guess a name (a socket's lock in a shared folder, a report beside unpacked rows), a link of that name
+would make us write wherever it leads. So a new file is opened with `O_NOFOLLOW`, or written beside its place and
+renamed, which replaces a link and leaves its target alone. In a folder that everybody may write, an existing file must
+belong to this user or the folder's owner and have no second name: the rules of Linux's `fs.protected_regular` and
+`fs.protected_hardlinks`, enforced here because a system may have them off.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import errno
 import os
 import shlex
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
-_BINARY = getattr(os, "O_BINARY", 0)  # and nobody else has that
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+_BINARY = getattr(os, "O_BINARY", 0)  # only on Windows
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY
-_LINKS = 40
-"""In a row: as many as Linux follows."""
+_MAX_LINKS = 40
+"""In a row, as in Linux."""
 SECRET = 0o600
-"""The mode of what is its owner's alone: keys, chats, logs."""
+"""The mode of a file for its owner alone: keys, chats, logs."""
 PRIVATE = 0o700
-"""The mode of a folder that is its owner's alone."""
+"""The mode of a folder for its owner alone."""
 SHARED = 0o666
-"""The mode of what the user's umask decides."""
+"""The mode of a file that the user's umask decides about."""
 
 
 class IsLink(OSError):
-    """A path that is to be written is a symbolic link; `strerror` says where it leads, as `target` does from here."""
+    """A path to be written is a symbolic link to `target`, which `strerror` names as the link has it."""
 
     def __init__(self, path: str, target: str) -> None:
         super().__init__(errno.ELOOP, f"is a link to {target}", path)
@@ -40,10 +40,10 @@ class IsLink(OSError):
 
 
 def open_for_writing(path: str | os.PathLike[str], flags: int, mode: int) -> int:
-    """A descriptor of the regular file at `path`, made with `mode` where there is none.
+    """Opens the regular file at `path`, creating it with `mode` if there is none, and returns its descriptor.
 
-    `flags` are those of `os.open` besides `O_CREAT`. Raises `IsLink`, or another `OSError`, also for what is neither
-    a regular file nor absent, and for what another user may have put there.
+    `flags` are those of `os.open` besides `O_CREAT`. Raises `IsLink`, or another `OSError` if something else is there,
+    or if another user may have put it there.
     """
     descriptor = open_existing(path, flags & ~os.O_TRUNC | os.O_CREAT, mode)
     try:
@@ -57,8 +57,8 @@ def open_for_writing(path: str | os.PathLike[str], flags: int, mode: int) -> int
 
 
 def open_existing(path: str | os.PathLike[str], flags: int, mode: int = SHARED) -> int:
-    """As `open_for_writing`, for a file that has been opened so before: it has to be there."""
-    # Not blocking: a FIFO would otherwise wait for its other end, which may never come.
+    """As `open_for_writing`, for a file that must exist because it was opened that way before."""
+    # Non-blocking, since opening a FIFO waits for its other end, which may never come.
     try:
         descriptor = os.open(path, flags | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | _BINARY, mode)
     except OSError:
@@ -71,16 +71,16 @@ def open_existing(path: str | os.PathLike[str], flags: int, mode: int = SHARED) 
 
 
 def refuse_link(path: str | os.PathLike[str]) -> None:
-    """Raises `IsLink` where a path is a symbolic link."""
+    """Raises `IsLink` if a path is a symbolic link."""
     try:
         target = os.readlink(path)
-    except OSError:  # it is none
+    except OSError:  # it is not a link
         return
     raise IsLink(os.fspath(path), target)
 
 
 def refuse_irregular(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """What is there, or None; raises `IsLink`, or another `OSError`, where that is no regular file."""
+    """The status of a regular file; None if nothing is there. Raises `IsLink`, or another `OSError`, for all else."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -91,16 +91,16 @@ def refuse_irregular(path: str | os.PathLike[str]) -> os.stat_result | None:
     return status
 
 
-def followed(path: Path) -> Path:
-    """Where the links lead that this user keeps in a file's or folder's place: into a folder of dotfiles, to a disk.
+def follow_links(path: Path) -> Path:
+    """The end of the links that this user put in a file's or folder's place, to a folder of dotfiles or another disk.
 
-    Raises `IsLink` where another user made one of them, or has what is at its end.
+    Raises `IsLink` if another user made one of the links, or owns what they lead to.
     """
     first, trusted = path, (0, _user())
-    for _ in range(_LINKS):
+    for _ in range(_MAX_LINKS):
         try:
             target = os.readlink(path)
-        except OSError:  # no link, or nothing there yet
+        except OSError:  # not a link, or nothing there yet
             break
         if os.lstat(path).st_uid not in trusted:
             raise IsLink(os.fspath(path), target)
@@ -113,8 +113,8 @@ def followed(path: Path) -> Path:
     return path
 
 
-def write(descriptor: int, data: bytes) -> None:
-    """All of `data`, however many calls that takes; on an error none, as far as the disk allows."""
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes all of `data`, in as many calls as that takes; on an error none of it, as far as the disk allows."""
     size = os.fstat(descriptor).st_size
     view = memoryview(data)
     try:
@@ -122,49 +122,64 @@ def write(descriptor: int, data: bytes) -> None:
             view = view[os.write(descriptor, view) :]
     except OSError:
         with suppress(OSError):
-            cut(descriptor, size)
+            truncate(descriptor, size)
         raise
 
 
-def cut(descriptor: int, size: int) -> None:
-    """Throws away what is behind `size` bytes."""
+def truncate(descriptor: int, size: int) -> None:
+    """Cuts a file off after `size` bytes."""
     os.ftruncate(descriptor, size)
     os.fsync(descriptor)
 
 
-def put(path: Path, chunks: Iterable[bytes], mode: int = SHARED) -> None:
-    """A file with this content in the place of whatever was there: readers see one or the other.
+def atomic_write(path: Path, chunks: Iterable[bytes], mode: int = SHARED) -> None:
+    """Replaces whatever is at `path` with a file of these chunks, durably: readers see the old or the new content.
 
-    One of this user's that is there keeps its mode; a new one gets `mode`. Raises `IsLink`, or another `OSError`, also
-    for what is neither a regular file nor absent.
+    A file of this user's keeps its mode; a new one gets `mode`. Raises `IsLink`, or another `OSError`, also if
+    something other than a regular file is there.
     """
-    there = refuse_irregular(path)
-    kept = stat.S_IMODE(there.st_mode) & 0o777 if there and is_this_users(there) else None
-    new = path.with_name(f".{_beginning(path.name)}.{os.urandom(4).hex()}.new")
-    descriptor = os.open(new, _NEW, mode if kept is None else kept)
+    before = refuse_irregular(path)
+    if before and is_this_users(before):
+        mode, exact = stat.S_IMODE(before.st_mode) & 0o777, True
+    else:
+        exact = mode == SECRET
+    with _beside(path) as new:
+        _create(new, chunks, mode, exact)
+    sync_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes, mode: int = SHARED) -> None:
+    """Writes a file where there is nothing, not even a link. Raises `FileExistsError`, or another `OSError`."""
+    _create(path, [data], mode, mode == SECRET)
+
+
+def atomic_symlink(path: Path, target: str) -> None:
+    """Replaces whatever is at `path` with a symbolic link. Raises `OSError`, also on a system without links."""
+    with _beside(path) as new:
+        os.symlink(target, new)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path`; what was created there takes the place of `path` in the end."""
+    new = path.with_name(f".{_stem(path.name)}.{os.urandom(4).hex()}.new")
     try:
-        try:
-            if kept is not None or mode == SECRET:
-                _set_mode(descriptor, mode if kept is None else kept)
-            _write_all(descriptor, chunks)
-        finally:
-            os.close(descriptor)
+        yield new
         os.replace(new, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(new)
         raise
-    sync_folder(path.parent)
 
 
-def put_new(path: Path, data: bytes, mode: int = SHARED) -> None:
-    """A file where there is nothing, not even a link. Raises `FileExistsError`, or another `OSError`."""
+def _create(path: Path, chunks: Iterable[bytes], mode: int, exact: bool) -> None:
+    """Writes a new file; on an error there is none. `exact`: the umask takes nothing from `mode`."""
     descriptor = os.open(path, _NEW, mode)
     try:
         try:
-            if mode == SECRET:
-                _set_mode(descriptor, mode)
-            _write_all(descriptor, [data])
+            if exact and hasattr(os, "fchmod"):  # a system without it has no modes
+                os.fchmod(descriptor, mode)
+            _write_chunks(descriptor, chunks)
         finally:
             os.close(descriptor)
     except BaseException:
@@ -173,33 +188,21 @@ def put_new(path: Path, data: bytes, mode: int = SHARED) -> None:
         raise
 
 
-def put_link(path: Path, target: str) -> None:
-    """A symbolic link in the place of whatever was there. Raises `OSError`, also where a system has no links."""
-    new = path.with_name(f".{_beginning(path.name)}.{os.urandom(4).hex()}.new")
-    os.symlink(target, new)
-    try:
-        os.replace(new, path)
-    except OSError:
-        os.unlink(new)
-        raise
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Deletes the unfinished files that killed processes left in a folder, all or those for one name.
 
-
-def clear(folder: Path, name: str | None = None) -> None:
-    """Deletes what killed processes have left of what they put in a folder, or of one file in it.
-
-    Only for those that nobody else puts meanwhile.
+    Safe only while nobody else writes them.
     """
-    beginning = "*" if name is None else escape(_beginning(name))
-    for left in folder.glob(f".{beginning}.{'[0-9a-f]' * 8}.new"):
+    stem = "*" if name is None else escape(_stem(name))
+    for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}.new"):
         with suppress(OSError):
-            os.unlink(left)
+            os.unlink(leftover)
 
 
 def make_folder(path: Path, mode: int = 0o777, parents: bool = True) -> None:
-    """A folder, and those above it.
+    """Makes a folder, and those above it, unless it is there.
 
-    Raises `IsLink` where its own name is a link, or another `OSError`, also for one that another user may have put
-    there.
+    Raises `IsLink` if its own name is a link, or another `OSError`, also if another user may have put it there.
     """
     if parents:
         _make_parents(path.parent)
@@ -216,14 +219,14 @@ def make_folder(path: Path, mode: int = 0o777, parents: bool = True) -> None:
 
 
 def make_new_folder(path: Path, mode: int = 0o777) -> None:
-    """A folder where there is nothing, not even a link. Raises `FileExistsError`, or another `OSError`."""
+    """Makes a folder where there is nothing, not even a link. Raises `FileExistsError`, or another `OSError`."""
     os.mkdir(path, mode)
     if mode == PRIVATE:
         os.chmod(path, mode)  # whatever the umask is
 
 
 def _make_parents(path: Path) -> None:
-    """As `mkdir -p`: the umask decides about others, but this user may use what is made."""
+    """As `mkdir -p`, but whatever the umask is, this user may use the new folders."""
     if path.is_dir():
         return
     _make_parents(path.parent)
@@ -233,11 +236,11 @@ def _make_parents(path: Path) -> None:
 
 
 def make_own_folder(path: Path) -> Path:
-    """A folder of this user's alone, made with mode 0700 where there is none, and where it is (see `followed`).
+    """Makes a folder for this user alone (mode 0700) unless it is there, and returns it with `follow_links` applied.
 
-    Raises `IsLink`, or another `OSError`, also for one that others may write: they could plant files in it.
+    Raises `IsLink`, or another `OSError`, also if others may write in it: they could plant files there.
     """
-    path = followed(path)
+    path = follow_links(path)
     make_folder(path, PRIVATE)
     status = os.stat(path)
     _refuse_foreign(path, status)
@@ -247,7 +250,7 @@ def make_own_folder(path: Path) -> Path:
 
 
 def make_own_file(path: Path) -> None:
-    """A file of this user's alone, made where there is none: of mode 0600, whatever it was before.
+    """Makes a file for this user alone unless it is there, and gives it mode 0600 in any case.
 
     Raises `IsLink`, or another `OSError`, also for another user's file.
     """
@@ -262,9 +265,9 @@ def make_own_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes sure that the names in a folder are on the disk."""
+    """Waits until the names in a folder are on the disk."""
     if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -273,7 +276,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def quoted(word: str | os.PathLike[str]) -> str:
-    """A word as it can be typed again in a shell, and printed on any terminal."""
+    """A word quoted for a shell, printable on any terminal."""
     word = os.fspath(word)
     if word.isprintable():
         return shlex.quote(word)
@@ -281,31 +284,25 @@ def quoted(word: str | os.PathLike[str]) -> str:
     return f"$'{''.join(plain)}'"
 
 
-def _set_mode(descriptor: int, mode: int) -> None:
-    """Gives an open file exactly this mode, whatever the umask is."""
-    if hasattr(os, "fchmod"):  # else a system without modes
-        os.fchmod(descriptor, mode)
-
-
-def _write_all(descriptor: int, chunks: Iterable[bytes]) -> None:
-    """In large pieces, and on the disk in the end."""
-    waiting = bytearray()
+def _write_chunks(descriptor: int, chunks: Iterable[bytes]) -> None:
+    """Writes in large pieces, and waits until all is on the disk."""
+    buffer = bytearray()
     for chunk in chunks:
-        waiting += chunk
-        if len(waiting) > 1_000_000:
-            write(descriptor, bytes(waiting))
-            waiting.clear()
-    write(descriptor, bytes(waiting))
+        buffer += chunk
+        if len(buffer) > 1_000_000:
+            write_all(descriptor, bytes(buffer))
+            buffer.clear()
+    write_all(descriptor, bytes(buffer))
     os.fsync(descriptor)
 
 
-def _beginning(name: str) -> str:
-    """Of a file's name, so much that there is room for more behind it."""
+def _stem(name: str) -> str:
+    """The first 200 bytes of a file's name, which leave room for a suffix."""
     return os.fsdecode(os.fsencode(name)[:200])
 
 
 def _refuse_planted(path: str | os.PathLike[str], status: os.stat_result) -> None:
-    """Raises `OSError` for what another user may have put where everybody may write."""
+    """Raises `OSError` for what another user may have put in a folder that everybody may write."""
     folder = os.stat(os.path.dirname(path) or ".")
     if not folder.st_mode & stat.S_IWOTH:
         return
@@ -321,12 +318,12 @@ def _refuse_foreign(path: Path, status: os.stat_result) -> None:
 
 
 def is_this_users(status: os.stat_result) -> bool:
-    """Whether this user owns what has this status; so it is on a system where files have no such owners."""
+    """Whether this user owns the file with this status; always true on a system whose files have no such owners."""
     return _user() in (None, status.st_uid)
 
 
 def _user() -> int | None:
-    """This process's user; None on a system where files have no such owners."""
+    """This process's user; None on a system whose files have no such owners."""
     return os.geteuid() if hasattr(os, "geteuid") else None
 
 

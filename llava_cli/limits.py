@@ -1,17 +1,17 @@
-"""How much of what strangers send is looked at: bytes, pixels, items, depth, seconds, connections.
+"""Limits on input from outside: bytes, pixels, items, depth, seconds, connections.
 
-The one table: whoever reads something from outside checks it against these before the work that it would cause.
-What exceeds one is an error that names the limit. `SECURITY.md` says which boundary has which of them.
+Code that reads something from outside checks it against these limits before doing the work that it would cause. What
+exceeds one is an error that names the limit. `SECURITY.md` lists the limits of each boundary.
 """
 
 from __future__ import annotations
 
-# Pictures, wherever they come from.
+# Pictures from any source.
 PICTURE_BYTES = 100_000_000
 PICTURE_PIXELS = 50_000_000
-"""Read off the header, before any pixel is decoded."""
+"""Taken from the header, before any pixel is decoded."""
 PICTURE_ASPECT = 200
-"""The longer side over the shorter one: a strip that no vision tower can see, and some processors blow up."""
+"""The longer side over the shorter one. No vision tower can use such a strip, and some processors blow it up."""
 DECODE_SECONDS = 60.0
 """Wall-clock time in the sandbox for one picture."""
 
@@ -19,95 +19,94 @@ DECODE_SECONDS = 60.0
 SANDBOX_MEMORY = 4 * 2**30
 """Bytes of address space."""
 SANDBOX_CPU_SECONDS = 600
-"""Computing of one process in its whole life; a new one takes over before that is used up."""
+"""CPU time of one process in its whole life; a new one takes over before that is used up."""
 SANDBOX_START_SECONDS = 60.0
-"""Until a new process says that it is ready: 0.05 s, if the machine does not have thirty other things to do."""
+"""Until a new process is ready: usually 0.05 s, but the machine may be busy."""
 
 # Pictures by URL.
 FETCH_BYTES = 20_000_000
 FETCH_SECONDS = 10.0
-"""From looking up the name to the last byte, redirects included."""
+"""From the name lookup to the last byte, redirects included."""
 FETCH_REDIRECTS = 5
 FETCHES = 16
-"""At a time, in one process."""
+"""At a time in one process."""
 
 # Requests to `llava serve`.
 CONNECTIONS = 256
-"""Open at a time over TCP. The user's own socket is not counted, and always served."""
+"""Open at a time over TCP. The user's own socket is always served and not counted."""
 HEAD_SECONDS = 10.0
 """For a request line and its headers."""
 HEAD_BYTES = 32_768
 HEAD_FIELDS = 100
 WRITE_SECONDS = 30.0
-"""Until a client has taken what it was sent: nobody reads a stream any more whose connection stands still so long."""
+"""Until a client has taken what it was sent; a stream that stalls for so long has no reader."""
 LINGER_SECONDS = 2.0
-"""For the rest of what a refused client is sending: where a connection is closed at once, the refusal is lost."""
+"""For the rest of a refused request: if the connection were closed at once, the refusal would be lost."""
 BODY_SECONDS = 60.0
-"""For a body, and for all pictures by URL that it names."""
+"""For a body and all pictures by URL in it."""
 BODY_BYTES = 64_000_000
-"""Of a body, and of all pictures by URL that it names together."""
+"""Of a body and all pictures by URL in it together."""
 OWN_BODY_BYTES = 280_000_000
-"""Of the user's own commands: two of the largest pictures that they open, in base64."""
+"""Of the user's own commands: two pictures of the largest size that they open, in base64."""
 BODIES_BYTES = 256_000_000
-"""Of all request bodies together that came over TCP and are not parsed yet."""
+"""Of all request bodies over TCP that are not parsed yet, together."""
 BODY_DEPTH = 16
 WAITING_BYTES = 1_000_000_000
-"""Of all requests together that came over TCP and wait, parsed, for their pictures to be opened."""
+"""Of all parsed requests over TCP that wait for their pictures to be opened, together."""
 LARGE_BODY_BYTES = 1_000_000
-"""Of a body that is parsed while no other large one is. A quarter of `BODIES_BYTES` is for smaller ones alone."""
+"""From this size on, bodies are parsed one at a time. A quarter of `BODIES_BYTES` is reserved for smaller ones."""
 BODY_CHUNK_BYTES = 512
-"""Of a chunked body's chunks, on average: to parse one takes as long as to look at 5 kB of what is in them."""
-BODY_DEPTH = 16
+"""The least that the chunks of a chunked body have on average: parsing one takes as long as reading 5 kB of data."""
 BODY_ITEMS = 50_000
 """Values in a body's JSON."""
 NUMBER_CHARACTERS = 400
-"""Of a number in it: reading one takes time squared."""
+"""Of a number in a body: reading one takes quadratic time."""
 TEXT_CHARACTERS = 1_000_000
-"""Of a request's text, pictures not counted."""
+"""Of a request's text without its pictures."""
 REQUEST_STOPS = 64
-"""Texts that end an answer: each is looked for at each token."""
+"""Texts that end an answer; each token is checked against each of them."""
 REQUEST_PICTURES = 64
 REQUEST_PICTURE_BYTES = 20_000_000
 REQUEST_PIXELS = 100_000_000
-"""Of all pictures of a request: a few kB of a PNG may be 50 megapixels, and each takes 3 bytes once it is decoded."""
+"""Of all pictures of a request: a PNG of a few kB may have 50 megapixels, of 3 bytes each once decoded."""
 QUICK_DECODE_SECONDS = 1.0
-"""For one, before its request is one of those that take longer, for which others do not wait."""
+"""For one picture; after that its request counts as slow, and others do not wait for it."""
 SERVED_DECODE_SECONDS = 20.0
-"""As `DECODE_SECONDS`, where others wait."""
+"""As `DECODE_SECONDS`, in a server, where others wait."""
 
 # Answers of other servers (`--server`, and the user's own).
 REPLY_BYTES = 64_000_000
 """Of one answer, streamed or not."""
 REPLY_LINE_BYTES = 4_000_000
 REPLY_HEAD_BYTES = 65_536
-"""Of a status line and its headers, and of the URL that is asked; pictures by URL too."""
+"""Of a status line with its headers, and of a requested URL, also that of a picture."""
 REPLY_ERROR_BYTES = 1_000_000
-"""Of what comes with a status that is no success."""
+"""Of the body of an error."""
 REPLY_DEPTH = 32
 REPLY_ITEMS = 2_000_000
 REPLY_TOKENS = 1_000_000_000
-"""That a server may say a prompt or an answer has."""
+"""The most that a server may report for a prompt or an answer."""
 CONNECT_SECONDS = 10.0
 REPLY_SECONDS = 600.0
-"""Without a word of the answer, whatever else comes: a large model on a CPU reads a picture for minutes."""
+"""Until the next token of the answer: a large model on a CPU takes minutes to read a picture."""
 OWN_REPLY_SECONDS = 86_400.0
-"""The same of the user's own server, where a whole batch may be waiting for its turn."""
+"""The same for the user's own server, where a whole batch may be in the queue before."""
 STATUS_BYTES = 65_536
-"""Of what the user's own server says of itself."""
+"""Of the user's own server's description of itself."""
 STATUS_SECONDS = 2.0
-"""For it to say so."""
+"""Until that description is there."""
 PATH_CHARACTERS = 4096
-"""Of a name in it, which may be a path."""
+"""Of a name in that description, which may be a path."""
 NAME_CHARACTERS = 200
-"""Of a name or message from outside that is shown to a person: the rest is cut off."""
+"""Of a name or message from outside that is shown to a person; the rest is cut off."""
 SEQUENCE_CHARACTERS = 4096
-"""Of one order to a terminal, as it is taken out of text; what is longer is text itself."""
+"""Of a terminal's control sequence that is removed from text; a longer one is shown as text."""
 
 # Checkpoints.
 HEADER_BYTES = 32_000_000
 """Of a safetensors header."""
 CONFIG_BYTES = 16_000_000
-"""Of a JSON file of a checkpoint, the tokenizer's and the index of its shards excepted."""
+"""Of a JSON file of a checkpoint, except its tokenizer's and the index of its shards."""
 TOKENIZER_BYTES = 128_000_000
 JSON_DEPTH = 64
 JSON_ITEMS = 5_000_000
@@ -126,7 +125,7 @@ TOKENIZE_SECONDS = 10.0
 TOKEN_CHARACTERS = 10_000
 """Of one token of a vocabulary."""
 ADDED_TOKENS = 60_000
-"""Of a vocabulary; each has a private-use character as its stand-in, and there are 65,534 of one plane."""
+"""Of a vocabulary. Each gets a private-use character as its stand-in, and a plane has 65,534 of them."""
 TEXT_MEMORY = 2 * 2**30
 """Bytes of address space for a checkpoint's template and tokenizer, in the sandbox."""
 
@@ -134,9 +133,9 @@ TEXT_MEMORY = 2 * 2**30
 HUB_REPLY_BYTES = 32_000_000
 """Of the list of a repository's files."""
 HUB_FILE_BYTES = 10**18
-"""Of one file, as the Hub tells: more than any disk has."""
-UNTOLD_FILE_BYTES = 100_000_000_000
-"""Of one file whose size the Hub does not tell."""
+"""Of one file whose size the Hub states: more than any disk has."""
+UNSIZED_FILE_BYTES = 100_000_000_000
+"""Of one file whose size the Hub does not state."""
 COMMIT_BYTES = 100
 """Of a file that names a commit."""
 
@@ -145,9 +144,9 @@ ROW_BYTES = 64_000_000
 ROW_DEPTH = 64
 ROW_ITEMS = 1_000_000
 COUNTED_NAMES = 1_000
-"""Different keys of questions, or endings of names in a folder, that are counted to be told of."""
+"""Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000
 
 # The user's own cache.
 CACHE_FILE_BYTES = 16_000_000
-"""Of a file that is read whole: digests, what a copy is made of, machine code."""
+"""Of a file that is read whole: digests, the description of a copy, machine code."""

@@ -1,28 +1,37 @@
-"""Settings -> Engine: the only place that makes one."""
+"""Options -> engine: the only place that makes one."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from llava_cli import __version__
-from llava_cli.errors import ModelUnusable, UsageError
+from llava_cli import fast_start
+from llava_cli._version import __version__
+from llava_cli.errors import ModelUnusable, UsageError, model_errors
 from llava_cli.models import adapters
-from llava_cli.models.families import Family, named, recognise
+from llava_cli.models.checkpoint_files import pull_command, read_json
+from llava_cli.models.families import Family, family_named, recognize
+from llava_cli.models.fingerprint import fingerprint
 from llava_cli.models.registry import BUILTIN, Checkpoint
-from llava_cli.models.validate import again, check_files, check_weights, fingerprint, read_json
-from llava_cli.prompts.sandbox import Refused, TextSandbox
-from llava_cli.settings import Device, Fit, Precision, Settings
+from llava_cli.models.validate import check_files
+from llava_cli.models.weight_files import check_weights
+from llava_cli.paths import socket_path
+from llava_cli.prompts.sandbox import TextRefused, TextSandbox
+from llava_cli.settings import Device, Fit, LoadOptions, Precision, Settings
 
 if TYPE_CHECKING:
     from llava_cli.engine import Engine
     from llava_cli.engine.local import LocalEngine
+    from llava_cli.engine.model_patch import ModelPatch
+    from llava_cli.hardware.device import Plan
+    from llava_cli.models.weights import LoadedModel
     from llava_cli.prompts.prompter import Prompter
 
 
@@ -34,6 +43,7 @@ def load(
     fit: Fit | None = None,
     visual_tokens: int | None = None,
     adapter: str | None = None,
+    double_quant: bool | None = None,
 ) -> LocalEngine:
     """Loads a model: `load("llava-1.5-7b", precision="4bit")`.
 
@@ -41,8 +51,7 @@ def load(
     `adapter`, the folder of a PEFT adapter, was trained on. What is None comes from the environment, else the config
     file. Raises `ModelUnusable`, `OutOfMemory` or `UsageError`.
     """
-    given = {"model": model, "precision": precision, "device": device, "template": template, "fit": fit}
-    return load_engine(Settings.resolve(**given, visual_tokens=visual_tokens, adapter=adapter))
+    return load_engine(Settings.resolve(**locals()).load)
 
 
 def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
@@ -51,37 +60,38 @@ def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
 
     `tell` gets one line where a server is gone before all is answered, and what `load_engine` has to say.
     """
-    if settings.server:
+    remote = settings.remote
+    if remote.server:
         from llava_cli.engine.remote.remote_engine import RemoteEngine
 
-        return RemoteEngine(settings.server, settings.api_key, settings.model, settings.concurrency, tell)
+        return RemoteEngine(remote.server, remote.api_key, settings.load.model, remote.concurrency, tell)
     from llava_cli.engine.remote import local_socket
-    from llava_cli.engine.remote.local_server_engine import holder
+    from llava_cli.engine.remote.local_server_engine import matching_server
 
-    path = local_socket.socket_path()
-    if local_socket.is_ours(path) and (
-        engine := holder(wanted(settings), lambda: load_engine(settings, tell), tell, path)
+    path = socket_path()
+    if local_socket.is_trusted_socket(path) and (
+        engine := matching_server(engine_identity(settings.load), lambda: load_engine(settings.load, tell), tell, path)
     ):
         return engine
-    return load_engine(settings, tell)
+    return load_engine(settings.load, tell)
 
 
-def wanted(settings: Settings) -> dict[str, Any]:
-    """What two engines have in common whose answers are the same. Needs no torch."""
-    checkpoint = adapters.find(settings)
-    names = ("precision", "device", "double_quant", "template", "fit", "visual_tokens")
+def engine_identity(options: LoadOptions) -> dict[str, Any]:
+    """What is equal in two engines that give the same answers. Imports no torch."""
+    checkpoint = adapters.find(options)
+    names = [name for name in LoadOptions.names() if name not in ("model", "adapter")]  # the checkpoint has those
     return {
         "llava": __version__,
         "model": checkpoint.name,
         "checkpoint": fingerprint(checkpoint),
-        "fast": os.environ.get("LLAVA_FAST") != "0",
-        **{name: getattr(settings, name) for name in names},
+        "fast": fast_start.is_enabled(),
+        **{name: getattr(options, name) for name in names},
     }
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Looking for garbage among the objects of all that is imported, which stay, takes a tenth of a start."""
+def _gc_paused() -> Iterator[None]:
+    """Imports make many objects that stay; looking for garbage among them takes a tenth of a start."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -91,110 +101,149 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@_uncollected()
-def load_engine(settings: Settings, tell: Callable[[str], None] = lambda line: None) -> LocalEngine:
-    """The engine that the settings ask for; `tell` gets a line for what of the checkpoint is not done as it says."""
+@_gc_paused()
+def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line: None) -> LocalEngine:
+    """The engine that the options ask for; `tell` gets a line for each thing that is not done as one would expect."""
     begin = time.perf_counter()
-    checkpoint = adapters.find(settings)
+    checkpoint = adapters.find(options)
     sandbox = _text_sandbox(checkpoint)
     kind, weights = check_files(checkpoint), check_weights(checkpoint)
     adapters.check(checkpoint)
     from llava_cli.engine.generate.generation_config import check_generation_config, load_generation_config
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.visual_tokens import choose_tokens
-    from llava_cli.hardware.device import plan
-    from llava_cli.models.weights import check_size, empty_model, load_config, load_model, without_quantization
-    from llava_cli.prompts.processor import check_image_tokens
+    from llava_cli.hardware.device import choose_plan
+    from llava_cli.models import weights as model_weights
+    from llava_cli.prompts.image_token_check import check_image_tokens
 
-    how = plan(settings.device, settings.precision)
+    plan = choose_plan(options.device, options.precision)
     with quiet():
-        config = load_config(checkpoint)
-        if not weights.are_quantized and without_quantization(config):
+        config = model_weights.load_config(checkpoint)
+        if not weights.are_quantized and model_weights.without_quantization(config):
             words = "config.json says that bitsandbytes has quantized its weights; they are not, and read as they are"
             tell(f"llava: {checkpoint.name}: {words}")
-        prompter = _prompter(checkpoint, kind, config, settings, sandbox)
+        prompter = _prompter(checkpoint, kind, config, options, sandbox)
         generation_config = load_generation_config(checkpoint)
         if checkpoint.name != BUILTIN:
-            empty = empty_model(checkpoint, config)
-            check_size(checkpoint, empty, weights)
+            empty = model_weights.empty_model(checkpoint, config)
+            model_weights.check_size(checkpoint, empty, weights)
             check_generation_config(checkpoint, generation_config, empty)
             check_image_tokens(checkpoint, prompter, empty)
-        model, how = load_model(checkpoint, config, how, weights, settings)
-        model.generation_config = generation_config
-    if settings.visual_tokens:
-        choose_tokens(model, settings.visual_tokens)
-    return LocalEngine(checkpoint.name, model, prompter, how.precision, time.perf_counter() - begin)
+        plan = model_weights.settle_precision(checkpoint, config, plan, options)
+        if cpu := cpu_wing(plan):
+            cpu.compile_ahead(config, plan)
+        model = model_weights.load_model(checkpoint, config, plan, weights, options)
+        model.network.generation_config = generation_config
+        patch = _speed_up(checkpoint, model, cpu, tell)
+    if options.visual_tokens:
+        choose_tokens(model.network, options.visual_tokens)
+    seconds = time.perf_counter() - begin
+    return LocalEngine(checkpoint.name, model.network, prompter, plan.precision, seconds, patch)
 
 
-def identify(settings: Settings) -> dict[str, str]:
+def cpu_wing(plan: Plan) -> ModuleType | None:
+    """`engine.cpu.patch`, the only way into that package; None where it is of no use or is not installed."""
+    if plan.device != "cpu" or not fast_start.is_enabled() or find_spec("llava_cli.engine.cpu") is None:
+        return None
+    from llava_cli.engine.cpu import patch
+
+    return patch
+
+
+def _speed_up(
+    checkpoint: Checkpoint, model: LoadedModel, cpu: ModuleType | None, tell: Callable[[str], None]
+) -> ModelPatch:
+    """Replaces what can be computed faster; `LLAVA_FAST=0` leaves the model as transformers wrote it."""
+    from llava_cli.engine.model_patch import ModelPatch
+    from llava_cli.engine.unused_layers import simplify_vision_tower
+    from llava_cli.hardware.allocator import read_once
+
+    patch = ModelPatch()
+    if fast_start.is_enabled():
+        simplify_vision_tower(model.network, patch)
+    if cpu:
+        evictable = model.folder.glob("*.safetensors") if model.folder and model.is_new_copy else None
+        words = "its weights cannot be packed for this CPU"
+        with (
+            model_errors(checkpoint.name, words, pull_command(checkpoint.name)),
+            read_once(evictable) if evictable else nullcontext(),
+        ):
+            if problem := cpu.accelerate(model.network, cpu.PackedWeightStore(model.folder), patch):
+                tell(f"llava: cpu kernels: {problem}; transformers computes without them")
+    return patch
+
+
+def identify(settings: Settings) -> dict[str, Any]:
     """What answers will depend on besides what is asked: the very model, and how it is run. Loads no weights."""
-    if settings.server:
+    if settings.remote.server:
         engine = open_engine(settings, lambda line: None)
         return {"model": engine.model, "server": engine.where}
-    from llava_cli.hardware.device import plan
+    from llava_cli.hardware.device import choose_plan
     from llava_cli.prompts.chat_template import read_template
 
-    checkpoint = adapters.find(settings)
-    _check_visual_tokens(checkpoint, check_files(checkpoint), settings)
-    how = plan(settings.device, settings.precision)
-    template = settings.template or ""
+    options = settings.load
+    checkpoint = adapters.find(options)
+    _check_visual_tokens(checkpoint, check_files(checkpoint), options)
+    plan = choose_plan(options.device, options.precision)
+    template = options.template or ""
     if template not in ("", "hub", "native"):  # which the checkpoint decides
         template = read_template(template)
     return {
         "model": checkpoint.name,
         "checkpoint": fingerprint(checkpoint),
-        "precision": how.precision + ", double quantised" * settings.double_quant * (how.precision == "4bit"),
-        "device": how.device,
+        "precision": plan.precision + ", double quantised" * options.double_quant * (plan.precision == "4bit"),
+        "device": plan.device,
         "template": template,
+        "fast": fast_start.is_enabled(),
     }
 
 
-def load_prompter(settings: Settings) -> Prompter:
+def load_prompter(options: LoadOptions) -> Prompter:
     """Processor, tokenizer and template alone: what `llava prompt` needs."""
-    checkpoint = adapters.find(settings)
+    checkpoint = adapters.find(options)
     sandbox = _text_sandbox(checkpoint)
     kind = check_files(checkpoint)
     from llava_cli.models.weights import load_config
 
     with quiet():
-        return _prompter(checkpoint, kind, load_config(checkpoint), settings, sandbox)
+        return _prompter(checkpoint, kind, load_config(checkpoint), options, sandbox)
 
 
 def _text_sandbox(checkpoint: Checkpoint) -> TextSandbox:
     """Where a checkpoint's template and tokenizer run; it gets ready while libraries are imported."""
     file = checkpoint.folder / "tokenizer.json"
     sandbox = TextSandbox(file if checkpoint.name != BUILTIN and file.exists() else None)
-    sandbox.begin()
+    sandbox.start_loading()
     return sandbox
 
 
-def _prompter(checkpoint: Checkpoint, kind: str, config: Any, settings: Settings, sandbox: TextSandbox) -> Prompter:
+def _prompter(checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptions, sandbox: TextSandbox) -> Prompter:
     from llava_cli.prompts.processor import load_processor
     from llava_cli.prompts.prompter import Prompter
 
-    _check_visual_tokens(checkpoint, kind, settings)
+    _check_visual_tokens(checkpoint, kind, options)
     try:
         sandbox.check_tokenizer()
-    except Refused as error:
-        raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", again(checkpoint.name)) from None
+    except TextRefused as error:
+        raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", pull_command(checkpoint.name)) from None
     processor = load_processor(checkpoint, kind, config)
     family = _family(checkpoint, config, processor.tokenizer)
     text = config.get_text_config()
     return Prompter(
         processor,
-        settings.template,
-        settings.fit,
+        options.template,
+        options.fit,
         family,
-        settings.visual_tokens,
+        options.visual_tokens,
         sandbox,
         context=getattr(text, "max_position_embeddings", None),
-        vocabulary=getattr(text, "vocab_size", None),
+        vocab_size=getattr(text, "vocab_size", None),
     )
 
 
-def _check_visual_tokens(checkpoint: Checkpoint, kind: str, settings: Settings) -> None:
+def _check_visual_tokens(checkpoint: Checkpoint, kind: str, options: LoadOptions) -> None:
     """Raises `UsageError` where tokens are to be chosen of pictures that are not one list of them, of one length."""
-    if settings.visual_tokens is None:
+    if options.visual_tokens is None:
         return
     vision = read_json(checkpoint, "config.json").get("vision_config")
     if isinstance(vision, dict) and vision.get("model_type") == "pixtral":
@@ -202,15 +251,15 @@ def _check_visual_tokens(checkpoint: Checkpoint, kind: str, settings: Settings) 
     if kind not in ("llava", "vipllava"):
         name, which = checkpoint.name, "only llava and vipllava models have one list of tokens a picture"
         raise UsageError(
-            f"--visual-tokens {settings.visual_tokens}", f"{name} is a {kind} model; {which}", f"llava ask -m {name}"
+            f"--visual-tokens {options.visual_tokens}", f"{name} is a {kind} model; {which}", f"llava ask -m {name}"
         )
 
 
 def _family(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> Family | None:
     if checkpoint.name == BUILTIN:
-        return named(BUILTIN)
+        return family_named(BUILTIN)
     vocabulary = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    return recognise(config.model_type, config.get_text_config().model_type, vocabulary)
+    return recognize(config.model_type, config.get_text_config().model_type, vocabulary)
 
 
 @contextmanager

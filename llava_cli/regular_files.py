@@ -1,4 +1,4 @@
-"""Reading files that somebody else has made: nothing but regular ones, for a FIFO or a device would never end."""
+"""Reads files that somebody else made, regular ones only: a FIFO or a device might never end."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class NotRegular(OSError):
 
 
 class TooLarge(OSError):
-    """A file is larger than it may be."""
+    """A file is larger than its limit."""
 
 
 def open_regular(path: StrPath, follow: bool = True) -> BufferedReader:
-    """The regular file at `path`, or the one that a link there leads to, where links may be followed.
+    """Opens the regular file at `path`; `follow` says whether `path` may be a link to it.
 
     Raises `NotRegular`, or another `OSError`.
     """
-    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a FIFO waits for a writer
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a blocking open waits at a FIFO
     try:
-        descriptor = os.open(path, how if follow else how | getattr(os, "O_NOFOLLOW", 0))
+        descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
-        if os.path.exists(path) and not os.path.isfile(path):  # a socket, and where a system opens no folders
+        if os.path.exists(path) and not os.path.isfile(path):  # a socket, or a folder where those cannot be opened
             raise NotRegular(path) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -40,7 +40,7 @@ def open_regular(path: StrPath, follow: bool = True) -> BufferedReader:
 
 
 def read(path: StrPath, most: int, follow: bool = True) -> bytes:
-    """All of a regular file; raises `TooLarge` where that is more than `most` bytes, or what `open_regular` raises."""
+    """Reads a regular file. Raises `TooLarge` if it has more than `most` bytes, or what `open_regular` raises."""
     with open_regular(path, follow) as file:
         data = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(data) > most:

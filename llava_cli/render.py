@@ -1,4 +1,4 @@
-"""Chunks -> terminal, pipe or JSON. The only module that imports rich, and only when it draws."""
+"""Output: answers, JSON, tables and notes. The only module that imports rich, and only to draw on a terminal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from llava_cli import files
 from llava_cli.conversation import Conversation
 from llava_cli.engine import Answer, Chunk, Engine
-from llava_cli.errors import LlavaError, OutputError, OutputTaken, brief, printable
+from llava_cli.errors import LlavaError, OutputError, OutputTaken, os_reason, printable
 from llava_cli.models.families import Family
 from llava_cli.models.registry import BUILTIN
-from llava_cli.settings import Settings
+from llava_cli.settings import LoadOptions
 from llava_cli.untrusted_text import TerminalText, for_json_line, for_terminal
 
 if TYPE_CHECKING:
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 
 def show(chunks: Iterable[Chunk]) -> Answer:
-    """Writes an answer to stdout as it comes, safe on a terminal and as it is in a pipe."""
+    """Writes an answer to stdout as it comes: safe text on a terminal, unchanged text in a pipe."""
     global _mid_line
     safe = TerminalText() if sys.stdout.isatty() else None
-    begun, answer = False, None
+    has_begun, answer = False, None
     try:
         for chunk in chunks:
-            begun, answer = True, chunk.answer
+            has_begun, answer = True, chunk.answer
             _mid_line = safe is not None
             sys.stdout.write(safe.push(chunk.text) if safe else chunk.text)
             sys.stdout.flush()
     finally:
         _mid_line = False
-        if begun:  # also after Ctrl-C: the shell's prompt belongs on a line of its own
+        if has_begun:  # also after Ctrl-C: the shell's prompt belongs on its own line
             sys.stdout.write((safe.end() if safe else "") + "\n")
             sys.stdout.flush()
     assert answer is not None
@@ -48,7 +48,7 @@ def show(chunks: Iterable[Chunk]) -> Answer:
 
 
 def answer_object(answer: Answer, conversation: Conversation, engine: Engine) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The object that `--json` prints."""
     return {
         "answer": answer.text,
         "question": conversation.turns[-1].question,
@@ -68,78 +68,78 @@ def answer_object(answer: Answer, conversation: Conversation, engine: Engine) ->
 
 
 def show_json(value: Any) -> None:
-    # Escaped where a letter could not be written, and on a terminal, where it could turn the text around it.
-    plain = sys.stdout.isatty() or "utf" not in (sys.stdout.encoding or "").lower()
-    sys.stdout.write(for_json_line(json.dumps(value, ensure_ascii=plain)) + "\n")
+    # ASCII if stdout cannot write all letters, and on a terminal, where some change the direction of text.
+    ascii_only = sys.stdout.isatty() or "utf" not in (sys.stdout.encoding or "").lower()
+    sys.stdout.write(for_json_line(json.dumps(value, ensure_ascii=ascii_only)) + "\n")
     sys.stdout.flush()
 
 
 def stats(answer: Answer, engine: Engine) -> str:
-    """What an answer took, in one line."""
+    """Times, speed and memory of an answer, in one line."""
     decoding = answer.total_seconds - answer.first_token_seconds
     speed = (
         f"{(answer.answer_tokens - 1) / decoding:.1f} tokens/s" if answer.answer_tokens > 1 and decoding else "1 token"
     )
-    loaded = engine.where or f"load {engine.load_seconds:.2f} s"
-    read = f" of {answer.prompt_tokens}" if answer.prompt_tokens else ""
+    source = engine.where or f"load {engine.load_seconds:.2f} s"
+    prompt = f" of {answer.prompt_tokens}" if answer.prompt_tokens else ""
     memory = engine.peak_memory()
-    said = (
+    parts = (
         " ".join(filter(None, (engine.model, engine.precision, engine.device))),
-        loaded,
-        f"first token {answer.first_token_seconds:.2f} s{read}",
+        source,
+        f"first token {answer.first_token_seconds:.2f} s{prompt}",
         speed,
         f"peak {memory / 1e9:.2f} GB" if memory else "",
     )
-    return printable(" · ".join(filter(None, said)))
+    return printable(" · ".join(filter(None, parts)))
 
 
 def say(text: str) -> None:
-    """Lines on stdout: what a person asked to see, safe on a terminal."""
+    """Prints to stdout what a person asked to see, safe on a terminal."""
     print(for_terminal(text) if sys.stdout.isatty() else text, flush=True)
 
 
 _mid_line = False
-"""Whether the cursor of the terminal stands behind a part of an answer."""
+"""Whether the terminal's cursor is after a part of an answer."""
 
 
 def note(text: str) -> None:
-    """A line or more for the person, on stderr; safe on a terminal, where a log of it may be read too."""
+    """Prints lines for a person to stderr, safe on a terminal also when stderr is a log that is read there."""
     print("\n" * (_mid_line and sys.stderr.isatty()) + for_terminal(text), file=sys.stderr, flush=True)
 
 
-def say_demo(settings: Settings, engine: Engine) -> None:
-    """Where nobody chose a model, says that the built-in one is for demonstration."""
-    if settings.model is None and engine.model == BUILTIN:
+def note_demo_model(options: LoadOptions, engine: Engine) -> None:
+    """Notes that the built-in model is only a demonstration, unless the user chose it."""
+    if options.model is None and engine.model == BUILTIN:
         note("demonstration model: knows only drawings of colored shapes. A real one: llava models pull llava-1.5-7b")
 
 
-def say_pictures(family: Family | None, conversation: Conversation) -> None:
-    """Where a conversation has more pictures than its model's family was trained with, says so."""
-    if family and (words := family.doubt(len(conversation.pictures))):
+def note_picture_count(family: Family | None, conversation: Conversation) -> None:
+    """Notes that a conversation has more pictures than its model's family was trained with."""
+    if family and (words := family.warning(len(conversation.pictures))):
         note(words)
 
 
 def show_difference(prompts: dict[str, str], as_json: bool) -> None:
-    """Two prompts as one text: `[-only in the first-]{+only in the second+}`."""
+    """Prints two prompts as one text: `[-only in the first-]{+only in the second+}`."""
     (first, one), (second, two) = prompts.items()
     if as_json:
         show_json({**prompts, "same": one == two})
         return
     parts = []
-    words, others = (re.findall(r"\w+|\W", text) for text in (one, two))
-    for tag, a, b, c, d in SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
-        gone, new = "".join(words[a:b]), "".join(others[c:d])
-        parts.append(gone if tag == "equal" else (f"[-{gone}-]" if gone else "") + (f"{{+{new}+}}" if new else ""))
+    before, after = (re.findall(r"\w+|\W", text) for text in (one, two))
+    for tag, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        old, new = "".join(before[a:b]), "".join(after[c:d])
+        parts.append(old if tag == "equal" else (f"[-{old}-]" if old else "") + (f"{{+{new}+}}" if new else ""))
     say("".join(parts))
     note(f"{first} and {second} are the same" if one == two else f"[-only in {first}-] {{+only in {second}+}}")
 
 
 def show_checks(checks: Iterable[tuple[str, bool, str]], as_json: bool) -> bool:
-    """A line for each check as it is done, green or red on a terminal: (name, good, words). Whether all are good."""
-    done, coming = [], iter(checks)
+    """Prints each check (name, good, words) as it is done, colored on a terminal. Returns whether all are good."""
+    done, remaining = [], iter(checks)
     while True:
-        with spinner("checking", quiet=as_json):  # it is gone before the line is drawn
-            check = next(coming, None)
+        with spinner("checking", quiet=as_json):  # disappears before the line is printed
+            check = next(remaining, None)
         if check is None:
             break
         done.append(check)
@@ -162,7 +162,7 @@ def _show_check(name: str, good: bool, words: str) -> None:
 
 
 def save_picture(image: Image, path: Path) -> None:
-    """Writes a picture where the user wants it. Raises `OutputTaken` for a link, `OutputError` where it cannot be."""
+    """Writes a picture where the user wants it. Raises `OutputTaken` for a link, `OutputError` for another failure."""
     from PIL.Image import registered_extensions
 
     kind = registered_extensions().get(path.suffix.lower())
@@ -170,16 +170,16 @@ def save_picture(image: Image, path: Path) -> None:
         if kind is None:
             raise ValueError(f"unknown file extension: {path.suffix}")
         image.save(data := io.BytesIO(), kind)
-        files.put(path, [data.getvalue()])
+        files.atomic_write(path, [data.getvalue()])
     except files.IsLink as error:
         hint = f"--save-view {files.quoted(error.target)} writes there"
-        raise OutputTaken(printable(str(path)), printable(str(error.strerror)), hint) from None
-    except (OSError, ValueError, KeyError) as error:  # KeyError: a format that Pillow only reads
-        raise OutputError(printable(str(path)), getattr(error, "strerror", None) or brief(error)) from None
+        raise OutputTaken(printable(str(path)), os_reason(error), hint) from None
+    except (OSError, ValueError, KeyError) as error:  # KeyError: Pillow cannot write the format
+        raise OutputError(printable(str(path)), os_reason(error)) from None
 
 
 def show_error(error: LlavaError) -> None:
-    """`llava: THING: reason`, then the next command to type."""
+    """Prints `llava: THING: reason`, then the next command to type."""
     note(printable(f"llava: {error}"))
     if error.hint:
         note(f"  {printable(error.hint)}")
@@ -187,7 +187,7 @@ def show_error(error: LlavaError) -> None:
 
 @contextmanager
 def spinner(words: str, quiet: bool = False) -> Iterator[None]:
-    """Turns on stderr while something takes its time; nothing where that is no terminal."""
+    """Shows a spinner on stderr while its block runs, if stderr is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield
         return
@@ -199,7 +199,7 @@ def spinner(words: str, quiet: bool = False) -> Iterator[None]:
 
 @contextmanager
 def progress(words: str) -> Iterator[Any]:
-    """A bar of bytes on stderr: yields a function of (done, total). Silent where that is no terminal."""
+    """A progress bar of bytes on stderr, if that is a terminal: yields a function of (done, total)."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -215,7 +215,7 @@ def progress(words: str) -> Iterator[Any]:
 
 @contextmanager
 def counting(total: int | None, quiet: bool = False) -> Iterator[Any]:
-    """A bar of rows on stderr: yields a function of (done, failed, pictures, tokens). Silent without a terminal."""
+    """A progress bar of rows on stderr, if that is a terminal: yields `show(done, failed, pictures, tokens)`."""
     if quiet or not sys.stderr.isatty():
         yield lambda done, failed, pictures, tokens: None
         return
@@ -236,7 +236,7 @@ def counting(total: int | None, quiet: bool = False) -> Iterator[Any]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns on stdout: drawn on a terminal, tab-separated in a pipe. No cell can make a column or row of its own."""
+    """Prints a table: drawn on a terminal, tab-separated in a pipe. No cell can add a column or a row."""
     rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in rows:
@@ -253,12 +253,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def plain_streams() -> None:
-    """Nothing a model or a file's name holds may fail to print, whatever the locale."""
+    """Lets every answer and file name be printed, whatever the locale."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def close_stdout() -> None:
-    """After a reader has gone: what is still buffered goes nowhere, without a complaint at exit."""
+    """Discards what is still buffered for a reader that has gone, so that Python does not complain at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

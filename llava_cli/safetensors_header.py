@@ -1,6 +1,7 @@
-"""What a safetensors file says of its tensors, believed only where it adds up.
+"""Reads the header of a safetensors file, and checks it for consistency.
 
-8 bytes of length, so much JSON, then the tensors' bytes: https://github.com/huggingface/safetensors#format.
+The format is 8 bytes of header length (little-endian), the header in JSON, then the tensors' bytes:
+https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-_LARGEST = 2**63 - 1
+_LARGEST_SIZE = 2**63 - 1
 
 
 class BadHeader(ValueError):
-    """A file has no header, one that contradicts itself, or not as many bytes as it says."""
+    """A file has no header, an inconsistent one, or another size than the header says."""
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a file: `begin` and `end` are places in the file."""
+    """A tensor in a file, which occupies the bytes [begin, end)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,11 +42,12 @@ class StoredTensor(NamedTuple):
 
     @property
     def numbers(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 class Header(dict[str, StoredTensor]):
-    """The tensors of a file by name, and what the file says of itself."""
+    """The tensors of a file by name, and its metadata."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor], metadata: dict[str, str]) -> None:
         super().__init__(tensors)
@@ -53,7 +55,7 @@ class Header(dict[str, StoredTensor]):
 
 
 def read_header(path: Path) -> Header:
-    """The tensors of a file by name. Raises `BadHeader`, and `OSError` where it cannot be read."""
+    """The header of a file. Raises `BadHeader`, and `OSError` if it cannot be read."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -61,7 +63,7 @@ def read_header(path: Path) -> Header:
             raise BadHeader("no safetensors header")
         text = file.read(length)
     header = _parse(text)
-    metadata = _checked_metadata(header.pop("__metadata__", {}))
+    metadata = _check_metadata(header.pop("__metadata__", {}))
     tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
@@ -74,10 +76,10 @@ def read_header(path: Path) -> Header:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """The JSON of a header, within the limits of one."""
+    """The JSON of a header, within bounds."""
     try:
         Scanner(Bounds(limits.HEADER_BYTES, limits.JSON_DEPTH, limits.JSON_ITEMS)).feed(text)
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except ValueError as error:
         raise BadHeader("no safetensors header") from error
     if not isinstance(header, dict):
@@ -85,41 +87,40 @@ def _parse(text: bytes) -> dict[str, Any]:
     return header
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):  # of which another reader may take the other one
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):  # another reader may take the other one
         raise BadHeader("a name that is there twice")
-    return found
+    return members
 
 
-def _checked_metadata(metadata: Any) -> dict[str, str]:
+def _check_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadHeader("metadata that are no texts")
     return metadata
 
 
-def _tensor(entry: Any, data: int) -> StoredTensor:
-    """A tensor of a file whose data begin at byte `data`."""
+def _tensor(entry: Any, data_start: int) -> StoredTensor:
+    """The tensor that an entry describes; its offsets count from byte `data_start`."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise BadHeader("an entry that describes no tensor")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS or not _are_sizes(shape) or not _are_sizes(offsets):
         raise BadHeader("an entry that describes no tensor")
-    if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != _numbers(shape) * _BITS[dtype]:
+    if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != _element_count(shape) * _BITS[dtype]:
         raise BadHeader("a shape that its bytes do not have")
-    return StoredTensor(dtype, tuple(shape), data + offsets[0], data + offsets[1])
+    return StoredTensor(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
 def _are_sizes(numbers: Any) -> bool:
-    """Whether that is a list of sizes; True is a number for Python."""
-    return isinstance(numbers, list) and all(type(number) is int and 0 <= number <= _LARGEST for number in numbers)
+    """Whether a value is a list of sizes; `type`, because True is an int for Python."""
+    return isinstance(numbers, list) and all(type(number) is int and 0 <= number <= _LARGEST_SIZE for number in numbers)
 
 
-def _numbers(shape: list[int]) -> int:
-    """How many numbers a tensor has."""
+def _element_count(shape: list[int]) -> int:
     product = 1
     for size in shape:
         product *= size
-        if product > _LARGEST:
+        if product > _LARGEST_SIZE:
             raise BadHeader("a shape that no tensor has")
     return product

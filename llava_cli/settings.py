@@ -1,119 +1,196 @@
-"""What the user wants: flag, else environment (`LLAVA_MODEL`, …), else config file, else default.
+"""What the user asks for: an argument, else the environment (`LLAVA_MODEL`, …), else the config file, else the default.
 
-The fields of `Settings` are the one list of options: their names are the config file's keys and,
-behind `LLAVA_` in capitals, the environment's variables.
+Every option is declared once, as a field of the dataclass that needs it. `OPTIONS` collects them; the command line, the
+environment, the config file and the documentation are derived from it.
 """
+
+# ruff: noqa: RUF009  (`_option` makes a field)
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from llava_cli import files, limits
-from llava_cli.errors import OutputError, UsageError
-from llava_cli.paths import user_folder
+from llava_cli.errors import OutputError, UsageError, os_reason
+from llava_cli.paths import config_file
 from llava_cli.untrusted_text import printable
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "8bit", "4bit"]
-QUANTISED = ("8bit", "4bit")
+QUANTIZED = ("8bit", "4bit")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Fit = Literal["auto", "pad", "crop"]
-_ANOTHER, _MEND = "LLAVA_CONFIG=FILE names another file", "mend or delete that file"
+
+VARIABLES = {
+    "LLAVA_CONFIG": "The config file.",
+    "LLAVA_DATA": "The folder of chats, typed history and the list of pulled models.",
+    "LLAVA_CACHE": "The folder of quantized copies, compiled kernels and digests; it may be deleted at any time.",
+    "LLAVA_SOCKET": "The socket of the server that answers this user's own commands.",
+    "LLAVA_FAST": "0 turns off our kernels and everything else that only saves time.",
+    "LLAVA_DEBUG": "Any value shows tracebacks and the warnings of libraries.",
+}
+"""The environment variables that are no options, with what each of them sets."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How an answer's tokens are chosen."""
+class Option:
+    """One option: what each source of settings calls it, and which values it takes."""
 
-    max_tokens: int = 512
-    """The answer ends here at the latest."""
-    temperature: float = 0.0
-    """0 is greedy: always the likeliest token."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
-    seed: int | None = None
-    """Makes sampling repeatable."""
-    stop: tuple[str, ...] = ()
-    """The answer ends before the first of these texts; one alone may be given as it is."""
-    unset: frozenset[str] = field(default=frozenset(), repr=False, compare=False, kw_only=True)
-    """Names of the options that nobody has set. No option itself."""
+    key: str
+    """In the config file and as a Python argument."""
+    type: Any
+    """Without `None`, which is the default of some."""
+    default: Any
+    help: str
+    short: str = ""
+    """The one-letter flag."""
+    metavar: str | None = None
+    bounds: tuple[float, float] | None = None
+    """The smallest and the largest number."""
+    is_secret: bool = False
+    """Whether it has no flag, since other users see the command lines of a machine."""
+
+    @property
+    def variable(self) -> str:
+        return f"LLAVA_{self.key.upper()}"
+
+    @property
+    def flag(self) -> str:
+        return "" if self.is_secret else f"--{self.key.replace('_', '-')}"
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def convert(self, source: str, value: Any) -> Any:
+        """The value in the option's type. Raises `UsageError`, about `source`, if it does not fit."""
+        if self.choices:
+            return _choice(source, value, self.choices)
+        if self.type is bool:
+            return _boolean(source, value)
+        if self.type is str:
+            return _text(source, value)
+        if self.bounds:
+            return _number(source, value, self.type, *self.bounds)
+        return _texts(source, value)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Fields that have metadata are options; their values are converted and checked."""
 
     def __post_init__(self) -> None:
-        for name in self.names():
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, _convert(name, name, value))
+        for key in self.names():
+            if (value := getattr(self, key)) is not None:
+                object.__setattr__(self, key, OPTIONS[key].convert(key, value))
 
     @classmethod
     def names(cls) -> list[str]:
-        """The options."""
-        return [one.name for one in fields(cls) if one.name != "unset"]
+        """The options' keys."""
+        return [one.name for one in fields(cls) if one.metadata]
+
+
+def _option(default: Any, help: str, *, secret: bool = False, **more: Any) -> Any:  # noqa: A002
+    """A field of a dataclass that is an option; `more` are fields of `Option`."""
+    return field(default=default, repr=not secret, metadata={"help": help, "is_secret": secret, **more})
 
 
 @dataclass(frozen=True)
-class Settings(Sampling):
-    """Every option that outlives one command line: what to load, and how it answers."""
+class Sampling(_Options):
+    """How an answer's tokens are chosen."""
 
-    model: str | None = None
-    """An alias, a Hub repo or a folder; None for the default model."""
-    adapter: str | None = None
-    """The folder of a PEFT adapter that is merged into the model; None for none."""
-    precision: Precision = "auto"
-    double_quant: bool = False
-    """With 4-bit weights, their scales are quantised too: 0.4 bits a weight less."""
-    device: Device = "auto"
-    template: str | None = None
-    """A named template or a .jinja file; None for the checkpoint's own."""
-    fit: Fit = "auto"
-    visual_tokens: int | None = None
-    """How many tokens the decoder gets of each picture, the most diverse ones; None for all."""
-    system: str | None = None
-    server: str | None = None
-    """The address of an OpenAI-compatible API that answers instead of a model that is loaded here; empty for none."""
-    api_key: str | None = field(default=None, repr=False)
-    """Goes with each request to `server`; `llava serve` asks it of who comes by TCP. No option: others see those."""
-    concurrency: int = 8
-    """How many requests of a batch `server` gets at a time."""
+    max_tokens: int = _option(512, "End the answer here.", metavar="N", bounds=(1, 1_000_000))
+    temperature: float = _option(0.0, "0 is greedy and always the same.", metavar="T", bounds=(0, 10))
+    top_p: float = _option(1.0, "Sample from this much probability.", metavar="P", bounds=(0.0001, 1))
+    seed: int | None = _option(None, "Make sampling repeatable.", metavar="N", bounds=(-(2**63), 2**64 - 1))
+    stop: tuple[str, ...] = _option((), "End before this text; repeatable.", metavar="TEXT")
+    unset: frozenset[str] = field(default=frozenset(), repr=False, compare=False, kw_only=True)
+    """The options that nobody has set: a checkpoint's own defaults count for them."""
+
+
+@dataclass(frozen=True)
+class LoadOptions(_Options):
+    """Which model to load, and how."""
+
+    model: str | None = _option(None, "The model; `llava models` lists them.", short="-m", metavar="NAME|REPO|FOLDER")
+    adapter: str | None = _option(None, "Merge this PEFT adapter (LoRA, DoRA, …) into the model.", metavar="FOLDER")
+    precision: Precision = _option("auto", "Number format of the weights; auto suits the device.", short="-p")
+    double_quant: bool = _option(False, "With 4bit: quantize the scales too; 0.4 bits a weight less.")
+    device: Device = _option("auto", "Where the model runs.")
+    template: str | None = _option(
+        None,
+        "Prompt format: the checkpoint's own, that of its training, a named one or a .jinja file. [hub]",
+        metavar="hub|native|NAME|FILE",
+    )
+    fit: Fit = _option("auto", "All of a picture that is not square, or its middle; auto: as in training.")
+    visual_tokens: int | None = _option(
+        None, "Read only the N most diverse tokens of each picture. [all]", metavar="N", bounds=(1, 1_000_000)
+    )
+
+
+@dataclass(frozen=True)
+class ServerOptions(_Options):
+    """Which server answers in the place of a model that is loaded here."""
+
+    server: str | None = _option(None, "Ask this OpenAI-compatible API; the key is in LLAVA_API_KEY.", metavar="URL")
+    api_key: str | None = _option(
+        None, "The key that is sent to the server, and that `llava serve` asks for over TCP.", secret=True
+    )
+    concurrency: int = _option(8, "Requests at a time to the --server.", metavar="N", bounds=(1, 1024))
+
+
+@dataclass(frozen=True)
+class Settings(_Options):
+    """Everything that outlives one command line."""
+
+    load: LoadOptions = field(default_factory=LoadOptions)
+    sampling: Sampling = field(default_factory=Sampling)
+    remote: ServerOptions = field(default_factory=ServerOptions)
+    system: str | None = _option(None, "Instructions before the conversation.", metavar="TEXT")
 
     @classmethod
-    def resolve(cls, **flags: Any) -> Settings:
-        """Merges flags (None or an empty list is "not given") over the environment over the config file.
+    def resolve(cls, **arguments: Any) -> Settings:
+        """Merges the arguments over the environment over the config file; None or an empty list is "not given".
 
         Raises `UsageError`, naming the flag, variable or key, for a value that does not fit.
         """
         path = config_file()
-        environment = {name: os.environ.get(f"LLAVA_{name.upper()}", "") for name in _TYPES}
-        given = {name: value for name, value in flags.items() if value is not None and value != []}
+        in_file = {key: value for key, value in _read_config(path).items() if value != ""}
+        in_environment = {key: value for key, option in OPTIONS.items() if (value := os.environ.get(option.variable))}
+        given = {key: value for key, value in arguments.items() if value is not None and value != []}
         values = {
-            **_read(lambda name: f"{path}: {name}", _read_config(path)),
-            **_read(lambda name: f"LLAVA_{name.upper()}", environment),
-            **{name: _convert(f"--{name.replace('_', '-')}", name, value) for name, value in given.items()},
+            **{key: OPTIONS[key].convert(f"{path}: {key}", value) for key, value in in_file.items()},
+            **{key: OPTIONS[key].convert(OPTIONS[key].variable, value) for key, value in in_environment.items()},
+            **{key: OPTIONS[key].convert(OPTIONS[key].flag or key, value) for key, value in given.items()},
         }
-        return cls(**values, unset=frozenset(_TYPES) - values.keys())
+
+        def of(group: type[_Options]) -> dict[str, Any]:
+            return {name: values[name] for name in group.names() if name in values}
+
+        sampling = Sampling(**of(Sampling), unset=frozenset(Sampling.names()) - values.keys())
+        return cls(LoadOptions(**of(LoadOptions)), sampling, ServerOptions(**of(ServerOptions)), **of(cls))
 
 
-_TYPES: dict[str, Any] = {name: kind for name, kind in get_type_hints(Settings).items() if name in Settings.names()}
-_RANGES = {
-    "max_tokens": (1, 1_000_000),
-    "temperature": (0, 10),
-    "top_p": (0.0001, 1),
-    "visual_tokens": (1, 1_000_000),
-    "concurrency": (1, 1024),
-    "seed": (-(2**63), 2**64 - 1),  # what torch takes
+def _declared(group: type[_Options]) -> Iterator[Option]:
+    types = get_type_hints(group)
+    for one in fields(group):
+        if one.metadata:
+            kinds = get_args(types[one.name]) if get_origin(types[one.name]) is UnionType else (types[one.name],)
+            yield Option(one.name, kinds[0], one.default, **one.metadata)
+
+
+OPTIONS = {
+    option.key: option for group in (Sampling, LoadOptions, Settings, ServerOptions) for option in _declared(group)
 }
-
-
-def config_file() -> Path:
-    """Where `llava models default` writes and everybody may edit: `LLAVA_CONFIG` or the user's config folder."""
-    if named := os.environ.get("LLAVA_CONFIG"):
-        return Path(named)
-    return user_folder("config") / "config.toml"
+"""Every option by its key."""
 
 
 def set_default_model(name: str) -> None:
@@ -125,26 +202,36 @@ def set_default_model(name: str) -> None:
         document = tomlkit.document()
     document["model"] = name
     try:
-        real = files.followed(path)  # a link into a folder of config files stays one
-        files.make_folder(files.followed(real.parent), 0o700)
-        files.put(real, [tomlkit.dumps(document).encode()], files.SECRET)  # there may be a key in it
+        real = files.follow_links(path)  # a link into a folder of config files stays one
+        files.make_folder(files.follow_links(real.parent), 0o700)
+        files.atomic_write(real, [tomlkit.dumps(document).encode()], files.SECRET)  # there may be a key in it
     except files.IsLink as error:
-        reason = f"{printable(str(error.strerror))}, which is another user's"
-        raise OutputError(str(path), reason, _ANOTHER) from None
+        raise OutputError(str(path), f"{os_reason(error)}, which is another user's", _OTHER_FILE) from None
     except OSError as error:
-        raise OutputError(str(path), error.strerror or str(error), _ANOTHER) from None
+        raise OutputError(str(path), os_reason(error), _OTHER_FILE) from None
+
+
+_OTHER_FILE, _REPAIR = "LLAVA_CONFIG=FILE names another file", "repair or delete that file"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    document = _document(path)
+    values: dict[str, Any] = document.unwrap() if document is not None else {}
+    if unknown := sorted(set(values) - set(OPTIONS)):
+        raise UsageError(str(path), f"unknown key {unknown[0]!r}", f"the keys are: {', '.join(OPTIONS)}")
+    return values
 
 
 def _document(path: Path) -> TOMLDocument | None:
-    """The config file; None where there is none, or where there may be none, in a home that this user cannot enter."""
+    """The config file; None if there is none, or if it would be in a home that this user cannot enter."""
     try:
         with open(path, "rb") as file:
             text = file.read(limits.SETTINGS_BYTES + 1)
     except OSError as error:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)) or _is_out_of_sight(path):
             return None
-        hint = _ANOTHER if isinstance(error, PermissionError) else _MEND
-        raise UsageError(str(path), error.strerror or str(error), hint) from None
+        hint = _OTHER_FILE if isinstance(error, PermissionError) else _REPAIR
+        raise UsageError(str(path), os_reason(error), hint) from None
     if len(text) > limits.SETTINGS_BYTES:
         raise _damaged(path, f"larger than {limits.SETTINGS_BYTES:,} bytes")
     import tomlkit
@@ -152,14 +239,14 @@ def _document(path: Path) -> TOMLDocument | None:
 
     try:
         document = tomlkit.parse(text)
-        document.unwrap()  # some keys that are there twice are found only now
+        document.unwrap()  # finds keys that are there twice, which parsing does not
         return document
     except (ValueError, TOMLKitError, RecursionError) as error:
         raise _damaged(path, str(error)) from None
 
 
 def _is_out_of_sight(path: Path) -> bool:
-    """Whether this user cannot even see if there is a config file. One that they have named has to be seen."""
+    """Whether this user cannot even see if there is a config file; one that they have named has to be visible."""
     try:
         os.lstat(path)
     except OSError as error:
@@ -168,36 +255,46 @@ def _is_out_of_sight(path: Path) -> bool:
 
 
 def _damaged(path: Path, reason: str) -> UsageError:
-    return UsageError(str(path), printable(reason), _MEND)
+    return UsageError(str(path), printable(reason), _REPAIR)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    document = _document(path)
-    values: dict[str, Any] = document.unwrap() if document is not None else {}
-    if unknown := sorted(set(values) - set(_TYPES)):
-        raise UsageError(str(path), f"unknown key {unknown[0]!r}", f"the keys are: {', '.join(_TYPES)}")
-    return values
+def _choice(source: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UsageError(source, f"{_shown(value)} is not one of {', '.join(choices)}")
+    return str(value)
 
 
-def _read(thing: Callable[[str], str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were given, an empty text being none; `thing` is what an error calls them."""
-    return {name: _convert(thing(name), name, value) for name, value in values.items() if value != ""}
+def _boolean(source: str, value: Any) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    known = value if isinstance(value, bool) else words.get(value.lower() if isinstance(value, str) else _shown(value))
+    if known is None:
+        raise UsageError(source, f"{_shown(value)} is neither true nor false")
+    return known
 
 
-def _convert(thing: str, name: str, value: Any) -> Any:
-    """A value of the field's type, and within its range."""
-    kind = _TYPES[name]
-    if get_origin(kind) is Literal:
-        return _choice(thing, value, get_args(kind))
-    if kind is bool:
-        return _yes(thing, value)
-    if kind == tuple[str, ...]:
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            raise UsageError(thing, f"{_shown(value)} is not text or a list of texts")
-        return tuple(texts)
-    wanted = next(t for t in (get_args(kind) or (kind,)) if t is not type(None))
-    return _text(thing, value) if wanted is str else _number(thing, value, wanted, *_RANGES[name])
+def _text(source: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(source, f"{_shown(value)} is not text")
+    return value
+
+
+def _texts(source: str, value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(source, f"{_shown(value)} is not text or a list of texts")
+    return tuple(texts)
+
+
+def _number(source: str, value: Any, kind: type[int] | type[float], least: float, most: float) -> float:
+    try:
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
+            raise ValueError  # Python would make 1 of them
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(source, f"{_shown(value)} is not {'a whole number' if kind is int else 'a number'}") from None
+    if not least <= number <= most:
+        raise UsageError(source, f"{_shown(number)} is not between {least} and {most}")
+    return number
 
 
 def _shown(value: Any) -> str:
@@ -205,35 +302,3 @@ def _shown(value: Any) -> str:
         return repr(value)
     except ValueError:  # Python writes no integers of thousands of digits
         return "a number of thousands of digits"
-
-
-def _yes(thing: str, value: Any) -> bool:
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    known = value if isinstance(value, bool) else words.get(value.lower() if isinstance(value, str) else _shown(value))
-    if known is None:
-        raise UsageError(thing, f"{_shown(value)} is neither true nor false")
-    return known
-
-
-def _text(thing: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UsageError(thing, f"{_shown(value)} is not text")
-    return value
-
-
-def _number(thing: str, value: Any, wanted: type[int] | type[float], least: float, most: float) -> float:
-    try:
-        if isinstance(value, bool) or (wanted is int and isinstance(value, float) and not value.is_integer()):
-            raise ValueError  # Python would make 1 of them
-        number = wanted(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UsageError(thing, f"{_shown(value)} is not {'a whole number' if wanted is int else 'a number'}") from None
-    if not least <= number <= most:
-        raise UsageError(thing, f"{_shown(number)} is not between {least} and {most}")
-    return number
-
-
-def _choice(thing: str, value: Any, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
-        raise UsageError(thing, f"{_shown(value)} is not one of {', '.join(choices)}")
-    return value

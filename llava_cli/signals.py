@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM end the command with 128 and their number, in order wherever that is safe."""
+"""SIGINT (Ctrl-C) and SIGTERM end the command with 128 plus their number, after cleanup where that is safe."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from typing import Any
 
 
 def start() -> None:
-    """Takes both over for the process's life."""
+    """Handles both from now on."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        if not is_ignored(number):  # as a shell has SIGINT ignored by what it runs behind it
+        if not is_ignored(number):  # as shells ignore SIGINT for background jobs
             signal.signal(number, _end)
     sys.unraisablehook = _unraisable
 
 
 def spare_imports() -> None:
-    """From now on Ctrl-C waits for what is being imported: it is to stop an answer, not the whole chat."""
+    """From now on Ctrl-C waits until an import is done, since it stops an answer and not the whole chat."""
     if not is_ignored(signal.SIGINT):
         signal.signal(signal.SIGINT, _interrupt)
 
 
 def end_at_once() -> None:
-    """From now on, when the command has done its work: nothing is left that has to be in order."""
+    """From now on a signal ends the process without cleanup: the command has done its work."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if not is_ignored(number):
             signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 
 def is_ignored(number: int) -> bool:
-    """Whether who started the command has it ignore a signal, which is then not ours to take."""
+    """Whether the command was started with this signal ignored, which we respect."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Ends the process in order, SIGTERM in two seconds at the latest.
+    """Ends the process with an exception, so that everything is cleaned up; after SIGTERM, within two seconds.
 
-    At once while something is imported: what is raised there, libraries catch, or abort.
+    During an import the process ends at once: libraries catch an exception raised there, or abort.
     """
     if _is_importing(frame):
         if sys.stderr and sys.stderr.isatty():
             screen = os.dup(2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # lest a spinner's thread draws once more
-            os.write(screen, b"\r\x1b[2K\x1b[?25h")  # its line goes, and the cursor that it hid comes back
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # so that no spinner's thread draws once more
+            os.write(screen, b"\r\x1b[2K\x1b[?25h")  # clears the spinner's line and shows the cursor again
         os._exit(128 + number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    anyway = threading.Timer(2, os._exit, (128 + number,))
-    anyway.daemon = True
-    anyway.start()
+    deadline = threading.Timer(2, os._exit, (128 + number,))
+    deadline.daemon = True
+    deadline.start()
     sys.exit(128 + number)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     if not _is_importing(frame):
         raise KeyboardInterrupt
-    _interrupt_later()
+    _send_later(number)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -67,27 +67,29 @@ def _is_importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-_waiting: threading.Timer | None = None
+_timer: threading.Timer | None = None
 
 
-def _interrupt_later() -> None:
-    """Once, however often Ctrl-C was pressed by then: the second one would leave the chat."""
-    global _waiting
-    if _waiting is None:
-        _waiting = threading.Timer(0.01, _interrupt_again)
-        _waiting.daemon = True
-        _waiting.start()
+def _send_later(number: int) -> None:
+    """Repeats a signal in 10 ms, once however often it comes until then: a second Ctrl-C would leave the chat."""
+    global _timer
+    if _timer is None:
+        _timer = threading.Timer(0.01, _send, (number,))
+        _timer.daemon = True
+        _timer.start()
 
 
-def _interrupt_again() -> None:
-    global _waiting
-    _waiting = None
-    os.kill(os.getpid(), signal.SIGINT)
+def _send(number: int) -> None:
+    global _timer
+    _timer = None
+    os.kill(os.getpid(), number)
 
 
-def _unraisable(ignored: Any) -> None:
-    """Ctrl-C in the midst of an object's end, from where nothing can be raised, comes again a moment later."""
-    if isinstance(ignored.exc_value, KeyboardInterrupt):
-        _interrupt_later()
+def _unraisable(unraisable: Any) -> None:
+    """Repeats a signal that came in an object's finalizer, from which no exception gets out."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        _send_later(signal.SIGINT)
+    elif isinstance(unraisable.exc_value, SystemExit):
+        _send_later(signal.SIGTERM)
     else:
-        sys.__unraisablehook__(ignored)
+        sys.__unraisablehook__(unraisable)

@@ -1,6 +1,6 @@
-"""The command `llava`, from its first moment to where its words are parsed, and its last moment.
+"""The entry point of the command `llava`: what happens before its arguments are parsed, and after its work is done.
 
-What takes its time and does not depend on the words begins here, while Typer and the command are imported.
+The picture sandbox starts here, while Typer and the command are imported.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from contextlib import contextmanager, suppress
 
 from llava_cli import fast_start, signals
 
-_OPENING = ("ask", "chat")
-"""Commands that open pictures first of all."""
+_PICTURE_COMMANDS = ("ask", "chat")
+"""Commands that open pictures first."""
 
 
 @contextmanager
-def _no_teardown() -> Iterator[None]:
-    """Has the process end with the exit code of what is in here, but without Python's own end where torch is loaded.
+def _skip_interpreter_shutdown() -> Iterator[None]:
+    """Keeps the exit code of its block, but ends the process without Python's own shutdown if torch is loaded.
 
-    Python joins threads, runs what `atexit` has, and only then takes the interpreter down, and our daemon threads with
-    it: each is ended where it next wants the interpreter's lock, which may be in the midst of torch's C++ or of Rust,
-    and those abort the process (SIGABRT, -6). Threads of OpenMP and LLVM may meet destroyed globals there. So this is
-    the first to be registered, thus the last to be run, of `atexit`'s functions: by then all is done that has to be.
+    Python joins threads, runs the functions of `atexit`, and only then shuts the interpreter down. Our daemon threads
+    end where they next need the interpreter's lock, possibly inside torch's C++ or Rust code, which abort the process
+    (SIGABRT, -6); threads of OpenMP and LLVM may meet destroyed globals. This function of `atexit` is the first one
+    registered and so the last one to run: everything else has been done by then.
     """
-    code = 1  # of an exception that nobody catches
+    code = 1  # of an uncaught exception
 
     def leave() -> None:
         if "torch" in sys.modules:
             for stream in filter(None, (sys.stdout, sys.stderr)):
-                with suppress(OSError, ValueError):  # closed, or nobody reads it: said already, where it matters
+                with suppress(OSError, ValueError):  # closed, or without a reader: reported before, where it matters
                     stream.flush()
             os._exit(code)
 
@@ -40,8 +40,8 @@ def _no_teardown() -> Iterator[None]:
     try:
         yield
         code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
     except KeyboardInterrupt:
         code = 130
@@ -50,19 +50,19 @@ def _no_teardown() -> Iterator[None]:
         signals.end_at_once()
 
 
-@_no_teardown()
+@_skip_interpreter_shutdown()
 def main() -> None:
     """The command `llava`."""
     _fill_closed_streams()
     if not os.environ.get("LLAVA_DEBUG"):
-        # Other libraries' words are not ours to print. Set before any of them is imported.
+        # Libraries print nothing through us. Must be set before they are imported.
         warnings.simplefilter("ignore")
         os.environ.update(
             {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
         )
     signals.start()
     fast_start.start()
-    if sys.argv[1:2] and sys.argv[1] in _OPENING and len(sys.argv) > 2:
+    if sys.argv[1:2] and sys.argv[1] in _PICTURE_COMMANDS and len(sys.argv) > 2:
         _begin_sandbox()
     from llava_cli.cli import app, register
 
@@ -71,24 +71,24 @@ def main() -> None:
 
 
 def _fill_closed_streams() -> None:
-    """Has no file that is opened later take the place of a stream that was closed (`>&-`), and its data.
+    """Opens the standard streams that were closed (`>&-`), so that no other file gets their numbers and their data.
 
-    Whoever writes to stdout then gets an error, for the answer is lost; stdin stays None, as its readers know it.
+    Writing to such a stdout is an error, since the answer is lost; stdin stays None, which its readers expect.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number, which is this one. What may not be written to fails, as a closed stream does.
+            # Gets the lowest free number, which is this one. Read-only, so that writing fails as on a closed stream.
             os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)
-    # print() would take stdout in the stead of a stderr that is None. Open for as long as we run.
+    # print() writes to stdout if stderr is None. These stay open while the process runs.
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _begin_sandbox() -> None:
-    from llava_cli.images.reader import begin
+    from llava_cli.images.reader import start_sandbox
     from llava_cli.sandbox.process import WorkerDied
 
-    with suppress(WorkerDied):  # whoever opens a picture says so
-        begin()
+    with suppress(WorkerDied):  # reported when a picture is opened
+        start_sandbox()

@@ -1,11 +1,9 @@
-"""What every test stands on: a home of its own, no network, the command as a user runs it."""
+"""Fixtures of all tests: a home for each, the command as a user runs it, tiny checkpoints and servers."""
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers.command import Run, Shell
+from helpers.homes import home
 from helpers.servers import Serve, Server, begin
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner, Result
@@ -24,36 +23,12 @@ from llava_cli.images import sandbox
 if TYPE_CHECKING:
     from llava_cli.engine.local import LocalEngine
 
+__all__ = ["home"]
 register()
 # Two workers whose torch takes two threads each spend most of their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Whoever runs the tests in the background may have had SIGINT ignored, and every process started here would ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Config, data and cache in a folder of the test's own; only this machine can be reached."""
-    folder = tmp_path / "home"
-    folder.mkdir()
-    for name in [n for n in os.environ if n.startswith(("LLAVA_", "HF_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.setenv("LLAVA_CONFIG", str(folder / "config.toml"))
-    monkeypatch.setenv("LLAVA_DATA", str(folder / "data"))
-    monkeypatch.setenv("LLAVA_CACHE", str(folder / "cache"))
-    monkeypatch.setenv("LLAVA_SOCKET", str(folder / "server.sock"))
-    monkeypatch.setenv("HF_HOME", str(folder / "hub"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port where nobody answers
-    connect = socket.socket.connect
-
-    def only_here(self: socket.socket, address: object) -> None:
-        if isinstance(address, tuple) and not ipaddress.ip_address(address[0]).is_loopback:
-            raise AssertionError(f"a test reached for {address}")
-        connect(self, address)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(socket.socket, "connect", only_here)
-    yield folder
 
 
 @pytest.fixture

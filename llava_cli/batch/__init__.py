@@ -1,1 +1,3 @@
-"""A folder, list or file of questions to JSONL: `tasks` says what is asked, `journal` keeps it, `runner` does it."""
+"""`llava batch`: `source` yields tasks, `picture_loader` opens their pictures, `runner` asks the engine and makes rows,
+`journal` writes them so that a run can be resumed. Start at `run.run`.
+"""

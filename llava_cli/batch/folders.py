@@ -1,4 +1,4 @@
-"""The pictures in a folder and those below it, and what else is there: passed over, but counted."""
+"""Finds the pictures in a folder and below it, and counts what it skips."""
 
 from __future__ import annotations
 
@@ -10,78 +10,80 @@ from fnmatch import fnmatch
 
 from llava_cli import limits
 from llava_cli.batch.foreign_files import begins_like_a_picture
-from llava_cli.errors import InputMissing
+from llava_cli.errors import InputMissing, os_reason
 from llava_cli.images.reader import SUFFIXES
 from llava_cli.untrusted_text import one_line, printable
 
-_NOT_THE_USERS = {
+_SYSTEM_FOLDERS = {
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler"),
     *("system volume information", "lost+found", "__macosx"),
 }
-"""Folders that systems keep beside pictures, in lower case: thumbnails of them, what was deleted, forks of files."""
-_SAID = 4
-"""Names of a kind that are told."""
+"""Folders that systems keep among the user's, in lower case: thumbnails, deleted files, resource forks."""
+_MAX_NAMES = 4
+"""Names of each kind that a note lists."""
 
 
 @dataclass
-class Folders:
-    """Folders of one kind, and the first of them."""
+class SkippedFolders:
+    """The number of folders of one kind, and the names of the first few."""
 
     count: int = 0
-    first: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
         self.count += 1
-        if len(self.first) < _SAID and name not in self.first:
-            self.first.append(name)
+        if len(self.names) < _MAX_NAMES and name not in self.names:
+            self.names.append(name)
 
-    def said(self, what: str, whats: str) -> list[str]:
-        names = [*map(_short, self.first), *["…"] * (self.count > len(self.first))]
-        return [f"{_count(self.count, what, whats)} ({', '.join(names)})"] if self.count else []
+    def note(self, singular: str, plural: str) -> list[str]:
+        names = [*map(_abbreviated, self.names), *["…"] * (self.count > len(self.names))]
+        return [f"{_count(self.count, singular, plural)} ({', '.join(names)})"] if self.count else []
 
 
 @dataclass
-class PassedOver:
-    """What a walk did not take."""
+class SkippedFiles:
+    """What was found in folders and not taken as a picture."""
 
-    endings: Counter[str] = field(default_factory=Counter)
-    """Of files that are not called like pictures."""
+    extensions: Counter[str] = field(default_factory=Counter)
+    """The number of files by their extension."""
     hidden: int = 0
-    system: Folders = field(default_factory=Folders)
-    links: Folders = field(default_factory=Folders)
-    unreadable: Folders = field(default_factory=Folders)
+    system: SkippedFolders = field(default_factory=SkippedFolders)
+    links: SkippedFolders = field(default_factory=SkippedFolders)
+    unreadable: SkippedFolders = field(default_factory=SkippedFolders)
 
     def add_file(self, name: str) -> None:
-        ending = os.path.splitext(name)[1].lower() or "without ending"
-        self.endings[ending if ending in self.endings or len(self.endings) < limits.COUNTED_NAMES else "others"] += 1
+        extension = os.path.splitext(name)[1].lower() or "without ending"
+        is_counted = extension in self.extensions or len(self.extensions) < limits.COUNTED_NAMES
+        self.extensions[extension if is_counted else "others"] += 1
 
     def note(self) -> str:
-        """All of it in one line; nothing where everything was taken."""
-        parts, count = [], self.endings.total()
+        """One line; empty if nothing was skipped."""
+        parts, count = [], self.extensions.total()
         if count:
-            endings = [f"{many:,} {_short(ending)}" for ending, many in self.endings.most_common(_SAID)]
-            rest = ["…"] * (len(self.endings) > _SAID)
+            most_common = self.extensions.most_common(_MAX_NAMES)
+            examples = [f"{files:,} {_abbreviated(extension)}" for extension, files in most_common]
+            examples += ["…"] * (len(self.extensions) > _MAX_NAMES)
             no_pictures = _count(count, "file is no picture", "files are no pictures")
-            parts.append(f"{no_pictures} ({', '.join([*endings, *rest])})")
+            parts.append(f"{no_pictures} ({', '.join(examples)})")
         if self.hidden:
             parts.append(_count(self.hidden, "hidden name", "hidden names"))
-        parts += self.system.said("folder of the system's", "folders of the system's")
-        parts += self.links.said("linked folder", "linked folders")
-        parts += self.unreadable.said("folder cannot be read", "folders cannot be read")
-        ways = ["--include takes other names"] * bool(count)
-        ways += ["a linked folder can be a SOURCE, too"] * bool(self.links.count)
-        return "; ".join([", ".join(parts), *ways]) if parts else ""
+        parts += self.system.note("folder of the system's", "folders of the system's")
+        parts += self.links.note("linked folder", "linked folders")
+        parts += self.unreadable.note("folder cannot be read", "folders cannot be read")
+        hints = ["--include takes other names"] * bool(count)
+        hints += ["a linked folder can be a SOURCE, too"] * bool(self.links.count)
+        return "; ".join([", ".join(parts), *hints]) if parts else ""
 
 
-def walk(folder: str, include: Sequence[str] = (), passed: PassedOver | None = None) -> Iterator[str]:
-    """The pictures in a folder and those below it, as paths from it; in no order.
+def find_pictures(folder: str, include: Sequence[str] = (), skipped: SkippedFiles | None = None) -> Iterator[str]:
+    """The pictures in a folder and below it, as paths relative to it, in no order; counts the rest in `skipped`.
 
-    Hidden names are passed over, as are folders that systems keep there. Links to files are followed, those to folders
-    are not: they may lead anywhere, and back. What is a picture is told by `include`, patterns of names or paths, else
-    by its ending, or by how it begins: what a camera, a cache or a browser has saved may have another name. Raises
-    `InputMissing` where the folder itself cannot be read; one below it is `passed` over.
+    Takes files that match a pattern in `include`, a list of globs of names or paths; without patterns, files with a
+    picture's extension or a picture's first bytes, since a camera, a cache or a browser may give them other names.
+    Skips hidden names, system folders, and links to folders, which may lead anywhere, even back. Raises `InputMissing`
+    if the folder itself cannot be read.
     """
-    passed = passed or PassedOver()
+    skipped = skipped or SkippedFiles()
     folders = [""]
     while folders:
         inside = folders.pop()
@@ -90,33 +92,33 @@ def walk(folder: str, include: Sequence[str] = (), passed: PassedOver | None = N
                 for entry in entries:
                     path = os.path.join(inside, entry.name)
                     if entry.name.startswith("."):
-                        passed.hidden += 1
+                        skipped.hidden += 1
                     elif entry.is_dir(follow_symlinks=False):
-                        if entry.name.lower() in _NOT_THE_USERS:
-                            passed.system.add(entry.name)
+                        if entry.name.lower() in _SYSTEM_FOLDERS:
+                            skipped.system.add(entry.name)
                         else:
                             folders.append(path)
                     elif entry.is_symlink() and os.path.isdir(entry.path):  # is_dir() raises for a link to itself
-                        passed.links.add(path)
-                    elif _included(path, include) or (not include and begins_like_a_picture(entry.path)):
+                        skipped.links.add(path)
+                    elif _is_included(path, include) or (not include and begins_like_a_picture(entry.path)):
                         yield path
                     elif not include:
-                        passed.add_file(entry.name)
+                        skipped.add_file(entry.name)
         except OSError as error:
             if not inside:
-                raise InputMissing(printable(folder), (error.strerror or str(error)).lower()) from None
-            passed.unreadable.add(f"{inside}: {(error.strerror or str(error)).lower()}")
+                raise InputMissing(printable(folder), os_reason(error)) from None
+            skipped.unreadable.add(f"{inside}: {os_reason(error)}")
 
 
-def _included(path: str, include: Sequence[str]) -> bool:
+def _is_included(path: str, include: Sequence[str]) -> bool:
     if not include:
         return path.lower().endswith(SUFFIXES)
     return any(fnmatch(path, pattern) or fnmatch(os.path.basename(path), pattern) for pattern in include)
 
 
-def _count(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"
+def _count(count: int, singular: str, plural: str) -> str:
+    return f"{count:,} {singular if count == 1 else plural}"
 
 
-def _short(name: str) -> str:
+def _abbreviated(name: str) -> str:
     return one_line(name, 80)

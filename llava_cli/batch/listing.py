@@ -1,11 +1,7 @@
-"""A file, a pipe or stdin that lists pictures or questions: judged by how it begins, read as lines of UTF-8.
-
-Lists come from everywhere: with a mark of their encoding or without one, with the ends of lines of any system.
-"""
+"""A file, a pipe or stdin that lists pictures or questions: its kind is known by its first bytes."""
 
 from __future__ import annotations
 
-import codecs
 import io
 import json
 import os
@@ -21,50 +17,52 @@ from typing import IO, Any
 from llava_cli import files, limits
 from llava_cli.batch import foreign_files
 from llava_cli.batch.lines import is_too_long
-from llava_cli.errors import BadData, InputMissing, UsageError
+from llava_cli.batch.text_stream import (
+    READ_BYTES,
+    Filter,
+    FilteredStream,
+    cr_to_lf,
+    decode_head,
+    recode,
+    skip_bytes,
+    split,
+)
+from llava_cli.errors import BadData, InputMissing, UsageError, os_reason
 from llava_cli.untrusted_text import printable
 
 STDIN = "-"
-_PIECE = 65_536
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16's, which is its beginning
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
 _OBJECT = re.compile(rb'\s*\{\s*(["}]|$)')
 _ARRAY = re.compile(rb'\s*\[\s*([\[{"\]]|$)')
-_ROWS_INSIDE = re.compile(rb'"(\w+)"\s*:\s*\[\s*\{')
+_NESTED_ROWS = re.compile(rb'"(\w+)"\s*:\s*\[\s*\{')
 _DELIMITERS = ",;\t|"
 
 
 class Layout(Enum):
-    """What there is behind a SOURCE that is no folder."""
+    """What a SOURCE that is not a folder contains."""
 
     PICTURE = auto()
     PATHS = auto()
     JSON_LINES = auto()
     JSON_ARRAY = auto()
     TABLE = auto()
-    """CSV, or its like, with a line of names at its top."""
+    """CSV or the like, with column names in its first line."""
 
 
 class Listing:
-    """What is behind a SOURCE that is no folder. `null` says that paths end in NUL.
+    """A SOURCE that is not a folder; with `null` its paths end in NUL.
 
-    Its first bytes are read once something is asked of it. A pipe can be read once only, a file more than once.
+    Its first bytes are read when they are needed. A file can be read any number of times, a pipe only once.
     """
 
     def __init__(self, source: str, null: bool = False) -> None:
         self.source, self.null = source, null
         self.name = printable(source)
         self.typed = "FILE" if source == STDIN else files.quoted(source)
-        """As it stands in the commands that errors propose."""
+        """How to write it in the commands that errors suggest."""
 
     @cached_property
     def is_stream(self) -> bool:
-        """Whether it comes through a pipe, or stdin. Raises `InputMissing` for a device, or what is not there."""
+        """Whether it is a pipe or stdin. Raises `InputMissing` for a device, or if it does not exist."""
         if self.source == STDIN:
             return True
         try:
@@ -77,14 +75,14 @@ class Listing:
 
     @cached_property
     def layout(self) -> Layout:
-        """What there is in it. Raises `BadData` where that is nothing of ours, and says what to do with it."""
+        """What it contains. Raises `BadData`, with a hint for the conversion, if that is something else."""
         if self.is_stream and foreign_files.is_picture(b"", self.source):
-            return Layout.PICTURE  # whoever opens it says that it is no file; to read it might never end
-        if foreign_files.is_picture(self._raw, self.source):
+            return Layout.PICTURE  # not read, since that might never end; opening it fails with the right error
+        if foreign_files.is_picture(self._head, self.source):
             return Layout.PICTURE
-        mark, text = _decoded(self._raw)
-        if not mark and (found := foreign_files.foreign(self._raw, self.source, self.null)):
-            raise BadData(self.name, *found)
+        mark, _, text = decode_head(self._head)
+        if not mark and (problem := foreign_files.foreign(self._head, self.source, self.null)):
+            raise BadData(self.name, *problem)
         name = self.source.lower()
         if name.endswith(foreign_files.JSON_LINES):
             return Layout.JSON_LINES
@@ -103,22 +101,22 @@ class Listing:
         return self.layout in (Layout.JSON_LINES, Layout.JSON_ARRAY, Layout.TABLE)
 
     @property
-    def rows_inside(self) -> str:
-        """The command that takes rows out of one JSON value, as far as its beginning tells that there are any."""
-        text = _decoded(self._raw)[1]
-        inside = _ROWS_INSIDE.search(text)
-        rows = ".[]" if _ARRAY.match(text) else f".{inside[1].decode()}[]" if inside else ""
+    def nested_rows_hint(self) -> str:
+        """The command that extracts rows from a single JSON value; empty if its beginning shows no rows."""
+        text = self._text
+        nested = _NESTED_ROWS.search(text)
+        rows = ".[]" if _ARRAY.match(text) else f".{nested[1].decode()}[]" if nested else ""
         return f"jq -c '{rows}' {self.typed} | llava batch - …" if rows else ""
 
     @property
     def delimiter(self) -> str:
-        """What is between the columns of a table."""
+        """What separates the columns of a table."""
         return max(_DELIMITERS, key=self._first_line.count)
 
     def paths(self) -> Iterator[str]:
-        """The paths of a list, as soon as they are there. Raises `BadData` for one that is too long."""
-        with self.lines() as file:
-            for path in _split(file, b"\0" if self.null else b"\n"):
+        """The paths of a list, as they arrive. Raises `BadData` for one that is too long."""
+        with self.open_text() as file:
+            for path in split(file, b"\0" if self.null else b"\n"):
                 if is_too_long(path):
                     reason = f"a path in it is longer than {limits.ROW_BYTES:,} bytes"
                     raise BadData(self.name, reason, "-0 says that paths end in NUL")
@@ -126,72 +124,74 @@ class Listing:
                     yield os.fsdecode(path)
 
     @contextmanager
-    def lines(self) -> Iterator[IO[bytes]]:
-        """All of it, without a mark, in UTF-8 where a mark names another encoding, in lines that end in LF.
+    def open_text(self) -> Iterator[IO[bytes]]:
+        """The whole file without its byte-order mark, in UTF-8, with lines that end in LF.
 
-        Reading raises `BadData` for what is not in the encoding that its mark names.
+        Reading raises `BadData` if the file is not in the encoding of its mark.
         """
-        mark, text = _decoded(self._raw)
-        steps: list[_Step] = [_without(mark)]
-        if mark and (encoding := dict(_MARKS)[mark]) != "utf-8":
-            steps.append(self._recoder(encoding))
+        mark, encoding, text = decode_head(self._head)
+        filters = [skip_bytes(len(mark))]
+        if encoding != "utf-8":
+            filters.append(self._checked_recode(encoding))
         if b"\r" in text and b"\n" not in text and not self.null:
-            steps.append(lambda data, end: data.replace(b"\r", b"\n"))
-        head, rest = self._opened if self.is_stream else (b"", self._open())
+            filters.append(cr_to_lf)
+        head, rest = self._stream if self.is_stream else (b"", self._open())
         closing: AbstractContextManager[Any] = nullcontext() if self.source == STDIN else rest
-        with closing, io.BufferedReader(_Stream(head, self._reader(rest), steps), _PIECE) as file:
+        with closing, io.BufferedReader(FilteredStream(head, self._reader(rest), filters), READ_BYTES) as file:
             yield file
 
-    # How it begins.
-
     @cached_property
-    def _raw(self) -> bytes:
+    def _head(self) -> bytes:
+        """The first bytes, at most `foreign_files.HEAD_BYTES`."""
         if self.is_stream:
-            return self._opened[0]
+            return self._stream[0]
         with self._open() as file:
             return file.read(foreign_files.HEAD_BYTES)
 
     @cached_property
-    def _opened(self) -> tuple[bytes, IO[bytes]]:
-        """What a stream begins with, as far as it takes to judge it, and the rest."""
+    def _stream(self) -> tuple[bytes, IO[bytes]]:
+        """The head of a pipe, no longer than its kind needs, and the pipe behind it."""
         file = self._open()
         read = self._reader(file)
         head = b""
-        while len(head) < foreign_files.HEAD_BYTES and not self._is_enough(head) and (data := read()):
+        while len(head) < foreign_files.HEAD_BYTES and not self._has_first_item(head) and (data := read()):
             head += data
         return head, file
 
-    def _is_enough(self, head: bytes) -> bool:
-        text = _decoded(head)[1].lstrip()
+    def _has_first_item(self, head: bytes) -> bool:
+        text = decode_head(head)[2].lstrip()
         return b"\0" in text or (b"\n" in text and not self.null)
+
+    @property
+    def _text(self) -> bytes:
+        """The head in UTF-8."""
+        return decode_head(self._head)[2]
 
     @cached_property
     def _first_line(self) -> str:
-        return re.split(rb"[\r\n]", _decoded(self._raw)[1].lstrip(), maxsplit=1)[0].decode("utf-8", "replace")
+        return re.split(rb"[\r\n]", self._text.lstrip(), maxsplit=1)[0].decode("utf-8", "replace")
 
     def _check_nulls(self) -> None:
         """Raises `UsageError` for a list whose paths end in line ends, not in NUL."""
-        head = self._raw
+        head = self._head
         if b"\n" in head.strip() and b"\0" not in head and not os.path.lexists(os.fsdecode(head)):
             raise UsageError("-0", f"the paths of {self.name} end in line ends, not in NUL", "leave out -0")
 
     def _check_object(self, text: bytes) -> None:
-        """Raises `BadData` for JSON that takes several lines."""
+        """Raises `BadData` for an object that spans several lines."""
         line, end, _ = text.lstrip().partition(b"\n")
         try:
             json.loads(line)
         except (ValueError, RecursionError):
             if end:
                 reason = "JSON over several lines, not one object a line"
-                hint = self.rows_inside or f"jq -c . {self.typed} | llava batch - …"
+                hint = self.nested_rows_hint or f"jq -c . {self.typed} | llava batch - …"
                 raise BadData(self.name, reason, hint) from None
 
     def _has_columns(self) -> bool:
-        """Whether the first line names columns, and one of them is what each table of ours has."""
+        """Whether the first line has several column names, among them "image"."""
         names = {name.strip(' "').lower() for name in self._first_line.split(self.delimiter)}
         return "image" in names and len(names) > 1
-
-    # Its bytes.
 
     def _open(self) -> IO[bytes]:
         if self.source == STDIN:
@@ -202,87 +202,27 @@ class Listing:
             raise self._missing(error) from None
 
     def _reader(self, file: IO[bytes]) -> Callable[[], bytes]:
-        """Reads what is there, at once, of a file."""
+        """A function that returns the bytes that have arrived, without waiting for more."""
         read = getattr(file, "read1", file.read)
 
-        def some() -> bytes:
+        def read_available() -> bytes:
             try:
-                return bytes(read(_PIECE))
+                return bytes(read(READ_BYTES))
             except OSError as error:  # stdin may be a folder
                 raise self._missing(error) from None
 
-        return some
+        return read_available
 
-    def _recoder(self, encoding: str) -> _Step:
-        decoder = codecs.getincrementaldecoder(encoding)()
+    def _checked_recode(self, encoding: str) -> Filter:
+        to_utf8 = recode(encoding)
 
-        def recode(data: bytes, end: bool) -> bytes:
+        def checked(data: bytes, is_last: bool) -> bytes:
             try:
-                return decoder.decode(data, end).encode()
+                return to_utf8(data, is_last)
             except UnicodeError:
                 raise BadData(self.name, f"damaged: it is not in {encoding.upper()}, as its mark says") from None
 
-        return recode
+        return checked
 
     def _missing(self, error: Exception) -> InputMissing:
-        return InputMissing(self.name, (getattr(error, "strerror", None) or str(error)).lower())
-
-
-_Step = Callable[[bytes, bool], bytes]
-"""Takes the next bytes, and whether they are the last; gives what becomes of them."""
-
-
-class _Stream(io.RawIOBase):
-    """A head and what is read after it, as some steps make it."""
-
-    def __init__(self, head: bytes, read: Callable[[], bytes], steps: list[_Step]) -> None:
-        self._head, self._read, self._steps = head, read, steps
-        self._ready, self._ended = b"", False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready and not self._ended:
-            data, self._head = self._head or self._read(), b""
-            self._ended = not data
-            for step in self._steps:
-                data = step(data, self._ended)
-            self._ready = data
-        data, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _without(mark: bytes) -> _Step:
-    """Leaves out a mark, however it comes in pieces."""
-    left = len(mark)
-
-    def skip(data: bytes, end: bool) -> bytes:
-        nonlocal left
-        left, data = max(left - len(data), 0), data[left:]
-        return data
-
-    return skip
-
-
-def _decoded(head: bytes) -> tuple[bytes, bytes]:
-    """The mark that a file begins with, if there is one, and what follows it, in UTF-8."""
-    mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if head.startswith(mark)), (b"", "utf-8"))
-    text = head[len(mark) :]
-    return mark, text if encoding == "utf-8" else text.decode(encoding, "ignore").encode("utf-8", "ignore")
-
-
-def _split(file: IO[bytes], end: bytes) -> Iterator[bytes]:
-    """What stands between the ends, without them, as soon as it is there. What is too long is the last, in part."""
-    rest = bytearray()
-    read = getattr(file, "read1", file.read)
-    while (chunk := read(_PIECE)) and not is_too_long(rest):
-        first, *more = chunk.split(end)
-        rest += first
-        if more:
-            yield bytes(rest)
-            yield from more[:-1]
-            rest = bytearray(more[-1])
-    if rest:
-        yield bytes(rest)
+        return InputMissing(self.name, os_reason(error))

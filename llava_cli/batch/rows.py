@@ -1,4 +1,4 @@
-"""What a row says: the answer, or what prevented it, and what is suspicious about it."""
+"""A row of a batch's output: the answer or the error, and signs that an answer went wrong."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from llava_cli.batch.lines import parse_line
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
 from llava_cli.engine import Answer
@@ -16,26 +17,27 @@ from llava_cli.errors import LlavaError
 from llava_cli.untrusted_text import for_json_line
 
 _KEYS = ("image", "question", "answer", "status", "error", "model", "finish_reason", "answer_tokens", "sha256")
-_LONGEST = 152
-"""Characters of words that are looked for four times in a row."""
-_SAME = re.compile(r"(\S)\1{30}")
+"""The keys that every row has."""
+_MAX_PERIOD = 152
+"""Characters of a phrase that `is_repetitive` looks for."""
+_CHARACTER_RUN = re.compile(r"(\S)\1{30}")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What there is to say of a picture once it is no longer needed."""
+class PictureFacts:
+    """What a row says about its picture, which itself is no longer in memory when the row is made."""
 
     sha256: str
     frames: int
     truncated: bool
 
     @classmethod
-    def of(cls, picture: Picture) -> Seen:
+    def of(cls, picture: Picture) -> PictureFacts:
         return cls(picture.sha256, picture.frames, picture.truncated)
 
 
-def make_row(task: Task, seen: Seen | None, outcome: Answer | LlavaError, model: str) -> dict[str, Any]:
-    """One row. Every row has the nine of `_KEYS`; the others are there where they say something."""
+def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaError, model: str) -> dict[str, Any]:
+    """A row with the nine `_KEYS`, and with optional ones where they say something."""
     answer = outcome if isinstance(outcome, Answer) else None
     error = {"type": type(outcome).__name__, "message": outcome.reason} if isinstance(outcome, LlavaError) else None
     row: dict[str, Any] = {
@@ -47,18 +49,18 @@ def make_row(task: Task, seen: Seen | None, outcome: Answer | LlavaError, model:
         "model": model,
         "finish_reason": answer.finish_reason if answer else None,
         "answer_tokens": answer.answer_tokens if answer else None,
-        "sha256": seen.sha256 if seen else None,
+        "sha256": picture.sha256 if picture else None,
     }
     if task.id is not None:
         row = {"id": task.id, **row}
-    if answer and (flags := suspicious(answer, task.question)):
+    if answer and (flags := warning_flags(answer, task.question)):
         row["flags"] = flags
     if task.answer is not None:
         row["expected"] = task.answer
         row["right"] = bool(answer) and is_right(answer.text if answer else "", task.answer)
-    if seen and seen.frames > 1:
-        row["frames"] = seen.frames
-    if seen and seen.truncated:
+    if picture and picture.frames > 1:
+        row["frames"] = picture.frames
+    if picture and picture.truncated:
         row["truncated"] = True
     try:
         task.image.encode()
@@ -67,15 +69,27 @@ def make_row(task: Task, seen: Seen | None, outcome: Answer | LlavaError, model:
     return row
 
 
-def is_whole(row: dict[str, Any]) -> bool:
-    """Whether a row that was read has all that is told of rows."""
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """A line's row, with a picture, a question and a status, and an answer if that is "ok"; None for other lines."""
+    try:
+        row = parse_line(line)
+        answer = str if row["status"] == "ok" else object
+        types = {"image": str, "question": str, "answer": answer}
+        is_row = row["status"] in ("ok", "error") and all(isinstance(row[key], kind) for key, kind in types.items())
+    except (ValueError, KeyError, TypeError):
+        return None
+    return row if is_row else None
+
+
+def is_complete(row: dict[str, Any]) -> bool:
+    """Whether a parsed row has everything that `make_row` writes and a `Tally` counts."""
     if not row.keys() >= set(_KEYS):
         return False
-    answered = isinstance(row["answer"], str) and type(row["answer_tokens"]) is int
-    failed = isinstance(row["error"], dict) and isinstance(row["error"].get("type"), str)
+    is_answered = isinstance(row["answer"], str) and type(row["answer_tokens"]) is int
+    is_failed = isinstance(row["error"], dict) and isinstance(row["error"].get("type"), str)
     flags = row.get("flags", [])
     return (
-        (answered if row["status"] == "ok" else failed and row["status"] == "error")
+        (is_answered if row["status"] == "ok" else is_failed and row["status"] == "error")
         and isinstance(flags, list)
         and all(isinstance(flag, str) for flag in flags)
         and isinstance(row.get("right", False), bool)
@@ -83,54 +97,56 @@ def is_whole(row: dict[str, Any]) -> bool:
 
 
 def to_line(row: dict[str, Any], ascii_only: bool = False) -> bytes:
-    """A row as its line: UTF-8, with what is not plain text escaped."""
+    """A row as a line of UTF-8, in which control characters are escaped."""
     return (for_json_line(json.dumps(row, ensure_ascii=ascii_only)) + "\n").encode()
 
 
-def suspicious(answer: Answer, question: str) -> list[str]:
+def warning_flags(answer: Answer, question: str) -> list[str]:
     """Signs that an answer went wrong: empty, repeated, cut_off, echoes_prompt."""
     text = answer.text
-    found = {
+    flags = {
         "empty": not text.strip(),
-        "repeated": _is_repeated(text[-4000:] + " "),
+        "repeated": is_repetitive(text[-4000:] + " "),
         "cut_off": answer.finish_reason == "length",
-        "echoes_prompt": (len(question) > 7 and _plain(question) in _plain(text)) or "ASSISTANT:" in text,
+        "echoes_prompt": (len(question) > 7 and _normalized(question) in _normalized(text)) or "ASSISTANT:" in text,
     }
-    return [name for name, there in found.items() if there]
+    return [name for name, is_set in flags.items() if is_set]
 
 
-def _is_repeated(text: str) -> bool:
-    """Whether some words stand there four times in a row, or a sign 31 times.
+def is_repetitive(text: str) -> bool:
+    r"""Whether a phrase occurs four times in a row, or a character 31 times: `(?<!\S)(\S.{0,150}?\s)\1{3}|(\S)\2{30}`.
 
-    Four equal blocks in a row cover two of them that begin at a multiple of twice their length, wherever the first one
-    begins: only there a run is looked for. A regular expression would try every length at every word.
+    Words become characters of a string. A run of four equal blocks of n words covers two blocks that begin at a
+    multiple of 2n, wherever the run begins, so only these places are compared, in O(words * n) where the regular
+    expression would try every length at every word.
     """
-    if _SAME.search(text):
+    if _CHARACTER_RUN.search(text):
         return True
     words = re.findall(r"\S+\s+", text)
     codes: dict[str, int] = {}
-    signs = "".join(chr(codes.setdefault(word, len(codes))) for word in words)
-    for length in range(1, _LONGEST // 2 + 1):
-        at = 0
-        while (end := at + 2 * length) <= len(signs):
-            if signs[at : at + length] == signs[at + length : end]:
-                begin, end = _run(signs, at, length)
-                # The last word of all may have more space behind it.
-                follows = end < len(words) and words[end].startswith(words[end - length])
-                if end - begin + follows >= 4 * length and sum(map(len, words[begin : begin + length])) <= _LONGEST:
+    string = "".join(chr(codes.setdefault(word, len(codes))) for word in words)
+    for length in range(1, _MAX_PERIOD // 2 + 1):
+        start = 0
+        while (end := start + 2 * length) <= len(string):
+            if string[start : start + length] == string[start + length : end]:
+                begin, end = _periodic_run(string, start, length)
+                # The text's last word may have more space behind it than its equals.
+                is_continued = end < len(words) and words[end].startswith(words[end - length])
+                is_long = end - begin + is_continued >= 4 * length
+                if is_long and sum(map(len, words[begin : begin + length])) <= _MAX_PERIOD:
                     return True
-                at = end - length + 1
+                start = end - length + 1
             else:
-                at = end
+                start = end
     return False
 
 
-def _run(signs: str, at: int, length: int) -> tuple[int, int]:
-    """From where to where blocks of a length repeat, around two equal ones that begin at `at`."""
-    begin, end = at, at + 2 * length
-    while begin and signs[begin - 1] == signs[begin - 1 + length]:
+def _periodic_run(string: str, start: int, period: int) -> tuple[int, int]:
+    """Begin and end of the longest run of this period around the two equal blocks at `start`."""
+    begin, end = start, start + 2 * period
+    while begin and string[begin - 1] == string[begin - 1 + period]:
         begin -= 1
-    while end < len(signs) and signs[end] == signs[end - length]:
+    while end < len(string) and string[end] == string[end - period]:
         end += 1
     return begin, end
 
@@ -138,8 +154,8 @@ def _run(signs: str, at: int, length: int) -> tuple[int, int]:
 def is_right(text: str, expected: str | tuple[str, ...]) -> bool:
     """Whether an answer is one of those expected, apart from case, spaces and a period at its end."""
     options = (expected,) if isinstance(expected, str) else expected
-    return _plain(text) in map(_plain, options)
+    return _normalized(text) in map(_normalized, options)
 
 
-def _plain(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".!")

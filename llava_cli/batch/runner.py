@@ -1,4 +1,4 @@
-"""Tasks -> rows, in their order: pictures are opened ahead, the engine answers many at once, rows wait their turn."""
+"""Tasks -> rows, in order: pictures are loaded ahead, the engine answers several requests at a time."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from llava_cli.batch.opener import Opener
-from llava_cli.batch.rows import Seen, make_row
+from llava_cli.batch.picture_loader import PictureLoader
+from llava_cli.batch.rows import PictureFacts, make_row
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Engine, Request
 from llava_cli.errors import LlavaError
-from llava_cli.hardware.memory import TIDY, give_back_memory
+from llava_cli.hardware.allocator import TRIM_EVERY, trim_heap
 from llava_cli.settings import Sampling, Settings
 
-WINDOW = 1024
-"""Tasks that may be begun and not yet written: a slow first one does not let the others pile up."""
+MAX_PENDING = 1024
+"""Tasks that may be begun and not yet yielded: otherwise all others would pile up in memory behind a slow one."""
 
 
-def sampling_of(task: Task, settings: Sampling) -> Sampling:
+def sampling_of(task: Task, sampling: Sampling) -> Sampling:
     if not task.max_tokens:
-        return settings
-    return replace(settings, max_tokens=task.max_tokens, unset=settings.unset - {"max_tokens"})
+        return sampling
+    return replace(sampling, max_tokens=task.max_tokens, unset=sampling.unset - {"max_tokens"})
 
 
 def conversation_of(task: Task, picture: Picture, settings: Settings) -> Conversation:
@@ -32,41 +32,44 @@ def conversation_of(task: Task, picture: Picture, settings: Settings) -> Convers
     return Conversation(system=system).ask(task.question, [picture])
 
 
-def answered(
+def answer_tasks(
     engine: Engine,
     tasks: Iterable[Task],
-    opener: Opener,
+    loader: PictureLoader,
     settings: Settings,
     size: int | None,
     go_on: Callable[[], bool],
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Each task with its row, in order. Once `go_on()` is false, those that are being answered are the last."""
-    gate = threading.Semaphore(WINDOW)
-    begun: dict[int, tuple[Task, Seen | None]] = {}
+    """Each task with its row, in order; up to `size` at a time, see `Engine.answer_many`.
 
-    def admitted() -> Iterator[Task]:
+    Once `go_on()` is false, only the answers that were begun are finished.
+    """
+    free_slots = threading.Semaphore(MAX_PENDING)
+    pending: dict[int, tuple[Task, PictureFacts | None]] = {}
+
+    def admitted_tasks() -> Iterator[Task]:
         for task in tasks:
-            gate.acquire()
+            free_slots.acquire()
             yield task
 
     def requests() -> Iterator[Request | LlavaError]:
-        for number, (task, picture) in enumerate(opener.opened(admitted())):
+        for number, (task, picture) in enumerate(loader.load_all(admitted_tasks())):
             if isinstance(picture, LlavaError):
-                begun[number] = task, None
+                pending[number] = task, None
                 yield picture
             else:
-                begun[number] = task, Seen.of(picture)
-                yield Request(conversation_of(task, picture, settings), sampling_of(task, settings))
+                pending[number] = task, PictureFacts.of(picture)
+                yield Request(conversation_of(task, picture, settings), sampling_of(task, settings.sampling))
 
-    ready: dict[int, Answer | LlavaError] = {}
-    first = 0
+    finished: dict[int, Answer | LlavaError] = {}
+    next_number = 0
     with closing(engine.answer_many(requests(), size, go_on)) as outcomes:  # type: ignore[type-var]
         for number, outcome in outcomes:
-            ready[number] = outcome
-            while first in ready:
-                task, seen = begun.pop(first)
-                yield task, make_row(task, seen, ready.pop(first), engine.model)
-                gate.release()
-                first += 1
-                if first % TIDY == 0:
-                    give_back_memory()
+            finished[number] = outcome
+            while next_number in finished:
+                task, facts = pending.pop(next_number)
+                yield task, make_row(task, facts, finished.pop(next_number), engine.model)
+                free_slots.release()
+                next_number += 1
+                if next_number % TRIM_EVERY == 0:
+                    trim_heap()

@@ -1,77 +1,24 @@
-"""SOURCE: a folder, pictures, a list or questions -> tasks, in an order that stays the same."""
+"""SOURCE -> tasks: a folder, pictures, a list of them, or a file of questions; always in the same order."""
 
 from __future__ import annotations
 
 import os
 import re
-import stat
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from glob import glob, has_magic
 from itertools import chain
-from pathlib import Path
 
 from llava_cli import files
-from llava_cli.batch.folders import PassedOver, walk
+from llava_cli.batch.folders import SkippedFiles, find_pictures
 from llava_cli.batch.listing import STDIN, Layout, Listing
 from llava_cli.batch.questions import Questions
-from llava_cli.batch.roots import is_below, resolved
-from llava_cli.batch.tasks import Task, in_order
-from llava_cli.errors import InputMissing, UsageError
-from llava_cli.images.reader import SUFFIXES, is_url, local_path
+from llava_cli.batch.roots import is_below, resolve
+from llava_cli.batch.tasks import Task, sort_paths
+from llava_cli.errors import InputMissing
+from llava_cli.images.reader import is_url, local_path
 from llava_cli.untrusted_text import printable
-
-USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-
-
-def split(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """`SOURCE... [QUESTION]`: the sources, and the question if the last word is one."""
-    *sources, last = words
-    return (list(words), None) if not sources or _is_source(last) else (sources, last)
-
-
-def _is_source(word: str) -> bool:
-    """Whether a last word is no question: it is there, or looks like a picture. Sentences may end in a file's name."""
-    looks = word == STDIN or is_url(word) or word.lower().endswith(SUFFIXES)
-    return os.path.lexists(word) or (looks and not re.search(r"\s", word))
-
-
-def expanded(words: Sequence[str]) -> list[str]:
-    """The words as a shell would hand them over: some do not expand `*.jpg`, and none does inside of quotes.
-
-    Raises `InputMissing` for what is not there.
-    """
-    found: list[str] = []
-    for word in words:
-        if not word:
-            raise UsageError("SOURCE", "there is none", USAGE)
-        found += [word] if word == STDIN or is_url(word) or os.path.lexists(word) else _expanded(word, words)
-    return found
-
-
-def _expanded(word: str, words: Sequence[str]) -> list[str]:
-    """What a word stands for that is no name of a file."""
-    plain = os.path.expandvars(os.path.expanduser(local_path(word)))
-    names = sorted(glob(plain, recursive=True)) if has_magic(plain) else [plain] * os.path.lexists(plain)
-    if names:
-        return names
-    name, folder, hint = printable(word), os.path.dirname(plain), ""
-    if _SCHEME.match(word):
-        raise InputMissing(name, "a URL that is not fetched: only http and https are", "download it first")
-    is_sentence = re.search(r"\s", word) and not folder
-    if re.search("[*?]", plain) and not is_sentence:
-        hint = f"llava batch {files.quoted(folder or '.')} QUESTION takes all pictures below it"
-        raise InputMissing(name, "no file has a name like that", hint if os.path.isdir(folder or ".") else "")
-    if is_sentence and len(words) > 1:
-        hint = f"the question comes last: llava batch SOURCE {files.quoted(word)}"
-    elif word is not words[0] and not re.search(r"[./\\]", word):
-        hint = "a question of several words is in quotes: " + files.quoted(" ".join(words[words.index(word) :]) + " …")
-    raise InputMissing(name, "no such file or folder", hint)
 
 
 @dataclass
@@ -79,9 +26,9 @@ class Source:
     """Where tasks come from.
 
     `words` are one list, one file of questions or "-", or any number of pictures and folders. `questions` are asked
-    about each picture, in a questions file about those that have none of their own. `include` are patterns of file
-    names in a folder; `null` says that paths end in NUL; `root` is where relative paths begin (None: by the kind of
-    source), and for a questions file also what all of its pictures are below.
+    about each picture, or in a file of questions about those that have none of their own. `include` are patterns of
+    file names in folders, `null` says that paths end in NUL. Relative paths begin at `root`, whose default depends on
+    the kind of source; all pictures of a file of questions must be below it.
     """
 
     words: Sequence[str]
@@ -89,14 +36,14 @@ class Source:
     include: Sequence[str] = ()
     null: bool = False
     root: str | None = None
-    passed: PassedOver = field(default_factory=PassedOver, init=False)
-    """What the walk through its folders did not take."""
-    _first: str | None = field(default=None, init=False)
+    skipped: SkippedFiles = field(default_factory=SkippedFiles, init=False)
+    """What is in its folders and is not a picture."""
+    _first_image: str | None = field(default=None, init=False)
     """The picture of the first task."""
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """As in messages."""
         return printable(self.words[0]) + (f" and {len(self.words) - 1:,} more" if len(self.words) > 1 else "")
 
     @property
@@ -105,12 +52,12 @@ class Source:
 
     @cached_property
     def is_folder(self) -> bool:
-        """Whether it is one folder, whose pictures are called by their paths from there."""
+        """Whether it is a single folder: then pictures are named by their paths below it."""
         return len(self.words) == 1 and os.path.isdir(self.words[0]) and not self.is_stdin
 
     @cached_property
     def listing(self) -> Listing | None:
-        """The list or questions file that it is."""
+        """The list or file of questions; None for pictures and folders."""
         if len(self.words) > 1 or self.is_folder or is_url(self.words[0]):
             return None
         listing = Listing(self.words[0], self.null)
@@ -118,22 +65,25 @@ class Source:
 
     @cached_property
     def _questions(self) -> Questions | None:
-        listing = self.listing
-        return Questions(listing, self._common) if listing and listing.is_questions else None
+        return Questions(self.listing, self._distinct_questions) if self.listing and self.is_questions else None
 
     @property
-    def _common(self) -> tuple[str, ...]:
-        """The questions about each picture, none of them twice."""
+    def is_questions(self) -> bool:
+        """Whether it is a file of questions."""
+        return self.listing is not None and self.listing.is_questions
+
+    @property
+    def _distinct_questions(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.questions))
 
     @property
     def is_stream(self) -> bool:
-        """Whether it can be read once only."""
+        """Whether it can be read only once."""
         return self.listing is not None and self.listing.is_stream
 
     @property
     def folder(self) -> str:
-        """Where relative paths begin: the folder itself, a questions file's own, else the current one."""
+        """Where relative paths begin: at a single folder, beside a file of questions, else in the current folder."""
         if self.root is not None:
             return self.root
         if self.is_folder:
@@ -142,89 +92,44 @@ class Source:
 
     @cached_property
     def _real_folder(self) -> str:
-        """Where `folder` leads; looked up once, for it is asked of each picture."""
+        """`folder` without links; cached, because every picture needs it."""
         return os.path.realpath(self.folder)
 
     @cached_property
-    def _named(self) -> tuple[frozenset[str], tuple[str, ...]]:
-        """The pictures and folders that are its words."""
+    def _named_paths(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """The absolute paths that the user has named, and those of them that are folders."""
         paths = {os.path.abspath(word): os.path.isdir(word) for word in self.words}
         return frozenset(paths), tuple(path for path, is_folder in paths.items() if is_folder)
 
     def locate(self, image: str) -> str:
-        """Where the path of a task's picture leads. Raises `InputMissing` for one that its source may not name.
+        """The real path of a task's picture. Raises `InputMissing` if the source must not name it.
 
-        Whoever wrote a questions file is often a stranger: what it names is below its folder, or the one that the user
-        names, wherever links lead. In a folder of pictures links to files are followed, as other programs do it. The
-        paths of a list are the user's own, and may be `file:` URLs.
+        A file of questions is often a stranger's: its pictures must be below its folder, or below `root`, wherever
+        links lead. Within a folder of pictures, links to files are followed, as other programs do it. The paths of a
+        list are the user's own, and may be `file:` URLs.
         """
         path = os.path.join(self.folder, local_path(image))
-        found = resolved(path)
+        real_path = resolve(path)
         if self._questions:
-            is_inside = is_below(found, self._real_folder)
+            is_inside = is_below(real_path, self._real_folder)
         elif self.listing:
             is_inside = True
-        else:  # what leads out is said by a manifest, neither by a folder nor by the user
-            path, (paths, folders) = os.path.abspath(path), self._named
+        else:  # only a manifest that somebody has changed can name a path outside
+            path, (paths, folders) = os.path.abspath(path), self._named_paths
             folders = (os.path.abspath(self.folder),) if self.is_folder else folders
             is_inside = path in paths or any(is_below(path, folder) for folder in folders)
         if not is_inside:
             reason = f"is outside {printable(self.folder) or 'the current folder'}"
             raise InputMissing(printable(image), reason, "--root FOLDER names another root")
-        return found
+        return real_path
 
     @property
     def is_substituted(self) -> bool:
-        """Whether the shell made a name for it that is no other command's: `<(…)`."""
+        """Whether it is the shell's `<(…)`, whose name means nothing to another command."""
         return self.is_stream and re.match(r"/(dev|proc/self)/fd/", self.words[0]) is not None
 
-    def check(self, allow_urls: bool = False, output: Path | None = None) -> None:
-        """Raises what would go wrong, before anything is loaded or written."""
-        for url in filter(is_url, () if allow_urls else self.words):
-            hint = f"--allow-urls fetches a picture; a list: curl -L {files.quoted(url)} | llava batch - …"
-            raise UsageError(printable(url), "a URL", hint)
-        if output is not None and self._has(output):
-            raise UsageError("-o", f"{printable(str(output))} is a SOURCE", "give another file to -o")
-        if self.is_stdin and (sys.stdin is None or sys.stdin.isatty()):
-            raise UsageError(STDIN, "no paths on stdin", 'find . -name "*.jpg" | llava batch - "what is this?"')
-        if any(not question.strip() for question in self.questions):
-            raise UsageError("QUESTION", "it is empty", USAGE)
-        for word in self.words if len(self.words) > 1 else ():
-            self._check_word(word)
-        if self.is_stdin and not self.listing:
-            raise UsageError(STDIN, "a picture on stdin, not a list of them", "llava ask - QUESTION takes one")
-        if not self._questions and not self.questions:
-            raise UsageError("QUESTION", "there is none", self._with_question())
-        if self.root is not None and not self.listing and not self.is_folder:
-            raise UsageError("--root", "is about lists and questions files", USAGE)
-
-    def _has(self, output: Path) -> bool:
-        """Whether a file is one of those that are read."""
-        for word in self.words:
-            with suppress(OSError, ValueError, AttributeError):  # it is new, a URL, or a stdin that is no file
-                there = os.fstat(sys.stdin.fileno()) if word == STDIN else os.stat(word)
-                if stat.S_ISREG(there.st_mode) and os.path.samestat(there, os.stat(output)):
-                    return True
-        return False
-
-    def _check_word(self, word: str) -> None:
-        """Raises for one of several words that goes alone, or is nothing of ours."""
-        if os.path.isdir(word) or is_url(word) or word.lower().endswith(SUFFIXES):
-            return
-        listing = Listing(word, self.null)
-        if word == STDIN or listing.layout is not Layout.PICTURE:
-            what = "questions" if word != STDIN and listing.is_questions else "a list"
-            hint = f"llava batch {listing.typed} …; or join them: cat FILES | llava batch - …"
-            raise UsageError(listing.name, f"{what} among other SOURCEs", hint)
-
-    def _with_question(self) -> str:
-        if len(self.words) > 1 and not self.words[-1].lower().endswith(SUFFIXES):
-            return f"the last word is a file or folder; --question {files.quoted(self.words[-1])} asks it"
-        first = files.quoted(self.words[0])
-        return f'llava batch {first}{" …" * (len(self.words) > 1)} "what is this?"'
-
-    def ready(self) -> Iterator[Task] | None:
-        """`tasks`, of which all that can be known is looked at now; None where there are none.
+    def checked_tasks(self) -> Iterator[Task] | None:
+        """As `tasks`, or None if there are none; a file of questions is read once to check it.
 
         Raises `BadData` or `InputMissing`.
         """
@@ -235,15 +140,14 @@ class Source:
         return None if first is None else chain([first], tasks)
 
     def tasks(self) -> Iterator[Task]:
-        """In the source's order, a folder's by path; raises `BadData` for a line of questions that is none."""
-        tasks = self._questions.tasks() if self._questions else self._asked()
-        for task in tasks:
-            self._first = self._first or task.image
+        """In the order of the source, within a folder by path. Raises `BadData` for an invalid row of questions."""
+        for task in self._questions.tasks() if self._questions else self._tasks_of_images():
+            self._first_image = self._first_image or task.image
             yield task
 
-    def _asked(self) -> Iterator[Task]:
+    def _tasks_of_images(self) -> Iterator[Task]:
         for image in self._images():
-            for question in self._common:
+            for question in self._distinct_questions:
                 yield Task(image, question)
 
     def _images(self) -> Iterator[str]:
@@ -255,32 +159,31 @@ class Source:
                 yield word
             else:
                 start = "" if self.is_folder else word
-                yield from (os.path.join(start, path) for path in in_order(walk(word, self.include, self.passed)))
+                paths = sort_paths(find_pictures(word, self.include, self.skipped))
+                yield from (os.path.join(start, path) for path in paths)
 
     def notes(self) -> list[str]:
-        """What there is to say of what its tasks have left out; each is one line."""
-        lines = [self.passed.note(), self._questions.note() if self._questions else "", self._elsewhere()]
+        """Lines about what the tasks leave out. Call it after all tasks were read."""
+        lines = [self.skipped.note(), self._questions.note() if self._questions else "", self._root_note()]
         return [f"llava: {self.name}: {line}" for line in lines if line]
 
-    def why_nothing(self) -> tuple[str, str]:
-        """Why there are no tasks, and what to try."""
+    def empty_reason(self) -> tuple[str, str]:
+        """Why there are no tasks, and a hint."""
         if self.listing:
             return "there is nothing to ask about in it", ""
-        if self.passed == PassedOver():
+        if self.skipped == SkippedFiles():
             return "an empty folder", ""
         return "no pictures in it", "--include takes files by name"
 
-    def _elsewhere(self) -> str:
-        """Where the first picture of a list is that is not where its paths begin."""
-        first, begin = self._first, self.folder or os.curdir
-        if (
-            not (first and self.listing)
-            or re.match("[A-Za-z]{2,}:", first)
-            or os.path.lexists(os.path.join(begin, first))
-        ):
+    def _root_note(self) -> str:
+        """A line if the first picture of a list is not below `folder`: where it is, or how to name the root."""
+        first, start = self._first_image, self.folder or os.curdir
+        if not (first and self.listing) or re.match("[A-Za-z]{2,}:", first):
+            return ""
+        if os.path.isabs(first) or os.path.lexists(os.path.join(start, first)):
             return ""
         beside = os.path.dirname(self.words[0]) or os.curdir
         roots = [root for root in (os.curdir, beside) if os.path.lexists(os.path.join(root, first))]
         hint = f"--root {files.quoted(roots[0])} has it" if roots else "--root FOLDER names where its paths begin"
-        there = printable(self.folder) or "the current folder"
-        return "" if os.path.isabs(first) else f"its first picture, {printable(first)}, is not in {there}; {hint}"
+        folder = printable(self.folder) or "the current folder"
+        return f"its first picture, {printable(first)}, is not in {folder}; {hint}"

@@ -1,1 +1,3 @@
-"""A conversation at the keyboard: `session` holds it, `store` keeps it, `repl` reads and `commands` obeys."""
+"""`llava chat`: `repl` reads lines, `commands` runs those that begin with a slash, `session` asks the others about the
+conversation so far, `store` saves it.
+"""

@@ -1,4 +1,4 @@
-"""What is obeyed instead of asked: a table of small functions."""
+"""The commands of a chat, such as /image: a table of small functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import printable
 
 Result = str | Generator[Chunk, None, None] | None
-"""Lines to print, an answer to show, or nothing where a note says it all."""
+"""Lines to print, an answer to show, or None."""
 
 
 class Leave(Exception):
@@ -42,27 +42,27 @@ _ALIASES = {
     **dict.fromkeys(("/bye", "/quit", "/q"), "/exit"),
     **dict.fromkeys(("help", "help()", "?", ":help", ":h", "\\?", "/?", "/h"), "/help"),
 }
-"""What people type to leave, or for help, in other programs. None of it is asked of the model."""
+"""What people type in other programs to leave or to get help."""
 
 
-def command_of(line: str) -> str | None:
-    """The command that a line is, if it is none of the questions."""
+def parse_command(line: str) -> str | None:
+    """The command that a line contains, such as "/image a.png"; None if it is a question."""
     return _ALIASES.get(line.strip().lower()) or (line if line.startswith("/") else None)
 
 
-def obey(chat: Chat, line: str) -> Result:
-    """Runs `/NAME REST`. Raises `UsageError` for a name that there is not, with the nearest that there is."""
-    name, _, rest = line[1:].partition(" ")
+def run_command(chat: Chat, line: str) -> Result:
+    """Runs `/NAME ARGUMENTS`. Raises `UsageError` for an unknown name, with the most similar one as a hint."""
+    name, _, arguments = line[1:].partition(" ")
     if name not in COMMANDS:
         if os.path.isfile(path := _path(line)):
             raise UsageError(printable(path), "a picture is attached by a command", f"/image {files.quoted(path)}")
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         raise UsageError(f"/{printable(name)}", "there is no such command", f"/{near[0]}" if near else "/help")
-    return COMMANDS[name].run(chat, rest.strip())
+    return COMMANDS[name].run(chat, arguments.strip())
 
 
-def unattached(chat: Chat, question: str) -> str | None:
-    """The path of a picture in a question that the model is not shown, quoted: attaching is for commands."""
+def unattached_picture(chat: Chat, question: str) -> str | None:
+    """The quoted path of a picture that a question mentions and that is not attached: only /image attaches one."""
     shown = {os.path.abspath(picture.name) for picture in (*chat.conversation.pictures, *chat.attached)}
     for word in (question, *question.split()):
         path = _path(word.strip("\"'`,;:?!()<> ").rstrip("."))
@@ -73,41 +73,42 @@ def unattached(chat: Chat, question: str) -> str | None:
 
 
 def _path(typed: str) -> str:
-    """A path as it was typed, as a terminal or a file manager writes one that is dropped, or as a hint quotes it."""
+    """A path as it was typed, dropped on the terminal from a file manager, or pasted from a hint."""
     path = os.path.expanduser(typed)
     if os.path.lexists(path):
         return path
     if _ANSI_C.fullmatch(typed):
-        plain = typed[2:-1].encode()
-        return os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda code: bytes([int(code[1], 16)]), plain))
+        text = typed[2:-1].encode()
+        return os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda code: bytes([int(code[1], 16)]), text))
     with suppress(ValueError):
         words = shlex.split(typed)
         path = os.path.expanduser(words[0]) if len(words) == 1 else path
-    with suppress(InputMissing):  # of another machine, which opening it says
+    with suppress(InputMissing):  # a file: URL of another machine; opening it fails with the reason
         path = local_path(path)
     return path
 
 
 _ANSI_C = re.compile(r"\$'(?:[ -&(-\[\]-~]|\\x[0-9a-f]{2})*'")
-"""A name as `files.quoted` writes what is not printable."""
+"""A name that is not printable, as `files.quoted` writes it."""
 _WORD = re.compile(r"""(?:\$'[^']*'|"(?:[^"\\]|\\.)*"|'[^']*'|\\.|\S)+""")
-_LONGEST = 4096
-"""Characters in which a path ends: Linux takes none that is longer."""
+_MAX_PATH = 4096
+"""Linux' PATH_MAX."""
 
 
 def _pictures_and_question(typed: str) -> tuple[list[str], str]:
-    """What is typed behind `/image`: paths or URLs, and perhaps a question about them."""
+    """The arguments of /image: paths or URLs, and a question about them, which may be empty."""
     pictures: list[str] = []
-    while typed and (length := _length_of_picture(typed, not pictures)):
+    while typed and (length := _picture_length(typed, not pictures)):
         pictures.append(_path(typed[:length]))
         typed = typed[length:].lstrip()
     return pictures, typed
 
 
-def _length_of_picture(typed: str, is_first: bool) -> int:
-    """Of the longest beginning that is a file, which may have spaces in it, or of a word meant as a picture."""
-    word = _WORD.match(typed, 0, _LONGEST)
-    ends = [found.start() for found in re.finditer(r"(?<=\S)(?=\s|$)", typed[:_LONGEST])]
+def _picture_length(typed: str, is_first: bool) -> int:
+    """How much of `typed` names a picture: the longest prefix that is a file, with spaces or without, or a word that
+    looks like a picture; 0 if the question begins here."""
+    word = _WORD.match(typed, 0, _MAX_PATH)
+    ends = [match.start() for match in re.finditer(r"(?<=\S)(?=\s|$)", typed[:_MAX_PATH])]
     for end in reversed(ends):
         is_word = word is not None and end == word.end()
         if os.path.isfile(_path(typed[:end]) if is_word else os.path.expanduser(typed[:end])):
@@ -124,21 +125,22 @@ def _image(chat: Chat, typed: str) -> Result:
     paths, question = _pictures_and_question(typed)
     if not paths or "-" in paths:
         raise UsageError("/image", "which one?", "/image PATH")
-    pictures = [open_picture(path) for path in paths]  # all of them, or none is attached
+    pictures = [open_picture(path) for path in paths]  # before any is attached: all of them or none
     for picture in pictures:
         chat.attach(picture)
         if not question:
-            chat.note(f"{_named(picture)} goes with the next question")
+            chat.note(f"{_description(picture)} goes with the next question")
     return chat.ask(question) if question else None
 
 
 def _images(chat: Chat, _: str) -> Result:
-    held = [(p, f"question {n}") for n, turn in enumerate(chat.conversation.turns, 1) for p in turn.pictures]
-    held += [(p, "the next question") for p in chat.attached]
-    return "\n".join(f"{_named(picture)} with {where}" for picture, where in held) or "none; /image PATH attaches one"
+    pictures = [(p, f"question {n}") for n, turn in enumerate(chat.conversation.turns, 1) for p in turn.pictures]
+    pictures += [(p, "the next question") for p in chat.attached]
+    lines = [f"{_description(picture)} with {question}" for picture, question in pictures]
+    return "\n".join(lines) or "none; /image PATH attaches one"
 
 
-def _named(picture: Picture) -> str:
+def _description(picture: Picture) -> str:
     return f"{printable(picture.name)} ({picture.image.width}x{picture.image.height})"
 
 
@@ -157,22 +159,22 @@ def _retry(chat: Chat, _: str) -> Result:
     return chat.retry()
 
 
-def _set(chat: Chat, rest: str) -> Result:
-    name, *values = re.split("[ =]", rest, maxsplit=1)
+def _set(chat: Chat, arguments: str) -> Result:
+    name, *values = re.split("[ =]", arguments, maxsplit=1)
     names = Sampling.names()
     if not name:
-        return "\n".join(f"{name} {getattr(chat.settings, name)}" for name in names)
+        return "\n".join(f"{name} {getattr(chat.sampling, name)}" for name in names)
     name = name.replace("-", "_")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         raise UsageError(f"/set {printable(name)}", f"not one of {', '.join(names)}", f"/set {near[0]}" if near else "")
     if value := "".join(values).strip():
-        unset, is_default = chat.settings.unset - {name}, value == "default"
+        unset, is_default = chat.sampling.unset - {name}, value == "default"
         change: dict[str, Any] = {name: getattr(Sampling(), name) if is_default else value}
-        chat.settings = replace(chat.settings, **change, unset=unset | {name} if is_default else unset)
-        chat.note(f"{name} {getattr(chat.settings, name)}")
+        chat.sampling = replace(chat.sampling, **change, unset=unset | {name} if is_default else unset)
+        chat.note(f"{name} {getattr(chat.sampling, name)}")
         return None
-    return f"{name} {getattr(chat.settings, name)}"
+    return f"{name} {getattr(chat.sampling, name)}"
 
 
 def _system(chat: Chat, text: str) -> Result:
@@ -188,14 +190,14 @@ def _prompt(chat: Chat, _: str) -> Result:
 
 
 def _save(chat: Chat, path: str) -> Result:
-    return _written(chat, path, "/save", save)
+    return _write(chat, path, "/save", save)
 
 
 def _export(chat: Chat, path: str) -> Result:
-    return _written(chat, path, "/export", export)
+    return _write(chat, path, "/export", export)
 
 
-def _written(chat: Chat, path: str, command: str, write: Callable[..., None]) -> Result:
+def _write(chat: Chat, path: str, command: str, write: Callable[..., None]) -> Result:
     if not path:
         raise UsageError(command, "to which file?", f"{command} FILE")
     write(chat.conversation, chat.engine.model, Path(os.path.expanduser(path)))
@@ -212,8 +214,8 @@ def _stats(chat: Chat, _: str) -> Result:
 
 
 def _help(chat: Chat, _: str) -> Result:
-    wide = max(len(f"{name} {command.takes}") for name, command in COMMANDS.items())
-    return "\n".join(f"/{f'{name} {command.takes}':{wide}}  {command.help}" for name, command in COMMANDS.items())
+    width = max(len(f"{name} {command.takes}") for name, command in COMMANDS.items())
+    return "\n".join(f"/{f'{name} {command.takes}':{width}}  {command.help}" for name, command in COMMANDS.items())
 
 
 def _exit(chat: Chat, _: str) -> Result:

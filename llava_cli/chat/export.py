@@ -13,17 +13,17 @@ from urllib.parse import quote
 
 from llava_cli import files
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.errors import OutputError, UsageError, brief
+from llava_cli.errors import OutputError, UsageError, os_reason
 from llava_cli.untrusted_text import one_line, printable
 
 
 def save(conversation: Conversation, model: str, path: Path) -> None:
-    """Writes JSON where the file's name ends in `.json`, else text. Raises as `write_new` does."""
+    """Writes JSON if the file's name ends in `.json`, otherwise text. Raises as `write_new` does."""
     write_new(path, as_json(conversation, model) if path.suffix == ".json" else as_text(conversation))
 
 
 def export(conversation: Conversation, model: str, path: Path) -> None:
-    """Writes Markdown, and the pictures into a new folder beside it. Raises as `write_new` does."""
+    """Writes Markdown, and the pictures to a new folder beside it. Raises as `write_new` does."""
     folder = path.parent / f"{path.stem}_pictures"
     pictures = {picture.sha256: picture for picture in conversation.pictures}
     names = {sha256: _file_name(n, picture) for n, (sha256, picture) in enumerate(pictures.items(), 1)}
@@ -36,7 +36,7 @@ def export(conversation: Conversation, model: str, path: Path) -> None:
             files.make_new_folder(folder)
         for sha256, picture in pictures.items():
             picture.image.save(data := io.BytesIO(), "PNG")
-            files.put_new(folder / names[sha256], data.getvalue())
+            files.write_new(folder / names[sha256], data.getvalue())
 
 
 def as_text(conversation: Conversation) -> str:
@@ -47,7 +47,7 @@ def as_text(conversation: Conversation) -> str:
 
 
 def turn_as_text(pictures: Iterable[str], question: str, answer: str) -> str:
-    """The pictures' names, the question and the answer, a line each or more."""
+    """The names of the pictures, the quoted question, and the answer."""
     return "\n".join([*(f"[{name}]" for name in pictures), _quoted(question), answer, ""])
 
 
@@ -68,7 +68,7 @@ def as_json(conversation: Conversation, model: str) -> str:
 
 
 def as_markdown(conversation: Conversation, model: str, links: dict[str, str]) -> str:
-    """`links` has each picture's file by its SHA-256."""
+    """`links` are the relative URLs of the pictures by their SHA-256."""
     parts = [f"# A chat with {_escaped(one_line(model))}"]
     for turn in conversation.turns:
         parts += [f"![{_escaped(picture.name)}]({links[picture.sha256]})" for picture in turn.pictures]
@@ -78,9 +78,9 @@ def as_markdown(conversation: Conversation, model: str, links: dict[str, str]) -
 
 
 def write_new(path: Path, text: str) -> None:
-    """Raises `UsageError` where the file is there already, `OutputError` where it cannot be written."""
+    """Raises `UsageError` if the file exists, and `OutputError` if it cannot be written."""
     with _writing(path):
-        files.put_new(path, text.encode("utf-8", "backslashreplace"))
+        files.write_new(path, text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
@@ -89,8 +89,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except FileExistsError:
         raise UsageError(printable(str(path)), "is there already", "choose another name, or move it") from None
-    except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
-        raise OutputError(printable(str(path)), getattr(error, "strerror", None) or brief(error)) from None
+    except (OSError, ValueError) as error:  # `ValueError`: a NUL in the name
+        raise OutputError(printable(str(path)), os_reason(error)) from None
 
 
 def _file_name(number: int, picture: Picture) -> str:

@@ -1,4 +1,4 @@
-"""Lines from a person: prompt_toolkit, or bare `input` where nothing may be redrawn."""
+"""Lines from the keyboard: with prompt_toolkit, or with bare `input` for screen readers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from prompt_toolkit.output import create_output
 from llava_cli import files
 from llava_cli.chat.commands import COMMANDS
 from llava_cli.chat.repl import Read
-from llava_cli.errors import OutputError
+from llava_cli.errors import OutputError, os_reason
 from llava_cli.images.reader import SUFFIXES
 from llava_cli.settings import Sampling
-from llava_cli.untrusted_text import printable
 
 
-class Words(Completer):
-    """Commands, pictures after `/image`, files after `/save` and `/export`, settings after `/set`."""
+class CommandCompleter(Completer):
+    """Completes commands, pictures after /image, files after /save and /export, and options after /set."""
 
     def __init__(self) -> None:
         self._pictures = PathCompleter(file_filter=_folder_or_picture, expanduser=True)
@@ -50,9 +49,9 @@ def _folder_or_picture(path: str) -> bool:
 
 
 def keyboard(history: Path | None) -> Read:
-    """Reads with editing, completion and history; Alt-Enter begins a new line. None: no history is kept.
+    """Reads lines with editing, completion and history; Alt-Enter inserts a line break.
 
-    Raises `OutputError` where it cannot be.
+    `history` is the file that lines are saved in, None for none. Raises `OutputError` if it cannot be written.
     """
     keys = KeyBindings()
 
@@ -60,20 +59,20 @@ def keyboard(history: Path | None) -> Read:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    kept: History = InMemoryHistory()
+    saved: History = InMemoryHistory()
     if history:
         try:
-            files.make_own_file(history)  # in a folder that is its owner's alone
+            files.make_own_file(history)  # the store has made its folder private
         except OSError as error:
-            raise OutputError(str(history), printable(str(error.strerror)), "--no-save keeps nothing") from None
-        kept = FileHistory(history)
-    # The terminal is asked nothing: where it does not answer a warning would be drawn, and a slow answer is typed text.
+            raise OutputError(str(history), os_reason(error), "--no-save keeps nothing") from None
+        saved = FileHistory(history)
+    # No cursor position requests: a terminal that does not answer gets a warning, and a late answer becomes typed text.
     os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
-    # Where stdout goes to a file, the person is on the other stream.
+    # If stdout is a file, the terminal is on stderr.
     output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
     session: PromptSession[str] = PromptSession(
-        history=kept,
-        completer=Words(),
+        history=saved,
+        completer=CommandCompleter(),
         complete_while_typing=False,
         enable_history_search=True,
         key_bindings=keys,
@@ -88,13 +87,13 @@ def keyboard(history: Path | None) -> Read:
             except KeyboardInterrupt:
                 if not session.default_buffer.text:
                     raise
-                session.default_buffer.reset()  # Ctrl-C takes back what was typed before it leaves
+                session.default_buffer.reset()  # Ctrl-C first clears the line, then leaves
 
     return read
 
 
 def plain_keyboard() -> Read:
-    """Reads with nothing drawn: what is printed stays, in order, as a screen reader wants it."""
+    """Reads lines without redrawing anything, so that a screen reader hears everything once and in order."""
 
     def read() -> str:
         try:

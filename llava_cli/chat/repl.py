@@ -1,4 +1,7 @@
-"""Reads lines, asks or obeys, shows what comes; at a terminal it survives errors and Ctrl-C, in a pipe it does not."""
+"""The loop of a chat: read a line, ask it or run it as a command, show the result.
+
+At a terminal the loop survives errors and Ctrl-C; in a pipe it ends at the first error.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from llava_cli import limits, render
-from llava_cli.chat.commands import Leave, command_of, obey, unattached
+from llava_cli.chat.commands import Leave, parse_command, run_command, unattached_picture
 from llava_cli.chat.session import Chat
 from llava_cli.errors import BadData, LlavaError
 from llava_cli.untrusted_text import decoded
 
 Read = Callable[[], str]
-"""Gives the next line. Raises `EOFError` at the end, and `KeyboardInterrupt` for Ctrl-C where nothing is typed."""
+"""Returns the next line. Raises `EOFError` at the end, and `KeyboardInterrupt` for Ctrl-C on an empty line."""
 
 
 def converse(chat: Chat, read: Read, quiet: bool = False, stats: bool = False) -> None:
-    """A person's chat: until Ctrl-D, `/exit` or a second Ctrl-C at an empty prompt."""
+    """A chat at a terminal, until Ctrl-D, /exit, or a second Ctrl-C on an empty line."""
     interrupts = 0
     while True:
         try:
@@ -33,7 +36,7 @@ def converse(chat: Chat, read: Read, quiet: bool = False, stats: bool = False) -
         except EOFError:
             return
         try:
-            turn(chat, line, quiet, stats)
+            process_line(chat, line, quiet, stats)
         except Leave:
             return
         except KeyboardInterrupt:
@@ -43,23 +46,24 @@ def converse(chat: Chat, read: Read, quiet: bool = False, stats: bool = False) -
 
 
 def answer_lines(chat: Chat, lines: Iterator[str], quiet: bool = False, stats: bool = False) -> None:
-    """A pipe's chat: one question or command a line. Ends at the first error, lest what follows be about nothing."""
+    """A chat in a pipe: each line is a question or a command. Raises at the first error, since the questions that
+    follow may depend on the one that failed."""
     for line in lines:
         try:
-            turn(chat, line, quiet, stats)
+            process_line(chat, line, quiet, stats)
         except Leave:
             return
 
 
-def turn(chat: Chat, line: str, quiet: bool = False, stats: bool = False) -> None:
-    """Asks or obeys one line."""
+def process_line(chat: Chat, line: str, quiet: bool = False, stats: bool = False) -> None:
+    """Asks a question or runs a command, and shows the result."""
     line = line.rstrip()
     if not line:
         return
-    if command := command_of(line):
-        result = obey(chat, command)
+    if command := parse_command(line):
+        result = run_command(chat, command)
     else:
-        if not quiet and (path := unattached(chat, line)):
+        if not quiet and (path := unattached_picture(chat, line)):
             chat.note(f"the model does not see {path}; to show it: /image {path}")
         result = chat.ask(line)
     if isinstance(result, str):
@@ -72,20 +76,21 @@ def turn(chat: Chat, line: str, quiet: bool = False, stats: bool = False) -> Non
 
 
 def piped_lines() -> Iterator[str]:
-    """The lines of stdin, in UTF-8 or what its mark says. Raises `BadData` for one that no model could read."""
+    """The lines of stdin, in UTF-8, or in UTF-16 with a byte-order mark. Raises `BadData` for one that is too long."""
     if not sys.stdin:
         return
-    most, stdin = limits.TEXT_CHARACTERS, sys.stdin.buffer
-    line = stdin.readline(most + 1)
-    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # in which a line ends in two bytes
-        whole = line + stdin.read(4 * most)
-        if len(whole) > 4 * most:
-            raise BadData("stdin", f"more than {4 * most:,} bytes of UTF-16", "iconv -f UTF-16 -t UTF-8 makes it UTF-8")
-        yield from decoded(whole).splitlines()
+    limit, stdin = limits.TEXT_CHARACTERS, sys.stdin.buffer
+    line = stdin.readline(limit + 1)
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # `readline` would split its two-byte characters
+        text = line + stdin.read(4 * limit)
+        if len(text) > 4 * limit:
+            hint = "iconv -f UTF-16 -t UTF-8 makes it UTF-8"
+            raise BadData("stdin", f"more than {4 * limit:,} bytes of UTF-16", hint)
+        yield from decoded(text).splitlines()
         return
     line = line.removeprefix(codecs.BOM_UTF8)
     while line:
-        if len(line) > most:
-            raise BadData("stdin", f"a line of more than {most:,} bytes")
-        yield line.decode("utf-8", "surrogateescape")  # a path may be no text
-        line = stdin.readline(most + 1)
+        if len(line) > limit:
+            raise BadData("stdin", f"a line of more than {limit:,} bytes")
+        yield line.decode("utf-8", "surrogateescape")  # a file's name may be no valid UTF-8
+        line = stdin.readline(limit + 1)

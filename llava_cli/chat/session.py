@@ -1,4 +1,4 @@
-"""A conversation in progress: what was said, what is attached to the next question, what fits the model."""
+"""A conversation in progress: its turns, the pictures attached to the next question, and what fits the context."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from bisect import bisect_left
 from collections.abc import Callable, Generator
 from dataclasses import replace
 
-from llava_cli.chat.store import Kept, Store
+from llava_cli.chat.store import SavedChat, Store
 from llava_cli.conversation import Conversation, Picture, Turn
 from llava_cli.engine import Answer, Chunk, Engine
 from llava_cli.errors import UsageError
 from llava_cli.settings import Settings
 
 Window = tuple[int, int]
-"""How many of the oldest turns, and of their pictures, the prompt leaves out."""
+"""How many of the oldest turns, and how many of the oldest pictures, are left out of the prompt."""
 
 
 class Chat:
-    """Asks an engine about a growing conversation and keeps every turn in the store, where there is one.
+    """Asks an engine about a growing conversation, and saves every turn if there is a store.
 
-    `note` is called with each line that the person should read besides the answers, `preview` with each
-    picture that is attached.
+    `note` is called with each line for the user that is not part of an answer, `preview` with each attached picture.
     """
 
     def __init__(
@@ -31,31 +30,31 @@ class Chat:
         preview: Callable[[Picture], None],
         store: Store | None = None,
     ) -> None:
-        self.engine, self.settings, self.note, self.preview = engine, settings, note, preview
+        self.engine, self.sampling, self.note, self.preview = engine, settings.sampling, note, preview
         self.conversation = Conversation(system=settings.system)
         self.attached: list[Picture] = []
         self.last: Answer | None = None
-        self._store, self._kept = store, Kept()
+        self._store, self._saved = store, SavedChat()
         self._window: Window = (0, 0)
 
     def resume(self, number: int, conversation: Conversation) -> None:
-        """Goes on with a conversation that the store knows as `number`."""
-        self._kept = Kept(number, conversation.turns)
+        """Continues a conversation that is chat `number` in the store."""
+        self._saved = SavedChat(number, conversation.turns)
         self.conversation = conversation
 
     def attach(self, picture: Picture) -> None:
-        """Goes with the next question."""
+        """Attaches a picture to the next question."""
         self.attached.append(picture)
         self.preview(picture)
         pictures = len(self.conversation.pictures) + len(self.attached)
-        if pictures == 2 and self.engine.family and (words := self.engine.family.doubt(pictures)):
-            self.note(words)
+        if pictures == 2 and self.engine.family and (warning := self.engine.family.warning(pictures)):
+            self.note(warning)
 
     def ask(self, question: str) -> Generator[Chunk, None, None]:
-        """Answers about the conversation so far and the attached pictures.
+        """Answers a question about the attached pictures and the conversation so far.
 
-        Closed early it keeps what was said; a turn in which nothing was is forgotten, and its pictures stay
-        attached.
+        If the generator is closed early, the part of the answer that was yielded is kept. If nothing was yielded, the
+        question is dropped, and its pictures stay attached.
         """
         pictures = self.attached
         for chunk in self._answer(self.conversation.ask(question, pictures)):
@@ -63,13 +62,13 @@ class Chat:
             yield chunk
 
     def retry(self) -> Generator[Chunk, None, None]:
-        """Asks the last question again; where nothing comes of it, the old answer stays."""
+        """Asks the last question again; the old answer stays if there is no new one."""
         last = self._last_turn("/retry")
         before = replace(self.conversation, turns=self.conversation.turns[:-1])
         yield from self._answer(before.ask(last.question, last.pictures))
 
     def undo(self) -> str:
-        """Takes back the last turn and returns its question; its pictures are attached again."""
+        """Removes the last turn and returns its question; its pictures are attached again."""
         last = self._last_turn("/undo")
         self.conversation = replace(self.conversation, turns=self.conversation.turns[:-1])
         self.attached = [*last.pictures, *self.attached]
@@ -78,19 +77,19 @@ class Chat:
         return last.question
 
     def clear(self) -> None:
-        """Begins a new conversation; the old one stays in the store as it is."""
+        """Begins a new conversation; the old one stays in the store."""
         self.conversation = replace(self.conversation, turns=())
-        self.attached, self._kept, self._window, self.last = [], Kept(), (0, 0), None
+        self.attached, self._saved, self._window, self.last = [], SavedChat(), (0, 0), None
 
     def set_system(self, text: str | None) -> None:
-        """Changes the system text. Raises `UsageError` where the model's format has no place for one."""
+        """Changes the system text. Raises `UsageError` if the model's chat template has no place for one."""
         changed = replace(self.conversation, system=text)
         self.engine.prompt(changed.ask("?"))
         self.conversation = changed
         self._save()
 
     def prompt(self) -> str:
-        """The conversation's string, as the model reads it."""
+        """The prompt string of the conversation."""
         self._last_turn("/prompt")
         return self.engine.prompt(_cut(self.conversation, self._window))
 
@@ -99,53 +98,53 @@ class Chat:
             raise UsageError(command, "nothing has been said yet")
         return self.conversation.turns[-1]
 
-    def _answer(self, asked: Conversation) -> Generator[Chunk, None, None]:
-        window = self._fitting(asked)
-        said: list[str] = []
+    def _answer(self, conversation: Conversation) -> Generator[Chunk, None, None]:
+        window = self._fitting(conversation)
+        texts: list[str] = []
         answer: Answer | None = None
         try:
-            for chunk in self.engine.stream(_cut(asked, window), self.settings):
-                said.append(chunk.text)
+            for chunk in self.engine.stream(_cut(conversation, window), self.sampling):
+                texts.append(chunk.text)
                 answer = chunk.answer
                 yield chunk
         finally:
-            if said:
+            if texts:
                 self.last = answer or self.last
-                self.conversation, self._window = asked.answered("".join(said)), window
+                self.conversation, self._window = conversation.answered("".join(texts)), window
                 self._save()
 
     def _save(self) -> None:
         if self._store is None:
             return
-        before, self._kept = self._kept, self._store.keep(self._kept, self.conversation, self.engine.model)
-        if before.number and self._kept.number not in (None, before.number):
-            self.note(f"chat {before.number} was changed elsewhere: this one goes on as chat {self._kept.number}")
+        before, self._saved = self._saved, self._store.save(self._saved, self.conversation, self.engine.model)
+        if before.number and self._saved.number not in (None, before.number):
+            self.note(f"chat {before.number} was changed elsewhere: this one goes on as chat {self._saved.number}")
 
-    def _fitting(self, asked: Conversation) -> Window:
-        """The window that was, or a smaller one where the context is nearly full.
+    def _fitting(self, conversation: Conversation) -> Window:
+        """The window so far, or one that leaves out more if the context is nearly full.
 
-        The oldest turns go first, enough of them that this happens rarely; their pictures move on to the next
-        turn. Only where pictures alone fill the context they go too, the oldest first, and never those
-        that were attached last.
+        The oldest turns are left out first, enough of them that this happens rarely; their pictures move to the turn
+        that follows. Only if the pictures alone fill the context, they are left out, too: the oldest first, and never
+        those that were attached last.
         """
         turns_out, pictures_out = self._window
         context = self.engine.context
         if context is None:
             return self._window
-        most = context - min(self.settings.max_tokens, context // 4)
+        limit = context - min(self.sampling.max_tokens, context // 4)
 
         def tokens(window: Window) -> int:
-            return self.engine.count(_cut(asked, window))
+            return self.engine.count(_cut(conversation, window))
 
-        if tokens(self._window) <= most:
+        if tokens(self._window) <= limit:
             return self._window
-        last = len(asked.turns) - 1
-        newest = next((turn.pictures for turn in reversed(asked.turns) if turn.pictures), ())
-        while tokens((last, pictures_out)) > most and len(asked.pictures) - pictures_out > len(newest):
+        last = len(conversation.turns) - 1
+        newest = next((turn.pictures for turn in reversed(conversation.turns) if turn.pictures), ())
+        while tokens((last, pictures_out)) > limit and len(conversation.pictures) - pictures_out > len(newest):
             pictures_out += 1
-        least = tokens((last, pictures_out))
+        minimum = tokens((last, pictures_out))
         choices = range(turns_out, last + 1)
-        goal = (least + most) // 2
+        goal = (minimum + limit) // 2
         turns_out = choices[bisect_left(choices[:-1], True, key=lambda n: tokens((n, pictures_out)) <= goal)]
         out = [_count(turns_out - self._window[0], "turn"), _count(pictures_out - self._window[1], "picture")]
         if left := " and ".join(filter(None, out)):
@@ -154,7 +153,7 @@ class Chat:
 
 
 def _cut(conversation: Conversation, window: Window) -> Conversation:
-    """The conversation without its oldest turns; their pictures, but for the oldest, are the next turn's."""
+    """The conversation without its oldest turns; their pictures, except for the oldest, move to the next turn."""
     first, pictures_out = window
     turns = list(conversation.turns)
     if first:

@@ -1,7 +1,7 @@
-"""Chats on disk: one SQLite file in the user's data folder, each turn committed as it happens.
+"""Chats on disk: a SQLite database in the user's data folder, in which each turn is committed when it is answered.
 
-Pictures are kept as the path they came from and the SHA-256 of their bytes. Those that have no
-path to come back to (stdin, a URL) are kept as PNG files beside the database.
+A picture is saved as its path and the SHA-256 of its bytes. One without a path (from stdin or a URL) is saved as a PNG
+file beside the database.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 
 from llava_cli import files
 from llava_cli.conversation import Conversation, Picture, Turn
-from llava_cli.errors import InputMissing, LlavaError, OutputError, UsageError, brief
+from llava_cli.errors import InputMissing, LlavaError, OutputError, UsageError, os_reason
 from llava_cli.images.reader import is_url, open_picture
-from llava_cli.models.registry import data_folder, is_folder
+from llava_cli.models.registry import is_folder
+from llava_cli.paths import data_folder
 from llava_cli.untrusted_text import printable
 
 _SCHEMA = """
@@ -55,38 +56,38 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a chat in progress has in the store: its number there, None before the first turn, and those turns."""
+class SavedChat:
+    """What the store has of a chat in progress: its number, None before the first turn, and its turns."""
 
     number: int | None = None
     turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
-class Said:
-    """A turn as it is on disk: its pictures by name, not opened."""
+class SavedTurn:
+    """A turn as it is on disk, with the names of its pictures."""
 
     question: str
     pictures: tuple[str, ...]
     answer: str
 
 
-class NoHome(OutputError):
-    """Nothing can be kept in the user's data folder: it may not be entered, is read-only, or cannot be there."""
+class DataFolderUnusable(OutputError):
+    """Nothing can be saved in the user's data folder: it is forbidden, read-only, or cannot exist."""
 
 
-_NO_HOME = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+_FOLDER_UNUSABLE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 class Store:
-    """The chats of one user. Raises `OutputError` where the file cannot be used, `NoHome` where there can be none."""
+    """The chats of one user. Everything here raises `OutputError` for the database, or `DataFolderUnusable`."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or data_folder()
         self.file = self.folder / "chats.db"
         with self._errors():
-            # Also for SQLite's own files beside it, which it opens wherever a link of their name leads.
             files.make_own_folder(self.folder)
+            # SQLite follows links when it opens its own files beside the database.
             for ending in ("-journal", "-wal", "-shm"):
                 files.refuse_irregular(f"{self.file}{ending}")
             files.make_own_file(self.file)
@@ -95,27 +96,27 @@ class Store:
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.executescript(_SCHEMA)
 
-    def keep(self, kept: Kept, conversation: Conversation, model: str) -> Kept:
-        """Makes the chat `kept` into this conversation, in one transaction; one without turns is deleted.
+    def save(self, saved: SavedChat, conversation: Conversation, model: str) -> SavedChat:
+        """Updates a saved chat to this conversation, in one transaction; without turns it is deleted.
 
-        Where the chat is gone, or somebody else has changed it, the conversation becomes a new chat.
+        If the chat was deleted or changed by another process, the conversation becomes a new chat.
         """
         turns = conversation.turns
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(kept.turns, turns, strict=False)))
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(saved.turns, turns, strict=False)))
         with self._errors():
             paths = {id(picture): os.fsencode(self._path(picture)) for picture in conversation.pictures}
         with self._writing() as db:
-            number = kept.number
-            if number is None or len(self._turns(number)) != len(kept.turns):
+            number = saved.number
+            if number is None or len(self._turns(number)) != len(saved.turns):
                 number, same = None, 0
             elif not turns:
                 db.execute("DELETE FROM chats WHERE id = ?", (number,))
-                return Kept()
+                return SavedChat()
             now = time.time()
             model = os.path.abspath(model) if is_folder(model) else model
             if number is None:
                 if not turns:
-                    return Kept()
+                    return SavedChat()
                 begin = "INSERT INTO chats (started, changed, model, system) VALUES (?, ?, ?, ?)"
                 number = db.execute(begin, (now, now, model, conversation.system)).lastrowid
             db.execute("UPDATE chats SET changed = ?, system = ? WHERE id = ?", (now, conversation.system, number))
@@ -125,39 +126,39 @@ class Store:
                 for place, picture in enumerate(turn.pictures):
                     row = (number, i, place, printable(picture.name), paths[id(picture)], picture.sha256)
                     db.execute("INSERT INTO pictures VALUES (?, ?, ?, ?, ?, ?)", row)
-        return Kept(number, turns)
+        return SavedChat(number, turns)
 
     def last(self) -> int | None:
-        """The chat that was changed last."""
+        """The number of the chat that was changed last."""
         row = self._read("SELECT id FROM chats ORDER BY changed DESC, id DESC LIMIT 1")
         return row[0][0] if row else None
 
     def model(self, chat: int) -> str:
-        """The model that a chat was held with; `UsageError` where there is no such chat."""
+        """The model of a chat. Raises `UsageError` if there is no such chat."""
         if not (row := self._read("SELECT model FROM chats WHERE id = ?", chat)):
             raise UsageError(f"chat {chat}", "there is none", "llava chats lists them")
         return str(row[0][0])
 
-    def said(self, chat: int) -> list[Said]:
-        """A chat's turns, in order."""
+    def turns(self, chat: int) -> list[SavedTurn]:
+        """The turns of a chat, in order. Raises `UsageError` if there is no such chat."""
         self.model(chat)
         return [
-            Said(question, tuple(name for name, _, _ in self._pictures(chat, number)), answer)
+            SavedTurn(question, tuple(name for name, _, _ in self._pictures(chat, number)), answer)
             for number, question, answer in self._turns(chat)
         ]
 
     def load(self, chat: int) -> Conversation:
-        """A chat with its pictures opened. Raises `InputMissing` for one that is gone or has changed."""
+        """A chat with its pictures opened. Raises `InputMissing` for a picture that is gone or has changed."""
         self.model(chat)
         system = self._read("SELECT system FROM chats WHERE id = ?", chat)[0][0]
         turns = [
-            Turn(question, tuple(self._open(chat, *found) for found in self._pictures(chat, number)), answer)
+            Turn(question, tuple(self._open(chat, *picture) for picture in self._pictures(chat, number)), answer)
             for number, question, answer in self._turns(chat)
         ]
         return Conversation(tuple(turns), system)
 
-    def find(self, text: str = "") -> list[Summary]:
-        """Chats in which `text` was said by either side, the last one first."""
+    def search(self, text: str = "") -> list[Summary]:
+        """The chats that contain `text` in a question, an answer or a picture's name; the last changed first."""
         rows = self._read(
             """SELECT id, changed, model, (SELECT count(*) FROM turns WHERE chat = id),
                       (SELECT count(*) FROM pictures WHERE chat = id),
@@ -173,13 +174,13 @@ class Store:
         return [Summary(*row) for row in rows]
 
     def delete(self, chat: int) -> None:
-        """Deletes a chat, and kept pictures that no other chat has."""
+        """Deletes a chat, and its saved pictures that no other chat has. Raises `UsageError` if there is none."""
         self.model(chat)
         with self._writing() as db:
             db.execute("DELETE FROM chats WHERE id = ?", (chat,))
-            kept = {os.fsdecode(row[0]) for row in db.execute("SELECT path FROM pictures")}
+            used = {os.fsdecode(row[0]) for row in db.execute("SELECT path FROM pictures")}
             for file in self._pictures_folder().glob("*.png"):
-                if str(file) not in kept:
+                if str(file) not in used:
                     file.unlink()
 
     def _turns(self, chat: int) -> list[tuple[int, str, str]]:
@@ -191,27 +192,27 @@ class Store:
         )
 
     def _path(self, picture: Picture) -> str:
-        """Where the picture will be found again."""
+        """The picture's path; one without a path is saved to a file first."""
         if picture.name != "-" and not is_url(picture.name):
             return os.path.abspath(picture.name)
         file = self._pictures_folder() / f"{picture.sha256}.png"
         files.make_folder(file.parent, 0o700)
         if not files.refuse_irregular(file):
             picture.image.save(data := io.BytesIO(), "PNG")
-            files.put(file, [data.getvalue()], files.SECRET)
+            files.atomic_write(file, [data.getvalue()], files.SECRET)
         return str(file)
 
-    def _open(self, chat: int, name: str, place: bytes, sha256: str) -> Picture:
-        path = os.fsdecode(place)
-        kept = Path(path).parent == self._pictures_folder()
+    def _open(self, chat: int, name: str, encoded_path: bytes, sha256: str) -> Picture:
+        path = os.fsdecode(encoded_path)
+        is_saved_copy = Path(path).parent == self._pictures_folder()
         thing, hint = printable(path), f"llava chats show {chat} prints what was said"
         try:
             picture = open_picture(path, allow_truncated=True)
         except LlavaError as error:
             raise InputMissing(thing, error.reason, hint) from None
-        if not kept and picture.sha256 != sha256:
+        if not is_saved_copy and picture.sha256 != sha256:
             raise InputMissing(thing, "is not the picture that the chat is about: it has changed", hint)
-        return Picture(name if kept else path, picture.image, sha256, picture.frames, picture.truncated)
+        return Picture(name if is_saved_copy else path, picture.image, sha256, picture.frames, picture.truncated)
 
     def _pictures_folder(self) -> Path:
         return self.folder / "pictures"
@@ -222,7 +223,7 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction in which nobody else writes."""
+        """A transaction that excludes other writers."""
         with self._errors(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield self._db
@@ -232,7 +233,6 @@ class Store:
         try:
             yield
         except (sqlite3.Error, OSError, OverflowError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or brief(error)
             thing = getattr(error, "filename", None) or self.file
-            kind = NoHome if getattr(error, "errno", None) in _NO_HOME else OutputError
-            raise kind(printable(str(thing)), printable(reason), "--no-save keeps nothing") from None
+            kind = DataFolderUnusable if getattr(error, "errno", None) in _FOLDER_UNUSABLE else OutputError
+            raise kind(printable(str(thing)), os_reason(error), "--no-save keeps nothing") from None

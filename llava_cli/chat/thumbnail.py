@@ -1,7 +1,7 @@
-"""A small picture on the terminal: a decoration, which may cost nobody a keystroke, a line or the chat.
+"""Draws a small picture on the terminal.
 
-So the terminal is asked nothing, for an answer would come through stdin, where a person types: its name, from the
-environment, says whether it shows graphics, and any other gets half blocks.
+It is only a decoration, so it must never lose a keystroke or end the chat. Therefore the terminal is not queried, since
+its answer would arrive on stdin: environment variables tell which graphics protocol it has, if any.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ if TYPE_CHECKING:
 
 ROWS = 10
 _CELL = (10, 20)
-"""Pixels of a character, where the terminal does not say: those of a VT340."""
+"""Pixels of a character where the terminal does not report them; those of a VT340."""
 _PAYLOAD = 4096
-"""The most characters of one of Kitty's messages."""
+"""The largest payload of one escape sequence in Kitty's protocol, in characters."""
 
 
 def draw(picture: Picture) -> None:
-    """Draws a picture, or nothing: on a terminal without colors or letters for it, or where that fails."""
+    """Draws a picture; draws nothing on a terminal without colors or Unicode, or if anything fails."""
     with suppress(Exception):
         from rich.console import Console
 
         console = Console()
-        named = os.environ.get("TERM") or os.name == "nt"
+        is_terminal = os.environ.get("TERM") or os.name == "nt"
         is_unicode = "utf" in (sys.stdout.encoding or "").lower()
-        if not named or not is_unicode or console.no_color or console.color_system is None:
+        if not is_terminal or not is_unicode or console.no_color or console.color_system is None:
             return
         columns, rows = _cells(picture.image, console.width - 1)
         with suppress(Exception):
-            if show := _graphics():
-                sys.stdout.write(show(picture.image.convert("RGB"), columns, rows) + "\n")
+            if encode := _graphics_protocol():
+                sys.stdout.write(encode(picture.image.convert("RGB"), columns, rows) + "\n")
                 sys.stdout.flush()
                 return
         console.print(_half_blocks(picture.image, columns, rows), no_wrap=True, overflow="crop")
 
 
-def _cells(image: Image, widest: int) -> tuple[int, int]:
-    """Columns and rows of a picture: a character is twice as high as wide."""
-    scale = min(2 * ROWS / image.height, max(widest, 1) / image.width)
+def _cells(image: Image, max_columns: int) -> tuple[int, int]:
+    """Columns and rows for a picture; a character is twice as high as wide."""
+    scale = min(2 * ROWS / image.height, max(max_columns, 1) / image.width)
     return max(round(image.width * scale), 1), max(round(image.height * scale / 2), 1)
 
 
 def _half_blocks(image: Image, columns: int, rows: int) -> object:
-    """What rich prints as two pixels a character, in the colors that the terminal has."""
+    """The picture as rich text, two pixels in a character."""
     from rich.color import Color
     from rich.style import Style
     from rich.text import Text
@@ -68,14 +68,14 @@ def _half_blocks(image: Image, columns: int, rows: int) -> object:
 
 
 def _kitty(image: Image, columns: int, rows: int) -> str:
-    """Kitty's protocol; `q=2` forbids it to answer."""
+    """https://sw.kovidgoyal.net/kitty/graphics-protocol/; `q=2` suppresses its answers."""
     image.resize(_pixels(columns, rows)).save(data := io.BytesIO(), "PNG")
     text = b64encode(data.getvalue()).decode()
-    said, keys = "", f"a=T,f=100,q=2,c={columns},r={rows},"
+    sequences, keys = "", f"a=T,f=100,q=2,c={columns},r={rows},"
     for i in range(0, len(text), _PAYLOAD):
-        said += f"\x1b_G{keys}m={int(i + _PAYLOAD < len(text))};{text[i : i + _PAYLOAD]}\x1b\\"
+        sequences += f"\x1b_G{keys}m={int(i + _PAYLOAD < len(text))};{text[i : i + _PAYLOAD]}\x1b\\"
         keys = ""
-    return said
+    return sequences
 
 
 def _sixel(image: Image, columns: int, rows: int) -> str:
@@ -85,15 +85,16 @@ def _sixel(image: Image, columns: int, rows: int) -> str:
 
 
 def _pixels(columns: int, rows: int) -> tuple[int, int]:
-    """Of so many characters."""
+    """The size of so many characters in pixels."""
     width, height = _CELL
-    with suppress(ImportError, OSError, ZeroDivisionError):  # another system, a terminal without a size
+    with suppress(ImportError, OSError, ZeroDivisionError):  # no termios, or a terminal that reports no size
         import fcntl
         import struct
         import termios
 
-        lines, wide, x, y = struct.unpack("4H", fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8)))
-        width, height = x // wide or width, y // lines or height
+        size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8))
+        all_rows, all_columns, x_pixels, y_pixels = struct.unpack("4H", size)
+        width, height = x_pixels // all_columns or width, y_pixels // all_rows or height
     return columns * width, rows * height
 
 
@@ -110,10 +111,10 @@ _GRAPHICS: dict[tuple[str, str], Callable[[Image, int, int], str]] = {
 }
 
 
-def _graphics() -> Callable[[Image, int, int], str] | None:
-    """How the terminal shows pictures, where its name says so; those between it and us (tmux, screen) pass none on."""
+def _graphics_protocol() -> Callable[[Image, int, int], str] | None:
+    """The function that encodes pictures for this terminal; None if it shows none, or tmux or screen is in between."""
     if os.environ.get("TMUX") or os.environ.get("STY") or os.environ.get("TERM", "").startswith(("screen", "tmux")):
         return None
     if os.environ.get("KONSOLE_VERSION") and not os.environ.get("TERM_PROGRAM"):
         return _sixel
-    return next((show for (name, value), show in _GRAPHICS.items() if os.environ.get(name) == value), None)
+    return next((encode for (name, value), encode in _GRAPHICS.items() if os.environ.get(name) == value), None)

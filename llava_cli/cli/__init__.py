@@ -1,4 +1,4 @@
-"""The command line: one file a command. Translates and delegates."""
+"""The command line: one module for each command, which translates its arguments and delegates."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llava_cli import __version__
-from llava_cli.errors import LlavaError, OutputError, UsageError, printable
+from llava_cli._version import __version__
+from llava_cli.errors import LlavaError, OutputError, UsageError, os_reason, printable
 
 
 class Group(TyperGroup):
-    """Turns what a command raises into one line, a hint and an exit code."""
+    """Turns an error of a command into one line, a hint and an exit code."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         from llava_cli import render
@@ -28,7 +28,7 @@ class Group(TyperGroup):
         except OSError as error:
             code = _output_failed(error)
         except Exception as error:
-            if not hasattr(error, "format_message"):  # Click's own, which is not ours to import
+            if not hasattr(error, "format_message"):  # the mark of Click's errors; Typer has its own copy of Click
                 raise
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "llava"
@@ -53,20 +53,20 @@ class Group(TyperGroup):
 
 
 def _output_failed(error: OSError) -> int:
-    """Says what could not be written, and gives the exit code for it."""
+    """Reports what could not be written, and returns the exit code."""
     from llava_cli import render
 
     if os.environ.get("LLAVA_DEBUG"):
         raise error
-    gone = isinstance(error, BrokenPipeError)  # `llava … | head`: who was reading has seen enough
-    if not gone:
+    has_no_reader = isinstance(error, BrokenPipeError)  # `llava … | head` has read enough
+    if not has_no_reader:
         render.show_error(OutputError(printable(str(error.filename or "output")), _reason(error)))
     render.close_stdout()
-    return 0 if gone else OutputError.exit_code
+    return 0 if has_no_reader else OutputError.exit_code
 
 
 def _reason(error: OSError) -> str:
-    return "stdout is closed" if error.errno == errno.EBADF else error.strerror or str(error)
+    return "stdout is closed" if error.errno == errno.EBADF else os_reason(error)
 
 
 app = typer.Typer(
@@ -80,8 +80,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_asked: bool) -> None:
+    if is_asked:
         print(f"llava {__version__}")
         raise typer.Exit
 
@@ -100,7 +100,7 @@ def _llava(
 COMMANDS = ("ask", "batch", "chat", "chats", "doctor", "models", "prompt", "report", "serve")
 
 
-def register(word: str = "") -> None:
-    """Imports a command's file, with which it is there. For another word all of them, which takes 16 ms more."""
-    for name in [word] if word in COMMANDS else COMMANDS:
+def register(command: str = "") -> None:
+    """Adds a command to `app` by importing its module; for an unknown one all of them, which takes 16 ms more."""
+    for name in [command] if command in COMMANDS else COMMANDS:
         import_module(f"llava_cli.cli.{name}")

@@ -1,4 +1,4 @@
-"""What the words of a command line mean: which are pictures, which is the question."""
+"""Arguments of a command line: which are pictures, which is the question."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ USAGE = 'llava ask img.jpg "what is this?"'
 def conversation_from(
     args: list[str] | None, settings: Settings, allow_truncated: bool = False, quiet: bool = False
 ) -> Conversation:
-    """`[IMAGE]... QUESTION` -> a conversation with one question, its pictures opened.
+    """Turns `[IMAGE]... QUESTION` into a conversation with one question, its pictures opened.
 
-    Where all words are pictures the question is read from stdin. Raises `UsageError` without one, `PromptTooLong`
-    where it has no end.
+    If all arguments are pictures, the question is read from stdin. Raises `UsageError` without a question,
+    `PromptTooLong` for one without an end.
     """
     *sources, question = args or [""]
     if args and _is_picture(question, sources):
@@ -33,23 +33,23 @@ def conversation_from(
 
 
 def _stdin() -> str:
-    """What was piped in; nothing where that is a terminal, or closed. Raises `PromptTooLong` for what nobody reads."""
+    """What was piped in; empty if stdin is a terminal, or closed. Raises `PromptTooLong`."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     most = limits.TEXT_CHARACTERS
-    text = decoded(sys.stdin.buffer.read(4 * most + 1))  # a character has 4 at most
+    text = decoded(sys.stdin.buffer.read(4 * most + 1))  # a character has 4 bytes at most
     if len(text) > most:
         raise PromptTooLong("QUESTION", f"longer than {most:,} characters")
     return text.strip()
 
 
-def _is_picture(word: str, before: list[str]) -> bool:
-    """Whether the last word is one more picture; a sentence that ends in a file's name is not."""
-    return looks_like_picture(word) and not (before and (" " in word or os.path.isdir(word)))
+def _is_picture(argument: str, before: list[str]) -> bool:
+    """Whether the last argument is one more picture; a sentence that ends in a file's name is not."""
+    return looks_like_picture(argument) and not (before and (" " in argument or os.path.isdir(argument)))
 
 
 def open_named(source: str, allow_truncated: bool, quiet: bool) -> Picture:
-    """A picture named on the command line; says where only a part of it is there."""
+    """Opens a picture named on the command line; prints a note if only a part of it is there."""
     picture = open_picture(source, allow_truncated)
     if picture.truncated and not quiet:
         render.note(f"llava: {printable(source)}: truncated; the answer is about what is there")

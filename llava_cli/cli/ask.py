@@ -8,49 +8,22 @@ from llava_cli import render
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
-    AdapterOpt,
-    DeviceOpt,
-    DoubleOpt,
-    FitOpt,
+    ANSWERING,
     JsonOpt,
-    MaxTokensOpt,
-    ModelOpt,
     PicturesAndQuestion,
-    PrecisionOpt,
     QuietOpt,
-    SeedOpt,
-    ServerOpt,
     StatsOpt,
-    StopOpt,
-    SystemOpt,
-    TemperatureOpt,
-    TemplateOpt,
-    TopPOpt,
     TruncatedOpt,
-    VisualOpt,
     settings_of,
+    with_options,
 )
 
 
 @app.command()
+@with_options(*ANSWERING)
 def ask(
     context: typer.Context,
     args: PicturesAndQuestion = None,
-    model: ModelOpt = None,
-    adapter: AdapterOpt = None,
-    precision: PrecisionOpt = None,
-    double_quant: DoubleOpt = None,
-    device: DeviceOpt = None,
-    max_tokens: MaxTokensOpt = None,
-    temperature: TemperatureOpt = None,
-    top_p: TopPOpt = None,
-    seed: SeedOpt = None,
-    stop: StopOpt = None,
-    system: SystemOpt = None,
-    template: TemplateOpt = None,
-    fit: FitOpt = None,
-    visual_tokens: VisualOpt = None,
-    server: ServerOpt = None,
     allow_truncated: TruncatedOpt = False,
     json: JsonOpt = False,
     stats: StatsOpt = False,
@@ -71,12 +44,12 @@ def ask(
 
         engine = open_engine(settings, render.note)
     if not quiet:
-        render.say_demo(settings, engine)
-        render.say_pictures(engine.family, conversation)
+        render.note_demo_model(settings.load, engine)
+        render.note_picture_count(engine.family, conversation)
     if json:
-        answer = engine.answer(conversation, settings)
+        answer = engine.answer(conversation, settings.sampling)
         render.show_json(render.answer_object(answer, conversation, engine))
     else:
-        answer = render.show(engine.stream(conversation, settings))
+        answer = render.show(engine.stream(conversation, settings.sampling))
     if stats:
         render.note(render.stats(answer, engine))

@@ -1,4 +1,4 @@
-"""`llava batch`: many pictures, one row each."""
+"""`llava batch`: answers questions about many pictures, one row each."""
 
 from __future__ import annotations
 
@@ -9,26 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava_cli.cli import app
-from llava_cli.cli.options import (
-    AdapterOpt,
-    DeviceOpt,
-    DoubleOpt,
-    FitOpt,
-    MaxTokensOpt,
-    ModelOpt,
-    PrecisionOpt,
-    QuietOpt,
-    SeedOpt,
-    ServerOpt,
-    StopOpt,
-    SystemOpt,
-    TemperatureOpt,
-    TemplateOpt,
-    TopPOpt,
-    TruncatedOpt,
-    VisualOpt,
-    settings_of,
-)
+from llava_cli.cli.options import ANSWERING, QuietOpt, TruncatedOpt, settings_of, with_options
 from llava_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +28,7 @@ QuestionsOpt = Annotated[
 ]
 OutputOpt = Annotated[
     Path | None,
-    typer.Option("-o", "--output", metavar="FILE", help="Write rows here; the same command goes on after a stop."),
+    typer.Option("-o", "--output", metavar="FILE", help="Write rows here; the same command resumes after a stop."),
 ]
 IncludeOpt = Annotated[
     list[str] | None, typer.Option("--include", metavar="GLOB", help="Names to take from a folder; repeatable.")
@@ -65,9 +46,6 @@ UrlsOpt = Annotated[bool, typer.Option("--allow-urls", help="Fetch URLs in a lis
 SizeOpt = Annotated[
     str, typer.Option("--batch-size", metavar="auto|N", help="Answers at a time; auto: what the memory allows.")
 ]
-ConcurrencyOpt = Annotated[
-    int | None, typer.Option("--concurrency", metavar="N", help="Requests at a time to the --server. [8]")
-]
 ExtendOpt = Annotated[bool, typer.Option("--extend", help="Take in pictures that were added to SOURCE since.")]
 RetryOpt = Annotated[bool, typer.Option("--retry-errors", help="Ask again where a row has an error.")]
 RepairOpt = Annotated[bool, typer.Option("--repair", help="Ask again where a row is damaged; keeps what was there.")]
@@ -76,8 +54,8 @@ USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
 @app.command()
+@with_options(*ANSWERING, "concurrency")
 def batch(
-    context: typer.Context,
     words: WordsArg = None,
     questions: QuestionsOpt = None,
     output: OutputOpt = None,
@@ -90,22 +68,8 @@ def batch(
     retry_errors: RetryOpt = False,
     repair: RepairOpt = False,
     verify: VerifyOpt = 0,
-    model: ModelOpt = None,
-    adapter: AdapterOpt = None,
-    precision: PrecisionOpt = None,
-    double_quant: DoubleOpt = None,
-    device: DeviceOpt = None,
-    max_tokens: MaxTokensOpt = None,
-    temperature: TemperatureOpt = None,
-    top_p: TopPOpt = None,
-    seed: SeedOpt = None,
-    stop: StopOpt = None,
-    system: SystemOpt = None,
-    template: TemplateOpt = None,
-    fit: FitOpt = None,
-    visual_tokens: VisualOpt = None,
-    server: ServerOpt = None,
-    concurrency: ConcurrencyOpt = None,
+    *,
+    context: typer.Context,
     allow_truncated: TruncatedOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
@@ -120,28 +84,30 @@ def batch(
     llava batch questions.jsonl -o answers.jsonl
 
     Each picture, each path of a list and each line of a questions file has its own row, in their order. SOURCE is known
-    by its content: questions may have any name, or come on stdin. What is passed over in a folder is counted on stderr.
+    by its content: questions may have any name, or come on stdin. What is skipped in a folder is counted on stderr.
     """
     from llava_cli.batch.run import Job, run
-    from llava_cli.batch.source import Source, expanded, split
-    from llava_cli.hardware.memory import prepare_for_many
+    from llava_cli.batch.source import Source
+    from llava_cli.batch.source_arguments import expand, split_question
+    from llava_cli.batch.source_check import check_source
+    from llava_cli.hardware.allocator import limit_caches
 
-    prepare_for_many(kernels=32)
+    limit_caches(primitives=32)
     to_file = None if output is None or str(output) == "-" else output
     if to_file is None and (extend or retry_errors or repair):
         raise UsageError("--extend, --retry-errors, --repair", "are about a file of rows", USAGE)
     settings = settings_of(context)
-    if settings.server and batch_size != "auto":
-        raise UsageError("--batch-size", f"{settings.server} decides that", "--concurrency N requests at a time")
+    if settings.remote.server and batch_size != "auto":
+        raise UsageError("--batch-size", f"{settings.remote.server} decides that", "--concurrency N requests at a time")
     size = _size(batch_size)
-    sources, question = split(words or [""])
-    asked = (*([question] if question is not None else []), *(questions or []))
-    given = Source(expanded(sources), asked, tuple(include or ()), null, root)
-    given.check(allow_urls, to_file)
+    sources, question = split_question(words or [""])
+    all_questions = (*([question] if question is not None else []), *(questions or []))
+    source = Source(expand(sources), all_questions, tuple(include or ()), null, root)
+    check_source(source, allow_urls, to_file)
     job = Job(
-        source=given,
+        source=source,
         settings=settings,
-        command=_command(given),
+        command=_command(source),
         output=to_file,
         size=size,
         extend=extend,
@@ -157,7 +123,7 @@ def batch(
 
 
 def _command(source: Source) -> str:
-    """This command, to be typed again; what came through a pipe has to come again."""
+    """The command line that resumes this run; a pipe is written as `…`."""
     from llava_cli.files import quoted
 
     words = ["<(…)" if source.is_substituted and word == source.words[0] else quoted(word) for word in sys.argv[1:]]
@@ -166,6 +132,7 @@ def _command(source: Source) -> str:
 
 
 def _size(text: str) -> int | None:
+    """The value of --batch-size; None for "auto". Raises `UsageError`."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:

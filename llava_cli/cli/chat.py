@@ -12,27 +12,7 @@ import typer
 from llava_cli import render, signals
 from llava_cli.cli import app
 from llava_cli.cli.arguments import open_named
-from llava_cli.cli.options import (
-    AdapterOpt,
-    DeviceOpt,
-    DoubleOpt,
-    FitOpt,
-    MaxTokensOpt,
-    ModelOpt,
-    PrecisionOpt,
-    QuietOpt,
-    SeedOpt,
-    ServerOpt,
-    StatsOpt,
-    StopOpt,
-    SystemOpt,
-    TemperatureOpt,
-    TemplateOpt,
-    TopPOpt,
-    TruncatedOpt,
-    VisualOpt,
-    settings_of,
-)
+from llava_cli.cli.options import ANSWERING, QuietOpt, StatsOpt, TruncatedOpt, settings_of, with_options
 from llava_cli.errors import UsageError
 from llava_cli.untrusted_text import one_line
 
@@ -50,29 +30,16 @@ NoPreviewOpt = Annotated[bool, typer.Option("--no-preview", help="No thumbnails 
 
 
 @app.command()
+@with_options(*ANSWERING)
 def chat(
-    context: typer.Context,
     images: Images = None,
     continue_: ContinueOpt = False,
     resume: ResumeOpt = None,
     no_save: NoSaveOpt = False,
     plain: PlainOpt = False,
     no_preview: NoPreviewOpt = False,
-    model: ModelOpt = None,
-    adapter: AdapterOpt = None,
-    precision: PrecisionOpt = None,
-    double_quant: DoubleOpt = None,
-    device: DeviceOpt = None,
-    max_tokens: MaxTokensOpt = None,
-    temperature: TemperatureOpt = None,
-    top_p: TopPOpt = None,
-    seed: SeedOpt = None,
-    stop: StopOpt = None,
-    system: SystemOpt = None,
-    template: TemplateOpt = None,
-    fit: FitOpt = None,
-    visual_tokens: VisualOpt = None,
-    server: ServerOpt = None,
+    *,
+    context: typer.Context,
     allow_truncated: TruncatedOpt = False,
     stats: StatsOpt = False,
     quiet: QuietOpt = False,
@@ -88,55 +55,57 @@ def chat(
     settings = settings_of(context)
     from llava_cli.chat.repl import answer_lines, converse, piped_lines
     from llava_cli.chat.session import Chat
-    from llava_cli.chat.store import NoHome, Store
+    from llava_cli.chat.store import DataFolderUnusable, Store
     from llava_cli.chat.thumbnail import draw as draw_thumbnail
 
     store = None
     try:
         store = None if no_save else Store()
-    except NoHome as error:
+    except DataFolderUnusable as error:
         if continue_ or resume is not None:
             raise
         if not quiet:
             render.note(f"this chat is not kept: {error}; LLAVA_DATA=FOLDER names a place")
-    number, before = None, None
+    number, conversation = None, None
     if continue_ or resume is not None:
         if store is None:
             raise UsageError("--no-save", "does not go with --continue or --resume", "llava chat --continue")
         number = resume if resume is not None else store.last()
         if number is None:
             raise UsageError("--continue", "there is no chat yet", "llava chat img.jpg")
-        before = store.load(number)
-        settings = replace(settings, model=model or store.model(number))
+        conversation = store.load(number)
+        model = context.params["model"] or store.model(number)
+        settings = replace(settings, load=replace(settings.load, model=model))
     if "-" in (images or []):
         raise UsageError("-", "stdin is where the questions come from", "llava chat img.jpg")
     pictures = [open_named(source, allow_truncated, quiet) for source in images or []]
 
-    person = sys.stdin is not None and sys.stdin.isatty()
-    draw = not plain and sys.stdout.isatty()
+    is_interactive = sys.stdin is not None and sys.stdin.isatty()
+    has_thumbnails = is_interactive and sys.stdout.isatty() and not plain and not no_preview
     with render.spinner("loading the model", quiet or plain):
         from llava_cli.loader import open_engine
 
         engine = open_engine(settings, render.note)
     if not quiet:
-        render.say_demo(settings, engine)
-    preview = draw_thumbnail if draw and person and not no_preview else lambda picture: None
-    talk = Chat(engine, settings, (lambda line: None) if quiet else render.note, preview, store)
-    if number is not None and before is not None:
-        talk.resume(number, before)
-        if system is not None:
-            talk.set_system(system)
+        render.note_demo_model(settings.load, engine)
+    preview = draw_thumbnail if has_thumbnails else lambda picture: None
+    session = Chat(engine, settings, (lambda line: None) if quiet else render.note, preview, store)
+    if number is not None and conversation is not None:
+        session.resume(number, conversation)
+        if context.params["system"] is not None:
+            session.set_system(context.params["system"])
     for picture in pictures:
-        talk.attach(picture)
-    if not person:
-        answer_lines(talk, piped_lines(), quiet, stats)
+        session.attach(picture)
+    if not is_interactive:
+        answer_lines(session, piped_lines(), quiet, stats)
         return
     from llava_cli.chat.keyboard import keyboard, plain_keyboard
 
     if number is not None:
-        talk.note(f"chat {number} goes on after {len(talk.conversation.turns)} turn(s); llava chats show {number}")
-    talk.note(f"{one_line(engine.model)}: /help lists commands, Ctrl-D leaves")
+        turns = len(session.conversation.turns)
+        session.note(f"chat {number} goes on after {turns} turn(s); llava chats show {number}")
+    session.note(f"{one_line(engine.model)}: /help lists commands, Ctrl-D leaves")
     history = store.folder / "history" if store else None
     signals.spare_imports()
-    converse(talk, plain_keyboard() if plain else keyboard(history), quiet, stats)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C too many must not spoil the way out
+    converse(session, plain_keyboard() if plain else keyboard(history), quiet, stats)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit

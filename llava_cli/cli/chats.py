@@ -1,4 +1,4 @@
-"""`llava chats`: the chats that were kept."""
+"""`llava chats`: lists, searches, shows and deletes saved chats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from llava_cli import render
 from llava_cli.chat.export import turn_as_text
-from llava_cli.chat.store import NoHome, Store, Summary
+from llava_cli.chat.store import DataFolderUnusable, Store, Summary
 from llava_cli.cli import Group, app
 from llava_cli.untrusted_text import one_line, printable
 
@@ -28,7 +28,7 @@ def _chats(context: typer.Context) -> None:
 @chats.command("list")
 def list_chats() -> None:
     """List all chats, the last one first."""
-    _table(_found())
+    _print_table(_chats_with())
 
 
 @chats.command()
@@ -37,7 +37,7 @@ def search(text: Annotated[str, typer.Argument(metavar="TEXT", help="What was sa
 
     llava chats search "red circle"
     """
-    _table(_found(text))
+    _print_table(_chats_with(text))
 
 
 @chats.command()
@@ -46,7 +46,7 @@ def show(number: NumberArg) -> None:
 
     llava chats show 3
     """
-    for turn in Store().said(number):
+    for turn in Store().turns(number):
         render.say(turn_as_text(map(printable, turn.pictures), turn.question, turn.answer))
 
 
@@ -62,14 +62,14 @@ def delete(numbers: Annotated[list[int], typer.Argument(metavar="N...", help="Th
         render.note(f"deleted: chat {number}; what was typed is in {store.folder / 'history'} still")
 
 
-def _found(text: str = "") -> list[Summary]:
+def _chats_with(text: str = "") -> list[Summary]:
     try:
-        return Store().find(text)
-    except NoHome:  # nor a chat, then
+        return Store().search(text)
+    except DataFolderUnusable:  # then no chat can have been saved
         return []
 
 
-def _table(found: list[Summary]) -> None:
+def _print_table(chats: list[Summary]) -> None:
     rows = [
         [
             str(chat.number),
@@ -79,6 +79,6 @@ def _table(found: list[Summary]) -> None:
             str(chat.pictures),
             printable(" ".join(chat.title.split()))[:60],
         ]
-        for chat in found
+        for chat in chats
     ]
     render.table(["N", "last", "model", "turns", "pictures", "first question"], rows)

@@ -8,7 +8,7 @@ import typer
 
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.options import AdapterOpt, DeviceOpt, DoubleOpt, JsonOpt, PrecisionOpt, settings_of
+from llava_cli.cli.options import JsonOpt, settings_of, with_options
 from llava_cli.errors import ModelUnusable
 
 NameArg = Annotated[
@@ -18,13 +18,10 @@ NameArg = Annotated[
 
 
 @app.command()
+@with_options("adapter", "precision", "double_quant", "device")
 def doctor(
     context: typer.Context,
     model: NameArg = None,
-    adapter: AdapterOpt = None,
-    device: DeviceOpt = None,
-    precision: PrecisionOpt = None,
-    double_quant: DoubleOpt = None,
     json: JsonOpt = False,
 ) -> None:
     """Show device and memory, and the precision that would be chosen and why; with MODEL, load and check that.
@@ -40,14 +37,14 @@ def doctor(
     if model is not None:
         from llava_cli.diagnostics import checkup
 
-        if not render.show_checks(checkup(settings), json):
+        if not render.show_checks(checkup(settings.load), json):
             raise typer.Exit(ModelUnusable.exit_code)
         return
-    from llava_cli.hardware.device import report
+    from llava_cli.diagnostics import machine_facts
 
     with render.spinner("looking at this machine"):
-        found = report(settings)
+        facts = machine_facts(settings.load)
     if json:
-        render.show_json(found)
+        render.show_json(facts)
     else:
-        render.table(["", ""], [[name, str(value)] for name, value in found.items()])
+        render.table(["", ""], [[name, value] for name, value in facts.items()])

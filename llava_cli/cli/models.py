@@ -1,4 +1,4 @@
-"""`llava models`: what there is, what is here, what is the default."""
+"""`llava models`: lists, shows, downloads and converts models, and sets the default."""
 
 from __future__ import annotations
 
@@ -12,18 +12,10 @@ from llava_cli import render
 from llava_cli.cli import Group, app
 from llava_cli.cli.options import JsonOpt
 from llava_cli.files import quoted
-from llava_cli.models.registry import (
-    ALIASES,
-    BUILTIN,
-    builtin_folder,
-    data_folder,
-    default_name,
-    is_folder,
-    on_disk,
-    pulled,
-)
-from llava_cli.paths import expanded
-from llava_cli.settings import Settings, set_default_model
+from llava_cli.models.aliases import ALIASES
+from llava_cli.models.registry import BUILTIN, builtin_folder, default_name, is_folder, on_disk, pulled
+from llava_cli.paths import data_folder, expand_user
+from llava_cli.settings import LoadOptions, Settings, set_default_model
 from llava_cli.untrusted_text import printable
 
 models = typer.Typer(cls=Group, help="List, pull and choose models.", rich_markup_mode=None)
@@ -43,28 +35,26 @@ def list_models() -> None:
     """List the models that have a name: size, whether on disk, at which precision they fit here."""
     from llava_cli.hardware.memory import best_fit
 
-    chosen = default_name(Settings.resolve())
+    default = default_name(Settings.resolve().load)
     size = _size(builtin_folder())
-    rows = [_row(BUILTIN, chosen, size, "yes", "yes", "demonstration: drawings of colored shapes")]
-    for name, family in ALIASES.items():
-        here = "yes" if on_disk(name) else "-"
-        rows.append(
-            _row(name, chosen, f"{family.bytes / 1e9:.1f} GB", here, best_fit(family.parameters * 1e9), family.note)
-        )
-    for name in dict.fromkeys([*pulled(), chosen]):
+    rows = [_row(BUILTIN, default, size, "yes", "yes", "demonstration: drawings of colored shapes")]
+    for name, alias in ALIASES.items():
+        is_here = "yes" if on_disk(name) else "-"
+        rows.append(_row(name, default, _gigabytes(alias.bytes), is_here, best_fit(alias.parameters * 1e9), alias.note))
+    for name in dict.fromkeys([*pulled(), default]):
         if name not in ALIASES and name != BUILTIN:
-            folder = expanded(name) if is_folder(name) else on_disk(name)
+            folder = expand_user(name) if is_folder(name) else on_disk(name)
             cells = [_size(folder), "yes"] if folder and os.path.isdir(folder) else ["", "-"]
-            rows.append(_row(name, chosen, *cells, "", ""))
+            rows.append(_row(name, default, *cells, "", ""))
     render.table(["", "model", "size", "on disk", "fits", ""], rows)
 
 
-def _row(name: str, chosen: str, *cells: str) -> list[str]:
-    return ["*" if name == chosen else " ", printable(name), *cells]
+def _row(name: str, default: str, *cells: str) -> list[str]:
+    return ["*" if name == default else " ", printable(name), *cells]
 
 
 def _size(folder: Path) -> str:
-    return _bytes(sum(f.stat().st_size for f in folder.iterdir() if f.exists()))
+    return _bytes(sum(file.stat().st_size for file in folder.iterdir() if file.exists()))
 
 
 def _bytes(size: float) -> str:
@@ -78,12 +68,12 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
     llava models show llava-1.5-7b
     """
     from llava_cli.hardware.memory import BYTES_PER_WEIGHT
-    from llava_cli.models.families import Family, named
+    from llava_cli.models.families import Family, family_named
 
     facts: dict[str, str] = {"model": name}
     if name in ALIASES:
         alias = ALIASES[name]
-        family: Family | None = named(alias.family)
+        family: Family | None = family_named(alias.family)
         facts |= {
             "repository": alias.repo,
             "weights": f"{alias.parameters} billion",
@@ -93,7 +83,7 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
             f"memory in {precision}": _gigabytes(alias.parameters * 1e9 * BYTES_PER_WEIGHT[precision])
             for precision in ("bf16", "8bit", "4bit")
         }
-        facts |= {"language model": alias.languages, "note": alias.note}
+        facts |= {"language model": alias.language_model, "note": alias.note}
     else:
         from llava_cli.models.adapters import find_named
 
@@ -102,20 +92,20 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
         from llava_cli.loader import load_prompter
 
         with render.spinner("reading the checkpoint"):
-            family = load_prompter(Settings(model=name)).family
+            family = load_prompter(LoadOptions(model=name)).family
     if family:
         facts |= {
             "family": family.name,
             "context": f"{family.context} tokens",
-            "pictures": f"{family.pictures} in a prompt, {family.view}",
+            "pictures": f"{family.pictures} in a prompt, {family.image_layout}",
             "trained format": family.template or "the checkpoint's own",
         }
     facts["here"] = "yes" if name not in ALIASES or on_disk(name) else f"no; llava models pull {name}"
-    facts = {fact: words for fact, words in facts.items() if words}
+    facts = {fact: value for fact, value in facts.items() if value}
     if json:
         render.show_json(facts)
     else:
-        render.table(["", ""], [[fact, printable(words)] for fact, words in facts.items()])
+        render.table(["", ""], [[fact, printable(value)] for fact, value in facts.items()])
 
 
 def _gigabytes(size: float) -> str:
@@ -124,7 +114,7 @@ def _gigabytes(size: float) -> str:
 
 @models.command()
 def pull(name: NameArg) -> None:
-    """Download a model; goes on where it was cut off.
+    """Download a model; resumes where it was cut off.
 
     llava models pull llava-1.5-7b
     """
@@ -132,7 +122,7 @@ def pull(name: NameArg) -> None:
     from llava_cli.models.validate import check_files
 
     with render.progress(name) as meter:
-        folder = download.pull(name, meter, judge=check_files)
+        folder = download.pull(name, meter, check=check_files)
     render.note(f"{printable(name)} is in {printable(str(folder))}")
     render.note(f'  llava ask -m {quoted(name)} img.jpg "what is this?"')
     if not is_folder(name) and name not in pulled():
@@ -159,10 +149,10 @@ def convert(
 
     Tower, projector and language model are put together, tensor by tensor; nothing of FOLDER is run.
     """
-    from llava_cli import convert as conversion
+    from llava_cli.convert.conversion import convert as convert_checkpoint
 
     with render.progress(folder) as meter:
-        options = conversion.convert(folder, out, vision_tower, base, meter)
+        options = convert_checkpoint(folder, out, vision_tower, base, meter)
     render.note(f"{printable(folder)} is in {printable(str(out))}")
     render.note(f'  llava ask -m {quoted(out)} {options}{" " * bool(options)}img.jpg "what is this?"')
 
@@ -176,7 +166,7 @@ def default(
     llava models default llava-1.5-7b
     """
     if name is None:
-        render.say(default_name(Settings.resolve()))
+        render.say(default_name(Settings.resolve().load))
         return
     from llava_cli.models.adapters import find_named
 
@@ -184,15 +174,15 @@ def default(
     if is_folder(name):
         from llava_cli.models.validate import check_files
 
-        check_files(checkpoint)  # any folder has a name; not all hold a model
-        name = str((checkpoint.adapter or checkpoint.folder).resolve())  # the next command may be typed elsewhere
+        check_files(checkpoint)  # a folder need not contain a model
+        name = str((checkpoint.adapter or checkpoint.folder).resolve())  # the next command may run in another folder
     set_default_model(name)
     render.note(f"{printable(name)} is the default model")
 
 
 @models.command()
 def prune() -> None:
-    """Delete the quantised copies that 4-bit and 8-bit models start from; the next start makes its own again.
+    """Delete the quantized copies that 4-bit and 8-bit models start from; the next start makes its own again.
 
     llava models prune
     """
@@ -202,4 +192,4 @@ def prune() -> None:
     for name, size in pruned():
         print(f"{printable(name)}  {_bytes(size)}")
         freed += size
-    render.note(f"{_bytes(freed)} are free again" if freed else "there are no quantised copies")
+    render.note(f"{_bytes(freed)} are free again" if freed else "there are no quantized copies")

@@ -1,64 +1,27 @@
-"""Every option that more than one command has, declared once. None means "not given"."""
+"""The options of the command line: those of `settings.OPTIONS`, and the few others that several commands have."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
 from llava_cli.errors import UsageError
-from llava_cli.settings import Device, Fit, Precision, Settings
+from llava_cli.settings import OPTIONS, LoadOptions, Sampling, Settings
 
-ModelOpt = Annotated[
-    str | None, typer.Option("-m", "--model", metavar="NAME|REPO|FOLDER", help="The model; `llava models` lists them.")
-]
-AdapterOpt = Annotated[
-    str | None,
-    typer.Option("--adapter", metavar="FOLDER", help="Merge this PEFT adapter (LoRA, DoRA, …) into the model."),
-]
-PrecisionOpt = Annotated[
-    Precision | None, typer.Option("-p", "--precision", help="Number format of the weights; auto suits the device.")
-]
-DoubleOpt = Annotated[
-    bool | None, typer.Option("--double-quant", help="With 4bit: quantise the scales too; 0.4 bits a weight less.")
-]
-DeviceOpt = Annotated[Device | None, typer.Option("--device", help="Where the model runs.")]
-MaxTokensOpt = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="End the answer here. [512]")]
-TemperatureOpt = Annotated[
-    float | None, typer.Option("--temperature", metavar="T", help="0 is greedy and always the same. [0]")
-]
-TopPOpt = Annotated[float | None, typer.Option("--top-p", metavar="P", help="Sample from this much probability. [1]")]
-SeedOpt = Annotated[int | None, typer.Option("--seed", metavar="N", help="Make sampling repeatable.")]
-StopOpt = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")]
-SystemOpt = Annotated[
-    str | None, typer.Option("--system", metavar="TEXT", help="Instructions before the conversation.")
-]
-TemplateOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--template",
-        metavar="hub|native|NAME|FILE",
-        help="Prompt format: the checkpoint's own, that of its training, a named one or a .jinja file. [hub]",
-    ),
-]
-FitOpt = Annotated[
-    Fit | None,
-    typer.Option("--fit", help="All of a picture that is not square, or its middle; auto: as in training."),
-]
-VisualOpt = Annotated[
-    int | None,
-    typer.Option("--visual-tokens", metavar="N", help="Read only the N most diverse tokens of each picture. [all]"),
-]
+LOADING = LoadOptions.names()
+ANSWERING = [*LOADING, *Sampling.names(), "system", "server"]
+"""The settings of a command that loads a model and has it answer."""
+
 TruncatedOpt = Annotated[
     bool, typer.Option("--allow-truncated", help="Take what there is of a picture whose end is missing.")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 StatsOpt = Annotated[bool, typer.Option("--stats", help="Print times and memory on stderr.")]
 QuietOpt = Annotated[bool, typer.Option("-q", "--quiet", help="No hints, warnings or spinner on stderr.")]
-ServerOpt = Annotated[
-    str | None,
-    typer.Option("--server", metavar="URL", help="Ask this OpenAI-compatible API; the key is in LLAVA_API_KEY."),
-]
 PicturesAndQuestion = Annotated[
     list[str] | None,
     typer.Argument(
@@ -69,15 +32,44 @@ PicturesAndQuestion = Annotated[
 ]
 
 
-LOADING = ("adapter", "precision", "double_quant", "device", "template", "fit", "visual_tokens")
-"""What is decided where the model is loaded."""
+def with_options(*keys: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options with these keys, after its parameter `context`, by which `settings_of` finds them."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        parameters = []
+        for parameter in signature.parameters.values():
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            if parameter.name == "context":
+                parameters += map(_parameter, keys)
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            command(**{name: values[name] for name in signature.parameters})
+
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _parameter(key: str) -> inspect.Parameter:
+    option = OPTIONS[key]
+    default = f" [{option.default:g}]" if option.bounds and option.default is not None else ""
+    flags = [flag for flag in (option.short, option.flag) if flag]
+    declared = typer.Option(*flags, metavar=option.metavar, help=option.help + default)
+    kind: Any = list[str] if option.type == tuple[str, ...] else option.type
+    annotation = Annotated[kind | None, declared]
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def settings_of(context: typer.Context) -> Settings:
-    """What the command line says, over the environment, over the config file."""
-    given = {name: context.params[name] for name in Settings.names() if name in context.params}
+    """The options of the command line, merged with the environment and the config file. None means "not given"."""
+    given = {key: context.params[key] for key in OPTIONS if key in context.params}
     settings = Settings.resolve(**given)
-    if settings.server and "server" in given and (decided := [name for name in LOADING if given[name] is not None]):
-        option = "--" + decided[0].replace("_", "-")
-        raise UsageError(option, f"{settings.server} decides that", f"--server '' {option} … loads a model here")
+    if (server := settings.remote.server) and "server" in given:
+        for key in LOADING:
+            if key != "model" and given[key] is not None:
+                flag = OPTIONS[key].flag
+                raise UsageError(flag, f"{server} decides that", f"--server '' {flag} … loads a model here")
     return settings

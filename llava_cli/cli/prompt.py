@@ -1,4 +1,4 @@
-"""`llava prompt`: the exact prompt, no weights loaded."""
+"""`llava prompt`: prints the exact prompt, without loading the weights."""
 
 from __future__ import annotations
 
@@ -11,19 +11,7 @@ import typer
 from llava_cli import render
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
-from llava_cli.cli.options import (
-    AdapterOpt,
-    FitOpt,
-    JsonOpt,
-    ModelOpt,
-    PicturesAndQuestion,
-    QuietOpt,
-    SystemOpt,
-    TemplateOpt,
-    TruncatedOpt,
-    VisualOpt,
-    settings_of,
-)
+from llava_cli.cli.options import JsonOpt, PicturesAndQuestion, QuietOpt, TruncatedOpt, settings_of, with_options
 
 DiffOpt = Annotated[bool, typer.Option("--diff", help="Compare the checkpoint's own format with that of its training.")]
 ViewOpt = Annotated[
@@ -32,15 +20,10 @@ ViewOpt = Annotated[
 
 
 @app.command()
+@with_options("model", "adapter", "template", "fit", "visual_tokens", "system")
 def prompt(
     context: typer.Context,
     args: PicturesAndQuestion = None,
-    model: ModelOpt = None,
-    adapter: AdapterOpt = None,
-    system: SystemOpt = None,
-    template: TemplateOpt = None,
-    fit: FitOpt = None,
-    visual_tokens: VisualOpt = None,
     allow_truncated: TruncatedOpt = False,
     diff: DiffOpt = False,
     save_view: ViewOpt = None,
@@ -60,22 +43,22 @@ def prompt(
     with render.spinner("loading the tokenizer", quiet):
         from llava_cli.loader import load_prompter
 
-        names = ("hub", "native") if diff else (settings.template,)
-        prompters = {name: load_prompter(replace(settings, template=name)) for name in names}
+        names = ("hub", "native") if diff else (settings.load.template,)
+        prompters = {name: load_prompter(replace(settings.load, template=name)) for name in names}
     if diff:
-        render.show_difference({str(name): one.render(conversation) for name, one in prompters.items()}, json)
+        render.show_difference({str(name): prompter.render(conversation) for name, prompter in prompters.items()}, json)
         return
-    prompter = prompters[settings.template]
+    prompter = prompters[settings.load.template]
     inputs = prompter.encode(conversation)
     text, (tokens, image_tokens) = prompter.render(conversation), prompter.count(inputs)
     if save_view:
-        from llava_cli.prompts.preview import as_seen
+        from llava_cli.prompts.preview import draw_model_view
 
-        render.save_picture(as_seen(inputs, prompter.processor.image_processor), save_view)
+        render.save_picture(draw_model_view(inputs, prompter.processor.image_processor), save_view)
     if json:
         render.show_json({"prompt": text, "tokens": tokens, "image_tokens": image_tokens})
         return
     render.say(text)
     if not quiet:
-        render.say_pictures(prompter.family, conversation)
+        render.note_picture_count(prompter.family, conversation)
         render.note(f"{tokens} tokens, {image_tokens} of them for {len(conversation.pictures)} picture(s)")

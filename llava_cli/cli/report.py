@@ -1,4 +1,4 @@
-"""`llava report`: the rows of a batch as a page."""
+"""`llava report`: makes an HTML page of a batch's rows."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def report(
     llava report out.jsonl --from 5001 -o more.html
 
     The page needs no network and no other file. It holds 100,000 rows, the first 5,000 of them with thumbnails;
-    --from makes a page of the rows that come after. Pictures that are gone or have changed are said to be. Rows may be
+    --from makes a page of the rows that come after. Pictures that are gone or have changed are marked. Rows may be
     a stranger's, so only those pictures are opened that are below the rows' own folder, or where you ran the batch;
     --root names another folder.
     """
     from llava_cli.batch.report import default_output
-    from llava_cli.batch.report import report as make
+    from llava_cli.batch.report import report as write_report
 
-    make(rows, output or default_output(rows), first, quiet, root)
+    write_report(rows, output or default_output(rows), first, quiet, root)

@@ -1,4 +1,4 @@
-"""`llava serve`: a model that stays warm, for our own commands and for OpenAI's clients."""
+"""`llava serve`: keeps a model loaded, for our own commands and for OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -9,61 +9,36 @@ import typer
 
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.options import (
-    AdapterOpt,
-    DeviceOpt,
-    DoubleOpt,
-    FitOpt,
-    JsonOpt,
-    MaxTokensOpt,
-    ModelOpt,
-    PrecisionOpt,
-    QuietOpt,
-    SystemOpt,
-    TemperatureOpt,
-    TemplateOpt,
-    TopPOpt,
-    VisualOpt,
-    settings_of,
-)
+from llava_cli.cli.options import LOADING, JsonOpt, QuietOpt, settings_of, with_options
 from llava_cli.errors import UsageError
+from llava_cli.paths import socket_path
 
-HostOpt = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where OpenAI's clients find it.")]
-PortOpt = Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="And at which port.")]
+HostOpt = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on for clients.")]
+PortOpt = Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on.")]
 AllowHostOpt = Annotated[
-    list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A name that it is reached by; repeatable.")
+    list[str] | None, typer.Option("--allow-host", metavar="NAME", help="One more host name to serve; repeatable.")
 ]
 AllowOriginOpt = Annotated[
-    list[str] | None, typer.Option("--allow-origin", metavar="URL", help="A web page that may ask; repeatable.")
+    list[str] | None,
+    typer.Option("--allow-origin", metavar="URL", help="A web page that may send requests; repeatable."),
 ]
 AllowUrlsOpt = Annotated[
     bool, typer.Option("--allow-urls", help="Fetch pictures that requests name, from public addresses.")
 ]
-QueueOpt = Annotated[int, typer.Option("--queue", metavar="N", min=1, help="Requests in hand; more are sent away.")]
+QueueOpt = Annotated[int, typer.Option("--queue", metavar="N", min=1, help="Requests at a time; more are refused.")]
 IdleOpt = Annotated[
     str | None, typer.Option("--idle", metavar="TIME", help="Stop after so long without a request: 90s, 10m, 2h.")
 ]
-DrainOpt = Annotated[str, typer.Option("--drain", metavar="TIME", help="How long answers in hand have at the end.")]
-DetachOpt = Annotated[bool, typer.Option("--detach", help="Go on in the background, once the model is loaded.")]
+DrainOpt = Annotated[str, typer.Option("--drain", metavar="TIME", help="How long to finish answers when it stops.")]
+DetachOpt = Annotated[bool, typer.Option("--detach", help="Run in the background once the model is loaded.")]
 StatusOpt = Annotated[bool, typer.Option("--status", help="Say which model is being served.")]
 StopOpt = Annotated[bool, typer.Option("--stop", help="Stop the server, once its answers are complete.")]
 
 
 @app.command()
+@with_options(*LOADING, "max_tokens", "temperature", "top_p", "system")
 def serve(
     context: typer.Context,
-    model: ModelOpt = None,
-    adapter: AdapterOpt = None,
-    precision: PrecisionOpt = None,
-    double_quant: DoubleOpt = None,
-    device: DeviceOpt = None,
-    template: TemplateOpt = None,
-    fit: FitOpt = None,
-    visual_tokens: VisualOpt = None,
-    max_tokens: MaxTokensOpt = None,
-    temperature: TemperatureOpt = None,
-    top_p: TopPOpt = None,
-    system: SystemOpt = None,
     host: HostOpt = "127.0.0.1",
     port: PortOpt = 8000,
     allow_host: AllowHostOpt = None,
@@ -87,42 +62,46 @@ def serve(
     curl http://127.0.0.1:8000/v1/models
     """
     from llava_cli.engine.remote import local_socket
-    from llava_cli.hardware.memory import prepare_for_many
-    from llava_cli.server import run
+    from llava_cli.hardware.allocator import limit_caches
+    from llava_cli.server import background
+    from llava_cli.server.address import Address
+    from llava_cli.server.run import ServePolicy
+    from llava_cli.server.run import serve as run_server
 
     if status or end:
-        said = run.stop(_seconds("--drain", drain) + 5) if end else local_socket.status()
+        info = background.stop(_seconds("--drain", drain) + 5) if end else local_socket.server_info()
         if json:
-            render.show_json(said)
-        elif said:
-            render.say(f"stopped: {_line(said)}" if end else _line(said))
-        elif pid := local_socket.in_between(local_socket.socket_path()):
+            render.show_json(info)
+        elif info:
+            render.say(f"stopped: {_line(info)}" if end else _line(info))
+        elif pid := local_socket.silent_server(socket_path()):
             render.say(f"a server begins or ends (pid {pid})")
         else:
             render.say("no server is running")
-        if said is None and status:
+        if info is None and status:
             raise typer.Exit(1)
         return
     settings = settings_of(context)
-    terms = run.Terms(queue, None if idle is None else _seconds("--idle", idle), _seconds("--drain", drain), allow_urls)
-    address = run.Address(host, port, settings.api_key, tuple(allow_host or ()), tuple(allow_origin or ()))
+    idle_seconds = None if idle is None else _seconds("--idle", idle)
+    policy = ServePolicy(queue, idle_seconds, _seconds("--drain", drain), allow_urls)
+    address = Address(host, port, settings.remote.api_key, tuple(allow_host or ()), tuple(allow_origin or ()))
     address.check()
     if detach:
-        words = [word for word in sys.argv[2:] if word != "--detach"]
+        arguments = [word for word in sys.argv[2:] if word != "--detach"]
         with render.spinner("loading the model", quiet):
-            said = run.detach(words)
-        render.say(_line(said))
+            info = background.start(arguments)
+        render.say(_line(info))
         return
-    prepare_for_many(kernels=128)
-    run.serve(settings, address, terms, lambda said: None if quiet else render.note(_line(said)))
+    limit_caches(primitives=128)
+    run_server(settings, address, policy, lambda info: None if quiet else render.note(_line(info)))
 
 
-def _line(said: dict[str, object]) -> str:
-    return f"{said['model']} {said['precision']} {said['device']} on {said['url']} (pid {said['pid']})"
+def _line(info: dict[str, object]) -> str:
+    return f"{info['model']} {info['precision']} {info['device']} on {info['url']} (pid {info['pid']})"
 
 
 def _seconds(option: str, text: str) -> float:
-    """ "90s", "10m", "2h", or seconds."""
+    """The seconds in "90s", "10m", "2h" or a number. Raises `UsageError`."""
     units = {"s": 1, "m": 60, "h": 3600}
     number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
     try:

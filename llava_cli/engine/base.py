@@ -1,4 +1,4 @@
-"""What every engine does. Streaming is the primitive; a whole answer is its join."""
+"""What every engine does. Streaming is the primitive; a whole answer joins what it yields."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Answer:
     finish_reason: FinishReason
     """"stop": the model or a stop text ended it; "length": `max_tokens` or the context did."""
     prompt_tokens: int
-    """0 where a server does not say."""
+    """0 if a server does not report it."""
     cached_tokens: int
-    """How many of them the engine had read for the answer before, and did not read again."""
+    """How many of them the engine had read for an earlier answer, and did not read again."""
     answer_tokens: int
     first_token_seconds: float
     """From the conversation to the first token: pictures, prompt and prefill."""
@@ -38,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Text that is certain, in the order it is to be read; the last one brings the whole `Answer`."""
+    """Text that is certain, in order; the last chunk has the whole `Answer`."""
 
     text: str
     answer: Answer | None = None
@@ -53,7 +53,7 @@ class Request:
 
 
 def always() -> bool:
-    """What is never asked to stop."""
+    """The default of `go_on`: never stops."""
     return True
 
 
@@ -104,7 +104,7 @@ class Engine(ABC):
         self,
         requests: Iterable[Request | LlavaError],
         size: int | None = None,
-        go_on: Callable[[], bool] = lambda: True,
+        go_on: Callable[[], bool] = always,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
         """Answers many conversations, up to `size` at a time (None: as many as suit the memory).
 

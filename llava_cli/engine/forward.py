@@ -1,17 +1,15 @@
-"""One model's forward pass: over a prompt, or part of it, or one more token of each answer."""
+"""One model's forward pass: over a prompt, over part of it, or over one more token of each answer."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-
-from llava_cli.engine.cpu.decoder import Decoder
 
 if TYPE_CHECKING:
     import torch
 
 
 class Forward:
-    """Reads what is new of some rows into a KV cache -> logits after their last token [rows, vocabulary]."""
+    """Reads new tokens into a KV cache -> logits after each row's last token [rows, vocabulary]."""
 
     def __init__(self, model: Any) -> None:
         self.model, self._decoder = model, model.get_decoder()
@@ -32,9 +30,9 @@ class Forward:
         import torch
 
         with torch.inference_mode():
-            decoder = vars(self._decoder).get("forward")
-            if len(inputs) == inputs["input_ids"].shape[1] == 1 and self._head and isinstance(decoder, Decoder):
-                # What the model does around its decoder for tokens alone, which takes it as long as a small decoder.
+            decoder = getattr(self.model, "token_forward", None)
+            if len(inputs) == inputs["input_ids"].shape[1] == 1 and self._head and decoder:
+                # Skips what the model does around its decoder, which takes as long as a small decoder itself.
                 x = self._embed(inputs["input_ids"])
                 out = decoder(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache)
                 logits: torch.Tensor = self._head(out.last_hidden_state)

@@ -1,4 +1,4 @@
-"""The KV cache that all answers are read into: what it holds, and room beside it for what comes."""
+"""The KV cache that all answers are read into, with spare space behind the tokens it holds."""
 
 from __future__ import annotations
 
@@ -10,73 +10,82 @@ if TYPE_CHECKING:
     import torch
 
 ROOM = 32
-"""Tokens that are made room for at a time."""
+"""How many tokens of spare space are allocated at a time."""
 _BOTH = "keys", "values"
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values [rows, heads, tokens, width], the beginning of tensors that have room for more.
+    """One layer's keys and values [rows, heads, tokens, head_dim], the beginning of buffers with space for more.
 
-    A token is written where it belongs; transformers' own layer copies all there is for each one, which takes a
-    fifth of a step at 64 rows of 80 tokens, and a twelfth at 7B. Nobody reads what is in the room.
+    A token is written into place; transformers' own layer copies everything for each one, which takes a fifth of a
+    step at 64 rows of 80 tokens, and a twelfth at 7B. The spare space holds garbage that nobody reads.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)  # type: ignore[no-untyped-call]
-        self._stores: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         begin = self.get_seq_length()
-        for store, new in zip(self.grow(key_states, value_states), (key_states, value_states), strict=True):
-            store[: len(new), :, begin : begin + new.shape[2]] = new
+        for buffer, new in zip(self.grow(key_states, value_states), (key_states, value_states), strict=True):
+            buffer[: len(new), :, begin : begin + new.shape[2]] = new
         return self.keys, self.values  # type: ignore[return-value]
 
     def grow(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """By as many tokens as those have [rows, heads, tokens, width], which are to be written behind the others.
+        """Extends the layer by key_states.shape[2] tokens without writing them.
 
-        All there is of both, and the room behind it [rows and more, heads, room, width], in one piece each.
+        Returns both whole buffers [rows or more, heads, tokens or more, head_dim].
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        begin, both = self.get_seq_length(), []
+        begin, buffers = self.get_seq_length(), []
         for name, new in zip(_BOTH, (key_states, value_states), strict=True):
             rows, end = len(new), begin + new.shape[2]
             if not self._fits(name, rows, end):
                 self._move(name, getattr(self, name) if begin else new[:, :, :0], rows, begin, end)
-            self._hold(name, rows, end)
-            both.append(self._stores[name])
-        return both[0], both[1]
+            self._set_size(name, rows, end)
+            buffers.append(self._buffers[name])
+        return buffers[0], buffers[1]
 
-    def make_room(self, rows: int, width: int) -> None:
-        """Moves the last `width` tokens to where there is room for `rows` in all; zeros stand before fewer."""
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first tokens only. Keys and values may differ in length, if Ctrl-C interrupted `grow`."""
+        for name in _BOTH:
+            setattr(self, name, getattr(self, name)[:, :, :length])
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Makes space for that many rows of the last `tokens` tokens; where there are fewer, zeros precede them."""
         for name in _BOTH:
             old = getattr(self, name)
-            if self._fits(name, rows, width + ROOM // 2):
-                if old.shape[2] != width:
-                    _to_the_right(self._stores[name][: len(old), :, :width], old.clone())
+            if self._fits(name, rows, tokens + ROOM // 2):
+                if old.shape[2] != tokens:
+                    _align_right(self._buffers[name][: len(old), :, :tokens], old.clone())
             else:
-                if name in self._stores:  # of which rows have left: not all of it has to stand beside the new one
+                if name in self._buffers:  # frees what removed rows leave unused before the new buffer is allocated
                     old = old.clone()
                     setattr(self, name, old)
-                    del self._stores[name]
-                self._move(name, old, rows, width, width)
-            self._hold(name, len(old), width)
+                    del self._buffers[name]
+                self._move(name, old, rows, tokens, tokens)
+            self._set_size(name, len(old), tokens)
 
-    def join(self, other: RoomyLayer) -> None:
-        """Puts another layer's rows, of no more tokens, below these, where there is room for them."""
+    def append_rows(self, other: RoomyLayer) -> None:
+        """Adds another layer's rows, of at most as many tokens, in space that is reserved for them."""
         for name in _BOTH:
             (rows, _, tokens, _), new = getattr(self, name).shape, getattr(other, name)
-            _to_the_right(self._stores[name][rows : rows + len(new), :, :tokens], new)
-            self._hold(name, rows + len(new), tokens)
+            _align_right(self._buffers[name][rows : rows + len(new), :, :tokens], new)
+            self._set_size(name, rows + len(new), tokens)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._stores.clear()  # of no use any more, and large
+        self._buffers.clear()  # large, and of no use any more
 
-    def drop(self, rows: list[int]) -> None:
-        """Lets go of rows, in descending order; the last row takes the place of each."""
+    def drop_rows(self, rows: list[int]) -> None:
+        """Removes rows, in descending order; the last row takes the place of each."""
         for name in _BOTH:
             left = getattr(self, name)
             for row in rows:
@@ -85,40 +94,59 @@ class RoomyLayer(DynamicLayer):
             setattr(self, name, left)
 
     def _fits(self, name: str, rows: int, tokens: int) -> bool:
-        """Whether the tensor that holds the old tokens has room for so many rows and tokens."""
-        store, old = self._stores.get(name), getattr(self, name)
-        if store is None or store.data_ptr() != old.data_ptr():
+        """Whether the buffer that holds the tokens has space for that many rows and tokens."""
+        buffer, old = self._buffers.get(name), getattr(self, name)
+        if buffer is None or buffer.data_ptr() != old.data_ptr():
             return False
-        return len(store) >= rows and store.shape[2] >= tokens
+        return len(buffer) >= rows and buffer.shape[2] >= tokens
 
-    def _move(self, name: str, old: torch.Tensor, rows: int, width: int, end: int) -> None:
-        """To a tensor for `rows` of `end` tokens and some more, the last `width` of the old ones at its beginning."""
-        self._stores[name] = store = old.new_empty(rows, old.shape[1], end + ROOM, old.shape[3])
-        _to_the_right(store[: len(old), :, :width], old)
+    def _move(self, name: str, old: torch.Tensor, rows: int, tokens: int, end: int) -> None:
+        """Moves the last `tokens` tokens to the beginning of a new buffer for `rows` rows of `end` tokens and more."""
+        self._buffers[name] = buffer = old.new_empty(rows, old.shape[1], end + ROOM, old.shape[3])
+        _align_right(buffer[: len(old), :, :tokens], old)
 
-    def _hold(self, name: str, rows: int, tokens: int) -> None:
-        setattr(self, name, self._stores[name][:rows, :, :tokens])
+    def _set_size(self, name: str, rows: int, tokens: int) -> None:
+        setattr(self, name, self._buffers[name][:rows, :, :tokens])
 
 
-def _to_the_right(place: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Fills `place` from its right end; with zeros where there are not enough."""
-    begin = max(0, place.shape[2] - tokens.shape[2])
-    place[:, :, :begin] = 0
-    place[:, :, begin:] = tokens[:, :, max(0, tokens.shape[2] - place.shape[2]) :]
+def _align_right(target: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Fills `target` [rows, heads, tokens, head_dim] from its right end, and with zeros where tokens are missing."""
+    begin = max(0, target.shape[2] - tokens.shape[2])
+    target[:, :, :begin] = 0
+    target[:, :, begin:] = tokens[:, :, max(0, tokens.shape[2] - target.shape[2]) :]
 
 
 def plain_cache(model: Any) -> bool:
     """Whether a model's KV cache is keys and values for each token and nothing else."""
     layers = DynamicCache(config=model.config).layers
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    return known and getattr(model.config, "image_token_id", None) is not None
+    are_plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return are_plain and getattr(model.config, "image_token_id", None) is not None
 
 
 class RoomyCache(Cache):
-    """The layers of a model with a `plain_cache`, made as they come, with room for more.
+    """The layers of a model with a `plain_cache`, created as they are used, with space for more tokens.
 
-    One with a sliding window keeps what has slid out of it, for the mask to hide, and can be cut like any other.
+    A layer with a sliding window keeps what has left the window, which the mask hides: it can be truncated like others.
     """
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=RoomyLayer)
+
+    @property
+    def nbytes(self) -> int:
+        layers: list[Any] = self.layers
+        return sum(layer.nbytes for layer in layers)
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first tokens only."""
+        layer: Any
+        for layer in self.layers:
+            layer.truncate(length)
+
+    def copy_row(self, row: int, columns: torch.Tensor | slice) -> RoomyCache:
+        """A cache of one row: a copy of those tokens (a mask [columns], or a slice)."""
+        copy, layers = RoomyCache(), list[Any](self.layers)
+        for index, layer in enumerate(layers):
+            one = slice(row, row + 1)
+            copy.update(layer.keys[one, :, columns], layer.values[one, :, columns], index)
+        return copy

@@ -2,88 +2,133 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
-from llava_cli.conversation import Conversation
-from llava_cli.engine.base import Answer, Chunk, Engine, Request
-from llava_cli.engine.generate.batch import Row
-from llava_cli.engine.generate.decode import Chooser, decode, end_tokens
-from llava_cli.engine.generate.prefetch import Ahead
-from llava_cli.engine.generate.prefix import PrefixCache
-from llava_cli.engine.generate.reply import Reply
-from llava_cli.engine.generate.scheduler import Schedule
+from llava_cli.conversation import Conversation, Picture
+from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
+from llava_cli.engine.forward import Forward
+from llava_cli.engine.generate.batch import Batch
+from llava_cli.engine.generate.detokenizer import Detokenizer
+from llava_cli.engine.generate.end_tokens import all_end_tokens
+from llava_cli.engine.generate.prefetch import Prefetcher
+from llava_cli.engine.generate.prompt_cache import PromptCache
+from llava_cli.engine.generate.sampler import Sampler
+from llava_cli.engine.generate.scheduler import Scheduler
+from llava_cli.engine.generate.sequence import Sequence, Token
+from llava_cli.engine.generate.sequential import can_batch, generate_alone
+from llava_cli.engine.model_patch import ModelPatch
 from llava_cli.errors import LlavaError, PromptTooLong, model_errors
 from llava_cli.hardware import memory
-from llava_cli.prompts.prompter import Prompter, same_images
+from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
 
-GATHER = 0.05
-"""Seconds to wait for one more prompt before an idle model begins with those that are there."""
+GATHER_SECONDS = 0.05
+"""How long an idle model waits for one more prompt before it begins with those that are there."""
 
 
 class LocalEngine(Engine):
     """One transformers model, its `network`, with its prompter. The loader makes it."""
 
-    def __init__(self, name: str, model: Any, prompter: Prompter, precision: str, load_seconds: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        prompter: Prompter,
+        precision: str,
+        load_seconds: float,
+        patch: ModelPatch | None = None,
+    ) -> None:
+        self.patch = patch or ModelPatch()
         self.model, self.precision, self.device = name, precision, model.device.type
         self.load_seconds = load_seconds
         self.prompter, self.family = prompter, prompter.family
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.network = model
-        self._prefix = PrefixCache(model)
+        self._last_prompt = PromptCache(None, getattr(model.config, "image_token_id", None))
+        self._streamed: tuple[Scheduler, Sequence] | None = None
 
     @cached_property
-    def ends(self) -> frozenset[int]:
-        """The ids of the tokens that end an answer; of use once a prompt has been made, for one is made for it."""
-        return end_tokens(self.network, self.prompter)
+    def end_tokens(self) -> frozenset[int]:
+        """The ids of the tokens that end an answer; they are found by rendering a prompt."""
+        return all_end_tokens(self.network, self.prompter)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
-        begin = time.perf_counter()
+        pieces: list[str] = []
+
+        def show(token: Token) -> None:
+            pieces.append(token.text)
+
         with model_errors(self.model, "fails while answering"):
-            inputs = self.inputs(conversation)
-            length = inputs["input_ids"].shape[1]
-            most = self._most(length, sampling.max_tokens)
-            reply = self._reply(sampling, most, begin)
-            for token in decode(self._prefix, inputs, sampling, most, self.ends):
-                if piece := reply.put(token):
-                    yield Chunk(piece)
-                if reply.done:
-                    break
-        last = reply.end()
-        yield Chunk(last, reply.answer(length, self._prefix.found))
+            sequence = self._sequence(0, Request(conversation, sampling), show)
+            steps = self._batch_of_one(sequence) if self.can_batch(sequence) else self._alone(sequence)
+            for answer in steps:
+                if text := "".join(pieces):
+                    pieces.clear()
+                if answer:
+                    yield Chunk(text, answer)
+                elif text:
+                    yield Chunk(text)
+
+    def _batch_of_one(self, sequence: Sequence) -> Iterator[Answer | None]:
+        """Generates a token at a time, and yields the answer after the last one."""
+        if self._streamed:
+            scheduler, unfinished = self._streamed
+            scheduler.remove(unfinished)
+        scheduler = Scheduler(self.network, 1, self._last_prompt)
+        scheduler.add(sequence)
+        self._streamed = scheduler, sequence
+        try:
+            while self._streamed and self._streamed[1] is sequence:
+                outcomes = scheduler.step()
+                if not outcomes:
+                    yield None
+                    continue
+                ((_, outcome),) = outcomes
+                if isinstance(outcome, LlavaError):
+                    raise MemoryError  # the scheduler's only error; `model_errors` says so in the engine's words
+                yield outcome
+                return
+            raise RuntimeError("another answer was begun before this one was complete")
+        finally:
+            scheduler.remove(sequence)
+
+    def _alone(self, sequence: Sequence) -> Iterator[Answer | None]:
+        for _ in generate_alone(self.network, sequence):
+            yield sequence.finish() if sequence.is_complete else None
 
     def answer_many(
         self,
         requests: Iterable[Request | LlavaError],
         size: int | None = None,
-        go_on: Callable[[], bool] = lambda: True,
+        go_on: Callable[[], bool] = always,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
-        schedule = Schedule(self.network, size)
-        source = Ahead(self._rows(requests), schedule.ahead)
+        scheduler = Scheduler(self.network, size)
+        source = Prefetcher(self._prepare_all(requests), scheduler.prefetch)
         try:
             while True:
-                more = go_on()
-                while more and schedule.room:
-                    if (item := source.get(0 if schedule.running else GATHER)) is None:
+                admit = go_on()
+                while admit and scheduler.free_slots:
+                    if (item := source.get(0 if scheduler.running else GATHER_SECONDS)) is None:
                         break
-                    if isinstance(item, Row):
-                        schedule.put(item)
+                    if isinstance(item, Sequence):
+                        scheduler.add(item)
                     else:
                         yield item[0], item[1] if isinstance(item[1], LlavaError) else self._outcome(item[1])
-                if not schedule.running and not (more and schedule.waiting):
-                    if not more or source.ended:
+                if not scheduler.running and not (admit and scheduler.waiting):
+                    if not admit or source.is_exhausted:
                         return
                     continue
                 with model_errors(self.model, "fails while answering"):
-                    done = schedule.step(admit=more)
-                yield from done
+                    outcomes = scheduler.step(admit)
+                yield from outcomes
         finally:
             source.close()
 
@@ -101,43 +146,56 @@ class LocalEngine(Engine):
             return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
         if self.device == "mps":
             return torch.mps.driver_allocated_memory()
-        return memory.peak()
+        return memory.peak_memory()
 
-    def _rows(self, requests: Iterable[Request | LlavaError]) -> Iterator[Row | tuple[int, Request | LlavaError]]:
-        """Each request ready to be answered; as it is where it cannot stand in a batch, or why it cannot at all."""
-        group = 0
-        before: list[Image] = []
+    def _prepare_all(
+        self, requests: Iterable[Request | LlavaError]
+    ) -> Iterator[Sequence | tuple[int, Request | LlavaError]]:
+        """Each request ready for a batch; as it is if it cannot be batched, or what is wrong with it."""
         for number, request in enumerate(requests):
             if isinstance(request, LlavaError):
                 yield number, request
                 continue
-            pictures = [picture.image for picture in request.conversation.pictures]
-            if not same_images(before, pictures):
-                group, before = number, pictures
             try:
-                yield self.row(number, request, group) or (number, request)
+                sequence = self.prepare(number, request)
+                yield sequence if self.can_batch(sequence) else (number, request)
             except LlavaError as error:
                 yield number, error
 
-    def row(self, number: int, request: Request, group: Any) -> Row | None:
-        """A request ready to stand in a batch; None where its model reads each prompt by itself.
-
-        Raises `PromptTooLong` where it does not fit the model's context.
-        """
+    def prepare(
+        self,
+        number: int,
+        request: Request,
+        on_token: Callable[[Token], None] | None = None,
+        top_logprobs: int | None = None,
+    ) -> Sequence:
+        """A request's prompt, tokenized. Raises `PromptTooLong` if it does not fit the model's context."""
         with model_errors(self.model, "fails while reading the prompt"):
-            inputs = self.inputs(request.conversation)
-            most = self._most(inputs["input_ids"].shape[1], request.sampling.max_tokens)
-        if not self._prefix.can_part(inputs) or inputs["input_ids"].shape[1] == 1:
-            return None
-        return Row(number, inputs, group, most, partial(self._start, request.sampling, inputs["input_ids"], most))
+            return self._sequence(number, request, on_token, top_logprobs)
 
-    def _start(self, sampling: Sampling, prompt: torch.Tensor, most: int) -> tuple[Chooser, Reply]:
-        chooser = Chooser(self.network, sampling, prompt, most, self.ends)
-        return chooser, self._reply(sampling, most, time.perf_counter())
+    def can_batch(self, sequence: Sequence) -> bool:
+        """Whether a prompt can be read in parts, and beside others; else its model reads each one by itself."""
+        return len(sequence.prompt) > 1 and can_batch(self.network, sequence.inputs)
 
-    def _reply(self, sampling: Sampling, most: int, begin: float) -> Reply:
+    def _sequence(
+        self,
+        number: int,
+        request: Request,
+        on_token: Callable[[Token], None] | None = None,
+        top_logprobs: int | None = None,
+    ) -> Sequence:
+        begin = time.perf_counter()
+        sequence = self._sequence_of(number, self.inputs(request.conversation), request.sampling, begin)
+        sequence.images = tuple(_identity(picture) for picture in request.conversation.pictures)
+        sequence.on_token, sequence.top_logprobs = on_token, top_logprobs
+        return sequence
+
+    def _sequence_of(self, number: int, inputs: dict[str, torch.Tensor], sampling: Sampling, begin: float) -> Sequence:
+        max_tokens = self._max_tokens(inputs["input_ids"].shape[1], sampling.max_tokens)
+        sampler = Sampler(self.network, sampling, inputs["input_ids"], max_tokens, self.end_tokens)
         stop = (*sampling.stop, *(self.network.generation_config.stop_strings or ()))
-        return Reply(self.prompter.tokenizer, stop, self.ends, most, begin)
+        detokenizer = Detokenizer(self.prompter.tokenizer, stop)
+        return Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
 
     def inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The prompt's tensors on the model's device, pixels in the vision tower's dtype."""
@@ -146,14 +204,29 @@ class LocalEngine(Engine):
         return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What comes after a prompt, [1, vocabulary], read as for an answer."""
-        return self._prefix.prefill(inputs, object())
+        """Logits [1, vocabulary] after a prompt, which is read as for an answer."""
+        from transformers import DynamicCache
 
-    def _most(self, length: int, wanted: int) -> int:
-        """How many tokens an answer to a prompt of `length` may have."""
+        if not can_batch(self.network, inputs):
+            return Forward(self.network)(inputs, DynamicCache(config=self.network.config))
+        sequence, batch = self._sequence_of(0, inputs, Sampling(), 0.0), Batch(self.network, self._last_prompt)
+        sequence.images = tuple(uuid4().hex for _ in inputs.get("pixel_values", ()))  # whose pictures is not known
+        batch.join([sequence])
+        logits = batch.logits
+        batch.remove(sequence)
+        assert logits is not None  # a lone prompt is read whole
+        return logits
+
+    def _max_tokens(self, length: int, requested: int) -> int:
+        """How many tokens the answer to a prompt of `length` tokens may have."""
         if self.context is None:
-            return wanted
+            return requested
         if length >= self.context:
             reason = f"{length} tokens; {self.model} reads at most {self.context}"
             raise PromptTooLong("prompt", reason, "llava prompt prints it and counts its tokens")
-        return min(wanted, self.context - length)
+        return min(requested, self.context - length)
+
+
+def _identity(picture: Picture) -> str:
+    """Equal for pictures with the same pixels: the digest of the file or, if it is not known, of the pixels."""
+    return picture.sha256 or hashlib.sha256(f"{picture.image.size}".encode() + picture.image.tobytes()).hexdigest()

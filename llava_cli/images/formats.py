@@ -1,211 +1,167 @@
-"""What files are that hold no picture of ours, by their first bytes: what each is called, and what to type about it.
+"""Recognizes file formats by their first bytes.
 
-Only looked at, never decoded. The names of files say nothing: what is saved as `.jpg` may be anything.
+Files are only looked at here, never decoded. Names are ignored: what is saved as `.jpg` may be anything. The signatures
+are those of each format's specification, mostly as collected in https://www.garykessler.net/library/file_sigs.html.
 """
 
 from __future__ import annotations
 
 import re
-import zlib
+from collections.abc import Collection
 from typing import NamedTuple
 
 
-class Foreign(NamedTuple):
-    """A kind of file that is no picture of ours."""
+class Signature(NamedTuple):
+    """Bytes that identify a format, at `offset` in its files."""
 
-    what: str
-    """After the file's name."""
-    hint: str = ""
-    """The next command; {name} is the file, as a shell takes it."""
-
-
-_MAGICK = "magick {name}'[0]' {name}.png"
-_MAGICK_WHOLE = "magick {name} {name}.png"
+    format: str
+    offset: int
+    magic: bytes
 
 
-def _image(kind: str, convert: str = _MAGICK) -> Foreign:
-    return Foreign(f"{kind} is not a supported image", convert)
-
-
-def _archive(kind: str, unpack: str) -> Foreign:
-    return Foreign(f"a {kind} archive, not an image", unpack)
-
-
-_TIFF, _RAW, _FITS = _image("TIFF"), _image("a camera's RAW"), _image("FITS")
-_PDF = _image("PDF", "pdftoppm -png -r 150 {name} page")
-_POSTSCRIPT = _image("PostScript", "magick -density 150 {name} {name}.png")
-_SVG = _image("SVG", "rsvg-convert -o {name}.png {name}")
-_AVIF = _image("AVIF", _MAGICK_WHOLE)
-_JPEG_2000, _JPEG_XL = _image("JPEG 2000"), _image("JPEG XL", "djxl {name} {name}.png")
-_PNM, _HDR, _JPEG_XR = _image("PNM"), _image("Radiance HDR"), _image("JPEG XR", "JxrDecApp -i {name} -o {name}.bmp")
-_ICON, _TGA = _image("an icon (ICO)"), _image("TGA")
-_VIDEO = Foreign("a video, not an image", "ffmpeg -i {name} -frames:v 1 {name}.png")
-_SOUND = Foreign("a sound, not an image")
-_ZIP = _archive("ZIP", "unzip {name} -d FOLDER")
-_BASE64 = Foreign("an image as base64 text", "base64 -d {name} > {name}.png")
-_AS_TEXT = Foreign("an image that was saved as text, which has lost bytes", "copy it again, as binary")
-_ANSWER = "less {name} shows what came in its place"
-_PAGE = Foreign("a web page, not an image", _ANSWER)
-_JSON = Foreign("JSON, not an image", _ANSWER)
-_XML = Foreign("XML, not an image", _ANSWER)
-_ZEROS = Foreign("nothing but zero bytes", "copy it again: it was never written")
-
-_BEGINNINGS: tuple[tuple[int, bytes, Foreign], ...] = (
-    # Those of images. Of two that fit, the longer one stands first.
-    (0, b"II*\0\x10\0\0\0CR", _RAW),
-    *((0, magic, _RAW) for magic in (b"IIU\0", b"IIRO", b"IIRS", b"MMOR", b"FUJIFILMCCD-RAW", b"FOVb", b"\0MRM")),
-    *((6, magic, _RAW) for magic in (b"HEAPCCDR", b"HEAPJPGM")),
-    (4, b"ftypcrx ", _RAW),
-    *((0, magic, _TIFF) for magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
-    (0, b"II\xbc", _JPEG_XR),
-    *((0, b"\0\0\0\x0c" + magic, _JPEG_2000) for magic in (b"jP  \r\n\x87\n", b"jP\x1a\x1a\r\n\x87\n")),
-    (0, b"\xff\x4f\xff\x51", _JPEG_2000),
-    *((0, magic, _JPEG_XL) for magic in (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")),
-    (0, b"\xff\xd8\xff\xf7", _image("JPEG-LS", "ffmpeg -i {name} {name}.png")),
-    *((0, b"\0\0" + kind + bytes(5), _TGA) for kind in (b"\2", b"\3", b"\x0a", b"\x0b")),  # a CUR has a number there
-    (0, b"\0\0\1\0", _ICON),
-    (0, b"\0\0\2\0", _image("a cursor (CUR)")),
-    (8, b"ACON", _image("an animated cursor (ANI)")),
-    (0, b"icns", _image("an icon (ICNS)", "icns2png -x {name}")),
-    (0, b"8BPS\0\1", _image("PSD")),
-    (0, b"8BPS\0\2", _image("PSB")),
-    (0, b"gimp xcf", _image("XCF")),
-    (0, b"\x8aMNG", _image("MNG")),
-    (0, b"\x8bJNG", _image("JNG")),
-    (0, b"qoif", _image("QOI")),
-    (0, b"DDS ", _image("DDS")),
-    (0, b"\x76\x2f\x31\x01", _image("OpenEXR")),
-    *((0, magic, _HDR) for magic in (b"#?RADIANCE", b"#?RGBE")),
-    (0, b"SIMPLE  =", _FITS),
-    (0, b"BPG\xfb", _image("BPG", "bpgdec -o {name}.png {name}")),
-    (0, b"FLIF", _image("FLIF", "flif -d {name} {name}.png")),
-    (0, b"AT&TFORM", _image("DjVu", "ddjvu -format=tiff -page=1 {name} {name}.tif; magick {name}.tif {name}.png")),
-    (0, b"\xabKTX ", _image("KTX")),
-    (0, b"\x0a\x05\x01\x08", _image("PCX")),
-    (0, b"\x01\xda", _image("SGI")),
-    (0, b"\x59\xa6\x6a\x95", _image("Sun raster")),
-    (0, b"/* XPM */", _image("XPM")),
-    (0, b"\xd7\xcd\xc6\x9a", _image("WMF")),
-    (40, b" EMF", _image("EMF")),
-    (128, b"DICM", _image("DICOM", "dcm2img {name} {name}.png")),
-    (0, b"%PDF", _PDF),
-    *((0, magic, _POSTSCRIPT) for magic in (b"%!PS", b"\xc5\xd0\xd3\xc6")),
-    # Those of videos and sounds.
-    (4, b"ftypM4A ", _SOUND),
-    *((0, magic, _SOUND) for magic in (b"OggS", b"ID3", b"fLaC")),
-    (8, b"WAVE", _SOUND),
-    *((4, magic, _VIDEO) for magic in (b"ftyp", b"moov", b"mdat", b"wide")),
-    (8, b"AVI ", _VIDEO),
-    *(
-        (0, magic, _VIDEO)
-        for magic in (b"\x1a\x45\xdf\xa3", b"FLV\1", b"\0\0\1\xba", b"\0\0\1\xb3", b"\x30\x26\xb2\x75")
-    ),
-    # Those of archives.
-    *((0, magic, _ZIP) for magic in (b"PK\3\4", b"PK\5\6")),
-    (0, b"7z\xbc\xaf\x27\x1c", _archive("7z", "7z x {name}")),
-    (0, b"Rar!\x1a\x07", _archive("RAR", "unrar x {name}")),
-    (257, b"ustar", _archive("tar", "tar -xf {name}")),
-    (0, b"\x1f\x8b", _archive("gzip", "gunzip -k {name}, or tar -xf {name}")),
-    (0, b"BZh", _archive("bzip2", "bunzip2 -k {name}, or tar -xf {name}")),
-    (0, b"\xfd7zXZ\0", _archive("xz", "xz -dk {name}, or tar -xf {name}")),
-    (0, b"\x28\xb5\x2f\xfd", _archive("zstd", "zstd -d {name}, or tar -xf {name}")),
-    # What stands in an image's place.
-    (
-        0,
-        b"version https://git-lfs.github.com/spec/",
-        Foreign("a pointer of Git LFS, not the image", "git lfs pull"),
-    ),
-    *(
-        (0, magic, Foreign("what macOS notes about a file, not the image", "the image has the same name without ._"))
-        for magic in (b"\0\5\x16\7", b"\0\5\x16\0")
-    ),
-    (0, b"book\0\0\0\0mark", Foreign("an alias of macOS, not the image", "give the file that it leads to")),
-    (0, b"L\0\0\0\1\x14\2\0", Foreign("a shortcut of Windows, not the image", "give the file that it leads to")),
-    (0, b"[InternetShortcut]", Foreign("a link to a web page, not an image", "cat {name} shows the URL")),
-    (0, b"\x93NUMPY", Foreign("an array of NumPy, not an image")),
-    (0, b"\x89PNG\n\x1a\n", _AS_TEXT),
-    (0, b"\x89PNG\r\r\n\x1a", _AS_TEXT),
-    *((0, magic, _AS_TEXT) for magic in (b"\xef\xbf\xbdPNG", b"\xc2\x89PNG", b"\xef\xbf\xbd" * 3, b"\xc3\xbf\xc3\x98")),
-    *((0, magic, _BASE64) for magic in (b"iVBORw0KGgo", b"/9j/", b"R0lGODlh", b"R0lGODdh", b"UklGR")),
-    (0, b"data:image/", Foreign("a data: URL, not an image", "sed 's/^.*,//' {name} | base64 -d > {name}.png")),
+SIGNATURES: tuple[Signature, ...] = tuple(
+    Signature(name, offset, magic)
+    for name, offset, magics in (
+        # Images. Where one signature is the beginning of another, the longer one is first.
+        ("raw", 0, (b"II*\0\x10\0\0\0CR", b"IIU\0", b"IIRO", b"IIRS", b"MMOR", b"FUJIFILMCCD-RAW", b"FOVb", b"\0MRM")),
+        ("raw", 6, (b"HEAPCCDR", b"HEAPJPGM")),
+        ("raw", 4, (b"ftypcrx ",)),
+        ("tiff", 0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+        ("jpeg-xr", 0, (b"II\xbc",)),
+        ("jpeg-2000", 0, (b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x0cjP\x1a\x1a\r\n\x87\n", b"\xff\x4f\xff\x51")),
+        ("jpeg-2000", 4, (b"ftypjp2 ",)),
+        ("jpeg-xl", 0, (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")),
+        ("jpeg-xl", 4, (b"ftypjxl ",)),
+        ("jpeg-ls", 0, (b"\xff\xd8\xff\xf7",)),
+        ("jpeg", 0, (b"\xff\xd8\xff",)),
+        ("png", 0, (b"\x89PNG\r\n\x1a\n",)),
+        ("gif", 0, (b"GIF87a", b"GIF89a")),
+        ("webp", 8, (b"WEBP",)),
+        ("tga", 0, tuple(b"\0\0" + kind + bytes(5) for kind in (b"\2", b"\3", b"\x0a", b"\x0b"))),
+        ("ico", 0, (b"\0\0\1\0",)),
+        ("cur", 0, (b"\0\0\2\0",)),
+        ("ani", 8, (b"ACON",)),
+        ("icns", 0, (b"icns",)),
+        ("psd", 0, (b"8BPS\0\1",)),
+        ("psb", 0, (b"8BPS\0\2",)),
+        ("xcf", 0, (b"gimp xcf",)),
+        ("mng", 0, (b"\x8aMNG",)),
+        ("jng", 0, (b"\x8bJNG",)),
+        ("qoi", 0, (b"qoif",)),
+        ("dds", 0, (b"DDS ",)),
+        ("openexr", 0, (b"\x76\x2f\x31\x01",)),
+        ("hdr", 0, (b"#?RADIANCE", b"#?RGBE")),
+        ("fits", 0, (b"SIMPLE  =",)),
+        ("bpg", 0, (b"BPG\xfb",)),
+        ("flif", 0, (b"FLIF",)),
+        ("djvu", 0, (b"AT&TFORM",)),
+        ("ktx", 0, (b"\xabKTX ",)),
+        ("pcx", 0, (b"\x0a\x05\x01\x08",)),
+        ("sgi", 0, (b"\x01\xda",)),
+        ("sun-raster", 0, (b"\x59\xa6\x6a\x95",)),
+        ("xpm", 0, (b"/* XPM */",)),
+        ("wmf", 0, (b"\xd7\xcd\xc6\x9a",)),
+        ("emf", 40, (b" EMF",)),
+        ("dicom", 128, (b"DICM",)),
+        # Documents.
+        ("pdf", 0, (b"%PDF-",)),
+        ("postscript", 0, (b"%!PS", b"\xc5\xd0\xd3\xc6")),
+        ("office", 0, (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",)),  # OLE 2: the office programs of before 2007
+        # Sound and video.
+        ("audio", 4, (b"ftypM4A ",)),
+        ("audio", 0, (b"OggS", b"ID3", b"fLaC")),
+        ("audio", 8, (b"WAVE",)),
+        ("video", 4, (b"ftyp", b"moov", b"mdat", b"wide")),
+        ("video", 8, (b"AVI ",)),
+        ("video", 0, (b"\x1a\x45\xdf\xa3", b"FLV\1", b"\0\0\1\xba", b"\0\0\1\xb3", b"\x30\x26\xb2\x75")),
+        # Archives and compressed files.
+        ("zip", 0, (b"PK\3\4", b"PK\5\6")),
+        ("7z", 0, (b"7z\xbc\xaf\x27\x1c",)),
+        ("rar", 0, (b"Rar!\x1a\x07",)),
+        ("tar", 257, (b"ustar",)),
+        ("gzip", 0, (b"\x1f\x8b",)),
+        ("compress", 0, (b"\x1f\x9d",)),
+        ("bzip2", 4, (b"1AY&SY",)),
+        ("xz", 0, (b"\xfd7zXZ\0",)),
+        ("zstd", 0, (b"\x28\xb5\x2f\xfd",)),
+        ("lz4", 0, (b"\x04\x22\x4d\x18",)),
+        # Data.
+        ("numpy", 0, (b"\x93NUMPY",)),
+        ("parquet", 0, (b"PAR1",)),
+        ("arrow", 0, (b"ARROW1\0",)),
+        ("sqlite", 0, (b"SQLite format 3\0",)),
+        ("hdf5", 0, (b"\x89HDF\r\n\x1a\n",)),
+        ("gguf", 0, (b"GGUF",)),
+        # Stand-ins for the file itself.
+        ("git-lfs", 0, (b"version https://git-lfs.github.com/spec/",)),
+        ("appledouble", 0, (b"\0\5\x16\7", b"\0\5\x16\0")),
+        ("macos-alias", 0, (b"book\0\0\0\0mark",)),
+        ("windows-shortcut", 0, (b"L\0\0\0\1\x14\2\0",)),
+        ("url-shortcut", 0, (b"[InternetShortcut]",)),
+        ("image-as-text", 0, (b"\x89PNG\n\x1a\n", b"\x89PNG\r\r\n\x1a")),
+        ("image-as-text", 0, (b"\xef\xbf\xbdPNG", b"\xc2\x89PNG", b"\xef\xbf\xbd" * 3, b"\xc3\xbf\xc3\x98")),
+        ("base64", 0, (b"iVBORw0KGgo", b"/9j/", b"R0lGODlh", b"R0lGODdh", b"UklGR")),
+        ("data-url", 0, (b"data:image/",)),
+    )
+    for magic in magics
 )
-_TEXTS: tuple[tuple[bytes, Foreign], ...] = (
-    (rb"(?:<\?xml[^>]{0,200}>|<!--(?:(?!-->).){0,1000}-->|<!doctype\s[^>]{0,400}>|\s)*<(?:\w{1,20}:)?svg\b", _SVG),
-    (
-        rb"(?:<!--(?:(?!-->).){0,1000}-->|<\?xml[^>]{0,200}>|\s)*<(?:!doctype\s+html|html|head|body|title|script)\b",
-        _PAGE,
-    ),
-    (rb"<\?xml\b|<[a-z][\w:]{0,40}[\s>]", _XML),
-    (rb'(?:\{\s*["}]|\[\s*[\]{"])', _JSON),
-    (rb"P[1-6]\s+(?:#[^\n]{0,200}\n\s*)*\d+\s+\d+\s|P7\nWIDTH|P[Ff]\n", _PNM),
-    (rb"%pdf-", _PDF),
-    (rb"%!ps", _POSTSCRIPT),
-)
-"""Patterns of text, behind a byte-order mark and white space; compiled when something is none of what we take."""
-_HEAD = 4096
-"""Bytes that are looked at."""
-_SOF = {
-    **dict.fromkeys((0xC3, 0xC7, 0xCB, 0xCF), "a lossless JPEG"),
-    **dict.fromkeys((0xC5, 0xC6, 0xCD, 0xCE), "a hierarchical JPEG"),
-    **dict.fromkeys((0xC9, 0xCA), "an arithmetic-coded JPEG"),
+_TEXT_PATTERNS = {
+    "svg": rb"(?:<\?xml[^>]{0,200}>|<!--(?:(?!-->).){0,1000}-->|<!doctype\s[^>]{0,400}>|\s)*<(?:\w{1,20}:)?svg\b",
+    "html": rb"(?:<!--(?:(?!-->).){0,1000}-->|<\?xml[^>]{0,200}>|\s)*"
+    rb"<(?:!doctype\s+html|html|head|body|title|script)\b",
+    "xml": rb"<\?xml\b|<[a-z][\w:]{0,40}[\s>]",
+    "json": rb'(?:\{\s*["}]|\[\s*[\]{"])',
+    "pnm": rb"P[1-6]\s+(?:#[^\n]{0,200}\n\s*)*\d+\s+\d+\s|P7\nWIDTH|P[Ff]\n",
+    "pdf": rb"%pdf-",
+    "postscript": rb"%!ps",
 }
+"""Text formats, after a byte-order mark and white space; compiled only when no signature matches."""
+HEAD_BYTES = 4096
+"""The part of a text file that is searched."""
+SUPPORTED = frozenset({"jpeg", "png", "gif", "webp"})
+"""Formats with a signature that every decoder opens; BMP and HEIF have functions of their own."""
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def foreign(data: bytes) -> Foreign | None:
-    """What a file's bytes are, of what is no picture of ours; None where nobody knows."""
-    head = data[:_HEAD]
-    if head[4:8] == b"ftyp" and re.search(b"avi[fs]", head[8:40]):
-        return _AVIF
-    if _unpacked(head).lstrip().startswith((b"<svg", b"<?xml")) and head.startswith(b"\x1f\x8b"):
-        return _SVG
-    for at, magic, kind in _BEGINNINGS:
-        if head[at : at + len(magic)] == magic:
-            return kind
-    text = _as_utf_8(head).lstrip()
-    for pattern, kind in _TEXTS:
-        if re.match(pattern, text, re.IGNORECASE | re.DOTALL):
-            return kind
-    if data.endswith(b"TRUEVISION-XFILE.\0"):
-        return _TGA
-    return _ZEROS if data and not data.strip(b"\0") else None
+def format_of(head: bytes, among: Collection[str], maybe_text: bool = False) -> str | None:
+    """The first format of `among` whose signature the beginning of a file has; None if there is none.
+
+    With `maybe_text` a signature of letters alone, with which a text could begin, counts only if the head has a NUL.
+    """
+    for name, offset, magic in SIGNATURES:
+        if name in among and head.startswith(magic, offset):
+            if maybe_text and magic.strip().isalnum() and b"\0" not in head:
+                continue
+            return name
+    return None
 
 
-def unusual_jpeg(sof: bytes) -> Foreign | None:
-    """What a JPEG is that has this frame header, if it is one that few programs read; its marker begins it."""
-    if len(sof) < 10:
-        return None
-    bits, components = sof[4], sof[9]
-    kind = _SOF.get(sof[1]) or (f"a {bits}-bit JPEG" if bits in (12, 16) else "")
-    if not kind and components == 2:
-        kind = "a JPEG of two components"
-    return _image(kind, _MAGICK_WHOLE) if kind else None
+def text_format_of(head: bytes, among: Collection[str] = tuple(_TEXT_PATTERNS)) -> str | None:
+    """The first text format of `among` that the beginning of a file looks like; None if there is none."""
+    text = _as_utf_8(head[:HEAD_BYTES]).lstrip()
+    flags = re.IGNORECASE | re.DOTALL
+    return next(
+        (name for name, pattern in _TEXT_PATTERNS.items() if name in among and re.match(pattern, text, flags)), None
+    )
 
 
-def _unpacked(head: bytes) -> bytes:
-    """The beginning of what gzip has packed; nothing of anything else."""
-    try:
-        return zlib.decompressobj(31).decompress(head, 512)
-    except zlib.error:
-        return b""
+def is_bmp(head: bytes) -> bool:
+    """Whether a file begins like a BMP: "BM", 4 bytes of size, and 4 reserved zero bytes."""
+    return head[:2] == b"BM" and head[6:10] == bytes(4)
+
+
+def is_heif(head: bytes) -> bool:
+    """Whether a file's `ftyp` box says HEIF (ISO/IEC 23008-12), which has a decoder of its own."""
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and b"avif" not in head[8:40]
+
+
+def is_avif(head: bytes) -> bool:
+    """Whether a file's `ftyp` box lists AVIF among its brands."""
+    return head[4:8] == b"ftyp" and re.search(b"avi[fs]", head[8:40]) is not None
 
 
 def _as_utf_8(head: bytes) -> bytes:
-    """Text as ASCII patterns find it, without its byte-order mark."""
+    """Text as ASCII patterns match it, without its byte-order mark."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, whose decoder could not be imported in the sandbox
         return head[2:].replace(b"\0", b"")
     return head.removeprefix(b"\xef\xbb\xbf")
-
-
-UNUSUAL_BMP = _image("a BMP of this kind")
-IPHONE_PNG = _image("an iPhone's own PNG", "pngcrush -revert-iphone-optimizations {name} {name}.png")
-HINTS = tuple(
-    dict.fromkeys(
-        kind.hint
-        for kind in (
-            *(kind for *_, kind in _BEGINNINGS),
-            *(kind for _, kind in _TEXTS),
-            *(_AVIF, _ZEROS, UNUSUAL_BMP, IPHONE_PNG),
-        )
-    )
-)
-"""All that stand above."""

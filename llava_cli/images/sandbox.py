@@ -1,8 +1,8 @@
-"""The job that decodes pictures.
+"""The sandboxed job that decodes pictures.
 
-A request is one byte, whether truncated ones are allowed, 4 bytes, the most pixels a side of the result (0: any), and
-the file's bytes. A reply is `_HEADER` and, if all went well, the pixels, RGB, 3 bytes each; else the index of a hint in
-`decode.HINTS` in the place of the width, and the reason as UTF-8. Whatever else comes is no reply.
+A request is `REQUEST_HEADER` and the file's bytes. A reply is `_HEADER` and the pixels, RGB, 3 bytes each; for a
+picture that cannot be decoded the reason as UTF-8, with the index of a hint in `decode.HINTS` in place of the width.
+Anything else is not a reply.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, LlavaError
 from llava_cli.files import quoted
-from llava_cli.images import decode
+from llava_cli.images import decode, formats
 from llava_cli.images.decode import Decoded
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line, printable
 
-_REQUEST = struct.Struct("<?I")
+REQUEST_HEADER = struct.Struct("<?I")
+"""Whether truncated pictures are allowed; the most pixels per side of the result, 0 for any number."""
 _HEADER = struct.Struct("<?III?B?")
-"""Whether it is a picture; its width, height and number of frames; whether its end was missing; its format's place in
-`_FORMATS`; whether it is plain, as `decode` has it."""
+"""Whether it is a picture; its width, height and number of frames; whether its end was missing; the index of its format
+in `_FORMATS`; whether it is plain (see `Decoded`)."""
 _FORMATS = ("", "JPEG", "PNG")
-"""Those that somebody asks for."""
+"""The formats that callers distinguish."""
 JOB, HEIF = "llava_cli.images.sandbox", "pillow_heif"
 
 
 def too_large(name: str) -> BadImage:
-    """What is said of a picture called `name` that is not even decoded."""
+    """The error for a picture called `name` that has too many bytes to be decoded."""
     return BadImage(name, f"larger than {limits.PICTURE_BYTES // 1_000_000} MB")
 
 
 class Crash(LlavaError):
-    """A picture took its process down."""
+    """A picture has crashed its decoder's process."""
 
 
 class Sandbox:
-    """One process at a time that decodes pictures, begun when it is needed; another one for HEIF's decoder."""
+    """Decodes one picture at a time in a process, started when needed; HEIF's decoder has a second process."""
 
     def __init__(self, seconds: float | None = None) -> None:
         """`seconds` for one picture; None for `limits.DECODE_SECONDS`."""
@@ -52,20 +53,20 @@ class Sandbox:
     def open(
         self, source: str, data: bytes, allow_truncated: bool = False, shrink: int | None = None
     ) -> Picture | LlavaError:
-        """The picture that `data` is, called `source`, or what is wrong with it: `BadImage` or `Crash`.
+        """The picture with the bytes `data`, called `source`, or the error with it: `BadImage` or `Crash`.
 
-        With `shrink` it comes no larger than that many pixels a side.
+        With `shrink` it is made no larger than that many pixels per side.
         """
         name = printable(source) or "''"
         if len(data) > limits.PICTURE_BYTES:
             return too_large(name)
-        worker = self._workers[decode.is_heif(data)]
+        worker = self._workers[formats.is_heif(data)]
         try:
-            request = _REQUEST.pack(allow_truncated, shrink or 0), data
+            request = REQUEST_HEADER.pack(allow_truncated, shrink or 0), data
             reply = worker.ask(request, _HEADER.size + 3 * limits.PICTURE_PIXELS, self._seconds)
-            found = _parsed(name, reply)
+            decoded = _parse_reply(name, reply)
         except BadImage as error:
-            return BadImage(name, error.reason, _typeable(error.hint, source))
+            return BadImage(name, error.reason, _complete_hint(error.hint, source))
         except WorkerLate as error:
             return BadImage(name, f"takes longer than {error} s to decode")
         except WorkerDied as error:
@@ -73,76 +74,82 @@ class Sandbox:
         except ValueError:
             worker.end()
             return Crash(name, "crashes its decoder")
-        # Hashed here: a decoder that was taken over could call this picture by another one's hash.
+        # Hashed here: a decoder that was taken over could claim the hash of another picture.
         digest = hashlib.sha256(data).hexdigest()
-        return Picture(source, found.image, digest, found.frames, found.truncated, data, found.format, found.plain)
+        image, frames, truncated, picture_format, plain = decoded
+        return Picture(source, image, digest, frames, truncated, data, picture_format, plain)
 
     def start(self) -> None:
-        """Starts its process, to be ready when it is needed."""
+        """Starts the process before it is needed. Raises `WorkerDied`."""
         self._workers[0].start()
 
     def layers(self) -> list[str]:
-        """Which layers of `confine` its process has. Raises `Crash` where none can be started."""
+        """The layers of `confine` that its process has. Raises `Crash` if it cannot be started."""
         try:
             return self._workers[0].layers()
         except (WorkerDied, WorkerLate):
             raise Crash("sandbox", "its process does not start") from None
 
+    @property
+    def is_running(self) -> bool:
+        return any(worker.is_running for worker in self._workers)
+
     def end(self) -> None:
-        """Ends its processes, whatever they are at."""
+        """Kills its processes."""
         for worker in self._workers:
             worker.end()
 
 
-class Sandboxes:
-    """One for each core, up to four, for any thread; `begin` starts one before it is needed."""
+class SandboxPool:
+    """A sandbox for each core, up to four, which threads share."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self.all = [Sandbox(seconds) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
-        self._free: queue.LifoQueue[Sandbox] = queue.LifoQueue()  # so that no more are started than are needed
-        for one in self.all:
-            self._free.put(one)
+        self._free: queue.LifoQueue[Sandbox] = queue.LifoQueue()  # last in, first out: starts no more than are needed
+        for sandbox in self.all:
+            self._free.put(sandbox)
 
-    def begin(self) -> None:
+    def start_one(self) -> None:
+        """Starts a process before it is needed. Raises `WorkerDied`."""
         self.all[-1].start()
 
     def open(
         self, source: str, data: bytes, allow_truncated: bool = False, shrink: int | None = None
     ) -> Picture | LlavaError:
-        """As `Sandbox.open`, once one is free."""
-        one = self._free.get()
+        """As `Sandbox.open`, in the first one that is free."""
+        sandbox = self._free.get()
         try:
-            return one.open(source, data, allow_truncated, shrink)
+            return sandbox.open(source, data, allow_truncated, shrink)
         finally:
-            self._free.put(one)
+            self._free.put(sandbox)
 
     def close(self) -> None:
-        """Ends the processes, whatever they are at."""
-        for one in self.all:
-            one.end()
+        """Kills the processes."""
+        for sandbox in self.all:
+            sandbox.end()
 
 
-def _parsed(name: str, reply: bytearray) -> Decoded:
-    """What a reply says. Raises `BadImage` for the reason that it gives, `ValueError` for what is no reply."""
+def _parse_reply(name: str, reply: bytearray) -> Decoded:
+    """The content of a reply. Raises `BadImage` with the reason that it gives, `ValueError` if it is malformed."""
     from PIL import Image
 
     if len(reply) < _HEADER.size:
         raise ValueError("no header")
-    good, width, height, frames, truncated, kind, plain = _HEADER.unpack_from(reply)
+    is_picture, width, height, frames, truncated, format_index, plain = _HEADER.unpack_from(reply)
     body = memoryview(reply)[_HEADER.size :]
-    if not good:
+    if not is_picture:
         hint = decode.HINTS[width] if width < len(decode.HINTS) else ""
         raise BadImage(name, one_line(bytes(body[:1000]).decode("utf-8", "replace")), hint)
     if not 0 < width * height <= limits.PICTURE_PIXELS or len(body) != 3 * width * height:
         raise ValueError("pixels of another number than the header says")
-    if kind >= len(_FORMATS):
+    if format_index >= len(_FORMATS):
         raise ValueError("a format of no name")
     image = Image.frombytes("RGB", (width, height), body)
-    return Decoded(image, max(1, frames), truncated, _FORMATS[kind], plain)
+    return Decoded(image, max(1, frames), truncated, _FORMATS[format_index], plain)
 
 
-def _typeable(hint: str, source: str) -> str:
-    """A hint with the picture's path in it, or for one that is no file here with how it becomes one."""
+def _complete_hint(hint: str, source: str) -> str:
+    """A hint with the picture's path filled in; for a picture at a URL also the command that downloads it."""
     if "{name}" not in hint:
         return hint
     if source.lower().startswith(("http://", "https://")):
@@ -151,8 +158,7 @@ def _typeable(hint: str, source: str) -> str:
     return hint.replace("{name}", quoted(path))
 
 
-# Inside the sandbox.
-
+# Below: inside the sandbox.
 
 _IMPORTS = (
     "encodings.utf_16",
@@ -163,7 +169,7 @@ _IMPORTS = (
 
 
 def prepare(extra: str = "") -> None:
-    """Imports all that decoding may come to need: afterwards no file can be opened."""
+    """Imports everything that decoding may need: after this no file can be opened."""
     for name in _IMPORTS:
         import_module(name)
     if extra:
@@ -172,21 +178,21 @@ def prepare(extra: str = "") -> None:
 
 
 def answer(request: bytes) -> tuple[bytes, ...]:
-    """A reply's parts."""
-    allow_truncated, shrink = _REQUEST.unpack_from(request)
+    """The parts of a reply."""
+    allow_truncated, shrink = REQUEST_HEADER.unpack_from(request)
     try:
-        found = decode.decode(request[_REQUEST.size :], "", allow_truncated)
-        if shrink:  # here, for a large picture takes long to send
-            found.image.thumbnail((shrink, shrink))
+        decoded = decode.decode(request[REQUEST_HEADER.size :], "", allow_truncated)
+        if shrink:  # here, because sending a large picture takes long
+            decoded.image.thumbnail((shrink, shrink))
     except MemoryError:
-        return _refusal("takes too much memory to decode", "")
+        return refusal("takes too much memory to decode", "")
     except BadImage as error:
-        return _refusal(error.reason, error.hint)
-    kind = _FORMATS.index(found.format) if found.format in _FORMATS else 0
-    frames = min(found.frames, 2**32 - 1)
-    header = _HEADER.pack(True, *found.image.size, frames, found.truncated, kind, found.plain)
-    return header, found.image.tobytes()
+        return refusal(error.reason, error.hint)
+    format_index = _FORMATS.index(decoded.format) if decoded.format in _FORMATS else 0
+    frames = min(decoded.frames, 2**32 - 1)
+    header = _HEADER.pack(True, *decoded.image.size, frames, decoded.truncated, format_index, decoded.plain)
+    return header, decoded.image.tobytes()
 
 
-def _refusal(reason: str, hint: str) -> tuple[bytes, ...]:
+def refusal(reason: str, hint: str) -> tuple[bytes, ...]:
     return _HEADER.pack(False, decode.HINTS.index(hint), 0, 0, False, 0, False), reason.encode()

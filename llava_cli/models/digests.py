@@ -1,7 +1,7 @@
-"""SHA-256 of whole files, each read once: what is known of one is remembered in the user's cache.
+"""SHA-256 of whole files, cached between runs.
 
-A file is the same as long as its device, inode, size and times are. Whoever writes to it can set `mtime` back, but not
-`ctime`, with which the system stamps each change.
+A file counts as unchanged while its device, inode, size and times are the same. A writer can set `mtime` back, but not
+`ctime`, which the system sets on every change.
 """
 
 from __future__ import annotations
@@ -16,70 +16,69 @@ from contextlib import suppress
 from pathlib import Path
 
 from llava_cli import bounded_json, cache_files, limits
-from llava_cli.models import registry
+from llava_cli.paths import digest_cache
 from llava_cli.regular_files import open_regular
 
-REMEMBERED = 1024
-"""Files, the last ones that were read."""
-SETTLED = 2.0
-"""Seconds that a file has been left alone before its digest is remembered: of two changes that are closer together than
-its file system's clock ticks, the second one cannot be seen, and the coarsest clock ticks so seldom."""
-_PIECE = 1 << 20
-_AT_ONCE = 2
-"""Files: a thread hashes more slowly than a disk reads."""
+MOST_CACHED = 1024
+"""Files whose digests are cached: those that were read last."""
+SETTLED_SECONDS = 2.0
+"""A digest is cached only if the file has been unchanged for this long: a second change within one tick of the file
+system's clock would go unnoticed, and the coarsest clocks tick this seldom."""
+_CHUNK_BYTES = 1 << 20
+_THREADS = 2
+"""One thread hashes more slowly than a disk reads."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def sha256(paths: Sequence[Path]) -> list[str]:
-    """Of each file, in hexadecimal. Raises `OSError`, also for what is no regular file."""
-    known = _remembered()
-    found = [known.get(_identity(os.stat(path))) for path in paths]
-    unknown = [path for path, digest in zip(paths, found, strict=True) if digest is None]
-    if not unknown:
-        return [digest for digest in found if digest is not None]
-    from concurrent.futures import ThreadPoolExecutor  # which takes longer to load than all of the above
+    """The digest of each file, in hexadecimal. Raises `OSError`, also for what is not a regular file."""
+    cached = _load_cache()
+    digests = [cached.get(_identity(os.stat(path))) for path in paths]
+    unread = [path for path, digest in zip(paths, digests, strict=True) if digest is None]
+    if not unread:
+        return [digest for digest in digests if digest is not None]
+    from concurrent.futures import ThreadPoolExecutor  # takes longer to import than everything above
 
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        read = dict(zip(unknown, threads.map(_read, unknown), strict=True))
-    if new := {identity: digest for digest, identity in read.values() if identity}:
-        _remember({**known, **new})
-    return [digest or read[path][0] for path, digest in zip(paths, found, strict=True)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        computed = dict(zip(unread, threads.map(_compute, unread), strict=True))
+    if new := {identity: digest for digest, identity in computed.values() if identity}:
+        _save_cache({**cached, **new})
+    return [digest or computed[path][0] for path, digest in zip(paths, digests, strict=True)]
 
 
-def _read(path: Path) -> tuple[str, str | None]:
-    """A file's digest, and the identity to remember it by: None where it changed meanwhile, or may have."""
-    digest, piece, begin = hashlib.sha256(), memoryview(bytearray(_PIECE)), time.time()
+def _compute(path: Path) -> tuple[str, str | None]:
+    """A file's digest, and the identity to cache it by: None if the file has changed meanwhile, or may have."""
+    digest, chunk, start = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES)), time.time()
     with open_regular(path) as file:
         before = os.fstat(file.fileno())
-        while size := file.readinto(piece):
-            digest.update(piece[:size])
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
         after = os.fstat(file.fileno())
-    settled = max(before.st_mtime, before.st_ctime) + SETTLED < begin
-    same = _identity(before) == _identity(after) == _identity(os.stat(path))
-    return digest.hexdigest(), _identity(before) if settled and same else None
+    is_settled = max(before.st_mtime, before.st_ctime) + SETTLED_SECONDS < start
+    is_same = _identity(before) == _identity(after) == _identity(os.stat(path))
+    return digest.hexdigest(), _identity(before) if is_settled and is_same else None
 
 
 def _identity(status: os.stat_result) -> str:
     return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def _file() -> Path:
-    return registry.digest_cache() / "sha256.json"
+def _cache_file() -> Path:
+    return digest_cache() / "sha256.json"
 
 
-def _remembered() -> dict[str, str]:
-    """Digests by identity; none where another user may have written them."""
+def _load_cache() -> dict[str, str]:
+    """Digests by identity; empty if another user may have written them."""
     bounds = bounded_json.Bounds(limits.CACHE_FILE_BYTES, limits.JSON_DEPTH, limits.JSON_ITEMS)
     try:
-        known = bounded_json.loads(cache_files.read(_file(), limits.CACHE_FILE_BYTES), bounds)
+        content = bounded_json.loads(cache_files.read(_cache_file(), limits.CACHE_FILE_BYTES), bounds)
     except (OSError, ValueError):
         return {}
-    whole = isinstance(known, dict) and all(isinstance(digest, str) for digest in known.values())
-    return known if whole and all(map(_SHA256.fullmatch, known.values())) else {}
+    is_valid = isinstance(content, dict) and all(isinstance(digest, str) for digest in content.values())
+    return content if is_valid and all(map(_SHA256.fullmatch, content.values())) else {}
 
 
-def _remember(known: dict[str, str]) -> None:
-    with suppress(OSError):  # without room for them the files are read once more
-        cache_files.put(_file(), [json.dumps(dict(list(known.items())[-REMEMBERED:])).encode()])
-
-
-_SHA256 = re.compile("[0-9a-f]{64}")
+def _save_cache(digests: dict[str, str]) -> None:
+    newest = dict(list(digests.items())[-MOST_CACHED:])
+    with suppress(OSError):  # without room for it the files are read once more
+        cache_files.atomic_write(_cache_file(), [json.dumps(newest).encode()])

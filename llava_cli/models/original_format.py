@@ -1,4 +1,4 @@
-"""The format of LLaVA's original code (haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT), known by what is in its config."""
+"""Recognizes checkpoints of LLaVA's original code (haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT) by their config."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from llava_cli.files import quoted
 
-_TYPES = {
+_MODEL_TYPES = {
     *("llava_llama", "llava_mistral", "llava_mixtral", "llava_qwen", "llava_qwen_moe", "llava_gemma", "llava_mpt"),
     *("LlavaLlama", "LlavaMistral", "LlavaQwen"),
 }
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of that format: transformers' own has a part for each of the two models."""
+    """Whether a config has the original format; transformers' has a part for vision tower and language model each."""
     if "vision_config" in config or "text_config" in config:
         return False
-    return config.get("model_type") in _TYPES or "mm_vision_tower" in config or "mm_projector_type" in config
+    return config.get("model_type") in _MODEL_TYPES or "mm_vision_tower" in config or "mm_projector_type" in config
 
 
 def convert_command(name: str) -> str:
-    """The command that makes a checkpoint of transformers' format of such a folder."""
+    """The command that converts such a folder to transformers' format."""
     return f"llava models convert {quoted(name)} -o OUT; then llava ask -m OUT …"

@@ -1,4 +1,4 @@
-"""A checkpoint -> transformers' model with its weights, quantised once, and made fast.
+"""A checkpoint -> transformers' model with its weights, which are quantized once and then read from a copy.
 
 safetensors only; code of a checkpoint is never run.
 """
@@ -10,30 +10,37 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
 from llava_cli.files import quoted
-from llava_cli.models import adapters
+from llava_cli.models import adapter_merge
+from llava_cli.models.checkpoint_files import CONFIG, pull_command, read_json
 from llava_cli.models.registry import Checkpoint
-from llava_cli.models.untrusted_config import description
-from llava_cli.models.validate import CONFIG, Weights, again, read_json
-from llava_cli.settings import QUANTISED, Precision, Settings
+from llava_cli.models.untrusted_config import without_preferences
+from llava_cli.models.weight_files import Weights
+from llava_cli.settings import QUANTIZED, LoadOptions, Precision
 
 if TYPE_CHECKING:
     import torch
 
     from llava_cli.hardware.device import Plan
-    from llava_cli.models.quantized_cache import Copy
+    from llava_cli.models.quantized_cache import QuantizedCopy
+
+_SIZE_TOLERANCE = 1.5
+"""How many times the weights of its files a config may describe: embeddings that serve as the head are stored once."""
+_CONFIG_HINT = "take the config.json that these weights were saved with"
+_CHATTY = ("bitsandbytes.autograd._functions", "bitsandbytes.nn.modules")
+"""Loggers that warn of every layer in every forward pass: that it casts to another dtype."""
 
 
 @contextmanager
 def nothing_is_fetched() -> Iterator[None]:
-    """Within, the Hub is out of reach, and `kernels`, which runs code from there, is as good as not installed.
+    """Within, the Hub is out of reach, and the package `kernels`, which runs code from there, seems not installed.
 
-    transformers and bitsandbytes ask for both on their own, where a model's type or a processor has a kernel there.
+    transformers and bitsandbytes use both unasked where the Hub has a kernel for a model's type or a processor.
     """
     from huggingface_hub import constants
 
@@ -51,31 +58,31 @@ def nothing_is_fetched() -> Iterator[None]:
 
 @nothing_is_fetched()
 def load_config(checkpoint: Checkpoint) -> Any:
-    """transformers' config, of what the checkpoint's says about the model. Raises `ModelUnusable`."""
+    """transformers' config, from what the checkpoint's describes of the model. Raises `ModelUnusable`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    content = description(read_json(checkpoint, CONFIG))
-    with model_errors(checkpoint.name, "its config cannot be loaded", again(checkpoint.name)):
+    content = without_preferences(read_json(checkpoint, CONFIG))
+    with model_errors(checkpoint.name, "its config cannot be loaded", pull_command(checkpoint.name)):
         config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
-        config.get_text_config()  # which is asked for again and again; there may be several
+        config.get_text_config()  # raises here, not later, where a config has several
     return config
 
 
 @nothing_is_fetched()
 def empty_model(checkpoint: Checkpoint, config: Any) -> Any:
-    """The model that a config describes, with shapes and without numbers. Raises `ModelUnusable`."""
+    """The model that a config describes, on the meta device: shapes without values. Raises `ModelUnusable`."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     words = "its config describes no model"
-    with model_errors(checkpoint.name, words, again(checkpoint.name)), torch.device("meta"):
+    with model_errors(checkpoint.name, words, pull_command(checkpoint.name)), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
 
 def without_quantization(config: Any) -> bool:
-    """Takes out of a config that weights are stored quantized, and says whether it was there.
+    """Removes from a config the claim that weights are stored quantized, and says whether it was there.
 
-    It is left over where somebody has merged what was trained on quantized weights into whole ones.
+    It stays behind where somebody has merged what was trained on quantized weights into full ones.
     """
     parts = [part for part in (config, config.get_text_config()) if getattr(part, "quantization_config", None)]
     for part in parts:
@@ -84,123 +91,129 @@ def without_quantization(config: Any) -> bool:
 
 
 def check_size(checkpoint: Checkpoint, empty: Any, weights: Weights) -> None:
-    """Raises `ModelUnusable` where a config describes far more than the files hold: what is missing would be made."""
+    """Raises `ModelUnusable` where a config describes far more weights than the files hold.
+
+    transformers would make up the missing ones, and could run out of memory over it.
+    """
     described = sum(weight.numel() for weight in empty.parameters())
-    if described > _ROOM * weights.numbers:
+    if described > _SIZE_TOLERANCE * weights.numbers:
         if weights.are_of_mlx:
-            raise _of_mlx(checkpoint.name)
+            raise _mlx_format(checkpoint.name)
         words = f"config.json describes {described:,} weights, its files hold {weights.numbers:,}"
-        raise ModelUnusable(checkpoint.name, words, again(checkpoint.name) or _ITS_CONFIG)
+        raise ModelUnusable(checkpoint.name, words, pull_command(checkpoint.name) or _CONFIG_HINT)
 
 
-def _of_mlx(name: str) -> ModelUnusable:
+def _mlx_format(name: str) -> ModelUnusable:
     return ModelUnusable(name, "its weights are in MLX's format", "take the checkpoint that they were made of")
 
 
-_ITS_CONFIG = "take the config.json that these weights were saved with"
+@dataclass(frozen=True)
+class LoadedModel:
+    """transformers' model in eval mode, and where what is derived from its weights may be kept."""
+
+    network: Any
+    folder: Path | None
+    """The quantized copy's; None where there is none."""
+    is_new_copy: bool = False
+    """Whether the copy was made just now. Then nothing of its files is needed in memory once they have been packed."""
 
 
-_ROOM = 1.5
-"""Embeddings that stand for a head, too, are in the files once."""
+def settle_precision(checkpoint: Checkpoint, config: Any, plan: Plan, options: LoadOptions) -> Plan:
+    """The plan, with the precision of weights that are stored quantized, which no option can change.
+
+    Raises `UsageError` where another precision was asked for, `ModelUnusable` where an adapter was.
+    """
+    if (stored := _stored_quantization(config)) is None:
+        return plan
+    _refuse_adapter(checkpoint)
+    return replace(plan, precision=_stored_precision(checkpoint.name, stored, options.precision))
 
 
 @nothing_is_fetched()
-def load_model(
-    checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, settings: Settings
-) -> tuple[Any, Plan]:
-    """transformers' model in eval mode, and how it is run. Raises `ModelUnusable`, `OutOfMemory` or `UsageError`."""
+def load_model(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, options: LoadOptions) -> LoadedModel:
+    """Loads as `plan`, which has gone through `settle_precision`, says.
+
+    Raises `ModelUnusable` or `OutOfMemory`.
+    """
     from llava_cli.models import quantized_cache
 
-    if stored := _stored_quantization(config):
-        _refuse_adapter(checkpoint)
-        how = replace(how, precision=_stored_precision(checkpoint.name, stored, settings.precision))
-    copy = quantized_cache.copy_of(checkpoint, _how(how, settings.double_quant)) if how.precision in QUANTISED else None
-    if stored or copy is None:
-        kept = copy.path if copy and quantized_cache.claim(copy) else None
-        return _ready(checkpoint, _read(checkpoint, config, how, weights), kept), how
-    model = _from_copy(checkpoint, how, copy) or _quantised(checkpoint, config, how, weights, settings, copy)
-    return model, how
+    if plan.precision not in QUANTIZED:
+        return LoadedModel(_read(checkpoint, config, plan, weights), None)
+    copy = quantized_cache.copy_of(checkpoint, _recipe(plan, options.double_quant))
+    if _stored_quantization(config):
+        folder = copy.path if quantized_cache.claim(copy) else None
+        return LoadedModel(_read(checkpoint, config, plan, weights), folder)
+    if model := _read_copy(checkpoint, plan, copy):
+        return LoadedModel(model, copy.path)
+    return _quantize(checkpoint, config, plan, weights, options, copy)
 
 
-def _quantised(checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, settings: Settings, copy: Copy) -> Any:
-    """The model, quantised, and read from the copy that is then there: all starts answer alike."""
-    from llava_cli.hardware.memory import give_back_memory, read_once
+def _quantize(
+    checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, options: LoadOptions, copy: QuantizedCopy
+) -> LoadedModel:
+    """Quantizes the model, and reads it from the copy that then exists, so that all starts answer alike."""
+    from llava_cli.hardware.allocator import read_once, trim_heap
     from llava_cli.models import quantized_cache
 
     with read_once(weights):
-        model = _read(checkpoint, config, how, weights, settings.double_quant)
-    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-    if spread or not quantized_cache.keep(model, copy):
-        return _ready(checkpoint, model, None)
+        model = _read(checkpoint, config, plan, weights, options.double_quant)
+    spans_gpus = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    if spans_gpus or not quantized_cache.keep(model, copy):
+        return LoadedModel(model, None)
     del model
     gc.collect()
-    give_back_memory()  # as much as the model takes that is read now
-    with read_once(copy.path.glob("*.safetensors")):  # of which what is arranged is made
-        if model := _from_copy(checkpoint, how, copy):
-            return model
-    raise ModelUnusable(checkpoint.name, "its quantised copy is gone", again(checkpoint.name))
+    trim_heap()  # as much as the model takes that is read next
+    with read_once(copy.path.glob("*.safetensors")):
+        if model := _read_copy(checkpoint, plan, copy):
+            return LoadedModel(model, copy.path, is_new_copy=True)
+    raise ModelUnusable(checkpoint.name, "its quantized copy is gone", pull_command(checkpoint.name))
 
 
-def _from_copy(checkpoint: Checkpoint, how: Plan, copy: Copy) -> Any:
-    """The model, from its quantised copy; None where there is none."""
+def _read_copy(checkpoint: Checkpoint, plan: Plan, copy: QuantizedCopy) -> Any:
+    """The model from its quantized copy; None where there is none."""
     from llava_cli.models import quantized_cache
 
     if (found := quantized_cache.find(checkpoint, copy)) is None:
         return None
-    its, weights = found
-    return _ready(checkpoint, _read(its, load_config(its), how, weights), copy.path)
+    stored, weights = found
+    return _read(stored, load_config(stored), plan, weights)
 
 
-def _ready(checkpoint: Checkpoint, model: Any, folder: Path | None) -> Any:
-    """The model with all that makes it fast; weights are arranged for that in a copy's folder."""
-    from llava_cli.engine.cpu.packed_weights import Arranged
-    from llava_cli.engine.cpu.patch import speed_up
-
-    with model_errors(checkpoint.name, "its weights cannot be arranged", again(checkpoint.name)):
-        speed_up(model, Arranged(folder))
-        return model.eval()
-
-
-def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, double_quant: bool = False) -> Any:
-    """The model with its weights; those of one that is not stored quantised are, if `how` says so, on their way."""
+def _read(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, double_quant: bool = False) -> Any:
+    """The model with its weights; quantized on the way where the plan says so and they are not stored like that."""
     import torch
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
-    from llava_cli.engine.cpu.patch import compile_ahead
-    from llava_cli.hardware.device import native
     from llava_cli.models.stored_quantization import leave_unpacked, misfit
 
-    name, stored = checkpoint.name, _stored_quantization(config)
-    if how.precision in QUANTISED:
-        for part in _CHATTY:
-            logging.getLogger(part).setLevel(logging.ERROR)
-    merged = None  # before it is quantized, for what is quantized cannot be changed exactly
-    if checkpoint.adapter and how.precision in QUANTISED:
-        whole = replace(how, precision=native(how.device)[0], device="cpu")
-        merged = _read(checkpoint, config, whole, weights)
+    name, stored, quantized = checkpoint.name, _stored_quantization(config), plan.precision in QUANTIZED
+    if quantized:
+        for logger in _CHATTY:
+            logging.getLogger(logger).setLevel(logging.ERROR)
+    merged = None  # before quantization: quantized weights cannot be changed exactly
+    if checkpoint.adapter and quantized:
+        merged = _read(checkpoint, config, replace(plan, precision=plan.compute_precision, device="cpu"), weights)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes.get(how.precision) or dtypes[native(how.device)[0]]
-    if how.device == "cpu":
-        compile_ahead(config, how.precision, dtype == torch.bfloat16)
-    with model_errors(name, "its weights cannot be loaded", again(name)):
+    dtype = dtypes[plan.compute_precision]
+    with model_errors(name, "its weights cannot be loaded", pull_command(name)):
         options: dict[str, Any] = {
             "config": config,
             "dtype": dtype,
-            "device_map": "auto" if _check_memory(name, how, weights, bool(stored)) else {"": how.device},
+            "device_map": "auto" if _check_memory(name, plan, weights, bool(stored)) else {"": plan.device},
             "use_safetensors": True,
             "local_files_only": True,
             "trust_remote_code": False,
             "output_loading_info": True,
-            "generation_config": GenerationConfig(),  # `generation` reads the checkpoint's
-            "ignore_mismatched_sizes": True,  # of which `_check_fit` tells more than transformers does
+            "generation_config": GenerationConfig(),  # `generation_config.py` reads the checkpoint's
+            "ignore_mismatched_sizes": True,  # `_check_fit` says more about them than transformers does
         }
-        if how.attention == "flash_attention_2":  # torch's own is the default, for the models that can take it
-            options["attn_implementation"] = how.attention
-        if how.precision in QUANTISED and not stored:
-            options["quantization_config"] = _quantization(name, how, config, dtype, double_quant)
+        if plan.attention == "flash_attention_2":  # torch's own is the default, for the models that can use it
+            options["attn_implementation"] = plan.attention
+        if quantized and not stored:
+            options["quantization_config"] = _quantization_config(name, plan, config, dtype, double_quant)
         loaded: Any
         if merged:
-            options["config"] = merged.config  # where an adapter has embeddings and head part company
+            options["config"] = merged.config  # in which embeddings and head may have been untied by the adapter
             loaded = type(merged).from_pretrained(None, state_dict=merged.state_dict(), **options)
         else:
             loaded = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, **options)
@@ -209,19 +222,21 @@ def _read(checkpoint: Checkpoint, config: Any, how: Plan, weights: Weights, doub
     if merged:
         model.generation_config = merged.generation_config
     elif checkpoint.adapter:
-        model = adapters.merge(model, checkpoint)
-    if stored and (wrong := misfit(model)):  # before anything reads as much of it as there should be
-        raise ModelUnusable(name, f"damaged: {wrong}", again(name))
+        model = adapter_merge.merge(model, checkpoint)
+    if stored and (problem := misfit(model)):  # before anything reads as many bytes as the shapes promise
+        raise ModelUnusable(name, f"damaged: {problem}", pull_command(name))
     leave_unpacked(model)
-    for weight in model.parameters():  # of a quantised one transformers leaves some as they were saved elsewhere
-        packed = hasattr(weight, "quant_state")  # whose bytes may be called numbers
-        if weight.is_floating_point() and weight.dtype != dtype and how.precision in QUANTISED and not packed:
+    if quantized:
+        _cast_unquantized(model, dtype)
+    return model.eval()
+
+
+def _cast_unquantized(model: Any, dtype: torch.dtype) -> None:
+    """transformers leaves some of a quantized model's other weights in the dtype that they were saved in elsewhere."""
+    for weight in model.parameters():
+        is_packed = hasattr(weight, "quant_state")  # bytes in a tensor that may have a floating-point dtype
+        if weight.is_floating_point() and weight.dtype != dtype and not is_packed:
             weight.data = weight.data.to(dtype)
-    return model
-
-
-_CHATTY = ("bitsandbytes.autograd._functions", "bitsandbytes.nn.modules")
-"""Loggers that warn of every layer in every forward pass: that it casts to another dtype."""
 
 
 def _refuse_adapter(checkpoint: Checkpoint) -> None:
@@ -233,61 +248,61 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
 
 
 def _check_fit(name: str, info: Any, weights: Weights) -> None:
-    """Raises `ModelUnusable` where there is not of everything what the config says.
+    """Raises `ModelUnusable` where a tensor is missing or shaped otherwise than the config says.
 
     transformers would go on with random numbers in its place.
     """
-    if wrong := sorted(info["mismatched_keys"]):
-        tensor, found, wanted = wrong[0]
-        if weights.are_of_mlx:  # which has some axes in another order
-            raise _of_mlx(name)
-        words = f"{tensor} is {list(found)} in its files, and {list(wanted)} by its config.json"
-        raise ModelUnusable(name, words, again(name) or _ITS_CONFIG)
+    if mismatched := sorted(info["mismatched_keys"]):
+        tensor, stored_shape, config_shape = mismatched[0]
+        if weights.are_of_mlx:  # which stores some axes in another order
+            raise _mlx_format(name)
+        words = f"{tensor} is {list(stored_shape)} in its files, and {list(config_shape)} by its config.json"
+        raise ModelUnusable(name, words, pull_command(name) or _CONFIG_HINT)
     if missing := sorted(info["missing_keys"]):
-        raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", again(name))
+        raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", pull_command(name))
 
 
-def _how(how: Plan, double: bool) -> str:
-    """What a quantised model depends on besides its weights."""
-    return f"{how.precision}{'-double' * (double and how.precision == '4bit')}-{how.device}"
+def _recipe(plan: Plan, double_quant: bool) -> str:
+    """What quantized weights depend on besides those that they are made of."""
+    return f"{plan.precision}{'-double' * (double_quant and plan.precision == '4bit')}-{plan.device}"
 
 
-def _check_memory(name: str, how: Plan, weights: Weights, stored: bool) -> bool:
-    """Whether a model must be spread over several GPUs; `OutOfMemory` where it fits nowhere."""
+def _check_memory(name: str, plan: Plan, weights: Weights, stored: bool) -> bool:
+    """Whether a model must be spread over several GPUs. Raises `OutOfMemory` where it fits nowhere."""
     import torch
 
     from llava_cli.hardware.memory import BYTES_PER_WEIGHT, free_memory
 
-    size, free = sum(path.stat().st_size for path in weights), free_memory(how.device)
+    size, free = sum(path.stat().st_size for path in weights), free_memory(plan.device)
     parameters = size / weights.bytes_per_weight
-    needed = size if stored else parameters * BYTES_PER_WEIGHT.get(how.precision, 2.0)
+    needed = size if stored else parameters * BYTES_PER_WEIGHT.get(plan.precision, 2.0)
     if needed > free:
         smaller = next((p for p in ("bf16", "8bit", "4bit") if parameters * BYTES_PER_WEIGHT[p] <= free), None)
         hint = f"llava ask -m {name} -p {smaller}" if smaller else "llava models lists what fits this machine"
         raise OutOfMemory(name, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", hint)
-    return how.device == "cuda" and torch.cuda.device_count() > 1 and needed * 1.2 > torch.cuda.mem_get_info()[0]
+    return plan.device == "cuda" and torch.cuda.device_count() > 1 and needed * 1.2 > torch.cuda.mem_get_info()[0]
 
 
 def _stored_quantization(config: Any) -> Any:
-    """What a config, or its language model's, says of weights that are stored quantised; None of others."""
+    """The quantization config that a checkpoint, or its language model, is stored with; None of others."""
     parts = (config, config.get_text_config())
-    return next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+    return next((stored for part in parts if (stored := getattr(part, "quantization_config", None))), None)
 
 
-def _stored_precision(name: str, stored: Any, asked: Precision) -> str:
-    """What a checkpoint that was saved quantised is in; it cannot be had in another precision."""
-    how: dict[str, Any] = stored if isinstance(stored, dict) else vars(stored)
-    precision = "4bit" if how.get("load_in_4bit") else "8bit"
-    if asked not in ("auto", precision):
-        raise UsageError(f"--precision {asked}", f"{name} is stored as {precision}", f"llava ask -m {name}")
+def _stored_precision(name: str, stored: Any, requested: Precision) -> str:
+    """The precision of weights that are stored quantized. Raises `UsageError` where another one is requested."""
+    fields: dict[str, Any] = stored if isinstance(stored, dict) else vars(stored)
+    precision = "4bit" if fields.get("load_in_4bit") else "8bit"
+    if requested not in ("auto", precision):
+        raise UsageError(f"--precision {requested}", f"{name} is stored as {precision}", f"llava ask -m {name}")
     return precision
 
 
-def _quantization(name: str, how: Plan, config: Any, dtype: torch.dtype, double: bool) -> Any:
+def _quantization_config(name: str, plan: Plan, config: Any, dtype: torch.dtype, double_quant: bool) -> Any:
     """bitsandbytes on the language model's inner layers alone.
 
-    The vision tower, the projector and the output head lose more than they save; naming modules drops
-    transformers' own guess at what to keep, so all of them are named here, from the model's structure.
+    The vision tower, the projector and the output head lose more accuracy than they save memory. Naming modules turns
+    off transformers' own guess at what to skip, so all of them are named here, from the model's structure.
     """
     import torch
     from accelerate import init_empty_weights
@@ -297,20 +312,20 @@ def _quantization(name: str, how: Plan, config: Any, dtype: torch.dtype, double:
         model = AutoModelForImageTextToText.from_config(config)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if decoder is model:
-        raise ModelUnusable(name, f"cannot be loaded in {how.precision}: its language model is not apart")
+        raise ModelUnusable(name, f"cannot be loaded in {plan.precision}: its language model is not apart")
     inner = set(decoder.modules())
-    # On a CPU products take whole blocks of 64 weights a row.
-    blocks = 64 if how.precision == "4bit" and how.device == "cpu" else 1
-    kept = [
-        layer
-        for layer, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and (m not in inner or m is head or m.in_features % blocks)
+    # On a CPU rows must be whole blocks of 64 weights.
+    block = 64 if plan.precision == "4bit" and plan.device == "cpu" else 1
+    skipped = [
+        path
+        for path, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and (m not in inner or m is head or m.in_features % block)
     ]
     return BitsAndBytesConfig(
-        load_in_8bit=how.precision == "8bit",
-        load_in_4bit=how.precision == "4bit",
+        load_in_8bit=plan.precision == "8bit",
+        load_in_4bit=plan.precision == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=double,
-        llm_int8_skip_modules=kept,
+        bnb_4bit_use_double_quant=double_quant,
+        llm_int8_skip_modules=skipped,
     )

@@ -1,1 +1,5 @@
-"""Conversations -> the tensors that a model reads."""
+"""Conversations -> the tensors that a model reads.
+
+`prompter.py` renders with a template (`chat_template.py`, `templates/`) and encodes with the checkpoint's processor
+(`processor.py`, `pixtral.py`). Templates and tokenizers of checkpoints run in `sandbox.py` first.
+"""

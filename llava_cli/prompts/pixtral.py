@@ -1,4 +1,4 @@
-"""Pixtral's processor, which transformers has for those who have torchvision.
+"""Pixtral's processor, without transformers' dependency on torchvision.
 
 A picture has a row of image tokens for each row of its patches, and a token at the end of each row.
 """
@@ -31,14 +31,14 @@ class PixtralProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
 
     def _process_images(self, images: Any, **options: Any) -> Any:
-        return super()._process_images(images, **{**options, "patch_size": self._side()})
+        return super()._process_images(images, **{**options, "patch_size": self._token_side()})
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **options: Any) -> str:
-        """A picture's tokens; transformers calls it for each."""
+        """The tokens of one picture; transformers calls this for each."""
         height, width = image_inputs["image_sizes"][image_idx]
-        row = self.image_token * (int(width) // self._side())
-        return self.image_break_token.join([row] * (int(height) // self._side())) + self.image_end_token
+        row = self.image_token * (int(width) // self._token_side())
+        return self.image_break_token.join([row] * (int(height) // self._token_side())) + self.image_end_token
 
-    def _side(self) -> int:
-        """Of the square of pixels that one token stands for."""
+    def _token_side(self) -> int:
+        """The side in pixels of the square that one token stands for."""
         return self.patch_size * self.spatial_merge_size

@@ -1,4 +1,4 @@
-"""Pictures as the model sees them: a processor's pixels, made visible again."""
+"""Draws pictures as the model sees them, from the pixels that the processor makes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 GAP = 4
-"""Pixels between tiles, white."""
+"""White pixels between tiles."""
 
 
-def as_seen(inputs: dict[str, torch.Tensor], image_processor: Any) -> Image:
-    """What `Prompter.encode` gives a model, as one picture: a row for each picture, its tiles side by side.
+def draw_model_view(inputs: dict[str, torch.Tensor], image_processor: Any) -> Image:
+    """Draws the result of `Prompter.encode` as one image: a row for each picture, its tiles side by side.
 
-    Raises `ModelUnusable` where a processor gives no upright tiles.
+    Raises `ModelUnusable` if the processor does not make tiles of [3, height, width].
     """
     from PIL import Image
 
     pixels = inputs.get("pixel_values")
     if pixels is None or pixels.dim() not in (4, 5) or pixels.shape[-3] != 3:
         raise ModelUnusable("--save-view", "this model's processor gives no picture that can be drawn")
-    rows = [row[None] if row.dim() == 3 else row for row in pixels.float()]
-    tiles = [[_tile(tile, image_processor) for tile in row if tile.any()] for row in rows]  # no padding to many tiles
+    pictures = [picture[None] if picture.dim() == 3 else picture for picture in pixels.float()]
+    # Tiles of zeros are padding.
+    rows = [[_tile(tile, image_processor) for tile in picture if tile.any()] for picture in pictures]
     height, width = pixels.shape[-2] + GAP, pixels.shape[-1] + GAP
-    sheet = Image.new("RGB", (width * max(map(len, tiles)) - GAP, height * len(tiles) - GAP), "white")
-    for y, row in enumerate(tiles):
+    sheet = Image.new("RGB", (width * max(map(len, rows)) - GAP, height * len(rows) - GAP), "white")
+    for y, row in enumerate(rows):
         for x, tile in enumerate(row):
             sheet.paste(tile, (x * width, y * height))
     return sheet
 
 
 def _tile(pixels: torch.Tensor, image_processor: Any) -> Image:
-    """pixels [3, height, width] as the vision tower takes them -> a picture."""
+    """Undoes normalization and rescaling: pixels [3, height, width] as the vision tower takes them -> an image."""
     import torch
     from PIL import Image
 

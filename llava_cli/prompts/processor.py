@@ -1,94 +1,92 @@
-"""A checkpoint's processor: which class it is of, and what it has to know of the model.
+"""Loads a checkpoint's processor, and makes it agree with the model's config.
 
-A processor counts image tokens by copies of what config and vision tower know. Files of older transformers lack some of
-them, and others are wrong; the model's own facts go into the processor, and what then does not fit is refused.
+A processor counts image tokens by its own copies of values of the config. Files of older transformers lack some of
+these copies, and others are wrong, so the model's own values replace them; what still disagrees is refused.
 """
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any
+from inspect import signature
+from typing import Any
 
 from llava_cli import limits, regular_files
-from llava_cli.errors import ModelUnusable, brief, model_errors
+from llava_cli.errors import ModelUnusable, model_errors
+from llava_cli.models.checkpoint_files import pull_command, read_json
 from llava_cli.models.registry import Checkpoint
-from llava_cli.models.validate import again, read_json
 from llava_cli.models.weights import nothing_is_fetched
 from llava_cli.untrusted_text import one_line
 
-if TYPE_CHECKING:
-    from llava_cli.prompts.prompter import Prompter
-
-_NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 """Files that may name the processor's class, in transformers' order."""
-_OTHERS = {"llava": ("PixtralProcessor",)}
-"""Classes that a checkpoint may name beside the one of its model type; all are transformers', or ours."""
+_ALTERNATIVES = {"llava": ("PixtralProcessor",)}
+"""Classes that a checkpoint may name besides that of its model type; all are transformers' or ours."""
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Vectors that a vision tower makes besides one of each patch."""
+"""Vectors that a vision tower makes besides one per patch."""
 
 
-def load_processor(checkpoint: Checkpoint, kind: str, config: Any) -> Any:
-    """The processor of a checkpoint of a model type, in agreement with its config. Raises `ModelUnusable`."""
-    name, hint = checkpoint.name, again(checkpoint.name)
+def load_processor(checkpoint: Checkpoint, model_type: str, config: Any) -> Any:
+    """The processor of a checkpoint, in agreement with its config. Raises `ModelUnusable`."""
+    name, hint = checkpoint.name, pull_command(checkpoint.name)
     with model_errors(name, "its processor cannot be loaded", hint):
-        # PIL's resizing everywhere: torchvision's differs, and pixels should not depend on what is installed.
-        made, absent = _class(checkpoint, kind, config)
+        processor_class, absent = _processor_class(checkpoint, model_type, config)
         with nothing_is_fetched():
-            processor = made.from_pretrained(
+            # PIL's resizing everywhere: torchvision's differs, and pixels must not depend on what is installed.
+            processor = processor_class.from_pretrained(
                 checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil", **absent
             )
         if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
-            _agree(processor, config)
+            sync_processor_to_model(processor, config)
             _check_image_token(checkpoint, processor, config)
             return processor
     raise ModelUnusable(name, "its processor does not take pictures and text")
 
 
-def _class(checkpoint: Checkpoint, kind: str, config: Any) -> tuple[Any, dict[str, None]]:
-    """A processor's class, and what to make it without.
+def _processor_class(checkpoint: Checkpoint, model_type: str, config: Any) -> tuple[Any, dict[str, None]]:
+    """The class of a processor, without its video processor, and the arguments to set to None.
 
-    Its part for videos is left out: we have none, and it needs torchvision.
+    We have no videos, and transformers' video processors need torchvision.
     """
     import transformers
 
-    name = _class_name(checkpoint, kind, config)
+    name = _class_name(checkpoint, model_type, config)
     if name == "PixtralProcessor":
         from llava_cli.prompts.pixtral import PixtralProcessor
 
         return PixtralProcessor, {}
-    whole: Any = getattr(transformers, name)
-    parts = [part for part in whole.get_attributes() if part != "video_processor"]
-    if len(parts) == len(whole.get_attributes()):
-        return whole, {}
-    module = sys.modules[whole.__module__]
+    full: Any = getattr(transformers, name)
+    attributes = [attribute for attribute in full.get_attributes() if attribute != "video_processor"]
+    if len(attributes) == len(full.get_attributes()):
+        return full, {}
+    module = sys.modules[full.__module__]
     if getattr(module, "num2words", str) is None:
-        module.num2words = str  # type: ignore[attr-defined]  # SmolVLM's spells out how many frames a video has
-    still = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
-    return still, {"video_processor": None} if "video_processor" in signature(whole.__init__).parameters else {}
+        module.num2words = str  # type: ignore[attr-defined]  # SmolVLM's spells out a video's number of frames
+    without_video = type(full.__name__, (full,), {"get_attributes": classmethod(lambda cls: attributes)})
+    takes_video = "video_processor" in signature(full.__init__).parameters
+    return without_video, {"video_processor": None} if takes_video else {}
 
 
-def _class_name(checkpoint: Checkpoint, kind: str, config: Any) -> str:
-    """What the checkpoint names, where its model type goes with that or has no processor; else its model type's."""
+def _class_name(checkpoint: Checkpoint, model_type: str, config: Any) -> str:
+    """The class that the checkpoint names, if it fits its model type or that has none; else its model type's."""
     from transformers.models.auto import processing_auto
 
     known: Any = processing_auto.PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
-    own = known.get(kind)
-    files = [read_json(checkpoint, file) for file in _NAMING if (checkpoint.folder / file).exists()]
-    named = next((found for file in files if (found := file.get("processor_class"))), None)
-    if named in (_OTHERS.get(kind, ()) if own else known.values()):
-        return str(named)
-    if own is None:
-        words = f"{kind} models have no processor of their own, and its files name none"
+    default = known.get(model_type)
+    contents = [read_json(checkpoint, file) for file in _CONFIGS if (checkpoint.folder / file).exists()]
+    name = next((name for content in contents if (name := content.get("processor_class"))), None)
+    if name in (_ALTERNATIVES.get(model_type, ()) if default else known.values()):
+        return str(name)
+    if default is None:
+        words = f"{model_type} models have no processor of their own, and its files name none"
         raise ModelUnusable(checkpoint.name, words, "llava models lists others")
-    if not named and _is_pixtral(checkpoint, config):
+    if not name and _is_pixtral(checkpoint, config):
         return "PixtralProcessor"
-    return str(own)
+    return str(default)
 
 
 def _is_pixtral(checkpoint: Checkpoint, config: Any) -> bool:
-    """Whether a model has Pixtral's tower, and tokens for the ends of its rows."""
+    """Whether a model has Pixtral's vision tower, and its token for the end of a row of patches."""
     if getattr(getattr(config, "vision_config", None), "model_type", "") != "pixtral":
         return False
     with suppress(OSError):
@@ -96,39 +94,39 @@ def _is_pixtral(checkpoint: Checkpoint, config: Any) -> bool:
     return False
 
 
-def _agree(processor: Any, config: Any) -> None:
-    """The model's facts go for the processor's copies of them."""
-    for name, value in _facts(config).items():
+def sync_processor_to_model(processor: Any, config: Any) -> None:
+    """Replaces the processor's copies of the model's values by the model's own."""
+    for name, value in _model_values(config).items():
         if value is not None and hasattr(processor, name):
             setattr(processor, name, value)
-    pictures, pinpoints = processor.image_processor, getattr(config, "image_grid_pinpoints", None)
-    if pinpoints and hasattr(pictures, "image_grid_pinpoints"):
-        pictures.image_grid_pinpoints = pinpoints
-    _agree_on_size(pictures, getattr(config, "vision_config", None))
+    image_processor, pinpoints = processor.image_processor, getattr(config, "image_grid_pinpoints", None)
+    if pinpoints and hasattr(image_processor, "image_grid_pinpoints"):
+        image_processor.image_grid_pinpoints = pinpoints
+    _sync_image_size(image_processor, getattr(config, "vision_config", None))
 
 
-def _facts(config: Any) -> dict[str, Any]:
-    """What processors have copies of, by their names for it; None is not known."""
+def _model_values(config: Any) -> dict[str, Any]:
+    """The values that processors have copies of, by their names there; None if unknown."""
     vision = getattr(config, "vision_config", None)
-    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    patches = (side // patch) ** 2 if isinstance(side, int) and isinstance(patch, int) else None
-    shuffled = getattr(config, "scale_factor", None)  # Idefics3 joins so many patches of each row and column
+    image_size, patch_size = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    patches = (image_size // patch_size) ** 2 if isinstance(image_size, int) and isinstance(patch_size, int) else None
+    pixel_shuffle = getattr(config, "scale_factor", None)  # Idefics3 joins scale_factor x scale_factor patches
     return {
-        "patch_size": patch if isinstance(patch, int) else None,
+        "patch_size": patch_size if isinstance(patch_size, int) else None,
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
         "num_additional_image_tokens": _class_tokens(vision, patches),
         "num_image_tokens": patches,
-        "image_seq_len": patches // shuffled**2 if patches and isinstance(shuffled, int) else None,
+        "image_seq_len": patches // pixel_shuffle**2 if patches and isinstance(pixel_shuffle, int) else None,
         "vision_aspect_ratio": getattr(config, "vision_aspect_ratio", None),
         "spatial_merge_size": getattr(config, "spatial_merge_size", None),
     }
 
 
 def _class_tokens(vision: Any, patches: int | None) -> int | None:
-    """How many vectors a tower makes besides those of the patches; None where that cannot be seen."""
-    kind = getattr(vision, "model_type", None)
-    if kind in _CLASS_TOKENS or patches is None:
-        return _CLASS_TOKENS.get(str(kind))
+    """The number of vectors that a vision tower makes besides those of the patches; None if unknown."""
+    model_type = getattr(vision, "model_type", None)
+    if model_type in _CLASS_TOKENS or patches is None:
+        return _CLASS_TOKENS.get(str(model_type))
     import torch
     from transformers import AutoModel
 
@@ -138,83 +136,45 @@ def _class_tokens(vision: Any, patches: int | None) -> int | None:
     return None
 
 
-def _agree_on_size(pictures: Any, vision: Any) -> None:
-    """Pictures of another size than a tower with a table of places takes become of that size."""
-    side = getattr(vision, "image_size", None)
-    if isinstance(side, int) and hasattr(pictures, "max_image_size"):  # of a tile
-        pictures.max_image_size = {"longest_edge": side}
-    kind = getattr(vision, "model_type", "")
-    if isinstance(side, int) and kind == "pixtral" and (pictures.size.longest_edge or 0) > side:
-        pictures.size = {"longest_edge": side}
-    if not isinstance(side, int) or kind not in _CLASS_TOKENS:
+def _sync_image_size(image_processor: Any, vision: Any) -> None:
+    """Sets the size that pictures are resized to, if the tower's position embeddings allow only one."""
+    image_size = getattr(vision, "image_size", None)
+    model_type = getattr(vision, "model_type", "")
+    if not isinstance(image_size, int):
         return
-    crop = getattr(pictures, "crop_size", None) if getattr(pictures, "do_center_crop", False) else None
-    seen = crop or pictures.size
-    if (seen.height, seen.width) == (side, side) or (seen.longest_edge or seen.max_height):
+    if hasattr(image_processor, "max_image_size"):  # of a tile
+        image_processor.max_image_size = {"longest_edge": image_size}
+    if model_type == "pixtral" and (image_processor.size.longest_edge or 0) > image_size:
+        image_processor.size = {"longest_edge": image_size}
+    if model_type not in _CLASS_TOKENS:
         return
-    square = {"height": side, "width": side}
+    crop = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", False) else None
+    final = crop or image_processor.size
+    if (final.height, final.width) == (image_size, image_size) or (final.longest_edge or final.max_height):
+        return
+    square = {"height": image_size, "width": image_size}
     if crop:
-        pictures.crop_size = type(crop)(**square)
-        pictures.size = type(crop)(**({"shortest_edge": side} if pictures.size.shortest_edge else square))
-    elif seen.height:
-        pictures.size = type(seen)(**square)
+        image_processor.crop_size = type(crop)(**square)
+        shortest = {"shortest_edge": image_size}
+        image_processor.size = type(crop)(**(shortest if image_processor.size.shortest_edge else square))
+    elif final.height:
+        image_processor.size = type(final)(**square)
 
 
 def _check_image_token(checkpoint: Checkpoint, processor: Any, config: Any) -> None:
-    """Raises `ModelUnusable` where config and tokenizer mean different tokens, or one that has no embedding."""
-    image, word = getattr(config, "image_token_id", None), getattr(processor, "image_token", None)
-    if not isinstance(image, int) or not isinstance(word, str):
+    """Raises `ModelUnusable` if config and tokenizer disagree on the image token, or it has no embedding."""
+    image_id, image_token = getattr(config, "image_token_id", None), getattr(processor, "image_token", None)
+    if not isinstance(image_id, int) or not isinstance(image_token, str):
         return
     tokenizer = processor.tokenizer
-    hint = again(checkpoint.name) or "take config.json and tokenizer.json of one model"
-    if (known := tokenizer.convert_tokens_to_ids(word)) != image:
-        meant = tokenizer.convert_ids_to_tokens(image) if 0 <= image < len(tokenizer) else None
-        theirs = "has none" if known in (None, tokenizer.unk_token_id) else f"has {known}"
-        words = f"config.json has {image} for the token of a picture"
-        words += f" ({one_line(meant)!r} in the tokenizer)" if meant else " (which the tokenizer does not have)"
-        raise ModelUnusable(checkpoint.name, f"{words}, tokenizer.json {theirs} for {one_line(word)}", hint)
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if isinstance(vocabulary, int) and image >= vocabulary:
-        words = f"config.json has {vocabulary} tokens (vocab_size), and {image} for the one of a picture"
+    hint = pull_command(checkpoint.name) or "take config.json and tokenizer.json of one model"
+    if (tokenizer_id := tokenizer.convert_tokens_to_ids(image_token)) != image_id:
+        token = tokenizer.convert_ids_to_tokens(image_id) if 0 <= image_id < len(tokenizer) else None
+        theirs = "has none" if tokenizer_id in (None, tokenizer.unk_token_id) else f"has {tokenizer_id}"
+        words = f"config.json has {image_id} for the image token"
+        words += f" ({one_line(token)!r} in the tokenizer)" if token else " (which the tokenizer does not have)"
+        raise ModelUnusable(checkpoint.name, f"{words}, tokenizer.json {theirs} for {one_line(image_token)}", hint)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(vocab_size, int) and image_id >= vocab_size:
+        words = f"config.json has {vocab_size} tokens (vocab_size), and {image_id} for the image token"
         raise ModelUnusable(checkpoint.name, words, hint)
-
-
-def check_image_tokens(checkpoint: Checkpoint, prompter: Prompter, empty: Any) -> None:
-    """Raises `ModelUnusable` where a prompt has not as many image tokens as the model makes features of a picture.
-
-    `empty` is the model without numbers: shapes are enough. What cannot be run so is left to the model's own check.
-    """
-    inputs = prompter.rehearse()
-    try:
-        features = _features(empty, inputs)
-    except Exception as error:
-        if isinstance(error, ValueError) and empty.config.model_type in _WITHOUT_NUMBERS:
-            words = f"its processor does not go with its vision tower ({brief(error)})"
-            raise ModelUnusable(
-                checkpoint.name, words, again(checkpoint.name) or f"llava doctor {checkpoint.name}"
-            ) from None
-        return
-    _, tokens = prompter.count(inputs)
-    if tokens != features:
-        words = f"a picture has {tokens} tokens in its prompts, {features} features from its vision tower"
-        raise ModelUnusable(checkpoint.name, words, again(checkpoint.name) or f"llava doctor {checkpoint.name}")
-
-
-_WITHOUT_NUMBERS = ("llava", "vipllava", "llava_next", "llava_onevision")
-"""Model types that can be run with shapes alone: what one of them raises then is of the shapes."""
-
-
-def _features(empty: Any, inputs: dict[str, Any]) -> int:
-    """How many feature vectors a model without numbers makes of the pictures. Raises whatever a model type may."""
-    import torch
-
-    with torch.inference_mode(), torch.device("meta"):
-        takes = signature(empty.get_image_features).parameters
-        more = any(one.kind is Parameter.VAR_KEYWORD for one in takes.values())
-        given = {name: inputs[name] for name in inputs if name in takes or (more and name == "image_sizes")}
-        out = empty.get_image_features(
-            **{name: value.to("meta") if value.is_floating_point() else value for name, value in given.items()}
-        )
-        found = getattr(out, "pooler_output", out)
-        parts = found if isinstance(found, (list, tuple)) else [found]
-        return sum(int(part.numel()) // int(part.shape[-1]) for part in parts)

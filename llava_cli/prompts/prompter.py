@@ -1,4 +1,4 @@
-"""A conversation -> the exact prompt string -> token ids, through the checkpoint's own processor."""
+"""Turns a conversation into the prompt string and then into token ids, through the checkpoint's own processor."""
 
 from __future__ import annotations
 
@@ -11,34 +11,40 @@ from typing import TYPE_CHECKING, Any
 from llava_cli import limits
 from llava_cli.conversation import Conversation
 from llava_cli.errors import ModelUnusable, PromptTooLong
-from llava_cli.images.reader import reduce, square
+from llava_cli.images.resize import limit_size, make_square
 from llava_cli.models.families import Family
-from llava_cli.prompts.chat_template import ChatTemplate, Messages, choose, hint, is_ours
-from llava_cli.prompts.sandbox import PIECE, Refused, RehearsedTokenizer, TextSandbox, are_more, tokenizer_errors
+from llava_cli.prompts.chat_template import ChatTemplate, Messages, choose_template, is_shipped, template_hint
+from llava_cli.prompts.image_cache import ProcessedImageCache, same_images
+from llava_cli.prompts.sandbox import (
+    PIECE_CHARACTERS,
+    CheckedTokenizer,
+    TextRefused,
+    TextSandbox,
+    exceeds,
+    tokenizer_errors,
+)
 from llava_cli.prompts.trie_regex import any_of
 from llava_cli.settings import Fit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from PIL.Image import Image
 
-_OURS = "\U000f0000"
-"""The first character of a private-use plane, where no tokenizer has words."""
-LARGE = 16_000_000
-"""Pixels of a prompt, more than which are processed one prompt at a time: 10 bytes each, and 0.2 s for 16 million."""
+_FIRST_STAND_IN = "\U000f0000"
+"""The first character of a Unicode plane for private use (15), in which no tokenizer has words."""
+LARGE_PIXELS = 16_000_000
+"""Prompts with more pixels in their pictures than this are processed one at a time: each pixel takes 10 bytes."""
 
 
 class Prompter:
-    """Renders and tokenises conversations for one checkpoint.
+    """Renders and tokenizes conversations for one checkpoint.
 
-    `processor` is the checkpoint's transformers processor, `family` what it was trained with, if that is known.
-    `template` names the format, as `chat_template.choose` takes it. `fit` "pad" or "crop" makes every picture square
-    before the processor sees it, "auto" does what the family was trained with. `visual_tokens` is how many image tokens
-    a picture has at most, of a model that has as many for each picture; None for all. A checkpoint's template is
-    rendered, and texts are tokenized first, in `sandbox`; None where both are trusted. `context` is how many tokens the
-    model reads, `vocabulary` how many it knows. What a user writes stays text: special tokens in it ("<image>", "</s>")
+    `processor` is the checkpoint's transformers processor, `family` what it was trained with, if known. `template`
+    names the format, as in `chat_template.choose_template`. With `fit` "pad" or "crop" every picture is made square
+    before processing; "auto" does what the family was trained with. `visual_tokens` is the maximum of image tokens per
+    picture (None: all), for models that have equally many for each. `sandbox` renders the checkpoint's template and
+    tokenizes texts first; None if both are trusted. `context` is the number of tokens that the model reads,
+    `vocab_size` the number that it knows. What a user writes stays text: special tokens in it ("<image>", "</s>")
     become neither control tokens nor pictures.
     """
 
@@ -51,242 +57,186 @@ class Prompter:
         visual_tokens: int | None = None,
         sandbox: TextSandbox | None = None,
         context: int | None = None,
-        vocabulary: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        # A copy, for what it remembers is this prompter's alone.
-        self.processor, self.tokenizer = copy(processor), processor.tokenizer
-        self._sandbox, self._context, self._vocabulary = sandbox, context, vocabulary
+        self.processor, self.tokenizer = copy(processor), processor.tokenizer  # a copy, whose parts are replaced below
+        self._sandbox, self._context, self._vocab_size = sandbox, context, vocab_size
         if sandbox and sandbox.tokenizer:
-            self.processor.tokenizer = RehearsedTokenizer(processor.tokenizer, sandbox)
-        self.processor.image_processor = _Once(processor.image_processor)
+            self.processor.tokenizer = CheckedTokenizer(processor.tokenizer, sandbox)
+        self.processor.image_processor = self._image_cache = ProcessedImageCache(processor.image_processor)
         self._lock = threading.Lock()  # a tokenizer serves one thread at a time
-        self._large = threading.Lock()
-        self._views: dict[int, tuple[Image, Image]] = {}
-        # The last prompt with pictures: its text, their layout, the model's inputs.
-        self._last: tuple[str, list[object], dict[str, torch.Tensor]] | None = None
+        self._large_lock = threading.Lock()
+        # The last prompt's pictures, before and after `fit_image`.
+        self._fitted: tuple[list[Image], list[Image]] = [], []
         self.family = family
-        self.origin = "none"
+        self.template_origin = "none"
         """Where the chat template is from, in words."""
         self.fit: Fit = family.fit if family and family.fit and fit == "auto" else fit
         self.visual_tokens = visual_tokens
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
-        self._template = self._template_of(template)
-        # Those that are not marked as special are control tokens too, but for runs of spaces.
+        self._template = self._load_template(template)
+        # Added tokens that are not marked as special are control tokens too, except runs of spaces.
         added = {
-            t.content for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip() and t.content < _OURS
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.content.strip() and token.content < _FIRST_STAND_IN
         }
-        words = sorted(added | {self.image_token})
-        if len(words) > limits.ADDED_TOKENS:
+        special = sorted(added | {self.image_token})
+        if len(special) > limits.ADDED_TOKENS:
             reason = f"it has more than {limits.ADDED_TOKENS:,} added tokens"
             raise ModelUnusable("the checkpoint's tokenizer", reason, "llava models lists others")
-        # Each special token has a stand-in, a private-use character, for the places where it is only text. They
-        # are added here, for later on other threads use the tokenizer.
-        self._stand_in = {word: chr(ord(_OURS) + i) for i, word in enumerate(words)}
-        self.tokenizer.add_tokens(list(self._stand_in.values()))
+        # Each special token has a stand-in, a private-use character, for where it is mere text. The tokenizer learns
+        # them here, because later other threads use it.
+        self._stand_ins = {token: chr(ord(_FIRST_STAND_IN) + i) for i, token in enumerate(special)}
+        self.tokenizer.add_tokens(list(self._stand_ins.values()))
         try:
-            self._special = re.compile(any_of(words))
+            self._special_tokens = re.compile(any_of(special))
         except RecursionError:
             reason = "too many of its special tokens are beginnings of each other"
             raise ModelUnusable("the checkpoint's tokenizer", reason) from None
 
     def render(self, conversation: Conversation) -> str:
-        """The prompt, with one image token a picture; BOS is the tokenizer's and not in it.
+        """The prompt with one image token per picture, without BOS, which the tokenizer adds.
 
-        Raises `UsageError` where the template cannot render the conversation.
+        Raises `UsageError` if the template cannot render the conversation.
         """
-        return self._reveal(self._render(conversation))
+        return self._replace_stand_ins(self._render(conversation))
 
     def encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
-        """The model's inputs: `input_ids` [1, tokens] with image tokens expanded, `pixel_values`, …"""
+        """The model's inputs: `input_ids` [1, tokens] with expanded image tokens, `pixel_values`, …"""
         pictures = [picture.image for picture in conversation.pictures]
-        # Who has small pictures should not wait for large ones. Those take memory, and their turns.
-        large = sum(image.width * image.height for image in pictures) > LARGE
-        with self._large if large else nullcontext():
-            images = self._views_of(pictures)
-            processed = self.processor.image_processor.ahead(images) if images else None
+        # Outside the lock, so that small pictures do not wait for others; large ones take turns because of memory.
+        is_large = sum(image.width * image.height for image in pictures) > LARGE_PIXELS
+        with self._large_lock if is_large else nullcontext():
+            images = self._fit_all(pictures)
+            processed = self._image_cache.process(images) if images else None
         with self._lock:
             if processed:
-                self.processor.image_processor.last = processed
+                self._image_cache.last = processed
             return self._encode(conversation, images)
 
-    def rehearse(self) -> dict[str, torch.Tensor]:
-        """The model's inputs for a picture alone, that is not square; nothing is remembered of it."""
+    def encode_example(self) -> dict[str, torch.Tensor]:
+        """The model's inputs for an image token and a picture that is not square; leaves the image cache empty."""
         from PIL import Image
 
         with self._lock:
-            picture = self._view(Image.new("RGB", (60, 40)))
-            inputs = dict(self.processor(text=self.image_token, images=[picture], return_tensors="pt"))
-            self.processor.image_processor.last = None
+            image = self.fit_image(Image.new("RGB", (60, 40)))
+            inputs = dict(self.processor(text=self.image_token, images=[image], return_tensors="pt"))
+            self._image_cache.last = None
             return inputs
+
+    def count(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """The number of tokens, and how many of them are image tokens."""
+        ids = inputs["input_ids"]
+        return ids.shape[1], int((ids == self._image_token_id()).sum())
 
     def _encode(self, conversation: Conversation, images: list[Image]) -> dict[str, torch.Tensor]:
         text = self._render(conversation)
-        if images and self._last and self._last[0] == text:
-            # A batch asks one thing about many pictures: of all that the processor does, only pixels are new.
-            seen = self.processor.image_processor.again(images)
-            if self._layout(images, seen) == self._last[1]:
-                return {name: seen.get(name, value) for name, value in self._last[2].items()}
         self._check_length(text)
-        stand_ins = set(self._stand_in.values()) & set(text)
-        # A template that begins with BOS has placed it already.
+        stand_ins = set(self._stand_ins.values()) & set(text)
+        # A template that begins with BOS has added it already.
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
-        inputs = self._spell_out(inputs, stand_ins) if stand_ins else inputs
-        if self._vocabulary and (highest := int(inputs["input_ids"].max())) >= self._vocabulary:
-            reason = f"makes token {highest} of a prompt, and the model has {self._vocabulary}"
+        if stand_ins:
+            inputs = self._spell_out(inputs, stand_ins)
+        if self._vocab_size and (highest := int(inputs["input_ids"].max())) >= self._vocab_size:
+            reason = f"makes token {highest} of a prompt, and the model has {self._vocab_size}"
             raise ModelUnusable("the checkpoint's tokenizer", reason, "take tokenizer and config of one model")
         if images and self.visual_tokens:
-            inputs = self._shorten(inputs, len(images), self.visual_tokens)
-        self._last = (
-            (text, self._layout(images, self.processor.image_processor.again(images)), inputs) if images else None
-        )
-        return dict(inputs)
+            inputs = self._limit_image_tokens(inputs, len(images), self.visual_tokens)
+        return inputs
 
-    def _layout(self, images: list[Image], seen: Mapping[str, Any]) -> list[object]:
-        """What a prompt's tokens can depend on of its pictures: all that is known of them but the pixels."""
-        from transformers import ProcessorMixin
+    def _image_token_id(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
 
-        # A processor that does not leave the text to transformers might look at more.
-        usual = type(self.processor).__call__ is ProcessorMixin.__call__
-        count: object = len(images) if usual else [image.size for image in images]
-        return [count, *((name, _known(value)) for name, value in seen.items())]
+    def _fit_all(self, images: list[Image]) -> list[Image]:
+        """Pictures as the processor gets them; the same objects again if the last prompt had these pictures."""
+        before, after = self._fitted
+        if not same_images(before, images):
+            after = [self.fit_image(image) for image in images]
+            self._fitted = images, after
+        return after
 
-    def count(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
-        """How many tokens there are, and how many of them stand for pictures."""
-        ids = inputs["input_ids"]
-        return ids.shape[1], int((ids == self.tokenizer.convert_tokens_to_ids(self.image_token)).sum())
-
-    def _views_of(self, images: list[Image]) -> list[Image]:
-        """The pictures that the processor gets, the same objects for the same pictures as in the last prompt."""
-        views = {id(image): self._views.get(id(image)) or (image, self._view(image)) for image in images}
-        self._views = views
-        return [views[id(image)][1] for image in images]
-
-    def _view(self, image: Image) -> Image:
+    def fit_image(self, image: Image) -> Image:
+        """A picture as the processor gets it: made square, or only limited in size with `fit` "auto"."""
+        if self.fit == "auto":
+            return limit_size(image)
         mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
         red, green, blue = (int(255 * m) for m in mean)
-        return reduce(image) if self.fit == "auto" else square(image, self.fit, (red, green, blue))
+        return make_square(image, self.fit, (red, green, blue))
 
-    def _template_of(self, name: str | None) -> ChatTemplate | None:
-        """The template that `name` stands for here; None where there is none at all."""
+    def _load_template(self, name: str | None) -> ChatTemplate | None:
+        """The template that `name` selects here; None if there is none at all."""
         vocabulary = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
-        if (chosen := choose(name, self.processor, self.family, vocabulary)) is None:
+        choice = choose_template(name, self.processor, self.family, vocabulary)
+        if choice is None:
             return None
-        text, called, self.origin = chosen
-        sandbox = None if is_ours(text) else self._sandbox
+        self.template_origin = choice.origin
+        sandbox = None if is_shipped(choice.text) else self._sandbox
 
-        def render(messages: Messages, asks: bool) -> str:
-            if len(text) > limits.TEMPLATE_CHARACTERS:
-                raise Refused(f"longer than {limits.TEMPLATE_CHARACTERS:,} characters")
+        def render(messages: Messages, add_generation_prompt: bool) -> str:
+            if len(choice.text) > limits.TEMPLATE_CHARACTERS:
+                raise TextRefused(f"longer than {limits.TEMPLATE_CHARACTERS:,} characters")
             if sandbox:
-                return sandbox.render(text, messages, asks, self.tokenizer.special_tokens_map)
-            options: dict[str, Any] = {"chat_template": text, "add_generation_prompt": asks, "tokenize": False}
-            return str(self.tokenizer.apply_chat_template(messages, **options))
+                tokens = self.tokenizer.special_tokens_map
+                return sandbox.render(choice.text, messages, add_generation_prompt, tokens)
+            options: dict[str, Any] = {"chat_template": choice.text, "add_generation_prompt": add_generation_prompt}
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
-        return ChatTemplate(render, called, self.image_token, self._hide)
+        return ChatTemplate(render, choice.name, self.image_token, self._hide_special_tokens)
 
     def _render(self, conversation: Conversation) -> str:
+        """The prompt, with stand-ins for special tokens that are mere text."""
         if not self._template:
-            raise ModelUnusable("the checkpoint's chat template", "there is none", hint())
+            raise ModelUnusable("the checkpoint's chat template", "there is none", template_hint())
         return self._template.render(conversation)
 
     def _check_length(self, text: str) -> None:
-        """Raises `PromptTooLong` where a prompt is that for certain, before all of it is tokenized."""
-        if self._context is None or len(text) <= PIECE:
+        """Raises `PromptTooLong` for a prompt that is certainly too long, before all of it is tokenized."""
+        if self._context is None or len(text) <= PIECE_CHARACTERS:
             return
         if self._sandbox and self._sandbox.tokenizer:
             with tokenizer_errors():
                 too_long = self._sandbox.count(text, self._context) > self._context
         else:
-            too_long = are_more(lambda part: self.tokenizer.encode(part), text, self._context)
+            too_long = exceeds(lambda part: self.tokenizer.encode(part), text, self._context)
         if too_long:
             reason = f"more than {self._context} tokens, which is all that the model reads"
             raise PromptTooLong("prompt", reason, "llava prompt prints it and counts its tokens")
 
-    def _hide(self, text: str) -> str:
-        return self._special.sub(lambda found: self._stand_in[found[0]], text)
+    def _hide_special_tokens(self, text: str) -> str:
+        return self._special_tokens.sub(lambda match: self._stand_ins[match[0]], text)
 
-    def _reveal(self, text: str) -> str:
-        return text.translate({ord(stand_in): word for word, stand_in in self._stand_in.items()})
+    def _replace_stand_ins(self, text: str) -> str:
+        return text.translate({ord(stand_in): token for token, stand_in in self._stand_ins.items()})
 
     def _spell_out(self, inputs: dict[str, torch.Tensor], stand_ins: set[str]) -> dict[str, torch.Tensor]:
-        """Puts the tokens of "<image>" as mere text where its stand-in is."""
+        """Replaces the id of each stand-in by the ids of its special token's text."""
         import torch
 
-        words = {self.tokenizer.convert_tokens_to_ids(s): w for w, s in self._stand_in.items() if s in stand_ins}
-        spelled = {i: self._as_text(word) for i, word in words.items()}
-        lengths = torch.tensor([len(spelled.get(i, [i])) for i in inputs["input_ids"][0].tolist()])
+        to_id = self.tokenizer.convert_tokens_to_ids
+        spelling = {to_id(char): self._text_ids(token) for token, char in self._stand_ins.items() if char in stand_ins}
+        before = inputs["input_ids"][0].tolist()
+        parts = [spelling.get(token, [token]) for token in before]
+        lengths = torch.tensor([len(part) for part in parts])
         shape = inputs["input_ids"].shape
-        ids = [token for i in inputs["input_ids"][0].tolist() for token in spelled.get(i, [i])]
         grown = {k: v.repeat_interleave(lengths, dim=1) for k, v in inputs.items() if v.shape == shape}
-        return {**inputs, **grown, "input_ids": torch.tensor([ids])}
+        return {**inputs, **grown, "input_ids": torch.tensor([[token for part in parts for token in part]])}
 
-    def _shorten(self, inputs: dict[str, torch.Tensor], pictures: int, most: int) -> dict[str, torch.Tensor]:
-        """Leaves the first `most` image tokens of each picture; all pictures have equally many."""
-        image = inputs["input_ids"] == self.tokenizer.convert_tokens_to_ids(self.image_token)
-        each = int(image.sum()) // pictures
-        kept = ~image | ((image.cumsum(1) - 1) % each < most)
-        return {k: v[kept].view(1, -1) if v.shape == image.shape else v for k, v in inputs.items()}
+    def _text_ids(self, token: str) -> list[int]:
+        """A special token's text as ids of ordinary tokens."""
 
-    def _as_text(self, word: str) -> list[int]:
-        """A control token's word as the tokens of mere text."""
-
-        def tokens(text: str) -> list[int]:
+        def encode(text: str) -> list[int]:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
             return ids
 
-        whole = tokens(word)
-        # Tokens that are not marked as special are found all the same: then its first letter is apart.
-        return whole if self.tokenizer.convert_tokens_to_ids(word) not in whole else tokens(word[0]) + tokens(word[1:])
+        ids = encode(token)
+        # Added tokens that are not marked as special are matched all the same: then split off the first letter.
+        return ids if self.tokenizer.convert_tokens_to_ids(token) not in ids else encode(token[0]) + encode(token[1:])
 
-
-def _known(value: Any) -> object:
-    """What is not pixels, and of pixels how many there are."""
-    import torch
-
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.shape if value.is_floating_point() else value.tolist()
-
-
-Processed = tuple[list["Image"], dict[str, Any], dict[str, Any]]
-"""Pictures, the options that they were processed with, and what came of them."""
-
-
-class _Once:
-    """An image processor that does not process again what the last prompt had: a chat repeats its pictures."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self.last: Processed | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def ahead(self, images: list[Image]) -> Processed | None:
-        """These pictures, processed as the last ones were, to be the `last` ones; None as long as there were none."""
-        if (last := self.last) is None or same_images(last[0], images):
-            return last
-        return self._processed(images, last[1])
-
-    def again(self, images: list[Image]) -> Any:
-        """As the last ones were processed."""
-        assert self.last is not None
-        return self(images, **self.last[1])
-
-    def __call__(self, images: list[Image], **options: Any) -> Any:
-        from transformers import BatchFeature
-
-        images = images[0] if isinstance(images[0], list) else images
-        if self.last is None or not same_images(self.last[0], images) or self.last[1] != options:
-            self.last = self._processed(images, options)
-        return BatchFeature(dict(self.last[2]))  # a copy: some processors take things out of it
-
-    def _processed(self, images: list[Image], options: dict[str, Any]) -> Processed:
-        # In a list of their own: several pictures of one prompt, which OneVision's does not cut into tiles.
-        return images, options, dict(self._inner([images], **options))
-
-
-def same_images(before: list[Image], now: list[Image]) -> bool:
-    """Whether these are the very same pictures, in the same order."""
-    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+    def _limit_image_tokens(self, inputs: dict[str, torch.Tensor], pictures: int, most: int) -> dict[str, torch.Tensor]:
+        """Keeps the first `most` image tokens of each picture; all pictures have equally many."""
+        is_image = inputs["input_ids"] == self._image_token_id()
+        per_picture = int(is_image.sum()) // pictures
+        keep = ~is_image | ((is_image.cumsum(1) - 1) % per_picture < most)
+        return {k: v[keep].view(1, -1) if v.shape == is_image.shape else v for k, v in inputs.items()}

@@ -1,10 +1,10 @@
-"""The job that does what a checkpoint does with text: render its chat template, and tokenize.
+"""The sandboxed job for a checkpoint's text: rendering its chat template, and tokenizing.
 
-A template is a program, and a tokenizer's file may have any regular expression in it. Rendering is done here alone.
-Tokens are made twice: here first, within limits, and if that goes well where the model is; the same work on the same
+A template is a program, and a tokenizer's file may contain any regular expression. Templates are rendered only here.
+Texts are tokenized twice: here first, within limits, and if that succeeds where the model is; the same work on the same
 text takes no more there.
 
-A request is one letter and its data. A reply is `_DONE` and what was asked for, or `_REFUSED` and the reason as UTF-8.
+A request is one letter and its data. A reply is `_DONE` and the result, or `_REFUSED` and the reason as UTF-8.
 """
 
 from __future__ import annotations
@@ -21,62 +21,67 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli import limits
-from llava_cli.errors import ModelUnusable, plainly
+from llava_cli.errors import ModelUnusable, os_reason, plain_message
 from llava_cli.regular_files import NotRegular, TooLarge, read
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
 _RENDER, _LOAD, _COUNT = b"R", b"L", b"C"
 _DONE, _REFUSED = b"=", b"!"
-PIECE = 16_384
-"""Characters that are tokenized at a time where it is only to be seen whether they are too many."""
-_MARGIN = 64
-"""Tokens by which the sum over pieces may exceed those of the whole, for each cut."""
+PIECE_CHARACTERS = 16_384
+"""Texts are tokenized in pieces of this length to find out whether they have too many tokens."""
+_PIECE_MARGIN = 64
+"""The most tokens by which a cut between pieces may raise the sum over the pieces."""
 
 
-class Refused(Exception):
-    """What a checkpoint's text processing cannot do, or not within the limits: the reason, in a few words."""
+class TextRefused(Exception):
+    """A template or tokenizer cannot do its work, or not within the limits: the reason in a few words."""
 
 
 class TextSandbox:
-    """A process that renders and tokenizes for one checkpoint, for any thread; one at a time."""
+    """A process that renders and tokenizes for one checkpoint; threads take turns."""
 
     def __init__(self, tokenizer: Path | None) -> None:
-        """`tokenizer` is its `tokenizer.json`; None where it has none, or one that is ours."""
+        """`tokenizer` is the checkpoint's `tokenizer.json`; None if it has none, or one that we ship."""
         self._worker = Worker("llava_cli.prompts.sandbox", limits.TEXT_MEMORY)
-        self.tokenizer, self._loaded_in = tokenizer, 0  # which of the worker's processes has it
-        self._refusal: Refused | None = None
+        self.tokenizer = tokenizer
+        self._loaded_in = 0  # the number of the worker's process that has loaded the tokenizer
+        self._refusal: TextRefused | None = None
         self._lock = threading.Lock()
 
-    def begin(self) -> None:
-        """Begins to load the tokenizer, in the background."""
+    def start_loading(self) -> None:
+        """Loads the tokenizer in the background."""
 
         def load() -> None:
-            with suppress(Refused):  # which `check_tokenizer` raises
+            with suppress(TextRefused):  # which `check_tokenizer` raises again
                 self.check_tokenizer()
 
         if self.tokenizer:
             threading.Thread(target=load, daemon=True).start()
 
-    def render(self, template: str, messages: Sequence[Any], asks: bool, special_tokens: dict[str, str]) -> str:
-        """The prompt that a chat template makes of messages, with the beginning of an answer if it `asks` for one.
-
-        Raises `Refused`.
-        """
-        asked = {"template": template, "messages": messages, "asks": asks, "special_tokens": special_tokens}
+    def render(
+        self, template: str, messages: Sequence[Any], add_generation_prompt: bool, special_tokens: dict[str, str]
+    ) -> str:
+        """The prompt that a chat template makes of messages. Raises `TextRefused`."""
+        request = {
+            "template": template,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "special_tokens": special_tokens,
+        }
         with self._lock:
-            text = self._ask(_RENDER, json.dumps(asked).encode(), limits.TEMPLATE_SECONDS)
+            text = self._ask(_RENDER, json.dumps(request).encode(), limits.TEMPLATE_SECONDS)
         return text.decode(errors="surrogatepass")
 
     def check_tokenizer(self) -> None:
-        """Loads the tokenizer. Raises `Refused` where that fails, or its file has what is not run."""
+        """Loads the tokenizer. Raises `TextRefused` if that fails, or if its file asks for what is never run."""
         with self._lock:
             self._load()
 
     def count(self, text: str, most: int = 0) -> int:
-        """How many tokens a text is; for one of more than `most` any number above that, unless it is 0.
+        """The number of tokens in a text; if that is above `most`, and `most` is not 0, any number above it.
 
-        Raises `Refused`.
+        Raises `TextRefused`.
         """
         with self._lock:
             self._load()
@@ -84,121 +89,128 @@ class TextSandbox:
             return int.from_bytes(self._ask(_COUNT, data, limits.TOKENIZE_SECONDS), "little")
 
     def end(self) -> None:
-        """Ends the process, whatever it is at."""
+        """Kills the process."""
         self._worker.end()
 
     def _load(self) -> None:
-        """Sees that the worker's process has the tokenizer."""
+        """Makes sure that the worker's current process has the tokenizer."""
         if self._refusal:
             raise self._refusal
-        with _refusals():
+        with _worker_errors():
             self._worker.start()
         if self.tokenizer is None or self._loaded_in == self._worker.starts:
             return
         try:
             self._ask(_LOAD, read(self.tokenizer, limits.TOKENIZER_BYTES), limits.TOKENIZE_SECONDS)
             self._loaded_in = self._worker.starts
-        except Refused as error:
+        except TextRefused as error:
             self._refusal = error
         except OSError as error:
-            self._refusal = Refused(error.strerror if isinstance(error, (NotRegular, TooLarge)) else plainly(error))
+            self._refusal = TextRefused(
+                os_reason(error) if isinstance(error, (NotRegular, TooLarge)) else plain_message(error)
+            )
         if self._refusal:
             raise self._refusal
 
     def _ask(self, letter: bytes, data: bytes, seconds: float) -> bytes:
-        with _refusals():
+        with _worker_errors():
             reply = self._worker.ask((letter, data), 1 + 4 * limits.PROMPT_CHARACTERS, seconds)
         if reply[:1] != _DONE:
-            raise Refused(one_line(reply[1:1000].decode("utf-8", "replace")))
+            raise TextRefused(one_line(reply[1:1000].decode("utf-8", "replace")))
         return bytes(reply[1:])
 
 
-class RehearsedTokenizer:
-    """transformers' tokenizer, whose texts are tokenized in the sandbox first, where time and memory are bounded."""
+class CheckedTokenizer:
+    """A transformers tokenizer that tokenizes each text in the sandbox first, where time and memory are bounded."""
 
-    def __init__(self, inner: Any, sandbox: TextSandbox) -> None:
-        self._inner, self._sandbox = inner, sandbox
+    def __init__(self, tokenizer: Any, sandbox: TextSandbox) -> None:
+        self._tokenizer, self._sandbox = tokenizer, sandbox
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        return getattr(self._tokenizer, name)
 
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         """Raises `ModelUnusable`."""
-        for one in [text] if isinstance(text, str) else text:
+        for part in [text] if isinstance(text, str) else text:
             with tokenizer_errors():
-                self._sandbox.count(one)
-        return self._inner(text, **options)
+                self._sandbox.count(part)
+        return self._tokenizer(text, **options)
 
 
 @contextmanager
 def tokenizer_errors() -> Iterator[None]:
-    """Makes of `Refused` what a user is told."""
+    """Translates `TextRefused` to the error that a user sees."""
     try:
         yield
-    except Refused as error:
+    except TextRefused as error:
         raise ModelUnusable("the checkpoint's tokenizer", str(error), "llava models lists others") from None
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """What becomes of a process, in words."""
+def _worker_errors() -> Iterator[None]:
+    """Translates the end of a worker's process to `TextRefused`."""
     try:
         yield
     except WorkerLate as error:
-        raise Refused(f"takes longer than {error} s") from None
+        raise TextRefused(f"takes longer than {error} s") from None
     except WorkerDied as error:
-        raise Refused(str(error) or "crashes, or takes too much memory") from None
+        raise TextRefused(str(error) or "crashes, or takes too much memory") from None
 
 
-def are_more(tokenize: Callable[[str], Sequence[int]], text: str, most: int) -> bool:
-    """Whether a text has more than `most` tokens for certain: in pieces, no more of it than is needed to know.
+def exceeds(tokenize: Callable[[str], Sequence[int]], text: str, most: int) -> bool:
+    """Whether a text certainly has more than `most` tokens: tokenizes pieces of it until that is known.
 
-    A tokenizer takes 1.5 s for a megabyte, and who shares it waits meanwhile.
+    A megabyte takes a tokenizer 1.5 s, for which other threads would wait.
     """
-    if len(text) <= PIECE:
+    if len(text) <= PIECE_CHARACTERS:
         return False
     count = 0
-    for begin in range(0, len(text), PIECE):
-        count += len(tokenize(text[begin : begin + PIECE])) - _MARGIN
+    for start in range(0, len(text), PIECE_CHARACTERS):
+        count += len(tokenize(text[start : start + PIECE_CHARACTERS])) - _PIECE_MARGIN
         if count > most:
             return True
     return False
 
 
-# Inside the sandbox.
+# Below: inside the sandbox.
 
 _tokenizer: Any = None
-
-
-_JINJA_IMPORTS_LATE = ("encodings.unicode_escape", "html", "jinja2.constants", "jinja2.debug", "pprint", "textwrap")
+_LATE_IMPORTS_OF_JINJA = (
+    "encodings.unicode_escape",
+    "html",
+    "jinja2.constants",
+    "jinja2.debug",
+    "pprint",
+    "textwrap",
+)
 
 
 def prepare() -> None:
-    """Imports all that will be needed: afterwards no file can be opened."""
+    """Imports everything that may be needed: after this no file can be opened."""
     import_module("tokenizers")
-    for name in _JINJA_IMPORTS_LATE:
+    for name in _LATE_IMPORTS_OF_JINJA:
         import_module(name)
     time.localtime()  # reads the time zone, which templates may ask for
-    with suppress(Exception):  # what is made at a first literal, date or error
+    with suppress(Exception):  # what Jinja sets up at the first literal, date and error
         _compiled("{{ 'a' ~ strftime_now('%d') ~ messages.a.b }}").render(messages=[])
 
 
 def answer(request: bytes) -> tuple[bytes, ...]:
-    """A reply's parts."""
-    what = {_RENDER: _render, _LOAD: _load, _COUNT: _count}[request[:1]]
+    """The parts of a reply."""
+    handle = {_RENDER: _render, _LOAD: _load, _COUNT: _count}[request[:1]]
     try:
-        return _DONE, what(request[1:])
+        return _DONE, handle(request[1:])
     except MemoryError:
         return _REFUSED, b"takes too much memory"
-    except BaseException as error:  # also what Rust panics with
+    except BaseException as error:  # Rust panics are not Exceptions
         return _REFUSED, (str(error) or type(error).__name__).encode(errors="replace")
 
 
 def _render(data: bytes) -> bytes:
-    asked = json.loads(data)
-    template = _compiled(asked["template"])
-    options = {"tools": None, "documents": None, "add_generation_prompt": asked["asks"], **asked["special_tokens"]}
-    text: str = template.render(messages=asked["messages"], **options)
+    request = json.loads(data)
+    template = _compiled(request["template"])
+    options = {"tools": None, "documents": None, "add_generation_prompt": request["add_generation_prompt"]}
+    text: str = template.render(messages=request["messages"], **{**options, **request["special_tokens"]})
     if len(text) > limits.PROMPT_CHARACTERS:
         raise ValueError(f"makes a prompt of more than {limits.PROMPT_CHARACTERS:,} characters")
     return text.encode(errors="surrogatepass")
@@ -206,13 +218,13 @@ def _render(data: bytes) -> bytes:
 
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> Any:
-    """A template in the environment that transformers gives it: utils/chat_template_utils.py."""
+    """A template in the same environment as in transformers (utils/chat_template_utils.py)."""
     from jinja2.ext import Extension, loopcontrols
     from jinja2.nodes import CallBlock
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what an assistant says, for training; here it is only its content."""
+        """`{% generation %}` marks the assistant's text for training; here it renders its content."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -252,16 +264,19 @@ def _load(data: bytes) -> bytes:
     from tokenizers import Tokenizer
 
     _tokenizer = None
-    found = Tokenizer.from_buffer(data)
-    found.no_truncation()
-    found.no_padding()
-    _check_decoder(found)
-    _tokenizer = found
+    tokenizer = Tokenizer.from_buffer(data)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _check_decoder(tokenizer)
+    _tokenizer = tokenizer
     return b""
 
 
 def _check_decoder(tokenizer: Any) -> None:
-    """Decoding is not rehearsed: a token may come at any time. So what makes it slow or large is not taken at all."""
+    """Raises `ValueError` for a decoder that may be slow or write much.
+
+    Decoding is not tried in the sandbox first, because any token may come at any time.
+    """
     if tokenizer.decoder is not None:
         steps = json.loads(tokenizer.decoder.__getstate__())
         for step in steps.get("decoders", [steps]):
@@ -279,5 +294,5 @@ def _count(data: bytes) -> bytes:
     def tokenize(part: str) -> Sequence[int]:
         return _tokenizer.encode(part, add_special_tokens=False).ids  # type: ignore[no-any-return]
 
-    count = most + 1 if most and are_more(tokenize, text, most) else len(tokenize(text))
+    count = most + 1 if most and exceeds(tokenize, text, most) else len(tokenize(text))
     return count.to_bytes(8, "little")

@@ -1,7 +1,7 @@
-"""A regular expression for any of many words that does not try them one by one.
+"""A regular expression that matches any of many words without trying them one by one.
 
-Python's `re` tries the alternatives of `a|b|c` in turn at each place of a text: with a vocabulary's thousand special
-tokens a megabyte takes seconds. Words that begin alike share their beginning here, and the longest one is found.
+Python's `re` tries the alternatives of `a|b|c` in turn at each position: with a vocabulary's thousand special tokens a
+megabyte of text takes seconds. Here words share their common prefixes, as in a trie, and the longest one matches.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ from itertools import groupby, takewhile
 
 
 def any_of(words: Iterable[str]) -> str:
-    """The expression, of which a match is the longest word at its place; one that never matches for no words."""
+    """An expression that matches the longest of the words at a position; without words it never matches."""
     return _any_of(sorted({word for word in words if word})) or "(?!)"
 
 
 def _any_of(words: list[str]) -> str:
-    """Of sorted words, of which the first may be empty."""
-    ends = "" in words
+    """The expression for sorted words; the first may be empty."""
+    has_empty = "" in words
     branches = []
-    for _, group in groupby(words[ends:], lambda word: word[0]):
-        alike = list(group)
-        shared = _beginning(alike[0], alike[-1])  # sorted: what these two share, all do
-        branches.append(re.escape(shared) + _any_of([word[len(shared) :] for word in alike]))
+    for _, group in groupby(words[has_empty:], lambda word: word[0]):
+        same_letter = list(group)
+        prefix = _common_prefix(same_letter[0], same_letter[-1])  # words are sorted: what these two share, all share
+        branches.append(re.escape(prefix) + _any_of([word[len(prefix) :] for word in same_letter]))
     if not branches:
         return ""
-    return f"(?:{'|'.join(branches)})" + "?" * ends
+    return f"(?:{'|'.join(branches)})" + "?" * has_empty
 
 
-def _beginning(word: str, other: str) -> str:
-    """What both words begin with."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(word, other, strict=False))
+def _common_prefix(first: str, second: str) -> str:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     return "".join(character for character, _ in same)

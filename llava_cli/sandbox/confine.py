@@ -1,15 +1,15 @@
-"""Takes a process's rights away, for good: what decodes strangers' bytes keeps its pipes, memory and a clock.
+"""Takes away a process's rights for good, except its pipes, its memory and a clock.
 
-Three layers, each as far as the system has it:
+Three layers, as far as the system has them:
 
 - Landlock (`landlock(7)`, Linux 5.13): no path can be opened, no TCP port bound or connected to, no signal or abstract
   socket reaches a process outside;
-- resource limits (`setrlimit(2)`), hard ones: address space and computing; no file grows, no new descriptor or process;
-- seccomp (`seccomp(2)`, x86-64 and arm64): the system calls in `_ALLOWED` and no others, none that makes memory
-  executable, threads but no processes. A refused call fails with EPERM, so that libraries take their other way.
+- hard resource limits (`setrlimit(2)`) on address space and CPU time; no file grows, no new descriptor or process;
+- seccomp (`seccomp(2)`, x86-64 and arm64): only the system calls in `_ALLOWED`, no executable memory, threads but no
+  processes. A refused call fails with EPERM, so that libraries fall back to others.
 
-Landlock and seccomp need `PR_SET_NO_NEW_PRIVS`, so no setuid program would give rights back. Constants are those of
-Linux's headers; nothing here is taken back when it fails half way: less is granted, never more.
+Landlock and seccomp need `PR_SET_NO_NEW_PRIVS`, so that no setuid program gives rights back. Constants are those of
+Linux's headers. If a step fails halfway, the rights that it has taken away stay so.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-try:  # before no file can be opened any more
+try:  # here, because later no file can be opened
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 LAYERS = ("landlock", "limits", "seccomp")
-"""What `confine` may report, in the order in which it is applied."""
+"""The layers that `confine` may report, in the order in which it applies them."""
 
 
 def confine(memory: int, cpu_seconds: int) -> list[str]:
-    """Confines this process: `memory` bytes of address space, seconds of computing in all. Returns what took hold.
+    """Confines this process to `memory` bytes of address space and `cpu_seconds`; returns the layers in force.
 
-    Everything that it will need must be imported and open by now. Descriptors other than 0, 1 and 2 are closed.
+    Everything that it needs must be imported and open before. Descriptors other than 0, 1 and 2 are closed.
     """
     os.closerange(3, 1 << 16)
     steps = {"landlock": _restrict_paths, "limits": lambda: _limit(memory, cpu_seconds), "seccomp": _filter_calls}
-    return [name for name, step in steps.items() if _took_hold(step)]
+    return [name for name, step in steps.items() if _succeeds(step)]
 
 
-def _took_hold(step: Callable[[], None]) -> bool:
+def _succeeds(step: Callable[[], None]) -> bool:
     try:
         step()
     except (OSError, AttributeError):  # AttributeError: a C library without the function
@@ -64,7 +64,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38  # linux/prctl.h
 
 
 def _linux() -> ctypes.CDLL:
-    """The C library, once this process ends with its parent and can gain no rights any more, as the kernel wants it."""
+    """The C library, after making sure that this process ends with its parent and can gain no rights."""
     if sys.platform != "linux":
         raise OSError(errno.ENOSYS, "not Linux")
     libc = ctypes.CDLL(None, use_errno=True)
@@ -79,14 +79,14 @@ def _checked(result: int) -> int:
     return result
 
 
-# Landlock: linux/landlock.h. A ruleset without rules forbids all that it handles.
+# Landlock: linux/landlock.h. A ruleset without rules forbids everything that it handles.
 
 _CREATE_RULESET, _RESTRICT_SELF = 444, 446  # the same numbers on all architectures
 _VERSION = 1  # LANDLOCK_CREATE_RULESET_VERSION
 _PATH_RIGHTS = ((1, 13), (2, 14), (3, 15), (5, 16))
-"""From this version of the interface on there are so many rights over paths, one bit each."""
+"""Versions of the interface, and the number of rights over paths from there on, one bit each."""
 _NET_RIGHTS = 0b11  # version 4: bind and connect TCP
-_SCOPES = 0b11  # version 6: abstract Unix sockets and signals to others
+_SCOPES = 0b11  # version 6: abstract Unix sockets, and signals to processes outside
 
 
 def _restrict_paths() -> None:
@@ -106,15 +106,17 @@ def _restrict_paths() -> None:
 # seccomp: linux/seccomp.h, linux/filter.h, linux/audit.h.
 
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
-_ALLOW, _KILL = 0x7FFF0000, 0x80000000
-_REFUSE, _UNKNOWN = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
-_LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_RET|K
-_NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16  # in struct seccomp_data; of an argument the lower half is first
-_EXECUTABLE = 4  # PROT_EXEC
-_CLONE_THREAD = 0x10000
+_RETURN_ALLOW, _RETURN_KILL = 0x7FFF0000, 0x80000000
+_RETURN_EPERM, _RETURN_ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
+# BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_RET|K.
+_BPF_LOAD, _BPF_JUMP_EQUAL, _BPF_JUMP_SET, _BPF_RETURN = 0x20, 0x15, 0x45, 0x06
+# Offsets in struct seccomp_data; the lower half of an argument comes first.
+_NUMBER_OFFSET, _ARCHITECTURE_OFFSET, _ARGUMENTS_OFFSET = 0, 4, 16
+_PROT_EXEC = 4
+_CLONE_THREAD_FLAG = 0x10000
 
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-"""AUDIT_ARCH, and which column of `_ALLOWED`."""
+"""AUDIT_ARCH, and the column in `_ALLOWED`."""
 _ALLOWED = {
     "read": (0, 63),
     "write": (1, 64),
@@ -154,43 +156,43 @@ _MMAP, _MPROTECT, _CLONE, _CLONE3 = (9, 222), (10, 226), (56, 220), (435, 435)
 
 def _filter_calls() -> None:
     libc = _linux()
-    known = _ARCHITECTURES.get(platform.machine())
-    if known is None or sys.maxsize < 2**32 or sys.byteorder != "little":
+    architecture = _ARCHITECTURES.get(platform.machine())
+    if architecture is None or sys.maxsize < 2**32 or sys.byteorder != "little":
         raise OSError(errno.ENOSYS, "no list of system calls for this processor")
-    architecture, column = known
-    program = b"".join(_program(architecture, column))
+    code = b"".join(_program(*architecture))
 
-    class Program(ctypes.Structure):  # struct sock_fprog
+    class SockFprog(ctypes.Structure):  # struct sock_fprog
         _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
 
-    filled = Program(len(program) // 8, program)
-    _checked(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(filled), 0, 0))
+    program = SockFprog(len(code) // 8, code)
+    _checked(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0))
 
 
-def _program(architecture: int, column: int) -> Iterator[bytes]:
-    """Classic BPF, instruction by instruction: code, jump if true, jump if false, operand."""
+def _program(audit_arch: int, column: int) -> Iterator[bytes]:
+    """The filter in classic BPF, instruction by instruction; jumps count the instructions to skip."""
 
-    def step(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    def instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, operand)
 
-    yield step(_LOAD, _ARCHITECTURE_AT)
-    yield step(_EQUAL, architecture, 1, 0)
-    yield step(_RETURN, _KILL)  # 32-bit calls have other numbers
-    yield step(_LOAD, _NUMBER_AT)
+    yield instruction(_BPF_LOAD, _ARCHITECTURE_OFFSET)
+    yield instruction(_BPF_JUMP_EQUAL, audit_arch, 1, 0)
+    yield instruction(_BPF_RETURN, _RETURN_KILL)  # 32-bit calls have other numbers
+    yield instruction(_BPF_LOAD, _NUMBER_OFFSET)
     for numbers in _ALLOWED.values():
-        yield step(_EQUAL, numbers[column], 0, 1)
-        yield step(_RETURN, _ALLOW)
+        yield instruction(_BPF_JUMP_EQUAL, numbers[column], 0, 1)
+        yield instruction(_BPF_RETURN, _RETURN_ALLOW)
     for numbers in (_MMAP, _MPROTECT):  # argument 2 is the protection
-        yield step(_EQUAL, numbers[column], 0, 4)
-        yield step(_LOAD, _ARGUMENTS_AT + 8 * 2)
-        yield step(_ANY_BIT, _EXECUTABLE, 0, 1)
-        yield step(_RETURN, _REFUSE)
-        yield step(_RETURN, _ALLOW)
-    yield step(_EQUAL, _CLONE[column], 0, 4)  # argument 0 is the flags
-    yield step(_LOAD, _ARGUMENTS_AT)
-    yield step(_ANY_BIT, _CLONE_THREAD, 1, 0)
-    yield step(_RETURN, _REFUSE)
-    yield step(_RETURN, _ALLOW)
-    yield step(_EQUAL, _CLONE3[column], 0, 1)
-    yield step(_RETURN, _UNKNOWN)  # its flags are in memory, which a filter cannot read; the C library takes clone
-    yield step(_RETURN, _REFUSE)  # also x32's calls, whose numbers have a bit more
+        yield instruction(_BPF_JUMP_EQUAL, numbers[column], 0, 4)
+        yield instruction(_BPF_LOAD, _ARGUMENTS_OFFSET + 8 * 2)
+        yield instruction(_BPF_JUMP_SET, _PROT_EXEC, 0, 1)
+        yield instruction(_BPF_RETURN, _RETURN_EPERM)
+        yield instruction(_BPF_RETURN, _RETURN_ALLOW)
+    yield instruction(_BPF_JUMP_EQUAL, _CLONE[column], 0, 4)  # argument 0 is the flags
+    yield instruction(_BPF_LOAD, _ARGUMENTS_OFFSET)
+    yield instruction(_BPF_JUMP_SET, _CLONE_THREAD_FLAG, 1, 0)
+    yield instruction(_BPF_RETURN, _RETURN_EPERM)
+    yield instruction(_BPF_RETURN, _RETURN_ALLOW)
+    yield instruction(_BPF_JUMP_EQUAL, _CLONE3[column], 0, 1)
+    # The flags of clone3 are in memory, which a filter cannot read; the C library falls back to clone.
+    yield instruction(_BPF_RETURN, _RETURN_ENOSYS)
+    yield instruction(_BPF_RETURN, _RETURN_EPERM)  # also the x32 ABI's calls, whose numbers have bit 30 set

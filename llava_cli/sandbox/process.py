@@ -1,4 +1,4 @@
-"""One sandboxed process, from outside: started when it is needed, killed when it is late, replaced when it is gone."""
+"""A sandboxed process from outside: started when needed, killed when late, replaced when it has ended."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from typing import BinaryIO
 from weakref import WeakSet
 
 from llava_cli import limits
+from llava_cli.errors import os_reason
 from llava_cli.processes import worker_command
-from llava_cli.sandbox.keeper import keeper
 from llava_cli.sandbox.messages import receive, send
+from llava_cli.sandbox.supervisor import supervisor
 
 _PIPE_BYTES = 1 << 20
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
-"""Without which some systems' Python does not start. Nothing else of the environment is a worker's business."""
-_USED_UP = 0.8
-"""Of the computing that a process may do in its life: then a new one takes over."""
+"""Environment variables without which Python does not start on some systems. Workers get no others."""
+_RETIREMENT = 0.8
+"""The fraction of its CPU time limit after which a process is replaced."""
 
 
 class WorkerDied(Exception):
-    """The process ended, said what no worker of ours says, or did not start: then the message says why."""
+    """The process ended, sent a malformed message, or did not start; in the last case the message says why."""
 
 
 class WorkerLate(Exception):
-    """The process took longer than so many seconds, and was ended."""
+    """The process missed its deadline, and was killed; the message is the number of seconds that it had."""
 
 
 class Worker:
-    """A process that does one job, for one thread at a time. The next request after its end gets a new one."""
+    """A process that does one job, for one thread at a time; if it has ended, the next request starts a new one."""
 
-    def __init__(self, job: str, memory: int, *words: str) -> None:
-        """`job` is a module's name, and its `prepare` gets the words; `memory` is in bytes of address space."""
-        self._words = job, str(memory), str(limits.SANDBOX_CPU_SECONDS), *words
+    def __init__(self, job: str, memory: int, *arguments: str) -> None:
+        """`job` is a module's name; its `prepare` gets the arguments. `memory` is address space in bytes."""
+        self._command = job, str(memory), str(limits.SANDBOX_CPU_SECONDS), *arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._parent = 0
         self.starts = 0
-        """How many processes there have been: what one was told, the next one does not know."""
+        """The number of processes so far: the next one does not know what the last one was sent."""
         self._layers: list[str] | None = None
 
     @property
@@ -50,7 +51,7 @@ class Worker:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Starts the process, unless it runs; does not wait until it is ready. Raises `WorkerDied`."""
+        """Starts the process unless it runs, without waiting until it is ready. Raises `WorkerDied`."""
         if not self.is_running or self._parent != os.getpid():
             self.end()
         if self._process is None:
@@ -59,38 +60,38 @@ class Worker:
             _workers.add(self)
             _end_all_at_exit()
             try:
-                self._process = keeper().start(self._popen)
+                self._process = supervisor().start(self._popen)
             except OSError as error:
-                raise WorkerDied(f"its process cannot be started ({error.strerror})") from None
+                raise WorkerDied(f"its process cannot be started ({os_reason(error)})") from None
             for pipe in (self._process.stdin, self._process.stdout):
                 _widen(pipe)
 
     def _popen(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            worker_command("llava_cli.sandbox.worker", *self._words),
+            worker_command("llava_cli.sandbox.worker", *self._command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
             cwd=os.path.abspath(os.sep),
-            start_new_session=True,  # what a terminal sends (Ctrl-C) is for us to deal with
+            start_new_session=True,  # a terminal's Ctrl-C is for us to handle
         )
 
     def ask(self, request: tuple[bytes, ...], most: int, seconds: float) -> bytearray:
-        """The reply to a request, of at most so many bytes and seconds, the start not counted.
+        """The reply to a request, of at most `most` bytes, within `seconds`, not counting the start of the process.
 
-        Raises `WorkerDied` and `WorkerLate`.
+        Raises `WorkerDied` or `WorkerLate`.
         """
         self.layers()
         with self._deadline(seconds) as (requests, replies):
             send(requests, *request)
             reply = receive(replies, most)
-        if self._process and _is_used_up(self._process):
+        if self._process and _should_retire(self._process):
             self.end()
         return reply
 
     def layers(self) -> list[str]:
-        """Which layers of `confine` took hold. Raises as `ask` does."""
+        """The layers of `confine` that are in force. Raises as `ask`."""
         self.start()
         if self._layers is None:
             with self._deadline(limits.SANDBOX_START_SECONDS) as (_, replies):
@@ -98,7 +99,7 @@ class Worker:
         return self._layers
 
     def end(self) -> None:
-        """Ends the process, whatever it is at; in a fork of the process that has started it, leaves it to that one."""
+        """Kills the process; does nothing to it in a fork of the process that started it."""
         if (process := self._process) is not None:
             self._process = None
             if self._parent == os.getpid():
@@ -109,60 +110,60 @@ class Worker:
                     pipe.close()  # type: ignore[union-attr]  # both are pipes
 
     def __del__(self) -> None:
-        with suppress(Exception):  # whatever is gone already when Python ends
+        with suppress(Exception):  # modules may be gone when Python exits
             self.end()
 
     @contextmanager
     def _deadline(self, seconds: float) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-        """Its pipes, which end when it is killed after so many seconds; a worker that failed is not used again."""
+        """The process's pipes, which end when it is killed after `seconds`; a process that failed is not used again."""
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             raise WorkerDied
-        number = keeper().watch(process, seconds)
+        number = supervisor().watch(process, seconds)
         try:
             yield process.stdin, process.stdout  # type: ignore[misc]
         except BaseException as error:
-            self.end()  # also after Ctrl-C: the reply that still comes would be taken for the next one
-            in_time = keeper().release(number)
+            self.end()  # also after Ctrl-C: its late reply would be taken for the next one
+            in_time = supervisor().release(number)
             if isinstance(error, (OSError, EOFError, ValueError)):  # ValueError: another thread has closed the pipe
                 raise WorkerDied if in_time else WorkerLate(f"{seconds:.0f}") from error
             raise
-        if not keeper().release(number):
-            self.end()  # killed after its last word: the next request is not for it
+        if not supervisor().release(number):
+            self.end()  # killed after its reply
 
 
 _workers: WeakSet[Worker] = WeakSet()
 
 
 def _end_all() -> None:
-    """Before we leave, so that nothing that we have started outlives us, be it for a moment."""
+    """Kills all workers before this process exits, so that none outlives it."""
     for worker in list(_workers):
         worker.end()
 
 
 @cache
 def _end_all_at_exit() -> None:
-    """Once, with the first process, not where this is imported: what is registered last is run first.
+    """Registers `_end_all`, with the first process and not at import: what is registered last runs first.
 
-    The command's own way out (`start.py`), registered before anything else is done, leaves without running the rest.
+    The command's own exit handler (`start.py`) is registered first, and exits without running any after it.
     """
     atexit.register(_end_all)
 
 
-def _is_used_up(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has little computing left."""
+def _should_retire(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has used most of its CPU time."""
     if sys.platform != "linux":
         return False
     try:
-        computed = time.clock_gettime(~process.pid << 3 | 2)  # its CPU clock: clock_getcpuclockid(3)
+        cpu_seconds = time.clock_gettime(~process.pid << 3 | 2)  # its CPU clock: clock_getcpuclockid(3)
     except OSError:
         return True
-    return computed > _USED_UP * limits.SANDBOX_CPU_SECONDS
+    return cpu_seconds > _RETIREMENT * limits.SANDBOX_CPU_SECONDS
 
 
 def _widen(pipe: object) -> None:
-    """Pictures are megabytes: fewer turns between the two processes."""
+    """Enlarges a pipe's buffer, for fewer switches between the two processes: pictures have megabytes."""
     with suppress(ImportError, AttributeError, OSError):
         import fcntl
 
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[call-overload]  # Linux alone has it
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[call-overload]  # only on Linux

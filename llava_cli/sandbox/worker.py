@@ -1,6 +1,6 @@
-"""Inside a sandboxed process: imports what its job needs, gives up its rights, then answers requests until none comes.
+"""The main function of a sandboxed process: imports its job, gives up its rights, then answers requests.
 
-The first message says which layers of `confine` took hold.
+The first message names the layers of `confine` that are in force.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from llava_cli.sandbox.messages import receive, send
 
 
 def main() -> None:
-    """Does `JOB MEMORY CPU_SECONDS WORDS...` of the command line: a job is a module with `prepare` and `answer`."""
-    job, memory, cpu_seconds, *words = sys.argv[1:]
+    """Runs `JOB MEMORY CPU_SECONDS ARGUMENTS...`; a job is a module with `prepare(*arguments)` and `answer`."""
+    job, memory, cpu_seconds, *arguments = sys.argv[1:]
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdin = sys.stdout = None  # nobody else writes to our pipe
+    sys.stdin = sys.stdout = None  # no library writes to our pipe
     module = import_module(job)
-    module.prepare(*words)
+    module.prepare(*arguments)
     send(replies, " ".join(confine(int(memory), int(cpu_seconds))).encode())
-    with suppress(EOFError, BrokenPipeError):  # whoever asked is gone
+    with suppress(EOFError, BrokenPipeError):  # the parent process has ended
         while True:
             send(replies, *module.answer(bytes(receive(requests, sys.maxsize))))

@@ -1,6 +1,6 @@
-"""Request bodies: counted and looked over while they arrive, parsed in a thread, refused before they cost anything.
+"""Request bodies: counted and scanned while they arrive, parsed in a thread, refused before they cost much.
 
-Nothing here holds Python's lock for long, for meanwhile nobody else would be answered.
+Nothing here holds the GIL for long: meanwhile the event loop could serve nobody else.
 """
 
 from __future__ import annotations
@@ -17,166 +17,168 @@ from pydantic import ValidationError
 
 from llava_cli import limits
 from llava_cli.bounded_json import Bounds, Scanner, TooMuch
-from llava_cli.server.lane import Lane
-from llava_cli.server.openai import ChatRequest, Refusal, mistake
+from llava_cli.server.api_error import ApiError
+from llava_cli.server.chat_request import ChatRequest, validation_error
+from llava_cli.server.worker_lane import WorkerLane
 from llava_cli.untrusted_text import one_line
 
 N = TypeVar("N", int, float)
-_PIECE = 1 << 20
+_BLOCK = 1 << 20
+_PARSERS = 2
 Receive = Callable[[], Awaitable[Any]]
+"""ASGI's `receive`."""
 
 
-class Left(Exception):
-    """The client has gone."""
+class ClientDisconnected(Exception):
+    """Nobody waits for the response any more."""
 
 
 @dataclass
-class Account:
-    """Bytes that requests over TCP hold together."""
+class ByteBudget:
+    """The bytes that all requests over TCP hold at this moment."""
 
-    held: int = 0
+    used: int = 0
 
-    def take(self, count: int, most: int) -> None:
-        """Raises `Refusal` where it would be more than `most`."""
-        if self.held + count > most:
-            raise Refusal(503, "too many large requests at once", code="busy", retry=1, close=True)
-        self.held += count
+    def take(self, count: int, limit: int) -> None:
+        """Raises `ApiError` if more than `limit` bytes would be in use."""
+        if self.used + count > limit:
+            raise ApiError(503, "too many large requests at once", code="busy", retry_after=1, close=True)
+        self.used += count
 
     def give_back(self, count: int) -> None:
-        self.held -= count
+        self.used -= count
 
 
-class Bodies:
-    """All requests' bodies. Those of the user's own commands are not counted with the others."""
+class RequestBodies:
+    """What the bodies of all requests share. Those of the user's own commands are not counted."""
 
     def __init__(self) -> None:
-        self.arriving, self.waiting = Account(), Account()
-        self._large = asyncio.Lock()
-        self._lane = Lane(2)
+        self.arriving, self.opening_pictures = ByteBudget(), ByteBudget()
+        self._large_body = asyncio.Lock()
+        self._lane = WorkerLane(_PARSERS)
 
     @contextmanager
-    def one(self, own: bool) -> Iterator[Body]:
-        """A request's body, which is counted until the end."""
-        body = Body(self, own)
+    def open(self, is_own: bool) -> Iterator[RequestBody]:
+        """A request's body, counted until the end of the block."""
+        body = RequestBody(self, is_own)
         try:
             yield body
         finally:
-            body.end()
+            body.close()
 
-    async def parsed(self, data: bytearray) -> ChatRequest:
-        """Raises `Refusal`."""
-        async with self._large if len(data) > limits.LARGE_BODY_BYTES else nullcontext():
-            return await self._lane.run(lambda: parse(data))
+    async def parse(self, data: bytearray) -> ChatRequest:
+        """Raises `ApiError`."""
+        async with self._large_body if len(data) > limits.LARGE_BODY_BYTES else nullcontext():
+            return await self._lane.run(lambda: parse_chat_request(data))
 
 
-class Body:
-    """One request's body."""
+class RequestBody:
+    """The body of one request: `receive` it, then `parse` it."""
 
-    def __init__(self, bodies: Bodies, own: bool) -> None:
-        self._bodies, self._own = bodies, own
-        self._arrived = self._waiting = 0
-        self._most = limits.OWN_BODY_BYTES if own else limits.BODY_BYTES
-        self._scanner = Scanner(Bounds(self._most, limits.BODY_DEPTH, limits.BODY_ITEMS))
+    def __init__(self, bodies: RequestBodies, is_own: bool) -> None:
+        self._bodies, self._is_own = bodies, is_own
+        self._arriving = self._opening_pictures = 0
+        self._limit = limits.OWN_BODY_BYTES if is_own else limits.BODY_BYTES
+        self._scanner = Scanner(Bounds(self._limit, limits.BODY_DEPTH, limits.BODY_ITEMS))
         self._data = bytearray()
 
-    async def arrive(self, receive: Receive) -> None:
-        """Waits until it is there. Raises `Refusal`, or `Left` where its sender goes before."""
+    async def receive(self, receive: Receive) -> None:
+        """Waits until all of it is there. Raises `ApiError` or `ClientDisconnected`."""
         try:
-            await asyncio.wait_for(self._arrive(receive), limits.BODY_SECONDS)
+            await asyncio.wait_for(self._receive_all(receive), limits.BODY_SECONDS)
         except asyncio.TimeoutError:
             reason = f"a request takes at most {limits.BODY_SECONDS:.0f} s to arrive"
-            raise Refusal(408, reason, close=True) from None
+            raise ApiError(408, reason, close=True) from None
 
-    async def parsed(self) -> ChatRequest:
-        """What it asks for. Raises `Refusal`."""
+    async def parse(self) -> ChatRequest:
+        """Raises `ApiError`."""
         data, self._data = self._data, bytearray()
-        chat = await self._bodies.parsed(data)
-        self._wait()
+        chat = await self._bodies.parse(data)
+        self._move_to_opening_pictures()
         return chat
 
-    def end(self) -> None:
-        """Its request is prepared, or over."""
-        self._bodies.arriving.give_back(self._arrived)
-        self._bodies.waiting.give_back(self._waiting)
-        self._arrived = self._waiting = 0
+    def close(self) -> None:
+        self._bodies.arriving.give_back(self._arriving)
+        self._bodies.opening_pictures.give_back(self._opening_pictures)
+        self._arriving = self._opening_pictures = 0
 
-    async def _arrive(self, receive: Receive) -> None:
-        more = True
-        while more:
+    async def _receive_all(self, receive: Receive) -> None:
+        has_more = True
+        while has_more:
             message = await receive()
             if message["type"] != "http.request":
-                raise Left
-            more = message.get("more_body", False)
-            self._feed(message.get("body", b""))
+                raise ClientDisconnected
+            has_more = message.get("more_body", False)
+            self._add(message.get("body", b""))
 
-    def _feed(self, piece: bytes) -> None:
+    def _add(self, data: bytes) -> None:
         try:
-            self._scanner.feed(piece)
+            self._scanner.feed(data)
         except TooMuch as error:
-            status = 413 if self._scanner.bytes > self._most else 400
-            raise Refusal(status, f"the body: {error}", close=True) from None
-        self._count(len(piece))
-        self._data += piece
+            status = 413 if self._scanner.bytes > self._limit else 400
+            raise ApiError(status, f"the body: {error}", close=True) from None
+        if not self._is_own:
+            is_small = self._scanner.bytes <= limits.LARGE_BODY_BYTES
+            # The last quarter of the budget is for small bodies.
+            limit = limits.BODIES_BYTES if is_small else limits.BODIES_BYTES * 3 // 4
+            self._bodies.arriving.take(len(data), limit)
+            self._arriving += len(data)
+        self._data += data
 
-    def _count(self, size: int) -> None:
-        if not self._own:
-            small = self._scanner.bytes <= limits.LARGE_BODY_BYTES
-            self._bodies.arriving.take(size, limits.BODIES_BYTES if small else limits.BODIES_BYTES * 3 // 4)
-            self._arrived += size
-
-    def _wait(self) -> None:
-        """Counts it from now on among those that wait for their pictures to be opened."""
-        size = self._arrived
+    def _move_to_opening_pictures(self) -> None:
+        size, self._arriving = self._arriving, 0
         self._bodies.arriving.give_back(size)
-        self._arrived = 0
-        self._bodies.waiting.take(size, limits.WAITING_BYTES)
-        self._waiting = size
+        self._bodies.opening_pictures.take(size, limits.WAITING_BYTES)
+        self._opening_pictures = size
 
 
-def parse(data: bytearray) -> ChatRequest:
-    """A body as a request. Raises `Refusal`."""
+def parse_chat_request(data: bytearray) -> ChatRequest:
+    """Raises `ApiError`."""
     try:
         value = json.loads(
-            _text(data),
-            parse_int=_short(int),
-            parse_float=_short(float),
-            parse_constant=_no_number,
+            _decode_utf8(data),
+            parse_int=_bounded_number(int),
+            parse_float=_bounded_number(float),
+            parse_constant=_reject_constant,
             object_pairs_hook=_members,
         )
     except UnicodeError:
-        raise Refusal(400, "the body is no JSON in UTF-8") from None
+        raise ApiError(400, "the body is no JSON in UTF-8") from None
     except (ValueError, RecursionError):
-        raise Refusal(400, "the body is no JSON") from None
+        raise ApiError(400, "the body is no JSON") from None
     try:
         return ChatRequest.model_validate(value)
     except ValidationError as error:
-        raise mistake(error.errors(include_url=False, include_context=False, include_input=False)) from None
+        raise validation_error(error.errors(include_url=False, include_context=False, include_input=False)) from None
 
 
-def _text(data: bytearray) -> str:
-    """As UTF-8, in pieces. The parser takes other encodings too, in which a scanner of bytes would see no marks."""
+def _decode_utf8(data: bytearray) -> str:
+    """Decodes block by block, which lets other threads run. `json.loads` would accept UTF-16 and UTF-32, too, in which
+    the scanner of bytes sees no brackets."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    pieces = range(0, len(data), _PIECE)
-    return "".join([decoder.decode(data[start : start + _PIECE], start + _PIECE >= len(data)) for start in pieces])
+    starts = range(0, len(data), _BLOCK)
+    return "".join([decoder.decode(data[start : start + _BLOCK], start + _BLOCK >= len(data)) for start in starts])
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's members: null is as if it were left out, and of one that is there twice nobody knows which counts."""
+    """An object's members without those that are null. A duplicate is refused: parsers differ in which one counts."""
     if len(members := dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = one_line(next(name for name in names if names.count(name) > 1))
-        raise Refusal(400, f"the body has {twice!r} twice in one object")
+        duplicate = one_line(next(name for name in names if names.count(name) > 1))
+        raise ApiError(400, f"the body has {duplicate!r} twice in one object")
     return {name: value for name, value in members.items() if value is not None}
 
 
-def _short(number: Callable[[str], N]) -> Callable[[str], N]:
+def _bounded_number(convert: Callable[[str], N]) -> Callable[[str], N]:
+    """Refuses long numbers, since converting one takes time quadratic in its length."""
+
     def read(text: str) -> N:
         if len(text) > limits.NUMBER_CHARACTERS:
             raise ValueError(f"a number of more than {limits.NUMBER_CHARACTERS} characters")
-        return number(text)
+        return convert(text)
 
     return read
 
 
-def _no_number(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")

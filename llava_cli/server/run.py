@@ -1,161 +1,109 @@
-"""A server from its first socket to its last answer."""
+"""A server from its first socket to its last answer: `serve` loads a model and answers until it is told to stop."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
-import ipaddress
 import logging
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llava_cli import limits, processes, signals
-from llava_cli.engine.remote.local_socket import (
-    SocketConnection,
-    check_free,
-    in_between,
-    is_ours,
-    listening,
-    open_beside,
-    socket_path,
-    status,
-    status_over,
-)
-from llava_cli.errors import LlavaError, ModelUnusable, OutputTaken, UsageError
-from llava_cli.settings import Settings
+from llava_cli import signals
+from llava_cli.engine.remote.local_socket import listen
+from llava_cli.errors import ModelUnusable
+from llava_cli.paths import socket_path
+from llava_cli.server.address import Address
+from llava_cli.settings import LoadOptions, Settings
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.ASCII)
+if TYPE_CHECKING:
+    from llava_cli.server.service import Service
+
 EXTRA = "pip install 'llava-cli[serve]'"
 BACKLOG = 1024
-"""Connections that wait to be taken: who finds no place among them tries again only after a second."""
-BEAT = 0.2
-"""Seconds between two looks at whether there is still something to do."""
+"""Connections that the system holds until they are accepted; a client that finds no place retries after a second."""
+ACCEPT_BATCH = 64
+"""Connections accepted at a time. Between batches it is noticed which of them have left."""
+IDLE_CHECK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Address:
-    """Where a server listens, and for whom."""
+class ServePolicy:
+    """How many requests a server takes, and when it stops."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    key: str | None = None
-    hosts: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()
+    max_requests: int = 64
+    idle_seconds: float | None = None
+    """Stop after this long without a request; None for never."""
+    drain_seconds: float = 30.0
+    """How long requests may take to finish after the server was told to stop."""
+    allow_urls: bool = False
+    """Whether images may be public URLs."""
 
-    def check(self) -> None:
-        """Raises `UsageError` where strangers could ask without a key, or for an origin that no page has of its own."""
-        if not self.key and not _is_loopback(self.host):
-            raise UsageError(
-                f"--host {self.host}", "others can reach it, so a key is needed", "LLAVA_API_KEY=… sets one"
-            )
-        for origin in self.origins:
-            if not _ORIGIN.fullmatch(origin):
-                hint = "llava serve --allow-origin https://example.com"
-                raise UsageError(f"--allow-origin {origin}", "no page has this origin, or any page may", hint)
 
-    def listen(self) -> socket.socket:
-        """A TCP socket. Raises `OutputTaken` where it cannot be had."""
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        # With the protocol, by which asyncio sees that it may send small pieces at once: others wait 40 ms.
-        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def serve(
+    settings: Settings, address: Address, policy: ServePolicy, on_ready: Callable[[dict[str, Any]], None]
+) -> None:
+    """Loads the model and serves it until a signal or idleness stops it; `on_ready` gets the `server_info`.
+
+    Raises `UsageError`, `OutputTaken`, and what loading a model raises.
+    """
+    _check_dependencies()
+    address.check()
+    with _sockets(socket_path(), address) as sockets:
+        address = replace(address, port=sockets[1].getsockname()[1])  # it may have been 0
+        from llava_cli.loader import engine_identity, load_engine
+        from llava_cli.server.app import make_app
+        from llava_cli.server.generation import GenerationService
+        from llava_cli.server.guard import Guard
+        from llava_cli.server.service import Service
+
+        identity = engine_identity(settings.load)  # before loading: files that change later are not what is served
+        generation = GenerationService(load_engine(settings.load))
+        service = Service(generation, settings, policy.max_requests, policy.allow_urls)
+        server_info = partial(_server_info, service, address, settings.load, identity)
+        hosts = {"localhost", address.host.strip("[]"), socket.gethostname(), *address.hosts}
+        app = Guard(make_app(service, server_info), address.key, hosts, address.origins)
+        gc.freeze()  # all these objects stay; traversing them would stop everybody for 0.3 s
         try:
-            listening.bind((self.host, self.port))
-            listening.listen(128)
-        except OSError as error:
-            listening.close()
-            which = "--port N" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host 127.0.0.1"
-            raise OutputTaken(self.url, error.strerror or str(error), f"llava serve {which}") from None
-        return listening
-
-    @property
-    def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}/v1"
+            asyncio.run(_run(app, sockets, service, policy, lambda: on_ready(server_info())))
+        finally:
+            service.pictures.close()
 
 
-@dataclass(frozen=True)
-class Terms:
-    """How a server goes about it: who may wait, when it stops."""
-
-    queue: int = 64
-    """Requests in hand at a time."""
-    idle: float | None = None
-    """Seconds without a request after which it stops."""
-    drain: float = 30.0
-    """Seconds that the answers in hand have once it is to stop."""
-    remote: bool = False
-    """Whether requests may name pictures by public URLs."""
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def serve(settings: Settings, address: Address, terms: Terms, ready: Callable[[dict[str, Any]], None]) -> None:
-    """Loads the model and serves it until it is told to stop; `ready` gets what it says of itself once it answers."""
+def _check_dependencies() -> None:
+    """Raises `ModelUnusable` if the `serve` extra is not installed."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ModelUnusable("llava serve", f"needs an extra ({error.name} is missing)", EXTRA) from None
-    address.check()
-    path = socket_path()
-    with _sockets(path, address) as sockets:
-        address = replace(address, port=sockets[1].getsockname()[1])  # 0 was any that is free
-        from llava_cli.engine.generate.live import Live
-        from llava_cli.loader import load_engine, wanted
-        from llava_cli.server.app import Service, make_app
-        from llava_cli.server.guard import Guard
-
-        held = wanted(settings)  # before it is loaded: files that change afterwards are not what is served
-        live = Live(load_engine(settings))
-        service = Service(live, settings, terms.queue, terms.remote)
-        app = make_app(service, said := partial(_said, service, address, settings, held))
-        hosts = {"localhost", address.host.strip("[]"), socket.gethostname(), *address.hosts}
-        guarded = Guard(app, address.key, hosts, address.origins)
-        gc.freeze()  # looking for garbage among all these objects, which stay, would keep everybody waiting for 0.3 s
-        try:
-            asyncio.run(_until_told(guarded, sockets, service, terms, lambda: ready(said())))
-        finally:
-            service.pictures.close()
 
 
 @contextmanager
 def _sockets(path: Path, address: Address) -> Iterator[list[socket.socket]]:
-    """Both sockets, taken before the model is loaded."""
-    with listening(path) as own, closing(address.listen()) as outside:
-        yield [own, outside]
+    """The Unix socket and the TCP socket, taken before the model is loaded."""
+    with listen(path) as unix_socket, closing(address.listen()) as tcp_socket:
+        yield [unix_socket, tcp_socket]
 
 
-def _said(service: Any, address: Address, settings: Settings, held: dict[str, Any]) -> dict[str, Any]:
-    """What our own commands ask to know: who it is, and whether its answers are those that they would give."""
-    from llava_cli.hardware.device import plan
+def _server_info(service: Service, address: Address, options: LoadOptions, identity: dict[str, Any]) -> dict[str, Any]:
+    """The response to GET /llava, by which commands see whether the server's answers are those they would give."""
+    from llava_cli.hardware.device import choose_plan
 
-    engine = service.live.engine
-    auto = plan("auto", "auto")
+    engine = service.generation.engine
+    auto = choose_plan("auto", "auto")
     return {
-        **held,
-        "precisions": [settings.precision, engine.precision, *(["auto"] * (engine.precision == auto.precision))],
-        "devices": [settings.device, engine.device, *(["auto"] * (engine.device == auto.device))],
+        **identity,
+        "precisions": [options.precision, engine.precision, *(["auto"] * (engine.precision == auto.precision))],
+        "devices": [options.device, engine.device, *(["auto"] * (engine.device == auto.device))],
         "precision": engine.precision,
         "device": engine.device,
         "family": engine.family.name if engine.family else None,
@@ -163,14 +111,15 @@ def _said(service: Any, address: Address, settings: Settings, held: dict[str, An
         "memory": engine.peak_memory(),
         "pid": os.getpid(),
         "url": address.url,
-        "running": service.busy,
-        "seconds": round(time.monotonic() - service.began, 1),
+        "running": service.running,
+        "seconds": round(time.monotonic() - service.started, 1),
     }
 
 
-async def _until_told(
-    app: Any, sockets: list[socket.socket], service: Any, terms: Terms, ready: Callable[[], None]
+async def _run(
+    app: Any, sockets: list[socket.socket], service: Service, policy: ServePolicy, on_ready: Callable[[], None]
 ) -> None:
+    """Runs uvicorn until a signal or idleness stops it. A second signal does not wait for the last answers."""
     import uvicorn
 
     from llava_cli.server.connection import Connection
@@ -178,161 +127,52 @@ async def _until_told(
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            for one in sockets or ():
-                one.listen(BACKLOG)
-            ready()
+            for listener in sockets or ():
+                listener.listen(BACKLOG)
+            on_ready()
 
         @contextmanager
-        def capture_signals(self) -> Iterator[None]:  # ours below: to stop when told is no failure
+        def capture_signals(self) -> Iterator[None]:  # uvicorn's would raise the signal again after a clean stop
             yield
 
     config = uvicorn.Config(
         app,
         http=Connection,
-        ws="none",  # or an upgrade would lead past `Connection` and `Guard`, where a library for it is installed
+        ws="none",  # an upgrade would bypass `Connection` and `Guard` if a WebSocket library is installed
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=max(1, round(terms.drain)),
+        timeout_graceful_shutdown=max(1, round(policy.drain_seconds)),
         timeout_keep_alive=75,
-        backlog=64,  # taken at a time: before the next ones, it is seen which of them have left
+        backlog=ACCEPT_BATCH,
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients do wrong would fill a log
-    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # clients' mistakes would fill a log
+    logging.getLogger("uvicorn.error").addFilter(_is_worth_logging)
     server = Server(config)
-    loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        server.force_exit = server.should_exit  # told twice: at once
-        server.should_exit = service.draining = True
+        server.force_exit = server.should_exit
+        server.should_exit = service.is_stopping = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if not signals.is_ignored(number):
-            loop.add_signal_handler(number, stop)
+            asyncio.get_running_loop().add_signal_handler(number, stop)
 
-    async def idle() -> None:
-        while not (terms.idle and not service.busy and time.monotonic() - service.last > terms.idle):
-            await asyncio.sleep(BEAT)
+    async def stop_when_idle(seconds: float) -> None:
+        while service.running or time.monotonic() - service.last_request <= seconds:
+            await asyncio.sleep(IDLE_CHECK_SECONDS)
         stop()
 
-    watching = asyncio.ensure_future(idle())
+    idle_check = asyncio.ensure_future(stop_when_idle(policy.idle_seconds)) if policy.idle_seconds else None
     try:
         await server.serve(sockets)
     finally:
-        watching.cancel()
+        if idle_check:
+            idle_check.cancel()
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a failure is more than an answer that was broken off in the end."""
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """False for answers that the shutdown has canceled."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
-
-
-def detach(words: list[str]) -> dict[str, Any]:
-    """Starts `llava serve` with these words as a process of its own; what it says of itself once it answers."""
-    path = socket_path()
-    check_free(path)
-    with open_beside(path, "log") as log:
-        log.truncate(0)
-        process = subprocess.Popen(
-            processes.command("serve", *words),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        while process.poll() is None:
-            if (said := status(path)) and said["pid"] == process.pid:
-                return said
-            time.sleep(BEAT)
-        log.seek(0)
-        raise Failed(process.returncode, log.read())
-
-
-class Failed(LlavaError):
-    """A detached server that ended before it answered: with its code, and its words."""
-
-    def __init__(self, code: int, words: str) -> None:
-        line, _, rest = words.strip().rpartition("llava: ")[2].partition("\n")
-        thing, _, reason = line.partition(": ")
-        super().__init__(thing or "llava serve", reason or "ended at once", rest.strip())
-        self.exit_code = code
-
-
-def stop(patience: float) -> dict[str, Any] | None:
-    """Tells the server to stop and waits until it has; what it said of itself, None where there was none.
-
-    Raises `OutputTaken` where it goes on, or where which process it is cannot be made sure of.
-    """
-    path = socket_path()
-    if (found := _server(path)) is None:
-        if pid := in_between(path):
-            raise OutputTaken(f"pid {pid}", "is beginning, or finishes its answers", f"kill {pid}")
-        return None
-    said, process = found
-    with closing(process):
-        process.signal(signal.SIGTERM)
-        until = time.monotonic() + patience
-        while process.is_alive() and path.exists():
-            if time.monotonic() > until:
-                reason = "has not stopped yet; its answers go on"
-                raise OutputTaken(f"pid {process.pid}", reason, f"kill {process.pid}")
-            time.sleep(BEAT)
-    return said
-
-
-def _server(path: Path) -> tuple[dict[str, Any], Process] | None:
-    """What the server at a socket says of itself, and its process, which the system names and not the server.
-
-    Raises `OutputTaken` where the two do not agree.
-    """
-    if not is_ours(path):
-        return None
-    with suppress(OSError), closing(SocketConnection(path, limits.STATUS_SECONDS)) as connection:
-        connection.connect()
-        pid = connection.peer.process or 0
-        process = Process(pid) if pid > 1 else None
-        said = status_over(connection)  # asked now: it lives, so `process` is not a later one of its number
-        if said and process and said["pid"] == pid:
-            return said, process
-        if process:
-            process.close()
-        if said:
-            reason = f"its server says that it is process {said['pid']}, which the system does not say"
-            raise OutputTaken(str(path), reason, "end it where it was started")
-    return None
-
-
-class Process:
-    """A process of this user's, held by a handle where the system has those, so that no later one of its number is."""
-
-    def __init__(self, pid: int) -> None:
-        """Raises `ProcessLookupError` where there is none."""
-        self.pid = pid
-        self._handle: int | None = None
-        if sys.platform == "linux":
-            try:
-                self._handle = os.pidfd_open(pid)
-            except ProcessLookupError:
-                raise
-            except OSError:  # a kernel before 5.3, or a container that forbids it
-                pass
-
-    def signal(self, number: int) -> bool:
-        """Whether it was still there to get the signal."""
-        try:
-            if sys.platform == "linux" and self._handle is not None:
-                signal.pidfd_send_signal(self._handle, number)
-            else:
-                os.kill(self.pid, number)
-        except ProcessLookupError:
-            return False
-        return True
-
-    def is_alive(self) -> bool:
-        return self.signal(0)
-
-    def close(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,13 +24,14 @@ import pytest
 from helpers.command import Run
 from helpers.faults import Told
 from helpers.picture_bytes import BAD_BYTES, encoded, frames, make_names, noise
+from helpers.tables import for_each
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner, Result
 
 from llava_cli import limits, load
 from llava_cli.batch import run as module
-from llava_cli.batch.opener import Opener
-from llava_cli.batch.rows import _is_repeated
+from llava_cli.batch.picture_loader import PictureLoader
+from llava_cli.batch.rows import is_repetitive
 from llava_cli.cli import app
 from llava_cli.engine.generate.batch import Batch
 from llava_cli.engine.local import LocalEngine
@@ -98,8 +100,9 @@ def no_model(*_: object) -> Told:
 
 def test_a_folder(run: Run, told: type[Told], here: Path) -> None:
     """All below it by path; no hidden names, no links to folders, no other files."""
-    for name in ("b.png", "a/z.JPG", "a/b/c.webp", "a.png", "Z.png", ".hidden.png", ".git/x.png", "notes.txt"):
+    for name in ("b.png", "a/z.JPG", "a/b/c.webp", "a.png", "Z.png", ".hidden.png", ".git/x.png"):
         draw(here / "photos" / name)
+    (here / "photos" / "notes.txt").write_text("no picture")
     draw(here / "far" / "away.png")
     (here / "photos" / "far").symlink_to(here / "far")
     (here / "photos" / "round").symlink_to(here / "photos")
@@ -279,7 +282,7 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: ascii(line[:40]))
+@for_each("line", BAD_LINES, own=(here,))
 def test_a_bad_line_of_questions_is_named(line: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its number, before the model is loaded or a row written."""
     monkeypatch.setattr(module, "open_engine", no_model)
@@ -310,7 +313,7 @@ def test_a_line_of_questions_that_is_too_much(kind: str, run: Run, monkeypatch: 
     assert result.stderr.splitlines()[0] == f"llava: q.jsonl, line 2: {said}"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-16"])
+@for_each("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-16"], own=(here,))
 def test_a_line_of_questions_in_another_encoding(encoding: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """In which a quote may be half of a letter, and what is behind it is counted as text."""
     monkeypatch.setattr(module, "open_engine", no_model)
@@ -321,15 +324,17 @@ def test_a_line_of_questions_in_another_encoding(encoding: str, run: Run, monkey
     assert result.stderr.startswith("llava: q.jsonl: is UTF-16" if unmarked else "llava: q.jsonl, line 1: ")
 
 
-@pytest.mark.parametrize(
-    ("name", "begin", "said"),
+@for_each(
+    ("name", "begin", "said", "size"),
     [
-        ("q.jsonl", '{"image": "a.png"}\n', "q.jsonl, line 2: larger than"),
-        ("list.txt", "x" * 100_000, "list.txt: a path in it is longer than 1,000,000 bytes"),
-        ("list.txt", "a.png\n", "list.txt: is no picture, list or questions, but binary"),
+        ("q.jsonl", '{"image": "a.png"}\n', "q.jsonl, line 2: larger than", 1 << 36),
+        ("q.jsonl", '{"image": "a.png"}\n', "q.jsonl, line 2: larger than", 1_000_100),
+        ("list.txt", "x" * 100_000, "list.txt: a path in it is longer than 1,000,000 bytes", 1 << 36),
+        ("list.txt", "x" * 100_000, "list.txt: a path in it is longer than 1,000,000 bytes", 1_000_100),
+        ("list.txt", "a.png\n", "list.txt: is binary, not pictures, a list or questions", 1 << 36),
     ],
+    own=(here,),
 )
-@pytest.mark.parametrize("size", [1 << 36, 1_000_100])
 def test_a_source_without_an_end_of_a_line(
     name: str, begin: str, said: str, size: int, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,7 +375,7 @@ def test_several_questions_and_pictures_that_are_there_twice(run: Run, told: typ
         assert [(r["image"], r["question"]) for r in rows_in(Path("out.jsonl").read_bytes())] == wanted
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("args", "code", "said"),
     [
         (["nowhere", QUESTION], 66, "llava: nowhere: no such file or folder"),
@@ -388,6 +393,7 @@ def test_several_questions_and_pictures_that_are_there_twice(run: Run, told: typ
         (["photos", QUESTION, "-m", "no-such-model"], 69, "llava: no-such-model:"),
         (["\x1b[2Jgone", QUESTION], 66, "llava: \\x1b[2Jgone: no such file or folder"),
     ],
+    own=(here,),
 )
 def test_refused_at_once(args: list[str], code: int, said: str, run: Run) -> None:
     draw("photos/a.png")
@@ -549,18 +555,18 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@for_each("kind", HOSTILE)
 def test_no_answer_takes_long_to_judge(kind: str) -> None:
     """Some 2 ms for the worst."""
     text = HOSTILE[kind] + " "
     begin = time.process_time()
     for _ in range(100):
-        found = _is_repeated(text)
+        found = is_repetitive(text)
     assert time.process_time() - begin < 10
     assert found == bool(PATTERN.search(text))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 def test_what_is_repeated_is_what_the_pattern_says(seed: int) -> None:
     random = Random(seed)
     found = []
@@ -568,8 +574,8 @@ def test_what_is_repeated_is_what_the_pattern_says(seed: int) -> None:
         letters = random.choice(["ab ", "a ", "ab  ", "ab \n", "abc d \t"])
         parts = ["".join(random.choices(letters, k=random.randrange(1, 12))) for _ in range(3)]
         text = parts[0] + parts[1] * random.randrange(1, 6) + parts[2] + "a" * random.choice((0, 0, 30, 31)) + " "
-        assert _is_repeated(text) == bool(PATTERN.search(text)), text
-        found.append(_is_repeated(text))
+        assert is_repetitive(text) == bool(PATTERN.search(text)), text
+        found.append(is_repetitive(text))
     assert 50 < sum(found) < 450
 
 
@@ -609,16 +615,20 @@ COLORS = ["red", "blue", "green", "orange", "purple", "black"]
 QUESTIONS = [QUESTION, "what color is the circle?", "how many shapes are there?", "is there a red circle?"]
 
 
-@pytest.mark.parametrize("size", ["1", "5", "auto"])
-def test_answers_are_those_of_ask(size: str, run: Run, engine: LocalEngine) -> None:
+def test_answers_are_those_of_ask(run: Run, engine: LocalEngine) -> None:
     for number, color in enumerate(COLORS):
         draw(f"photos/{number}.png", color, "circle" if number % 2 else "square")
+    alone = {
+        (f"{number}.png", question): engine.ask(f"photos/{number}.png", question, max_tokens=12)
+        for number in range(len(COLORS))
+        for question in QUESTIONS
+    }
+    assert len(set(alone.values())) > 8
     options = [word for question in QUESTIONS for word in ("--question", question)]
-    rows = rows_of(run("batch", "photos", *options, "-p", "fp32", "--batch-size", size, "--max-tokens", "12"))
-    assert len(rows) == len(COLORS) * len(QUESTIONS)
-    for row in rows:
-        assert row["answer"] == engine.ask(f"photos/{row['image']}", row["question"], max_tokens=12)
-    assert len({row["answer"] for row in rows}) > 8
+    for size in ("1", "5", "auto"):
+        rows = rows_of(run("batch", "photos", *options, "-p", "fp32", "--batch-size", size, "--max-tokens", "12"))
+        assert {(row["image"], row["question"]): row["answer"] for row in rows} == alone
+        assert len(rows) == len(alone)
 
 
 def test_verify(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -709,7 +719,7 @@ def test_the_hash_is_of_the_bytes_that_were_seen(run: Run, told: type[Told], mon
     assert row["sha256"] == hashlib.sha256(Path("photos/a.png").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "said"),
     [
         (["--max-tokens", "7"], "max_tokens was 512, is 7"),
@@ -727,6 +737,7 @@ def test_the_hash_is_of_the_bytes_that_were_seen(run: Run, told: type[Told], mon
         (["--root", "/"], 'is "/"'),
         (["--seed", "3", "--fit", "crop"], 'seed was null, is 3; fit was "auto", is "crop"'),
     ],
+    own=(here, told),
 )
 def test_other_settings_are_refused_and_named(
     options: list[str], said: str, run: Run, told: type[Told], monkeypatch: pytest.MonkeyPatch
@@ -741,6 +752,23 @@ def test_other_settings_are_refused_and_named(
     assert (result.exit_code, result.stdout) == (65, "")
     assert result.stderr.startswith("llava: out.jsonl: other settings made its rows: ") and said in result.stderr
     assert Path("out.jsonl").read_bytes() == before
+
+
+def test_a_run_without_kernels_is_another_one_but_an_earlier_versions_goes_on(
+    run: Run, told: type[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions did not note whether the kernels were in use."""
+    draw("photos/a.png")
+    command = ("batch", "photos", QUESTION, "-o", "out.jsonl")
+    assert run(*command).exit_code == 0
+    monkeypatch.setenv("LLAVA_FAST", "0")
+    refused = run(*command)
+    assert refused.exit_code == 65 and "fast was true, is false" in refused.stderr
+    path = Path("out.jsonl.run/settings.json")
+    settings = json.loads(path.read_text())
+    del settings["fast"]
+    path.write_text(json.dumps(settings))
+    assert run(*command).exit_code == 0
 
 
 def test_another_version_or_checkpoint_is_refused_and_named(
@@ -758,8 +786,13 @@ def test_another_version_or_checkpoint_is_refused_and_named(
         assert name in result.stderr
 
 
-@pytest.mark.parametrize("target", ["real.jsonl", "nowhere.jsonl", "far/it's here.jsonl", "far/\x1b[2J\n.jsonl"])
-@pytest.mark.parametrize("place", [".", "in a folder"])
+@for_each(
+    "target, place",
+    itertools.product(
+        ["real.jsonl", "nowhere.jsonl", "far/it's here.jsonl", "far/\x1b[2J\n.jsonl"], [".", "in a folder"]
+    ),
+    own=(here, told),
+)
 def test_an_output_that_is_a_link_is_refused(
     place: str, target: str, run: Run, told: type[Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -829,11 +862,12 @@ def table(folder: Path) -> dict[str, tuple[str, str]]:
         "n" * 300 + ".png": "file name too long",
         "\x1b[31mred.png": gone,
         os.fsdecode(b"\xff.png"): gone,
-        "file:///etc/passwd": gone,
+        "file:///etc/passwd": "",
         "http://127.0.0.1:9/a.png": "URLs in a list are not fetched",
         "HTTPS://example.org/a.png": "URLs in a list are not fetched",
     }
-    return {**bad, **dict.fromkeys(good, ("", "")), **{name: ("InputMissing", said) for name, said in names.items()}}
+    rows = {**bad, **dict.fromkeys(good, ("", "")), **{name: ("InputMissing", said) for name, said in names.items()}}
+    return rows | {"file:///etc/passwd": ("BadImage", "not an image")}
 
 
 @pytest.fixture(scope="module")
@@ -860,7 +894,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("name", BAD, ids=lambda name: ascii(name[:30]))
+@for_each("name", BAD)
 def test_a_bad_picture_is_a_row(name: str, bad_rows: tuple[dict[str, tuple[str, str]], dict[str, Row], str]) -> None:
     wanted, rows, _ = bad_rows
     kind, said = wanted[name]
@@ -964,10 +998,10 @@ def test_a_decoder_that_hangs_costs_its_row(
 def test_an_opener_that_is_closed_starts_no_process_again(hooked: Path) -> None:
     """A picture that crashes its decoder is tried twice, but not once its run is over."""
     Path("a.png").write_bytes(b"SEGV")
-    opener = Opener()
-    opener._closed = True
-    assert isinstance(opener.open("a.png"), LlavaError)
-    assert not any(worker.is_running for sandbox in opener._sandboxes.all for worker in sandbox._workers)
+    opener = PictureLoader()
+    opener._is_closed = True
+    assert isinstance(opener.load("a.png"), LlavaError)
+    assert not any(sandbox.is_running for sandbox in opener._sandboxes.all)
     opener.close()
 
 
@@ -1165,7 +1199,7 @@ def test_progress_and_ctrl_c_on_a_terminal(
     child.expect("8/13")
     child.expect("0 failed · .* pictures/s · .* tokens/s · left")
     child.sendintr()
-    child.expect("finishing what is in hand; once more stops at once")
+    child.expect("finishing the answers that were begun; once more stops at once")
     child.expect("8 rows · 0 failed")
     child.expect("stopped; to go on:")
     child.expect(pexpect.EOF)

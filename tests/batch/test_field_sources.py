@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -40,6 +41,8 @@ from typing import Any
 import pytest
 from helpers.command import Run
 from helpers.faults import Told
+from helpers.homes import home
+from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import limits
@@ -101,7 +104,7 @@ def refused(result: Any, code: int, *said: str) -> None:
 # Words.
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("words", "found"),
     [
         (["a.png", QUESTION], ["a.png"]),
@@ -122,7 +125,7 @@ def refused(result: Any, code: int, *said: str) -> None:
         (["[1].png", QUESTION], ["[1].png"]),
         (["-", "a.png", QUESTION][1:], ["a.png"]),
     ],
-    ids=" ".join,
+    own=(home, loads),
 )
 def test_pictures_and_folders(words: list[str], found: list[str], run: Run, home: Path) -> None:
     draw(home / "home.png")
@@ -135,8 +138,10 @@ def test_pictures_and_folders(words: list[str], found: list[str], run: Run, home
     assert result.exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "words", [["a.png"], ["a.png", "b.png"], ["photos", "more"], ["photos", "a.png"], ["photos/*.png"], ["photos"]]
+@for_each(
+    "words",
+    [["a.png"], ["a.png", "b.png"], ["photos", "more"], ["photos", "a.png"], ["photos/*.png"], ["photos"]],
+    own=(loads,),
 )
 def test_the_question_that_is_missing(words: list[str], run: Run) -> None:
     way = "--question more" if words[-1] == "more" else "llava batch "
@@ -150,7 +155,7 @@ def test_a_question_that_is_a_files_name(run: Run) -> None:
     assert [row["question"] for row in rows] == ["more", "more"]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("words", "code", "said"),
     [
         (["photos", "describe", "the", "photo"], 66, ["describe: no such file", "is in quotes: 'describe the "]),
@@ -167,6 +172,7 @@ def test_a_question_that_is_a_files_name(run: Run) -> None:
         (["s3://bucket/photos", QUESTION], 66, ["s3://bucket/photos: a URL that is not fetched"]),
         (["/dev/null", QUESTION], 66, ["/dev/null: neither a file nor a folder"]),
     ],
+    own=(loads,),
 )
 def test_words_that_make_no_source(words: list[str], code: int, said: list[str], run: Run, loads: Loads) -> None:
     Path("list.txt").write_text("a.png\n")
@@ -271,17 +277,17 @@ FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
     "x.html": (lambda: b"\n<!DOCTYPE html><html>", "is an HTML page"),
     "q.jsonl": (lambda: b"<html><body>sign in", "is an HTML page"),
     "list.txt": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a pointer of Git LFS"),
-    "x.bin": (lambda: bytes(range(256)) * 4, "is no picture, list or questions, but binary"),
+    "x.bin": (lambda: bytes(range(256)) * 4, "is binary, not pictures, a list or questions"),
     "paths": (lambda: b"./a.png\0./b.png\0", "has NUL bytes: its paths do not end in line ends\n  -0 says"),
     "utf-16": (
         lambda: "a.png\nb.png\n".encode("utf-16-le"),
-        "is UTF-16 without a mark that says so\n  iconv -f utf-16le",
+        "is UTF-16 without a byte-order mark\n  iconv -f utf-16le",
     ),
     "utf-16be": (lambda: "a.png\nb.png\n".encode("utf-16-be"), "\n  iconv -f utf-16be -t utf-8 utf-16be | llava batch"),
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@for_each("name", FOREIGN, own=(loads,))
 def test_files_that_are_no_source(name: str, run: Run, loads: Loads) -> None:
     make, said = FOREIGN[name]
     Path(name).write_bytes(make())
@@ -290,13 +296,13 @@ def test_files_that_are_no_source(name: str, run: Run, loads: Loads) -> None:
     assert loads.count == 0 and not Path("out.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["x.zip", "x.pdf", "x.mp4", "paths", "x.bin"])
+@for_each("name", ["x.zip", "x.pdf", "x.mp4", "paths", "x.bin"], own=(loads,))
 def test_the_same_on_stdin(name: str, run: Run, loads: Loads) -> None:
     refused(run("batch", "-", QUESTION, input=FOREIGN[name][0]()), 65, "llava: -: ")
     assert loads.count == 0
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@for_each("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"], own=(loads,))
 def test_a_picture_under_any_name(kind: str, run: Run) -> None:
     Image.new("RGB", (20, 10), "teal").save("photo.txt", kind)
     rows = rows_of(run("batch", "photo.txt", QUESTION).stdout)
@@ -304,8 +310,10 @@ def test_a_picture_under_any_name(kind: str, run: Run) -> None:
     refused(run("batch", "-", QUESTION, input=Path("photo.txt").read_bytes()), 2, "a picture on stdin", "llava ask -")
 
 
-@pytest.mark.parametrize(
-    "name", ["BMW/a.png", "GIF89a/a.png", "ID3/a.png", "PAR1/a.png", "GGUF/a.png", "II*/a.png", "[x/a.png", "{/a.png"]
+@for_each(
+    "name",
+    ["BMW/a.png", "GIF89a/a.png", "ID3/a.png", "PAR1/a.png", "GGUF/a.png", "II*/a.png", "[x/a.png", "{/a.png"],
+    own=(loads,),
 )
 def test_names_that_begin_like_other_files(name: str, run: Run) -> None:
     draw(name)
@@ -320,32 +328,33 @@ MARKED = {"utf-8-sig": "utf-8-sig", "utf-16": "utf-16", "utf-32": "utf-32"}
 ORDERS = {"utf-16-be": b"\xfe\xff", "utf-32-be": b"\0\0\xfe\xff"}
 
 
-@pytest.mark.parametrize("where", ["file", "stdin"])
-@pytest.mark.parametrize("encoding", [*MARKED, *ORDERS])
-@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"], ids=ascii)
-def test_lists_in_any_encoding(encoding: str, ends: str, where: str, run: Run) -> None:
+@for_each("encoding, ends", itertools.product([*MARKED, *ORDERS], ["\n", "\r\n", "\r"]), own=(loads,))
+def test_lists_in_any_encoding(encoding: str, ends: str, run: Run) -> None:
     draw("é 漢.png")
     names = ["a.png", "é 漢.png", "b.png"]
     asked = [json.dumps({"image": name, "question": "ü?"}, ensure_ascii=False) for name in names]
     table = ["image,question", *(f"{name},ü?" for name in names)]
-    for lines, options in ((names, ["ü?"]), (asked, []), (table, [])):
+    for source, lines, options in (("list.txt", names, ["ü?"]), ("-", asked, []), ("list.txt", table, [])):
         data = ORDERS.get(encoding, b"") + (ends.join(lines) + ends).encode(encoding)
         Path("list.txt").write_bytes(data)
-        result = run("batch", *(["-", *options] if where == "stdin" else ["list.txt", *options]), input=data)
+        result = run("batch", source, *options, input=data)
         assert [(row["image"], row["question"]) for row in rows_of(result.stdout)] == [(n, "ü?") for n in names]
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"a.png\r\nb.png\r\n",
-        b"a.png\rb.png\r",
-        b"a.png\nb.png",
-        b"\n\na.png\n\r\n\nb.png\n\n",
-        b"a.png\r\nb.png\n",
-    ],
+@for_each(
+    "data, where",
+    itertools.product(
+        [
+            b"a.png\r\nb.png\r\n",
+            b"a.png\rb.png\r",
+            b"a.png\nb.png",
+            b"\n\na.png\n\r\n\nb.png\n\n",
+            b"a.png\r\nb.png\n",
+        ],
+        ["file", "stdin"],
+    ),
+    own=(loads,),
 )
-@pytest.mark.parametrize("where", ["file", "stdin"])
 def test_lists_with_any_ends(data: bytes, where: str, run: Run) -> None:
     Path("list.txt").write_bytes(data)
     result = run("batch", "-" if where == "stdin" else "list.txt", QUESTION, input=data)
@@ -386,7 +395,7 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@for_each("name", QUESTIONS, own=(loads,))
 def test_questions_under_any_name(name: str, run: Run) -> None:
     wanted = [(row["image"], row["question"], row["id"]) for row in ROWS]
     text = QUESTIONS[name]
@@ -428,7 +437,7 @@ def test_questions_lead_no_further_than_their_folder(run: Run) -> None:
 VQA = {"info": {}, "questions": [{"image_id": 1, "question": "x?"}]}
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "text", "said"),
     [
         ("q.json", json.dumps(ROWS[0], indent=2), ["JSON over several lines", "jq -c . q.json | llava batch -"]),
@@ -457,6 +466,7 @@ VQA = {"info": {}, "questions": [{"image_id": 1, "question": "x?"}]}
         ("q.csv", "x,y\n", ["none of its columns is 'image': 'x', 'y'", "image,question"]),
         ("q.csv", "image,question\na.png,\n", ["q.csv, line 2: 'question' is missing"]),
     ],
+    own=(loads,),
 )
 def test_json_that_is_no_rows(name: str, text: str, said: list[str], run: Run, loads: Loads) -> None:
     Path(name).write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -475,29 +485,30 @@ def test_an_array_that_is_too_large(run: Run, monkeypatch: pytest.MonkeyPatch) -
 # Keys.
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("row", "said"),
     [
-        ({"image": "a.png", "text": "x?"}, ["'question' is missing; nobody reads 'text'", ".question = .text"]),
-        ({"image": "a.png", "prompt": "x?"}, ["'question' is missing; nobody reads 'prompt'", ".question = .prompt"]),
-        ({"img": "a.png", "question": "x?"}, ["'image' is missing; nobody reads 'img'", ".image = .img"]),
-        ({"image_path": "a.png", "question": "x?"}, ["'image' is missing; nobody reads 'image_path'"]),
-        ({"file_name": "a.png", "question": "x?"}, ["'image' is missing; nobody reads 'file_name'"]),
-        ({"Image File": "a.png", "question": "x?"}, ["nobody reads 'Image File'", '.image = .["Image File"]']),
-        ({"Image": "a.png", "Question": "x?"}, ["nobody reads 'Image'", ".image = .Image | .question = .Question"]),
+        ({"image": "a.png", "text": "x?"}, ["'question' is missing; 'text' is ignored", ".question = .text"]),
+        ({"image": "a.png", "prompt": "x?"}, ["'question' is missing; 'prompt' is ignored", ".question = .prompt"]),
+        ({"img": "a.png", "question": "x?"}, ["'image' is missing; 'img' is ignored", ".image = .img"]),
+        ({"image_path": "a.png", "question": "x?"}, ["'image' is missing; 'image_path' is ignored"]),
+        ({"file_name": "a.png", "question": "x?"}, ["'image' is missing; 'file_name' is ignored"]),
+        ({"Image File": "a.png", "question": "x?"}, ["'Image File' is ignored", '.image = .["Image File"]']),
+        ({"Image": "a.png", "Question": "x?"}, ["'Image' is ignored", ".image = .Image | .question = .Question"]),
         (
             {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nx?"}]},
-            ["nobody reads 'conversations'"],
+            ["'conversations' is ignored"],
         ),
-        ({"image_id": 7, "question": "x?"}, ["nobody reads 'image_id'", '.image = "\\(.image_id).jpg"']),
+        ({"image_id": 7, "question": "x?"}, ["'image_id' is ignored", '.image = "\\(.image_id).jpg"']),
         ({"image": "a.png", "\x1b[2J": 1}, ["'question' is missing"]),
     ],
+    own=(loads,),
 )
 def test_keys_of_others(row: Row, said: list[str], run: Run, loads: Loads) -> None:
     Path("photos/q.jsonl").write_text(json.dumps(row) + "\n")
     result = run("batch", "photos/q.jsonl")
     refused(result, 65, "llava: photos/q.jsonl, line 1: ", *said)
-    if "nobody reads" in said[0]:
+    if "is ignored" in said[0]:
         assert result.stderr.endswith("photos/q.jsonl | llava batch - --root photos …\n")
     assert loads.count == 0
 
@@ -507,7 +518,7 @@ def test_keys_that_nobody_reads(run: Run) -> None:
     rows = [{"question_id": n, "image": "a.png", "text": "x?", "category": "conv"} for n in range(3)]
     Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"image": "a.png", "none": None}]))
     wanted = (
-        "llava: q.jsonl: nobody reads 'question_id' (3 rows; 'id' is read), 'text' (3 rows; 'question' is read), "
+        "llava: q.jsonl: ignored keys: 'question_id' (3 rows; 'id' is read), 'text' (3 rows; 'question' is read), "
         "'category' (3 rows)"
     )
     for options in ([], ["-o", "out.jsonl"]):
@@ -515,7 +526,7 @@ def test_keys_that_nobody_reads(run: Run) -> None:
         first, _ = result.stderr.splitlines()
         assert first == wanted
     piped = run("batch", "-", QUESTION, input=Path("q.jsonl").read_bytes())
-    assert piped.stderr.count("nobody reads") == 1 and "'text' (3 rows" in piped.stderr
+    assert piped.stderr.count("ignored keys") == 1 and "'text' (3 rows" in piped.stderr
     assert run("batch", "q.jsonl", QUESTION, "-q").stderr == ""
 
 
@@ -603,8 +614,13 @@ def test_many_lines_about_one_picture(run: Run, tmp_path: Path) -> None:
     assert Path("out.jsonl").read_bytes().count(b"\n") == 3_000
 
 
-@pytest.mark.parametrize("given", ["file://HERE/photos/c%20d.png", "file:HERE/photos/c%20d.png", "file://localhost/…"])
-@pytest.mark.parametrize("row", [False, True], ids=["list", "questions"])
+@for_each(
+    "given, row",
+    itertools.product(
+        ["file://HERE/photos/c%20d.png", "file:HERE/photos/c%20d.png", "file://localhost/…"], [False, True]
+    ),
+    own=(loads,),
+)
 def test_file_urls_in_a_list(given: str, row: bool, run: Run) -> None:
     """What file managers and other programs export; a report shows their pictures, too."""
     draw("photos/c d.png")
@@ -646,8 +662,11 @@ def test_what_a_folder_has_besides(run: Run) -> None:
     assert images(both.stdout) == ["photos/c.png", "photos/d.png", "photos/link.png", "photos/link/e.png"]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
-@pytest.mark.parametrize("name", ["none", "f_00a1b2", "photo.jpg.1", "photo.txt"])
+@for_each(
+    "kind, name",
+    [("JPEG", "none"), ("PNG", "f_00a1b2"), ("GIF", "photo.jpg.1"), ("WEBP", "photo.txt"), ("BMP", "none")],
+    own=(loads,),
+)
 def test_a_picture_by_another_name_is_found_as_ask_opens_it(kind: str, name: str, run: Run) -> None:
     Image.new("RGB", (20, 20), "red").save(Path("photos") / name, kind)
     os.mkfifo("photos/pipe")
@@ -679,7 +698,7 @@ def test_a_system_folder_that_is_named_is_taken(run: Run) -> None:
     assert images(run("batch", "photos/@eaDir", QUESTION).stdout) == ["x.png"]
 
 
-@pytest.mark.parametrize("ending", SUFFIXES)
+@for_each("ending", SUFFIXES, own=(loads,))
 def test_what_ask_opens_is_found(ending: str, run: Run) -> None:
     for name in (f"set/x{ending}", f"set/sub/Y{ending.upper()}"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -716,8 +735,7 @@ def fail_below(folder: str, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     monkeypatch.setattr(folders.os, "scandir", opened)
 
 
-@pytest.mark.parametrize("when", ["at once", "later"])
-@pytest.mark.parametrize("output", [[], ["-o", "out.jsonl"]], ids=["stdout", "file"])
+@for_each("when, output", itertools.product(["at once", "later"], [[], ["-o", "out.jsonl"]]), own=(loads,))
 def test_a_folder_that_cannot_be_read(when: str, output: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are answered, it is said, and the exit code is that of rows that could not be had."""
     draw("photos/locked/x.png")
@@ -751,7 +769,7 @@ def test_a_folder_of_mode_000(run: Run) -> None:
 # Causes that are known.
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("words", "given", "code", "said"),
     [
         (["-", QUESTION], b"./a.png\0./b.png\0", 65, ["-0 says that paths end in NUL"]),
@@ -763,6 +781,7 @@ def test_a_folder_of_mode_000(run: Run) -> None:
         (["photos", QUESTION, "-o", "-", "--extend"], None, 2, ["--extend"]),
         (["photos/c.jpg", QUESTION], None, 66, ["photos/c.jpg: no such file"]),
     ],
+    own=(loads,),
 )
 def test_causes_that_are_known(
     words: list[str], given: bytes | None, code: int, said: list[str], run: Run, loads: Loads
@@ -840,8 +859,7 @@ def test_a_command_with_a_substitution_can_be_typed_again(run: Run, monkeypatch:
 # Before a model is loaded.
 
 
-@pytest.mark.parametrize("output", [[], ["-o", "out.jsonl"]], ids=["stdout", "file"])
-@pytest.mark.parametrize(
+@for_each(
     ("make", "code", "said"),
     [
         (lambda: Path("it").mkdir(), 66, "llava: it: an empty folder\n"),
@@ -850,17 +868,19 @@ def test_a_command_with_a_substitution_can_be_typed_again(run: Run, monkeypatch:
         (lambda: Path("it").write_text("\n\n"), 66, "llava: it: there is nothing to ask about in it\n"),
         (lambda: Path("it").write_text("[]"), 66, "llava: it: there is nothing to ask about in it\n"),
         (lambda: Path("it").write_text(LINES + "{\n"), 65, "llava: it, line 3: not JSON\n"),
-        (lambda: Path("it").write_text(LINES + '{"img": 1}\n'), 65, "llava: it, line 3: 'image' is missing; nobody"),
+        (lambda: Path("it").write_text(LINES + '{"img": 1}\n'), 65, "llava: it, line 3: 'image' is missing; 'img'"),
     ],
+    own=(loads,),
 )
 def test_nothing_is_loaded_for_nothing(
-    make: Callable[[], object], code: int, said: str, output: list[str], run: Run, loads: Loads
+    make: Callable[[], object], code: int, said: str, run: Run, loads: Loads
 ) -> None:
     make()
-    result = run("batch", "it", QUESTION, *output)
-    assert (result.exit_code, result.stdout) == (code, "")
-    assert said in result.stderr
-    assert loads.count == 0
+    for output in ([], ["-o", "out.jsonl"]):
+        result = run("batch", "it", QUESTION, *output)
+        assert (result.exit_code, result.stdout) == (code, "")
+        assert said in result.stderr
+        assert loads.count == 0
 
 
 def test_stdin_is_looked_at_first(run: Run, loads: Loads) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 from helpers.faults import Died, Faults, Pictures, Told, give_away
+from helpers.tables import for_each
 
 from llava_cli import files, limits
 from llava_cli.batch import journal
@@ -39,7 +41,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model, no pictures, and a sync every second row, whatever the time."""
     monkeypatch.setattr(module, "open_engine", lambda *_: Told())
     monkeypatch.setattr(module, "identify", lambda settings: {"model": "told"})
-    monkeypatch.setattr(module, "Opener", Pictures)
+    monkeypatch.setattr(module, "PictureLoader", Pictures)
     monkeypatch.setattr(journal, "SYNC_ROWS", 2)
     monkeypatch.setattr(journal, "SYNC_SECONDS", float("inf"))
 
@@ -205,10 +207,10 @@ def test_power_fails_at_any_moment(stage: Stage) -> None:
     survives(stage, power=True)
 
 
-def test_killed_again_while_it_mends_what_the_first_time_left(stage: Stage) -> None:
+def test_killed_again_while_it_repairs_the_output(stage: Stage) -> None:
     count = stage.moments()
     for first in range(count):
-        for second in range(first % 7, count, 7):
+        for second in range(first % 13, count, 13):
             assert attempt(stage.set(), Faults(first), **stage.options) == KILLED
             code = attempt(stage.folder, Faults(second), **stage.options)
             assert code == KILLED or (code == 0 and output(stage.folder) == stage.wanted)
@@ -244,7 +246,7 @@ def test_short_writes(stage: Stage) -> None:
     assert stage.moments(most=1) > 5 * MOMENTS[stage.scene]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@for_each("seed", range(40))
 def test_any_sequence_of_kills_and_errors(seed: int, tmp_path: Path) -> None:
     """Thirty rows, some of them errors; every start is disturbed at some moment, until one is not."""
     random = Random(seed)
@@ -271,11 +273,11 @@ def test_any_sequence_of_kills_and_errors(seed: int, tmp_path: Path) -> None:
 
 
 def no_repair(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(files, "cut", lambda descriptor, size: None)
+    patch.setattr(files, "truncate", lambda descriptor, size: None)
 
 
 def no_keeping(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Journal, "_keep", lambda self, data: None)
+    patch.setattr(Journal, "_set_aside", lambda self, data: None)
 
 
 def no_sync_before_the_rename(patch: pytest.MonkeyPatch) -> None:
@@ -292,10 +294,10 @@ def in_place(patch: pytest.MonkeyPatch) -> None:
     def put(path: Path, chunks: Any) -> None:
         data = b"".join(chunks)
         descriptor = files.open_for_writing(path, os.O_WRONLY | os.O_TRUNC, files.SHARED)
-        files.write(descriptor, data)
+        files.write_all(descriptor, data)
         files.os.close(descriptor)
 
-    patch.setattr(files, "put", put)
+    patch.setattr(files, "atomic_write", put)
 
 
 def counting_torn_rows(patch: pytest.MonkeyPatch) -> None:
@@ -303,13 +305,13 @@ def counting_torn_rows(patch: pytest.MonkeyPatch) -> None:
 
     def check(self: Journal, *args: Any) -> None:
         if (data := self.output.read_bytes()) and not data.endswith(b"\n"):
-            files.write(self._file, b"\n")
+            files.write_all(self._file, b"\n")
         self._size, self.done = self.output.stat().st_size, self.output.read_bytes().count(b"\n")
 
     patch.setattr(Journal, "check", check)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("plant", "scene", "power"),
     [
         (no_repair, fresh, False),
@@ -320,6 +322,7 @@ def counting_torn_rows(patch: pytest.MonkeyPatch) -> None:
         (no_sync_before_the_rename, erring, True),
         (counting_torn_rows, fresh, False),
     ],
+    own=(undisturbed,),
 )
 def test_planted_bugs_are_found(
     plant: Callable[[pytest.MonkeyPatch], None], scene: Scene, power: bool, tmp_path: Path, undisturbed: bytes
@@ -376,7 +379,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@for_each("kind", DAMAGE, own=(done, undisturbed))
 def test_a_damaged_line_is_named_and_repaired_only_on_request(kind: str, done: Path, undisturbed: bytes) -> None:
     lines = undisturbed.splitlines(keepends=True)
     lines[2] = DAMAGE[kind](lines[2])
@@ -447,8 +450,7 @@ def replaced(path: Path) -> None:
     path.with_name("new").rename(path)
 
 
-@pytest.mark.parametrize("meddle", [appended, moved, replaced, Path.unlink], ids=lambda meddle: meddle.__name__)
-@pytest.mark.parametrize("retry", [False, True], ids=["append", "retry"])
+@for_each("meddle, retry", itertools.product([appended, moved, replaced, Path.unlink], [False, True]))
 def test_somebody_else_writes_to_the_output(
     meddle: Callable[[Path], object], retry: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,7 +489,7 @@ def test_two_runs_one_of_which_goes_by_a_linked_folder(done: Path) -> None:
 # Outputs that cannot be.
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("path", "reason"),
     [
         ("missing/out.jsonl", "no such file or directory"),
@@ -513,8 +515,9 @@ def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
 BESIDE = ["out.jsonl.run", "out.jsonl.run/lock", "out.jsonl.run/manifest", "out.jsonl.run/settings.json"]
 
 
-@pytest.mark.parametrize("name", BESIDE)
-@pytest.mark.parametrize("what", ["link", "dangling link", "fifo", "other kind"])
+@for_each(
+    "name, what", itertools.product(BESIDE, ["link", "dangling link", "fifo", "other kind"]), own=(done, undisturbed)
+)
 def test_what_stands_beside_the_output_is_a_plant(
     what: str, name: str, done: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -597,7 +600,7 @@ def test_a_manifest_without_an_end(done: Path, monkeypatch: pytest.MonkeyPatch) 
     assert attempt(done, check="manifest: damaged") == 65
 
 
-@pytest.mark.parametrize("text", [b"x", b"[" * 100_000, b'{"a":' * 50_000, b"{" + b'"a": 1,' * 100_000, b"1" * 5000])
+@for_each("text", [b"x", b"[" * 100_000, b'{"a":' * 50_000, b"{" + b'"a": 1,' * 100_000, b"1" * 5000], own=(done,))
 def test_settings_that_are_too_much(text: bytes, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "SETTINGS_BYTES", 600_000)
     (done / "out" / "out.jsonl.run" / "settings.json").write_bytes(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 from helpers.command import Run, Shell, missing
+from helpers.tables import for_each
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from llava_cli import files, limits
-from llava_cli.batch import report as room
+from llava_cli.batch import report_page
+from llava_cli.batch.report import report
 from llava_cli.batch.rows import to_line
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +107,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
         flags = [("empty", "repeated", "cut_off", "echoes_prompt")[n // 10 % 4]] if n % 10 == 0 else []
         rows.append(row("a.png", None if n % 1000 == 0 else f"answer {n}", f"question {n}"))
         rows[-1] |= ({"flags": flags} if flags else {}) | ({"expected": "1", "right": n == 1} if n <= 4 else {})
-    room.report(write(folder / "out.jsonl", *rows), folder / "out.html", quiet=True)
+    report(write(folder / "out.jsonl", *rows), folder / "out.html", quiet=True)
     return folder / "out.html"
 
 
@@ -148,7 +151,7 @@ def test_search(many: Path, opened: Open) -> None:
     expect(page.locator("#search")).not_to_be_focused()
 
 
-@pytest.mark.parametrize(
+@for_each(
     "name, first",
     [
         ("errors 5", [1000, 2000, 3000, 4000, 5000]),
@@ -158,6 +161,7 @@ def test_search(many: Path, opened: Open) -> None:
         ("cut off 125", [20, 60, 100]),
         ("echoes prompt 125", [30, 70, 110]),
     ],
+    own=(opened,),
 )
 def test_filters(many: Path, opened: Open, name: str, first: list[int]) -> None:
     page = opened(many)
@@ -274,7 +278,7 @@ def test_rows_beyond_the_limits(
     assert numbers(page) == [5001, 5002, 5003]
     expect(page.locator("article img")).to_have_count(3)
 
-    monkeypatch.setattr(room, "ROWS", 4)
+    monkeypatch.setattr(report_page, "MAX_ROWS", 4)
     assert run("report", many.with_suffix(".jsonl"), "--from", "2", "-o", tmp_path / "few.html").exit_code == 0
     page = opened(tmp_path / "few.html")
     assert numbers(page) == [2, 3, 4, 5]
@@ -437,7 +441,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path, run: Run, opened: Open) ->
     expect(opened(tmp_path / "out.html").locator("#rows")).to_have_text("There are no rows.")
 
 
-@pytest.mark.parametrize(
+@for_each(
     "line",
     [
         b"not JSON",
@@ -487,7 +491,7 @@ def test_what_cannot_be_read_or_written(tmp_path: Path, run: Run, monkeypatch: p
         first, hint = done.stderr.splitlines()
         assert first.startswith("llava: ") and reason in first
         assert hint.startswith("  ")
-    monkeypatch.setattr(files, "write", lambda descriptor, data: os.write(os.open("/dev/full", os.O_WRONLY), data))
+    monkeypatch.setattr(files, "write_all", lambda descriptor, data: os.write(os.open("/dev/full", os.O_WRONLY), data))
     done = run("report", source, "-o", page)
     assert done.exit_code == 74
     assert done.stderr.splitlines()[0] == f"llava: {page}: no space left on device"
@@ -495,8 +499,10 @@ def test_what_cannot_be_read_or_written(tmp_path: Path, run: Run, monkeypatch: p
     assert not list(tmp_path.glob("*.new"))
 
 
-@pytest.mark.parametrize("target", ["real.html", "nowhere.html", "it's.html", "a\x1b[2J\nb.html"])
-@pytest.mark.parametrize("output", [None, "page.html"])
+@for_each(
+    "target, output",
+    itertools.product(["real.html", "nowhere.html", "it's.html", "a\x1b[2J\nb.html"], [None, "page.html"]),
+)
 def test_an_output_that_is_a_link_is_refused(
     output: str | None, target: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,7 +525,7 @@ def test_an_output_that_is_a_link_is_refused(
     assert (folder / target).read_text("utf-8").startswith("<!doctype html>")
 
 
-@pytest.mark.parametrize("what", ["link to a folder", "fifo", "folder", "loop"])
+@for_each("what", ["link to a folder", "fifo", "folder", "loop"])
 def test_a_default_output_that_is_no_file(what: str, tmp_path: Path, run: Run) -> None:
     source = write(tmp_path / "out.jsonl", row("a"))
     page = tmp_path / "out.html"
@@ -581,9 +587,9 @@ def test_the_page_goes_beside_the_rows(tmp_path: Path, run: Run) -> None:
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "out.jsonl", *(row("a", f"{n} " + 2000 * "x") for n in range(10_000)))
-    monkeypatch.setattr(room, "THUMBNAILS", 0)
+    monkeypatch.setattr(report_page, "MAX_THUMBNAILS", 0)
     tracemalloc.start()
-    room.report(source, tmp_path / "out.html", quiet=True)
+    report(source, tmp_path / "out.html", quiet=True)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "out.html").stat().st_size > 20_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 from helpers.command import Run
 from helpers.faults import Told
+from helpers.homes import home
+from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli.batch import run as module
 from llava_cli.batch.rows import to_line
-from llava_cli.models.registry import data_folder
+from llava_cli.paths import data_folder
 
 QUESTION = "what is this?"
 Row = dict[str, Any]
@@ -141,7 +144,7 @@ def test_a_manifest_leads_no_further_than_its_source(source: str, here: Path, ru
     assert [row["error"] and row["error"]["message"] for row in rows] == ["is outside set"] * 3 + [None]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "task",
     [
         {"image": 1, "question": QUESTION},
@@ -159,7 +162,7 @@ def test_a_manifest_leads_no_further_than_its_source(source: str, here: Path, ru
         {"image": "a.png"},
         [],
     ],
-    ids=ascii,
+    own=(here,),
 )
 def test_a_manifest_that_is_none(task: Any, here: Path, run: Run) -> None:
     command = ("batch", "set", QUESTION, "-o", "out.jsonl")
@@ -195,7 +198,7 @@ def unpacked(folder: Path, images: list[str], settings: Row | None = None) -> Pa
     return folder / "out.jsonl"
 
 
-@pytest.mark.parametrize("root", [None, "HERE/set", "HERE/private", "HERE", "/", "..", "private"])
+@for_each("root", [None, "HERE/set", "HERE/private", "HERE", "/", "..", "private"], own=(here,))
 def test_a_strangers_rows_show_no_picture_of_this_machine(root: str | None, here: Path, run: Run) -> None:
     link_out(here)
     settings = None if root is None else {"root": named(root, here), "signed": "0" * 64, "allow_truncated": True}
@@ -222,14 +225,14 @@ def test_settings_of_another_run_are_not_those_of_these_rows(here: Path, run: Ru
     assert shown(here / "mine.html")[1] == "not opened: outside ."
 
 
-@pytest.mark.parametrize("signed", [None, 1, "", "é" * 64, ["x"], {}])
+@for_each("signed", [None, 1, "", "é" * 64, ["x"], {}], own=(here,))
 def test_signatures_that_are_none(signed: Any, here: Path, run: Run) -> None:
     source = unpacked(here / "set", ["me.png"], {"root": str(here / "private"), "signed": signed})
     assert run("report", source).exit_code == 0
     assert shown(here / "set" / "out.html") == [f"not opened: outside {here / 'set'}"]
 
 
-@pytest.mark.parametrize("key", ["gone", "short", "long", "open to others", "link", "folder"])
+@for_each("key", ["gone", "short", "long", "open to others", "link", "folder"], own=(home, here))
 def test_a_key_that_is_none_signs_nothing(key: str, here: Path, run: Run) -> None:
     path = data_folder() / "rows.key"
     assert run("batch", "private", QUESTION, "-o", "set/out.jsonl").exit_code == 0
@@ -248,8 +251,11 @@ def test_a_key_that_is_none_signs_nothing(key: str, here: Path, run: Run) -> Non
     assert shown(here / "set" / "out.html") == ["not opened: outside set"]
 
 
-@pytest.mark.parametrize("folder", ["private", "HERE/private", "set"])
-@pytest.mark.parametrize("output", ["out.jsonl", "results/out.jsonl"])
+@for_each(
+    "folder, output",
+    itertools.product(["private", "HERE/private", "set"], ["out.jsonl", "results/out.jsonl"]),
+    own=(here,),
+)
 def test_the_pictures_of_ones_own_run(folder: str, output: str, here: Path, run: Run) -> None:
     """Wherever they were, and wherever the report is made."""
     Path("results").mkdir()
@@ -309,7 +315,7 @@ def test_what_was_asked_about_is_what_is_shown(here: Path, run: Run) -> None:
     assert shown(here / "set" / "out.html") == ["", "changed since it was asked about"]
 
 
-@pytest.mark.parametrize("what", ["fifo", "link", "folder", "huge", "deep", "list", "number", "not UTF-8"])
+@for_each("what", ["fifo", "link", "folder", "huge", "deep", "list", "number", "not UTF-8"], own=(here,))
 def test_settings_beside_rows_that_are_none(what: str, here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are as good as not there, and nobody waits for them."""
     from llava_cli import limits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sqlite3
@@ -12,13 +13,15 @@ from pathlib import Path
 import pytest
 from helpers.command import Run
 from helpers.faults import give_away
+from helpers.homes import home
+from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import Answer, Chunk, Conversation, Engine, Sampling, limits, load, open_picture
 from llava_cli.chat.keyboard import keyboard
 from llava_cli.chat.repl import answer_lines
 from llava_cli.chat.session import Chat
-from llava_cli.chat.store import Kept, Store
+from llava_cli.chat.store import SavedChat, Store
 from llava_cli.errors import OutputError, PromptTooLong
 from llava_cli.settings import Settings
 
@@ -67,7 +70,7 @@ def test_questions_about_two_pictures(run: Run, drawing: Path, other: Path) -> N
     assert result.stdout.splitlines() == [*first.values(), *second.values()]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "line, code, reason",
     [
         ("/image nowhere.png", 66, "no such file"),
@@ -80,7 +83,7 @@ def test_questions_about_two_pictures(run: Run, drawing: Path, other: Path) -> N
         ("/retry", 2, "nothing has been said yet"),
         ("/prompt", 2, "nothing has been said yet"),
         ("/save", 2, "to which file?"),
-        ("/save /nowhere/at/all.txt", 74, "No such file or directory"),
+        ("/save /nowhere/at/all.txt", 74, "no such file or directory"),
     ],
 )
 def test_error_ends_a_pipe_before_the_next_question(line: str, code: int, reason: str, run: Run) -> None:
@@ -219,7 +222,7 @@ def test_chats_are_for_their_owner_alone(run: Run, home: Path) -> None:
 def kept(picture: Path, name: str = "-", model: str = "m", question: str = "q?") -> Conversation:
     """A chat about a picture that has no path to come back to."""
     conversation = Conversation().ask(question, [replace(open_picture(str(picture)), name=name)]).answered("a")
-    Store().keep(Kept(), conversation, model)
+    Store().save(SavedChat(), conversation, model)
     return conversation
 
 
@@ -241,8 +244,13 @@ def test_all_that_is_kept_is_its_owners_alone(mask: int, home: Path, drawing: Pa
     assert all((home / "data" / name).stat().st_mode & 0o777 == 0o600 for name in ("chats.db", "history"))
 
 
-@pytest.mark.parametrize("name", ["chats.db", "chats.db-journal", "chats.db-wal", "chats.db-shm", "pictures"])
-@pytest.mark.parametrize("what", ["link", "dangling link", "fifo"])
+@for_each(
+    "name, what",
+    itertools.product(
+        ["chats.db", "chats.db-journal", "chats.db-wal", "chats.db-shm", "pictures"], ["link", "dangling link", "fifo"]
+    ),
+    own=(home,),
+)
 def test_what_is_planted_among_the_chats(what: str, name: str, run: Run, home: Path, drawing: Path) -> None:
     """It is refused by name; nothing is written where a link leads, and nobody waits for a FIFO."""
     (home / "data").mkdir(mode=0o700)
@@ -332,8 +340,10 @@ def test_what_is_kept_gives_a_terminal_no_orders(run: Run, drawing: Path) -> Non
     assert first.startswith("[\\x1b]0;title") and first.isprintable()
 
 
-@pytest.mark.parametrize("target", ["secret", "nowhere"])
-@pytest.mark.parametrize("line", ["/save FOLDER/c.json", "/save FOLDER/c.txt", "/export FOLDER/c.md"])
+@for_each(
+    "target, line",
+    itertools.product(["secret", "nowhere"], ["/save FOLDER/c.json", "/save FOLDER/c.txt", "/export FOLDER/c.md"]),
+)
 def test_nothing_is_saved_through_a_link(line: str, target: str, run: Run, tmp_path: Path, drawing: Path) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
@@ -414,7 +424,7 @@ class Counted(Engine):
 
 def counted(store: Store | None = None) -> tuple[Chat, list[str]]:
     notes: list[str] = []
-    return Chat(Counted(), Settings(max_tokens=20), notes.append, lambda picture: None, store), notes
+    return Chat(Counted(), Settings(sampling=Sampling(max_tokens=20)), notes.append, lambda picture: None, store), notes
 
 
 def say(chat: Chat, question: str) -> int:
@@ -458,11 +468,11 @@ def test_two_terminals_on_one_chat_lose_nothing() -> None:
     say(one, "b")
     say(other, "c")
     assert notes == [f"chat {number} was changed elsewhere: this one goes on as chat {number + 1}"]
-    assert [turn.question for turn in Store().said(number)] == ["a", "b"]
-    assert [turn.question for turn in Store().said(number + 1)] == ["a", "c"]
+    assert [turn.question for turn in Store().turns(number)] == ["a", "b"]
+    assert [turn.question for turn in Store().turns(number + 1)] == ["a", "c"]
     Store().delete(number + 1)
     say(other, "d")
-    assert [turn.question for turn in Store().said(number + 2)] == ["a", "c", "d"]
+    assert [turn.question for turn in Store().turns(number + 2)] == ["a", "c", "d"]
 
 
 def test_turn_that_could_not_be_kept_is_kept_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,11 +480,11 @@ def test_turn_that_could_not_be_kept_is_kept_with_the_next(monkeypatch: pytest.M
     chat, _ = counted(store)
     say(chat, "one")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "keep", lambda *_: (_ for _ in ()).throw(OutputError("chats.db", "disk full")))
+        patch.setattr(store, "save", lambda *_: (_ for _ in ()).throw(OutputError("chats.db", "disk full")))
         with pytest.raises(OutputError):
             say(chat, "two")
     say(chat, "three")
-    assert [turn.question for turn in store.said(1)] == ["one", "two", "three"]
+    assert [turn.question for turn in store.turns(1)] == ["one", "two", "three"]
 
 
 def test_retry_leaves_new_pictures_for_the_next_question(drawing: Path) -> None:
@@ -500,7 +510,7 @@ def test_bytes_that_are_no_text(run: Run, tmp_path: Path, drawing: Path) -> None
     assert again.stdout == "red\n"
 
 
-@pytest.mark.parametrize("line", ["/export .", "/save ~nosuch/x", "/save a\0b", "/image -", "/etc/hostname"])
+@for_each("line", ["/export .", "/save ~nosuch/x", "/save a\0b", "/image -", "/etc/hostname"])
 def test_odd_paths_are_errors_in_a_line(line: str, run: Run) -> None:
     result = run("chat", "-q", input=f"{line}\n")
     assert result.exit_code in (2, 74)

@@ -19,6 +19,7 @@ marks | UTF-8 with a mark | UTF-16, both orders, CRLF; `ask` | the command is ob
 from __future__ import annotations
 
 import codecs
+import itertools
 import os
 import re
 import signal
@@ -31,7 +32,9 @@ from typing import Any
 import pexpect
 import pytest
 from helpers.command import Run
+from helpers.homes import home
 from helpers.screen import Screen
+from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import open_picture
@@ -57,7 +60,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, picture: Path, encoding: str = "utf-8
     return screen.getvalue()
 
 
-@pytest.mark.parametrize(
+@for_each(
     "variables, begins",
     [
         ({"TERM": "xterm-256color"}, "▀"),
@@ -87,17 +90,16 @@ def test_a_thumbnail_is_drawn_or_not(
         assert [line.count("▀") for line in said.splitlines()] == [30] * 10
 
 
-@pytest.mark.parametrize("name", ["_half_blocks", "_cells", "_graphics"])
+@pytest.mark.parametrize("name", ["_half_blocks", "_cells", "_graphics_protocol"])
 def test_a_thumbnail_that_fails(name: str, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("a library's words")
 
     monkeypatch.setattr(thumbnail, name, fail)
-    assert drawn(monkeypatch, drawing, TERM="xterm-256color").count("▀") == (300 if name == "_graphics" else 0)
+    assert drawn(monkeypatch, drawing, TERM="xterm-256color").count("▀") == (300 if name == "_graphics_protocol" else 0)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (40, 4000), (4000, 40), (4000, 3000)])
-@pytest.mark.parametrize("columns", ["1", "20", "100"])
+@for_each("size, columns", itertools.product([(1, 1), (40, 4000), (4000, 40), (4000, 3000)], ["1", "20", "100"]))
 def test_a_picture_of_any_shape_fits(
     size: tuple[int, int], columns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +182,7 @@ OTHERS_CLOSED = {"stderr": "2>&-", "stderr and stdin": "2>&- <&-", "stdin": "<&-
 SAYS = {"ask": DESCRIBED, "--version": "llava", "models": "builtin", "doctor": "machine", "batch": DESCRIBED}
 
 
-@pytest.mark.parametrize(
+@for_each(
     "command, redirection, code, answers",
     [
         *(("ask", redirection, 74, False) for redirection in CLOSED.values()),
@@ -203,7 +205,7 @@ def test_closed_streams(command: str, redirection: str, code: int, answers: bool
 LEAVE = ["exit", "quit", "Exit", ":q", ":q!", ":wq", "bye", "quit()", "exit()", "\\q", "/bye", "/quit", "/q", " exit "]
 
 
-@pytest.mark.parametrize("word", [*LEAVE, "help", "?", "/?", ":help"])
+@for_each("word", [*LEAVE, "help", "?", "/?", ":help"])
 def test_words_of_other_programs(word: str, run: Run) -> None:
     result = run("chat", "-q", input=f"{word}\n")
     assert result.exit_code == 0
@@ -215,7 +217,7 @@ def test_a_question_that_begins_like_a_command_is_asked(run: Run, drawing: Path)
     assert run("chat", drawing, "-q", input="help me: what is this?\nexit signs?\n").stdout.count("\n") == 2
 
 
-@pytest.mark.parametrize(
+@for_each(
     "line, attached, asked",
     [
         ("{a} {b}", 2, False),
@@ -229,6 +231,7 @@ def test_a_question_that_begins_like_a_command_is_asked(run: Run, drawing: Path)
         ("'{url}' what is this?", 1, True),
         ("~/a.png what is this?", 1, True),
     ],
+    own=(home,),
 )
 def test_image_lines(line: str, attached: int, asked: bool, drawing: Path, home: Path, run: Run) -> None:
     a, b = home / "a.png", home / "b c.png"
@@ -249,7 +252,7 @@ def test_one_picture_that_is_missing_attaches_none(drawing: Path, run: Run) -> N
     assert "goes with" not in result.stderr
 
 
-@pytest.mark.parametrize("name", ["shot\u202fPM.png", "two words.png", "it's.png", "line\nbreak.png"])
+@for_each("name", ["shot\u202fPM.png", "two words.png", "it's.png", "line\nbreak.png"])
 def test_a_hint_can_be_pasted(
     name: str, drawing: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,16 +267,16 @@ def test_a_hint_can_be_pasted(
     assert subprocess.run(["bash", "-c", f"test -f {suggested[1]}"]).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "encoding, mark",
+@for_each(
+    "encoding, mark, end",
     [
-        ("utf-8", codecs.BOM_UTF8),
-        ("utf-16-le", codecs.BOM_UTF16_LE),
-        ("utf-16-be", codecs.BOM_UTF16_BE),
-        ("utf-8", b""),
+        ("utf-8", codecs.BOM_UTF8, "\n"),
+        ("utf-8", codecs.BOM_UTF8, "\r\n"),
+        ("utf-16-le", codecs.BOM_UTF16_LE, "\r\n"),
+        ("utf-16-be", codecs.BOM_UTF16_BE, "\n"),
+        ("utf-8", b"", "\r\n"),
     ],
 )
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_byte_order_marks(encoding: str, mark: bytes, end: str, drawing: Path, run: Run) -> None:
     lines = [f"/image {drawing}", "what is this?", "/exit"]
     piped = mark + "".join(line + end for line in lines).encode(encoding)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.command import Run
+from helpers.tables import for_each
 
 from llava_cli import limits
 from llava_cli.cli.arguments import conversation_from
@@ -40,7 +41,7 @@ def test_a_question_without_end(drawing: Path, monkeypatch: pytest.MonkeyPatch) 
     assert source.read_so_far < 5 * limits.TEXT_CHARACTERS
 
 
-@pytest.mark.parametrize("letter", ["x", "é", "漢", "🙂"])
+@for_each("letter", ["x", "é", "漢", "🙂"])
 def test_a_question_as_long_as_it_may_be(letter: str, drawing: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "TEXT_CHARACTERS", 100)
     data = io.BytesIO((letter * 100).encode())

@@ -11,11 +11,12 @@ import pytest
 import torch
 from helpers.command import Run
 from helpers.families import FAMILIES
+from helpers.tables import for_each
 from safetensors.torch import load_file, save_file
 
 from llava_cli import load
 from llava_cli.diagnostics import checkup
-from llava_cli.settings import Settings
+from llava_cli.settings import LoadOptions
 
 Checkpoint = Callable[[str], Path]
 CHECKS = [
@@ -26,6 +27,7 @@ CHECKS = [
     "end tokens",
     "image tokens",
     "precision",
+    "cpu kernels",
     "forward pass",
     "answer",
 ]
@@ -38,16 +40,16 @@ def failed(run: Run, *args: str | Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "8bit", "4bit"])
+@for_each("precision", ["fp32", "bf16", "8bit", "4bit"])
 def test_the_built_in_model_is_right_in_every_precision(precision: str, run: Run) -> None:
     result = run("doctor", "builtin", "-p", precision, "--device", "cpu")
     assert [line.split("\t")[:2] for line in result.stdout.splitlines()] == [["ok", name] for name in CHECKS]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@for_each("family", FAMILIES)
 def test_every_family_is_right(family: str, checkpoint: Checkpoint) -> None:
     folder = str(checkpoint(family))
-    checks = list(checkup(Settings(model=folder, precision="fp32", device="cpu")))
+    checks = list(checkup(LoadOptions(model=folder, precision="fp32", device="cpu")))
     assert [(name, words) for name, good, words in checks if not good] == []
     assert [check.name for check in checks] == CHECKS
 
@@ -56,22 +58,14 @@ def test_what_a_wrong_number_of_image_tokens_looks_like(
     run: Run, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were it not put right, and refused, before the weights are read."""
-    monkeypatch.setattr("llava_cli.prompts.processor._agree", lambda *args: None)
-    monkeypatch.setattr("llava_cli.prompts.processor.check_image_tokens", lambda *args: None)
+    monkeypatch.setattr("llava_cli.prompts.processor.sync_processor_to_model", lambda *args: None)
+    monkeypatch.setattr("llava_cli.prompts.image_token_check.check_image_tokens", lambda *args: None)
     folder = tmp_path / "wrong"
     shutil.copytree(checkpoint("llava-llama"), folder)
     path = folder / "processor_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "num_additional_image_tokens": 3}))
     assert failed(run, folder, "-p", "fp32") == ["image tokens", "forward pass", "answer"]
-
-
-def test_a_fast_way_that_is_wrong_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_cli.engine.cpu import attention
-
-    right = attention._of_many
-    monkeypatch.setattr(attention, "_of_many", lambda *args: right(*args[:-2], 1.5 * args[-2], args[-1]))
-    assert failed(run, "builtin", "-p", "fp32", "--device", "cpu") == ["forward pass"]
 
 
 def test_broken_numbers_are_found(run: Run, checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -88,7 +82,7 @@ def test_what_cannot_be_loaded(run: Run, tmp_path: Path) -> None:
     assert failed(run, "llava-1.5-7b") == ["load"]
 
 
-def test_double_quantisation(run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_double_quantization(run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed(run, "builtin", "-p", "4bit", "--double-quant") == []
     args = ("ask", "-q", "-p", "4bit", drawing, "how many shapes are there?")
     assert run(*args, "--double-quant").stdout == "2\n"

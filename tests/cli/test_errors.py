@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable
 
 import pytest
+from helpers.tables import for_each
 from tokenizers import Tokenizer, decoders, models
 
 from llava_cli import limits
-from llava_cli.errors import LlavaError, ModelUnusable, OutOfMemory, brief, model_errors, plainly
+from llava_cli.errors import LlavaError, ModelUnusable, OutOfMemory, message_line, model_errors, plain_message
 
 
 def a_decoder_that_strips_more_than_there_is() -> None:
@@ -39,13 +40,13 @@ class Died(BaseException):
     """Neither an error nor a panic."""
 
 
-@pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit, GeneratorExit, Died])
+@for_each("ends", [KeyboardInterrupt, SystemExit, GeneratorExit, Died])
 def test_what_ends_the_process_passes(ends: type[BaseException]) -> None:
     with pytest.raises(ends), model_errors("its", "cannot be used"):
         raise ends
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("error", "kind"),
     [
         (RuntimeError("shape\n\x1b[2J"), ModelUnusable),
@@ -60,7 +61,7 @@ def test_what_a_library_raises_over_a_model(error: Exception, kind: type[LlavaEr
     assert str(raised.value).isprintable()
 
 
-@pytest.mark.parametrize("words", [brief, plainly])
+@pytest.mark.parametrize("words", [message_line, plain_message])
 def test_words_of_others_are_few(words: Callable[[BaseException], str]) -> None:
     assert len(words(ValueError("[" * 10**6))) == limits.NAME_CHARACTERS
     assert words(ValueError("\n \x1b]0;x\x07 y\nz")) == "\\x1b]0;x\\x07 y"
@@ -68,5 +69,5 @@ def test_words_of_others_are_few(words: Callable[[BaseException], str]) -> None:
 
 
 def test_plainly() -> None:
-    assert plainly(OSError(2, "No such file")) == "no such file"
-    assert plainly(OSError("[SSL: WRONG_VERSION_NUMBER] Wrong version number")) == "wrong version number"
+    assert plain_message(OSError(2, "No such file")) == "no such file"
+    assert plain_message(OSError("[SSL: WRONG_VERSION_NUMBER] Wrong version number")) == "wrong version number"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 from helpers.command import Run
 from helpers.faults import give_away
+from helpers.homes import home
+from helpers.tables import for_each
 
 from llava_cli import limits
 from llava_cli.errors import UsageError
-from llava_cli.settings import Settings, set_default_model
+from llava_cli.settings import LoadOptions, Sampling, Settings, set_default_model
 
 Configure = Callable[[str], Path]
 
@@ -28,7 +31,7 @@ def configure(home: Path) -> Configure:
     return write
 
 
-@pytest.mark.parametrize(
+@for_each(
     "field, default, in_file, in_environment, flag",
     [
         ("model", None, ('"a"', "a"), ("b", "b"), "c"),
@@ -45,6 +48,7 @@ def configure(home: Path) -> Configure:
         ("stop", (), ('["\\n", "."]', ("\n", ".")), ("END", ("END",)), ["x", "y"]),
         ("stop", (), ('"one"', ("one",)), ("END", ("END",)), ["x"]),
     ],
+    own=(home, configure),
 )
 def test_the_nearer_source_wins(
     monkeypatch: pytest.MonkeyPatch,
@@ -56,7 +60,9 @@ def test_the_nearer_source_wins(
     flag: Any,
 ) -> None:
     def found(**flags: Any) -> Any:
-        value = getattr(Settings.resolve(**flags), field)
+        settings = Settings.resolve(**flags)
+        group = next(one for one in (settings, settings.load, settings.sampling) if field in one.names())
+        value = getattr(group, field)
         assert type(value) is not int or not isinstance(default, float), "a float field holds a float"
         return value
 
@@ -74,7 +80,7 @@ def test_the_nearer_source_wins(
 @pytest.mark.parametrize("nothing", [None, []])
 def test_a_flag_that_was_not_given_leaves_the_stops(configure: Configure, nothing: Any) -> None:
     configure('stop = ["."]')
-    assert Settings.resolve(stop=nothing).stop == (".",)
+    assert Settings.resolve(stop=nothing).sampling.stop == (".",)
 
 
 BAD = [
@@ -95,7 +101,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("field, value, reason", BAD)
+@for_each("field, value, reason", BAD)
 def test_a_bad_variable_is_named(
     run: Run, monkeypatch: pytest.MonkeyPatch, field: str, value: str, reason: str
 ) -> None:
@@ -106,7 +112,7 @@ def test_a_bad_variable_is_named(
     assert result.stderr == f"llava: LLAVA_{field.upper()}: {quoted}\n"
 
 
-@pytest.mark.parametrize(
+@for_each(
     "field, value, reason",
     [
         *BAD,
@@ -123,6 +129,7 @@ def test_a_bad_variable_is_named(
         ("precision", "16", "16 is not one of auto, fp32, bf16, fp16, 8bit, 4bit"),
         ("precision", '["fp32"]', "['fp32'] is not one of auto, fp32, bf16, fp16, 8bit, 4bit"),
     ],
+    own=(home, configure),
 )
 def test_a_bad_key_is_named(run: Run, configure: Configure, field: str, value: str, reason: str) -> None:
     path = configure(f"{field} = {value}\n")
@@ -131,7 +138,7 @@ def test_a_bad_key_is_named(run: Run, configure: Configure, field: str, value: s
     assert result.stderr == f"llava: {path}: {field}: {reason}\n"
 
 
-@pytest.mark.parametrize(
+@for_each(
     "flag, value, reason",
     [
         ("--max-tokens", "0", "0 is not between 1 and 1000000"),
@@ -175,8 +182,14 @@ def test_an_unknown_key_is_named(run: Run, configure: Configure) -> None:
     )
 
 
-@pytest.mark.parametrize("damage", [b"model = \n", b"[", b"model = 'a'\nmodel = 'b'\n", b"\xff\xfe", b"\x00"])
-@pytest.mark.parametrize("command", ["ask why?", "models", "models default", "models default builtin", "doctor"])
+@for_each(
+    "damage, command",
+    itertools.product(
+        [b"model = \n", b"[", b"model = 'a'\nmodel = 'b'\n", b"\xff\xfe", b"\x00"],
+        ["ask why?", "models", "models default", "models default builtin", "doctor"],
+    ),
+    own=(home,),
+)
 def test_a_config_that_is_no_toml(run: Run, home: Path, damage: bytes, command: str) -> None:
     path = home / "config.toml"
     path.write_bytes(damage)
@@ -184,7 +197,7 @@ def test_a_config_that_is_no_toml(run: Run, home: Path, damage: bytes, command: 
     assert (result.exit_code, result.stdout) == (2, "")
     first, hint = result.stderr.splitlines()
     assert first.startswith(f"llava: {path}: ")
-    assert hint == "  mend or delete that file"
+    assert hint == "  repair or delete that file"
     assert path.read_bytes() == damage
 
 
@@ -192,7 +205,7 @@ def test_a_config_that_cannot_be_read_or_written(run: Run, home: Path, monkeypat
     path = home / "config.toml"
     path.mkdir()
     result = run("ask", "why?")
-    assert (result.exit_code, result.stderr) == (2, f"llava: {path}: Is a directory\n  mend or delete that file\n")
+    assert (result.exit_code, result.stderr) == (2, f"llava: {path}: is a directory\n  repair or delete that file\n")
     (home / "file").touch()
     monkeypatch.setenv("LLAVA_CONFIG", str(home / "file" / "config.toml"))
     result = run("models", "default", "builtin")
@@ -214,11 +227,10 @@ def test_setting_the_default_keeps_the_rest_of_the_file(home: Path, configure: C
 def test_setting_the_default_makes_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_CONFIG", str(home / "a" / "b" / "config.toml"))
     set_default_model("ünï/côdé")
-    assert Settings.resolve().model == "ünï/côdé"
+    assert Settings.resolve().load.model == "ünï/côdé"
 
 
-@pytest.mark.parametrize("before", [0o600, 0o640, 0o644, 0o400])
-@pytest.mark.parametrize("mask", [0, 0o022, 0o077])
+@for_each("before, mask", itertools.product([0o600, 0o640, 0o644, 0o400], [0, 0o022, 0o077]), own=(home, configure))
 def test_setting_the_default_keeps_who_may_read(mask: int, before: int, run: Run, configure: Configure) -> None:
     """There may be a key in it."""
     path = configure('api_key = "secret"\n')
@@ -244,8 +256,7 @@ def test_a_new_config_is_its_owners_alone(mask: int, run: Run, home: Path, monke
     assert (home / "new").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("there", [True, False])
-@pytest.mark.parametrize("where", ["file", "folder"])
+@for_each("there, where", itertools.product([True, False], ["file", "folder"]), own=(home,))
 def test_setting_the_default_writes_through_a_link_of_ones_own(
     where: str, there: bool, run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +318,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("kind", ODD)
+@for_each("kind", ODD, own=(home, configure))
 def test_a_config_that_is_odd(kind: str, run: Run, configure: Configure) -> None:
     """One line, whatever a parser makes of it."""
     path = configure(ODD[kind])
@@ -327,7 +338,7 @@ def test_a_config_without_an_end(run: Run, home: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv("LLAVA_CONFIG", path)
         result = run("ask", "why?")
         assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr == f"llava: {path}: larger than 100,000 bytes\n  mend or delete that file\n"
+        assert result.stderr == f"llava: {path}: larger than 100,000 bytes\n  repair or delete that file\n"
 
 
 def test_no_config_at_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +351,7 @@ def test_the_config_is_in_the_users_folder(home: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "xdg"))
     set_default_model("new")
     assert [p.name for p in home.rglob("config.toml")] == ["config.toml"]
-    assert Settings.resolve().model == "new"
+    assert Settings.resolve().load.model == "new"
 
 
 def test_the_file_reaches_an_answer(run: Run, configure: Configure, drawing: Path) -> None:
@@ -351,6 +362,6 @@ def test_the_file_reaches_an_answer(run: Run, configure: Configure, drawing: Pat
 
 def test_settings_made_by_hand_are_judged_too() -> None:
     with pytest.raises(UsageError, match="precision: 'fp8' is not one of"):
-        Settings(precision="fp8")  # type: ignore[arg-type]
+        LoadOptions(precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="max_tokens: 0 is not between"):
-        Settings(max_tokens=0)
+        Sampling(max_tokens=0)

@@ -8,7 +8,7 @@ a tokenizer without pictures  | 32,000 tokens, no <image>      | no <pad> either
 tokenizer.model alone         | Llama's                        | sentencepiece is not installed             | same ids; the command to install it | test_sentencepiece, test_sentencepiece_is_missing
 a projector of one layer      | "linear"                       | not named                                  | same features                       | test_linear_projector
 parts of a model              | a projector alone              | a LoRA; neither with its language model    | as the whole; what to give          | test_projector_alone, test_lora, test_parts_are_named
-a tower that is elsewhere     | in the Hub's cache             | --vision-tower; nowhere                    | as the whole; where to get it       | test_tower_in_the_cache, test_tower_is_nowhere
+a tower that is elsewhere     | in the Hub's cache             | --vision-tower; nowhere                    | as the whole; where to get it       | test_tower_from_elsewhere, test_tower_is_nowhere
 what transformers has not     | mlp3x_gelu                     | tiles in another order, unknown tensors,   | one line that names it, 69          | test_refused
                               |                                | other decoders, start and end tokens       |                                     |
 damaged or hostile            | a pickle that runs code        | cut off, shards missing, outside the       | one line that names the file, 69,   | test_damaged
@@ -29,13 +29,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import Run
+from helpers.homes import home
 from helpers.originals import KINDS, Original, change, original, put_weights, read, write
+from helpers.tables import for_each
 from PIL import Image
 from safetensors.torch import load_file
 
-from llava_cli import convert as conversion
 from llava_cli import load
 from llava_cli.conversation import Conversation, Picture
+from llava_cli.convert import conversion, output, tokenizer
 from llava_cli.settings import Sampling
 
 
@@ -66,16 +68,19 @@ def answer(folder: Path, template: str | None = None) -> str:
     return engine.answer(talk(), Sampling(max_tokens=12)).text
 
 
-@pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize(
-    ("pickled", "with_tower", "shards"), [(True, True, 1), (False, False, 1), (True, False, 3), (False, True, 2)]
+@for_each(
+    ("family", "pickled", "with_tower", "shards"),
+    [
+        *((family, True, True, 1) for family in KINDS),
+        *(("llava-llama", *stored) for stored in [(False, False, 1), (True, False, 3), (False, True, 2)]),
+    ],
 )
 def test_equals_the_reference(
     family: str, pickled: bool, with_tower: bool, shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = original(family, tmp_path, pickled, with_tower, shards)
     if shards == 3:
-        monkeypatch.setattr(conversion, "SHARD", 200_000)
+        monkeypatch.setattr(output, "SHARD_BYTES", 200_000)
     conversion.convert(str(made.folder), tmp_path / "out")
     assert are_equal(tmp_path / "out", made.reference)
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) == (shards == 3)
@@ -85,7 +90,7 @@ def test_equals_the_reference(
     assert ours["vision_config"]["num_hidden_layers"] == theirs["vision_config"]["num_hidden_layers"]
 
 
-@pytest.mark.parametrize("family", KINDS)
+@for_each("family", KINDS)
 def test_answers_are_the_references(family: str, tmp_path: Path, run: Run) -> None:
     made = original(family, tmp_path)
     done = run("models", "convert", made.folder, "-o", out := tmp_path / "out")
@@ -166,7 +171,7 @@ def test_sentencepiece(llama: Original, tmp_path: Path, run: Run) -> None:
 
 def test_sentencepiece_is_missing(llama: Original, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (llama.folder / "tokenizer.json").rename(llama.folder / "tokenizer.model")
-    monkeypatch.setattr(conversion.tokenizer, "find_spec", lambda name: None)
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     done = run("models", "convert", llama.folder, "-o", tmp_path / "out")
     assert done.exit_code == 69
     assert "its tokenizer.model needs sentencepiece" in done.stderr
@@ -244,7 +249,7 @@ def test_lora(llama: Original, options: dict[str, Any], scale: float, tmp_path: 
         torch.testing.assert_close(after[name], expected)
 
 
-@pytest.mark.parametrize("part", ["projector", "lora", "dora", "lora of another"])
+@for_each("part", ["projector", "lora", "dora", "lora of another"], own=(llama,))
 def test_parts_are_named(llama: Original, part: str, tmp_path: Path, run: Run) -> None:
     if part == "projector":
         _, rest = _split(llama, tmp_path)
@@ -256,10 +261,10 @@ def test_parts_are_named(llama: Original, part: str, tmp_path: Path, run: Run) -
         args = [] if part == "lora" else ["--base", base]
         expected, more = "a LoRA without its language model", ["--base FOLDER"]
         if part == "dora":
-            expected, more = "no plain LoRA", []
+            expected, more = "not a plain LoRA", []
         if part == "lora of another":
             put_weights(base, {n: t for n, t in load_file(base / "model.safetensors").items() if "layers.1." not in n})
-            expected, more = "model.layers.1.self_attn.v_proj fits nothing in the base", []
+            expected, more = "model.layers.1.self_attn.v_proj matches nothing in the base", []
     done = run("models", "convert", llama.folder, *args, "-o", tmp_path / "out")
     assert done.exit_code == 69
     assert all(words in done.stderr.replace("\n", " ") for words in [expected, *more])
@@ -303,7 +308,7 @@ def test_tower_is_nowhere(tmp_path: Path, run: Run) -> None:
     assert "hf download openai/clip-vit-large-patch14-336" in done.stderr
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("values", "words"),
     [
         ({"mm_projector_type": "mlp3x_gelu"}, "no projector like its mlp3x_gelu"),
@@ -326,6 +331,7 @@ def test_tower_is_nowhere(tmp_path: Path, run: Run) -> None:
         ({"hidden_size": 128}, "by its config"),
         ({"hidden_size": "wide"}, "does not describe a language model"),
     ],
+    own=(llama,),
 )
 def test_refused(llama: Original, values: dict[str, Any], words: str, tmp_path: Path, run: Run) -> None:
     change(llama.folder / "config.json", **values)
@@ -347,7 +353,7 @@ class Code:
         return os.mkdir, (str(Path(os.environ["LLAVA_DATA"]).with_name("ran")),)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("damage", "words"),
     [
         ("code", "pytorch_model.bin is a pickle with more than tensors in it"),
@@ -357,14 +363,15 @@ class Code:
         ("no tensors", "pytorch_model.bin does not hold tensors by name"),
         ("unknown tensor", "no place for its model.vision_resampler.weight"),
         ("shard missing", "pytorch_model-00002-of-00002.bin is missing"),
-        ("shard outside", "which is no file of weights"),
+        ("shard outside", "which is not a weight file"),
         ("no weights", "without its language model"),
         ("tokenizer", "its tokenizer.json cannot be read"),
         ("no tokenizer", "no tokenizer.json in it"),
         ("patches of no size", "cannot be converted"),
-        ("a tower of text", "bert is no tower of CLIP or SigLIP"),
-        ("pinpoints", "image_grid_pinpoints are no resolutions"),
+        ("a tower of text", "bert is not a vision tower of CLIP or SigLIP"),
+        ("pinpoints", "image_grid_pinpoints are not resolutions"),
     ],
+    own=(home,),
 )
 def test_damaged(damage: str, words: str, tmp_path: Path, run: Run, home: Path) -> None:
     pinpoints = damage == "pinpoints"
@@ -428,7 +435,7 @@ def test_shared_memory(llama: Original, tmp_path: Path) -> None:
     assert torch.equal(found["language_model.model.norm.weight"], weights["model.norm.weight"])
 
 
-@pytest.mark.parametrize("what", ["a folder", "a file", "a link to nothing", "below a file"])
+@for_each("what", ["a folder", "a file", "a link to nothing", "below a file"], own=(llama,))
 def test_out_is_taken(llama: Original, what: str, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     if what == "a folder":
@@ -447,14 +454,14 @@ def test_out_is_taken(llama: Original, what: str, tmp_path: Path, run: Run) -> N
 @pytest.mark.parametrize("what", ["full", "full after all", "stopped"])
 def test_no_half(llama: Original, what: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "full":
-        monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        monkeypatch.setattr(output.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     else:
         error = OSError(28, "No space left on device") if what == "full after all" else KeyboardInterrupt()
 
         def fail(*args: Any) -> None:
             raise error
 
-        monkeypatch.setattr(conversion, "_put_shard", fail)
+        monkeypatch.setattr(output, "_write_shard", fail)
     done = run("models", "convert", llama.folder, "-o", tmp_path / "out")
     assert done.exit_code == (130 if what == "stopped" else 73)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
@@ -462,7 +469,7 @@ def test_no_half(llama: Original, what: str, tmp_path: Path, run: Run, monkeypat
         assert "GB are free" in done.stderr
 
 
-@pytest.mark.parametrize("what", ["transformers' own", "no folder", "no config", "neither"])
+@for_each("what", ["transformers' own", "no folder", "no config", "neither"], own=(llama,))
 def test_not_original(llama: Original, what: str, tmp_path: Path, run: Run) -> None:
     folder = llama.reference
     if what == "no folder":

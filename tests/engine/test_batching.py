@@ -22,11 +22,13 @@ Engines = Callable[[str], LocalEngine]
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is being prepared is waited for, on however slow a machine."""
-    monkeypatch.setattr("llava_cli.engine.local.GATHER", 60.0)
+    monkeypatch.setattr("llava_cli.engine.local.GATHER_SECONDS", 60.0)
 
 
-@pytest.mark.parametrize("size", [1, 3, None])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, size",
+    [*((family, 3) for family in FAMILIES), ("llava-llama", 1), ("llava-llama", None), ("smolvlm", None)],
+)
 def test_answers_are_those_alone(family: str, size: int | None, engines: Engines) -> None:
     same_as_alone(engines(family), requests(), size)
 
@@ -145,7 +147,7 @@ def test_an_error_of_the_requests_is_not_swallowed(engines: Engines) -> None:
 def test_families_that_cannot_stand_in_rows_answer_one_by_one(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_cli.engine.generate.prefix.PrefixCache.can_part", lambda self, inputs: False)
+    monkeypatch.setattr("llava_cli.engine.local.can_batch", lambda model, inputs: False)
     same_as_alone(engines("llava-llama"), requests(), 4)
 
 

@@ -18,16 +18,16 @@ from llava_cli.errors import PromptTooLong
 Get = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("case", CONVERSATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_generate(
-    family: str, case: str, checkpoint: Get, engines: Callable[[str], LocalEngine]
+    family: str, checkpoint: Get, engines: Callable[[str], LocalEngine]
 ) -> None:
-    engine, conversation = engines(family), CONVERSATIONS[case]
-    expected = reference(engine, checkpoint(family), conversation, do_sample=False)
-    assert ours(engine, conversation, Sampling()) == expected
-    ended = expected[-1] in engine.ends
-    assert ended or len(set(expected)) > 2  # a fixture that says one thing over and over would prove nothing
+    engine = engines(family)
+    for case, conversation in CONVERSATIONS.items():
+        expected = reference(engine, checkpoint(family), conversation, do_sample=False)
+        assert ours(engine, conversation, Sampling()) == expected, case
+        ended = expected[-1] in engine.end_tokens
+        assert ended or len(set(expected)) > 2  # a fixture that says one thing over and over would prove nothing
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.5, 0.8)])

@@ -34,15 +34,13 @@ import torch
 import transformers
 from helpers import families
 from helpers.command import Run
-from helpers.engines import picture
+from helpers.engines import ours, picture
 from helpers.servers import Serve
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from llava_cli import Answer, Conversation, Sampling, load
 from llava_cli.engine import Request
-from llava_cli.engine.generate.decode import decode
 from llava_cli.engine.generate.generation_config import REFUSED
-from llava_cli.engine.generate.prefix import PrefixCache
 from llava_cli.engine.local import LocalEngine
 
 MOST = 16
@@ -81,7 +79,7 @@ class Reference:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
 
     def tokens(self, engine: LocalEngine, talk: Conversation, **options: Any) -> list[int]:
-        images = [[engine.prompter._view(shown.image) for shown in talk.pictures]] if talk.pictures else None
+        images = [[engine.prompter.fit_image(shown.image) for shown in talk.pictures]] if talk.pictures else None
         inputs = self.processor(text=[engine.prompter.render(talk)], images=images, return_tensors="pt")
         options = {"max_new_tokens": MOST, "do_sample": False, "tokenizer": self.processor.tokenizer, **options}
         found: list[int] = self.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
@@ -95,10 +93,6 @@ def in_fp32(folder: Path) -> LocalEngine:
     return load(str(folder), precision="fp32", device="cpu")
 
 
-def ours(engine: LocalEngine, talk: Conversation, sampling: Sampling) -> list[int]:
-    return list(decode(PrefixCache(engine.network), engine.inputs(talk), sampling, MOST, engine.ends))
-
-
 def same(folder: Path, sampling: Sampling, **options: Any) -> list[list[int]]:
     """The tokens of `generate`, which are ours, one by one, streamed and in a batch."""
     engine, by = in_fp32(folder), Reference(folder)
@@ -108,7 +102,7 @@ def same(folder: Path, sampling: Sampling, **options: Any) -> list[list[int]]:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         every.append(expected := by.tokens(engine, talk, **options))
-        assert ours(engine, talk, sampling) == expected
+        assert ours(engine, talk, sampling, MOST) == expected
         assert engine.answer(talk, sampling).text == by.text(expected)
         batched = found[number]
         assert isinstance(batched, Answer) and batched.text == by.text(expected)
@@ -197,7 +191,7 @@ def test_quantized_copies(precision: Any, folder: Path) -> None:
     for _ in range(2):  # with a new copy, and from it
         engine = load(str(folder), precision=precision, device="cpu")
         assert engine.network.generation_config.suppress_tokens == FIRST
-        assert not set(FIRST) & set(ours(engine, TALKS[0], Sampling()))
+        assert not set(FIRST) & set(ours(engine, TALKS[0], Sampling(), MOST))
 
 
 ASKING = {
@@ -265,7 +259,7 @@ def test_end_tokens(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     change(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
     generation(folder, eos_token_id=7, sequence_bias=[[[turn], 90.0]])
     engine = in_fp32(folder)
-    assert engine.ends == {7, turn, text, start}
+    assert engine.end_tokens == {7, turn, text, start}
     for outcome in (engine.answer(TALKS[0]), dict(engine.answer_many([Request(TALKS[0], Sampling())]))[0]):
         assert isinstance(outcome, Answer)
         assert (outcome.text, outcome.finish_reason, outcome.answer_tokens) == ("", "stop", 1)
@@ -287,7 +281,7 @@ def test_a_word_is_no_end(folder: Path) -> None:
     config["text_config"].pop("eos_token_id", None)
     change(folder / "config.json", text_config=config["text_config"])
     (folder / "generation_config.json").unlink(missing_ok=True)
-    assert in_fp32(folder).ends == {END}
+    assert in_fp32(folder).end_tokens == {END}
 
 
 def test_no_end(folder: Path) -> None:

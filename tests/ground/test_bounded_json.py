@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from helpers.tables import for_each
 
 from llava_cli.bounded_json import Bounds, Scanner, TooMuch, loads
 
@@ -52,7 +53,7 @@ def test_depth_and_items_are_those_of_the_parsed_document() -> None:
                 scanner.feed(data[cut:])
 
 
-@pytest.mark.parametrize(
+@for_each(
     "data, words",
     [
         (b"[" * 1_000_000, "more than 1,000 values"),
@@ -71,7 +72,7 @@ def test_what_exceeds_a_bound_is_not_parsed(data: bytes, words: str) -> None:
         loads(data, Bounds(10_000_000, 16, 1000))
 
 
-@pytest.mark.parametrize("data", [b"", b"[", b"\xff", b"nul", b"[1 2]", "[1]".encode("utf-16"), "[1]".encode("utf-32")])
+@for_each("data", [b"", b"[", b"\xff", b"nul", b"[1 2]", "[1]".encode("utf-16"), "[1]".encode("utf-32")])
 def test_what_is_no_json_in_utf_8(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".") as raised:
         loads(data, Bounds(WIDE, WIDE, WIDE))

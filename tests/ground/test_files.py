@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import itertools
 import os
 import re
 import stat
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from helpers.command import Run
 from helpers.faults import give_away
+from helpers.tables import for_each
 from PIL import Image
 
 import llava_cli
@@ -44,8 +46,9 @@ ALLOWED = {
         "FileHistory",
     ): "appends to a file that `files.make_own_file` has made, in the user's own folder",
     ("chat/store.py", "sqlite3.connect"): "the same",
-    ("convert/__init__.py", "mkdir"): "the folders above one that the user names; what is written is in a new one",
-    ("convert/__init__.py", "save_file"): "into that new folder",
+    ("chat/session.py", "self._store.save"): "in the database of `chat/store.py`",
+    ("convert/output.py", "mkdir"): "the folders above one that the user names; what is written is in a new one",
+    ("convert/output.py", "save_file"): "into that new folder",
     ("convert/tokenizer.py", "save_pretrained"): "into the scratch folder of `paths.py`",
     ("models/download.py", "WeakFileLock"): "the lock that huggingface_hub takes, too; links are refused before",
     ("start.py", "open"): "a stream of this process, by its number",
@@ -90,7 +93,7 @@ def made_by(call: ast.Call, in_memory: set[str]) -> str | None:
     return called if called in ("sqlite3.connect", "os.link", "os.symlink", *COPIES) else None
 
 
-@pytest.mark.parametrize(
+@for_each(
     "line",
     [
         'open(path, "w")',
@@ -117,7 +120,7 @@ def test_what_creates_files_is_found(line: str) -> None:
     assert list(creators(line))
 
 
-@pytest.mark.parametrize(
+@for_each(
     "line",
     [
         'open(path, "rb")',
@@ -174,20 +177,20 @@ def emptied(path: Path) -> None:
 
 
 def put(path: Path) -> None:
-    files.put(path, [b"new"])
+    files.atomic_write(path, [b"new"])
 
 
 def put_new(path: Path) -> None:
-    files.put_new(path, b"new")
+    files.write_new(path, b"new")
 
 
 WRITES: list[Write] = [opened, emptied, put, put_new, files.make_folder, files.make_new_folder, files.make_own_file]
-writes = pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
 
 
-@writes
-@pytest.mark.parametrize("target", ["../secret", "../nowhere", "..", "planted", "/dev/null"])
-def test_a_link_is_never_followed(write: Write, target: str, folder: Path, secret: Path) -> None:
+@for_each("write, target", itertools.product(WRITES, ["../secret", "../nowhere", "..", "planted", "/dev/null"]))
+def test_a_link_is_never_followed(write: Write, target: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "planted").mkdir()
+    (secret := tmp_path / "secret").write_text("mine")
     (folder / "planted").symlink_to(target)
     with pytest.raises(OSError) as refused:
         write(folder / "planted")
@@ -197,15 +200,14 @@ def test_a_link_is_never_followed(write: Write, target: str, folder: Path, secre
         assert refused.value.target == (target if target[0] == "/" else f"{folder}/{target}")
     assert os.readlink(folder / "planted") == target
     assert secret.read_text() == "mine"
-    assert sorted(os.listdir(folder.parent)) == ["home", "planted", "secret"]
+    assert sorted(os.listdir(tmp_path)) == ["planted", "secret"]
     assert os.listdir(folder) == ["planted"]
 
 
-@writes
-@pytest.mark.parametrize("what", ["fifo", "folder", "file"])
-def test_what_is_there_and_is_no_regular_file(write: Write, what: str, folder: Path) -> None:
+@for_each("write, what", itertools.product(WRITES, ["fifo", "folder", "file"]))
+def test_what_is_there_and_is_no_regular_file(write: Write, what: str, tmp_path: Path) -> None:
     """A FIFO that nobody reads does not stop anybody."""
-    path = folder / "planted"
+    path = tmp_path / "planted"
     {"fifo": os.mkfifo, "folder": os.mkdir, "file": lambda path: path.write_bytes(b"old")}[what](path)
     makes_folder = write in (files.make_folder, files.make_new_folder)
     is_new = write in (put_new, files.make_new_folder)
@@ -216,7 +218,7 @@ def test_what_is_there_and_is_no_regular_file(write: Write, what: str, folder: P
             OSError, match="File exists" if is_new else "not a (regular file|folder)|[Ii]s a directory|No such device"
         ):
             write(path)
-        assert os.listdir(folder) == ["planted"]
+        assert os.listdir(tmp_path) == ["planted"]
         if what == "file":
             assert path.read_bytes() == b"old"
 
@@ -260,9 +262,9 @@ def mode(path: Path) -> int:
 
 
 def test_modes_of_what_is_new(umask: int, folder: Path) -> None:
-    files.put(folder / "secret", [b""], files.SECRET)
-    files.put(folder / "shared", [b""])
-    files.put_new(folder / "new", b"")
+    files.atomic_write(folder / "secret", [b""], files.SECRET)
+    files.atomic_write(folder / "shared", [b""])
+    files.write_new(folder / "new", b"")
     files.make_own_file(folder / "own")
     files.make_folder(folder / "a" / "folder")
     files.make_own_folder(folder / "b" / "ours")
@@ -273,13 +275,13 @@ def test_modes_of_what_is_new(umask: int, folder: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("before", [0o600, 0o640, 0o666, 0o400])
+@for_each("before", [0o600, 0o640, 0o666, 0o400])
 def test_a_file_that_is_there_keeps_its_mode(before: int, umask: int, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     path.chmod(before)
     for default in (files.SECRET, files.SHARED):
-        files.put(path, [b"new"], default)
+        files.atomic_write(path, [b"new"], default)
         assert (path.read_text(), mode(path)) == ("new", before)
 
 
@@ -301,7 +303,7 @@ def test_at_no_moment_may_others_read_what_is_secret(tmp_path: Path, monkeypatch
     real = os.open
     monkeypatch.setattr(os, "write", watched)
     monkeypatch.setattr(os, "open", watched_open)
-    files.put(path, [b"new"])
+    files.atomic_write(path, [b"new"])
     assert seen[:2] == [0o600, 0o600]
 
 
@@ -310,7 +312,7 @@ def test_another_users_file_says_nothing_of_the_mode(folder: Path, monkeypatch: 
     (folder / "file").touch()
     (folder / "file").chmod(0o666)
     give_away(folder / "file", monkeypatch)
-    files.put(folder / "file", [b"new"], files.SECRET)
+    files.atomic_write(folder / "file", [b"new"], files.SECRET)
     assert mode(folder / "file") == 0o600
 
 
@@ -326,43 +328,43 @@ def test_what_breaks_leaves_what_was(folder: Path) -> None:
     path = folder / "file"
     for left in ([], ["file"]):
         with pytest.raises(OSError, match="broken"):
-            files.put(path, breaking())
+            files.atomic_write(path, breaking())
         assert os.listdir(folder) == left
         path.write_text("old")
     assert path.read_text() == "old"
 
 
-@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "[a-z]*?", "-", ".hidden", "\udcff"])
-def test_any_name(name: str, folder: Path) -> None:
+@for_each("name", ["n" * 255, "é" * 127, "[a-z]*?", "-", ".hidden", "\udcff"])
+def test_any_name(name: str, tmp_path: Path) -> None:
     for content in (b"one", b"two"):
-        files.put(folder / name, [content])
-    assert (folder / name).read_bytes() == b"two"
-    assert os.listdir(folder) == [name]
+        files.atomic_write(tmp_path / name, [content])
+    assert (tmp_path / name).read_bytes() == b"two"
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_what_a_killed_process_left_is_cleared(folder: Path) -> None:
     code = (
         "import os, sys, pathlib; from llava_cli import files\n"
         "def chunks():\n    yield b'x' * 2_000_000\n    os._exit(9)\n"
-        "files.put(pathlib.Path(sys.argv[1]), chunks())"
+        "files.atomic_write(pathlib.Path(sys.argv[1]), chunks())"
     )
     for name in ("a[b]", "a[b]c", "n" * 255):
         assert subprocess.run([sys.executable, "-c", code, str(folder / name)]).returncode == 9
     (folder / ".a[b].mine.new").touch()
     assert len(os.listdir(folder)) == 4
-    files.clear(folder, "a[b]")
+    files.remove_leftovers(folder, "a[b]")
     assert len(os.listdir(folder)) == 3
-    files.clear(folder)
+    files.remove_leftovers(folder)
     assert os.listdir(folder) == [".a[b].mine.new"]
 
 
 def test_a_link_is_put_whole(folder: Path) -> None:
     for there in ("first", "second"):
-        files.put_link(folder / "link", there)
+        files.atomic_symlink(folder / "link", there)
         assert os.readlink(folder / "link") == there
     (folder / "folder").mkdir()
     with pytest.raises(OSError):
-        files.put_link(folder / "folder", "third")
+        files.atomic_symlink(folder / "folder", "third")
     assert sorted(os.listdir(folder)) == ["folder", "link"]
 
 
@@ -401,15 +403,15 @@ def test_links_of_ones_own_are_followed(folder: Path, monkeypatch: pytest.Monkey
     end = folder / "dotfiles" / "c"
     (folder / "a").symlink_to("b")
     (folder / "b").symlink_to(end)
-    assert files.followed(folder / "a") == end  # which is not there yet
+    assert files.follow_links(folder / "a") == end  # which is not there yet
     end.touch()
-    assert files.followed(folder / "a") == end
+    assert files.follow_links(folder / "a") == end
     (folder / "loop").symlink_to("loop")
     with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
-        files.followed(folder / "loop")
+        files.follow_links(folder / "loop")
     give_away(folder / "b", monkeypatch)
     with pytest.raises(files.IsLink, match=f"is a link to {end}"):
-        files.followed(folder / "a")
+        files.follow_links(folder / "a")
 
 
 def test_another_users_file_at_the_end_of_a_link(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,11 +419,11 @@ def test_another_users_file_at_the_end_of_a_link(folder: Path, monkeypatch: pyte
     (folder / "link").symlink_to("a")
     give_away(folder / "a", monkeypatch)
     with pytest.raises(files.IsLink, match="is a link to a"):
-        files.followed(folder / "link")
-    assert files.followed(folder / "a") == folder / "a"
+        files.follow_links(folder / "link")
+    assert files.follow_links(folder / "a") == folder / "a"
 
 
-@pytest.mark.parametrize("word", ["a b", "it's", "-", "two\nlines", "\x1b[2J", "\u202eevil", "caf\udce9 '\\", "é", ""])
+@for_each("word", ["a b", "it's", "-", "two\nlines", "\x1b[2J", "\u202eevil", "caf\udce9 '\\", "é", ""])
 def test_a_word_can_be_typed_again(word: str) -> None:
     typed = files.quoted(word)
     assert typed.isprintable()

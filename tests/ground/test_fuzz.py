@@ -22,12 +22,13 @@ from helpers.fuzzing import (
     inputs,
     mutate_json,
 )
+from helpers.tables import for_each
 
-COUNTS: dict[type[Boundary], int] = {Checkpoints: 30, Heads: 40, Requests: 80, Rows: 30, Texts: 60}
-USUAL = 150
+COUNTS: dict[type[Boundary], int] = {Checkpoints: 12, Heads: 20, Requests: 30, Rows: 12, Texts: 30}
+USUAL = 60
 
 
-@pytest.mark.parametrize("kind", BOUNDARIES, ids=lambda kind: kind.name)
+@for_each("kind", BOUNDARIES)
 def test_hostile_input(kind: type[Boundary], tmp_path: Path) -> None:
     boundary = kind(tmp_path)
     try:

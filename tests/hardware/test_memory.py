@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_cli.hardware.memory import read_once
+from llava_cli.hardware.allocator import read_once
 
 SIZE = 4 << 20
 
@@ -27,7 +27,7 @@ def resident(path: Path) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems say and do nothing about single files")
 def test_a_file_that_is_read_once_does_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_cli.hardware.memory._EVERY", 3600)  # in the end alone
+    monkeypatch.setattr("llava_cli.hardware.allocator._PAGE_OUT_SECONDS", 3600)  # in the end alone
     path, link = tmp_path / "the weights.safetensors", tmp_path / "link"
     with path.open("wb") as file:
         file.write(b"\1" * SIZE)

@@ -1,4 +1,4 @@
-"""A job for the sandbox that does whatever it is told: what a decoder could do that a picture has taken over."""
+"""A sandbox job that evaluates any expression: what a decoder could do once a picture has taken it over."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(number: int, *arguments: Any) -> int:
-    """A system call as it is, whatever the libraries around it would say; raises `OSError`."""
+    """A raw system call, past libc's wrappers. Raises `OSError`."""
     if (result := int(libc.syscall(number, *arguments))) < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 
 
 def in_a_thread(do: Any) -> Any:
-    """What `do` gives in a thread of its own, or raises there."""
+    """What `do` returns in a new thread; raises what it raises there."""
     found: list[Any] = []
 
     def run() -> None:
@@ -50,7 +50,7 @@ def prepare() -> None: ...
 
 
 def answer(request: bytes) -> tuple[bytes, ...]:
-    """What an expression is, as JSON: ["is", repr] or ["raises", class's name, number of the error]."""
+    """The value of an expression, as JSON: ["is", repr] or ["raises", class name, errno]."""
     try:
         return (json.dumps(["is", repr(eval(request.decode(), globals()))]).encode(),)
     except BaseException as error:
@@ -58,6 +58,6 @@ def answer(request: bytes) -> tuple[bytes, ...]:
 
 
 def write(data: bytes) -> None:
-    """Past all of `worker.py`: bytes of one's own for whoever reads the replies."""
+    """Writes raw bytes where the parent reads replies, past `worker.py`, and exits."""
     os.write(1, data)
     os._exit(0)

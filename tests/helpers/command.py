@@ -15,7 +15,7 @@ Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
 def missing(reason: str) -> NoReturn:
-    """What a test needs is not on this machine: the test is skipped, and fails where all tests have to be run."""
+    """Skips a test that this machine cannot run; in CI, where every test has to run, fails it."""
     if os.environ.get("CI", "").lower() in ("", "0", "false"):
         pytest.skip(reason)
     pytest.fail(f"{reason} (CI is set)", pytrace=False)

@@ -1,4 +1,4 @@
-"""What a checkpoint is damaged with."""
+"""Ways to damage a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def put(file: Path, content: bytes | str) -> None:
 
 
 def change(name: str, **values: Any) -> Damage:
-    """Sets keys of a JSON file; None takes one out."""
+    """Sets keys of a JSON file; a value of None removes the key."""
 
     def damage(folder: Path) -> None:
-        found = {**json.loads((folder / name).read_text()), **values}
-        put(folder / name, json.dumps({key: value for key, value in found.items() if value is not None}))
+        content = {**json.loads((folder / name).read_text()), **values}
+        put(folder / name, json.dumps({key: value for key, value in content.items() if value is not None}))
 
     return damage

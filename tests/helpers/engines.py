@@ -1,7 +1,8 @@
-"""Conversations with pictures of noise, and what engines are compared by."""
+"""Conversations about pictures of noise, and comparisons of an engine with transformers and with itself."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 from llava_cli import Answer, Conversation, Sampling
 from llava_cli.conversation import Picture
 from llava_cli.engine import Request
-from llava_cli.engine.generate.decode import decode
-from llava_cli.engine.generate.prefix import PrefixCache
+from llava_cli.engine.generate.scheduler import Scheduler
+from llava_cli.engine.generate.sequential import generate_alone
 from llava_cli.engine.local import LocalEngine
 
 
@@ -36,25 +37,35 @@ _MODELS: dict[Path, Any] = {}
 
 
 def reference(engine: LocalEngine, folder: Path, conversation: Conversation, **options: Any) -> list[int]:
-    """The new tokens by transformers alone, from the same prompt string."""
+    """The tokens that transformers alone generates from the same prompt string."""
     if folder not in _MODELS:
         _MODELS[folder] = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    images = [[engine.prompter._view(p.image) for p in conversation.pictures]]  # padded where training padded
+    images = [[engine.prompter.fit_image(p.image) for p in conversation.pictures]]  # padded if training padded
     text = engine.prompter.render(conversation)
     inputs = engine.prompter.processor(text=text, images=images if images[0] else None, return_tensors="pt")
     tokens = _MODELS[folder].generate(**inputs, max_new_tokens=24, **options)
     return list(tokens[0, inputs["input_ids"].shape[1] :].tolist())
 
 
-def ours(engine: LocalEngine, conversation: Conversation, sampling: Sampling) -> list[int]:
-    return list(decode(PrefixCache(engine.network), engine.inputs(conversation), sampling, 24))
+def ours(engine: LocalEngine, conversation: Conversation, sampling: Sampling, max_tokens: int = 24) -> list[int]:
+    """The tokens of our answer."""
+    sequence = engine.prepare(0, Request(conversation, replace(sampling, max_tokens=max_tokens)))
+    if engine.can_batch(sequence):
+        scheduler = Scheduler(engine.network, 1)
+        scheduler.add(sequence)
+        while not sequence.is_complete:
+            scheduler.step()
+    else:
+        for _ in generate_alone(engine.network, sequence):
+            pass
+    return sequence.ids[len(sequence.prompt) :]
 
 
 SAMPLING = Sampling(max_tokens=12)
 
 
 def requests(sampling: Sampling = SAMPLING) -> list[Request]:
-    """Pictures of several shapes with questions of several lengths, some about the same picture, some in turns."""
+    """Questions of several lengths about pictures of several shapes; some share a picture, one is a second turn."""
     same, wide = picture(60, 60, 1), picture(200, 50, 2)
     asked = [
         Conversation().ask("what is this?", [same]),
@@ -71,6 +82,7 @@ def requests(sampling: Sampling = SAMPLING) -> list[Request]:
 
 
 def same_as_alone(engine: LocalEngine, asked: list[Request], size: int | None) -> None:
+    """Asserts that `answer_many` answers each request as `answer` does."""
     alone = [engine.answer(request.conversation, request.sampling) for request in asked]
     found = dict(engine.answer_many(iter(asked), size))
     assert sorted(found) == list(range(len(asked)))
@@ -86,7 +98,7 @@ def same_as_alone(engine: LocalEngine, asked: list[Request], size: int | None) -
 
 
 def same(kept: LocalEngine, fresh: LocalEngine, conversation: Conversation) -> Answer:
-    """The answer, which has to be what an engine that has read nothing says."""
+    """The answer, after asserting that an engine with an empty prompt cache gives the same one."""
     answer, expected = kept.answer(conversation, SAMPLING), fresh.answer(conversation, SAMPLING)
     assert (answer.text, answer.answer_tokens, answer.prompt_tokens) == (
         expected.text,

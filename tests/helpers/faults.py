@@ -1,4 +1,4 @@
-"""What the tests of `llava batch` run with: an engine and pictures that cost nothing, and disks that fail anywhere."""
+"""For tests of `llava batch`: an engine and pictures that cost nothing, and a disk that fails at any moment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llava_cli.settings import Sampling
 
 
 class Told(Engine):
-    """Says what `say` says about a question and a picture's name."""
+    """Answers with `say`, from the question and the picture's name, and loads no model."""
 
     model, precision, device = "told", "fp32", "cpu"
 
@@ -45,21 +45,21 @@ class Told(Engine):
 
 
 class Pictures:
-    """An `Opener` of pictures that need no file; those that are `missing` are errors."""
+    """A `PictureLoader` of pictures that need no file; those that are `missing` are errors."""
 
     missing: frozenset[str] = frozenset()
-    refused = None
+    last_refusal = None
 
     def __init__(self, *options: Any) -> None:
         pass
 
-    def open(self, image: str) -> Picture | LlavaError:
+    def load(self, image: str) -> Picture | LlavaError:
         if image in self.missing:
             return InputMissing(image, "no such file or directory")
         return Picture(image, Image.new("RGB", (2, 2)), hashlib.sha256(image.encode()).hexdigest())
 
-    def opened(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Picture | LlavaError]]:
-        return ((task, self.open(task.image)) for task in tasks)
+    def load_all(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Picture | LlavaError]]:
+        return ((task, self.load(task.image)) for task in tasks)
 
     def close(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What transformers itself answers: the reference that engines are compared with."""
+"""The reference that engines are compared with: transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from llava_cli import Conversation, Sampling
 from llava_cli.engine.local import LocalEngine
 
-MOST = 24  # as `ours` has it
+MOST = 24  # tokens of an answer; `engines.ours` generates as many
 SAMPLING = Sampling(max_tokens=MOST)
 TALKS = {
     "one": Conversation().ask("what is this?", [picture(60, 60, 1)]),
@@ -41,7 +41,7 @@ class Reference:
     def inputs(self, engine: LocalEngine, *talks: Conversation) -> dict[str, torch.Tensor]:
         """The processor's own batch of prompts, padded, each with a list of its pictures."""
         texts = [engine.prompter.render(talk) for talk in talks]
-        views = [[engine.prompter._view(p.image) for p in talk.pictures] for talk in talks]
+        views = [[engine.prompter.fit_image(p.image) for p in talk.pictures] for talk in talks]
         return dict(self.processor(text=texts, images=views, padding=True, return_tensors="pt"))
 
     def tokens(self, engine: LocalEngine, *talks: Conversation, **options: Any) -> list[list[int]]:

@@ -37,29 +37,32 @@ from helpers.servers import Server, begin
 from PIL import Image
 
 from llava_cli import limits
-from llava_cli.batch import report
 from llava_cli.batch.journal import Journal
-from llava_cli.batch.opener import Opener
+from llava_cli.batch.picture_loader import PictureLoader
+from llava_cli.batch.report_page import page_fields
+from llava_cli.batch.report_rows import RowsFile
 from llava_cli.batch.source import Source
 from llava_cli.batch.tasks import Task
 from llava_cli.bounded_http import Deadline, Response
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Request
 from llava_cli.engine.remote import remote_engine
-from llava_cli.engine.remote.local_socket import SocketConnection
-from llava_cli.engine.remote.openai_client import Client, plain_file
-from llava_cli.engine.remote.wire import Unanswered, unanswered
+from llava_cli.engine.remote.image_urls import portable_url
+from llava_cli.engine.remote.local_socket import UnixHTTPConnection
+from llava_cli.engine.remote.openai_client import OpenAIClient
+from llava_cli.engine.remote.openai_response import RetryableError, connection_errors
 from llava_cli.errors import LlavaError, model_errors
-from llava_cli.hardware.memory import give_back_memory
+from llava_cli.hardware.allocator import trim_heap
 from llava_cli.images import reader
 from llava_cli.images.fetch import fetch
 from llava_cli.images.sandbox import Crash
 from llava_cli.models.registry import Checkpoint, builtin_folder
-from llava_cli.models.validate import check_files, check_weights
+from llava_cli.models.validate import check_files
+from llava_cli.models.weight_files import check_weights
 from llava_cli.prompts.chat_template import TEMPLATES
-from llava_cli.prompts.sandbox import Refused, TextSandbox
+from llava_cli.prompts.sandbox import TextRefused, TextSandbox
 from llava_cli.safetensors_header import read_header
-from llava_cli.settings import Sampling, Settings
+from llava_cli.settings import LoadOptions, Sampling
 from llava_cli.untrusted_text import TerminalText, for_json_line, for_page, for_terminal, one_line, printable
 
 QUESTION = "what is this?"
@@ -284,7 +287,7 @@ class Footprint:
     @classmethod
     def of(cls, pid: int) -> Footprint:
         gc.collect()
-        give_back_memory()  # else what glibc keeps of this process's largest moment counts as growth
+        trim_heap()  # else what glibc keeps of this process's largest moment counts as growth
         process = psutil.Process(pid)
         return cls(process.memory_info().rss, process.num_fds(), process.num_threads(), len(process.children()))
 
@@ -404,9 +407,9 @@ class Pictures(Boundary):
         super().__init__(folder)
         self.limit(DECODE_SECONDS=10.0)
         self._seeds = _pictures()
-        reader._sandboxes.cache_clear()  # those would have been made with another limit
-        self._stack.callback(lambda: reader._sandboxes().close())
-        self._batch = Opener()
+        reader.sandbox_pool.cache_clear()  # those would have been made with another limit
+        self._stack.callback(lambda: reader.sandbox_pool().close())
+        self._batch = PictureLoader()
         self._stack.callback(self._batch.close)
         self._pillow = self._pillow_process()
         self._more = 0
@@ -440,7 +443,7 @@ class Pictures(Boundary):
 
     def check(self, data: bytes) -> str:
         (file := self.folder / "picture").write_bytes(data)
-        opens, by_batch = self._opens(file), self._batch.open(str(file))
+        opens, by_batch = self._opens(file), self._batch.load(str(file))
         try:
             picture = reader.open_picture(str(file))
         except LlavaError as error:
@@ -537,7 +540,7 @@ class Checkpoints(Boundary):
             check_files(checkpoint)
             check_weights(checkpoint)
             load_config(checkpoint)
-            prompter = load_prompter(Settings(model=str(model)))
+            prompter = load_prompter(LoadOptions(model=str(model)))
             talk = Conversation().ask(QUESTION, [Picture("a.png", _drawing(), "")])
             prompter.render(talk)
             with model_errors("fuzzed", "fails while reading the prompt"):  # as the engine has it
@@ -593,7 +596,7 @@ class Tokenizers(Boundary):
         try:
             sandbox.check_tokenizer()
             assert sandbox.count(self._TEXT) >= 0
-        except Refused as error:
+        except TextRefused as error:
             assert len(str(error)) <= limits.NAME_CHARACTERS
             return refused(error)
         return "fine"
@@ -696,7 +699,7 @@ class Templates(Boundary):
         text = data.decode("utf-8", "surrogateescape")
         try:
             prompt = self._sandbox.render(text, self._MESSAGES, True, {"bos_token": "<s>", "eos_token": "</s>"})
-        except Refused as error:
+        except TextRefused as error:
             assert len(str(error)) <= limits.NAME_CHARACTERS
             return refused(error)
         assert len(prompt) <= limits.PROMPT_CHARACTERS
@@ -823,7 +826,7 @@ class Requests(Served):
     def check(self, data: bytes) -> str:
         way = zlib.crc32(data) % 16
         path = "/llava/prompt" if way < 4 else "/v1/chat/completions"
-        own = SocketConnection(self.server.socket, self.seconds)
+        own = UnixHTTPConnection(self.server.socket, self.seconds)
         outside = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=self.seconds)
         with closing(own if way < 8 else outside) as connection:
             connection.request("POST", path, data, {"Content-Type": "application/json"})
@@ -985,14 +988,14 @@ class Answers(Boundary):
         self.limit(REPLY_BYTES=80_000, REPLY_LINE_BYTES=40_000, REPLY_ERROR_BYTES=10_000, REPLY_ITEMS=20_000)
         self.limit(REPLY_SECONDS=2.0)
         self._data = b""
-        self._client = Client("server", self._post, plain_file)
+        self._client = OpenAIClient("server", self._post, portable_url)
 
     def make(self, rng: Random) -> bytes:
         return reply(rng)[: self._MOST]
 
     def check(self, data: bytes) -> str:
         self._data, talk = data, Conversation().ask(QUESTION)
-        whole = self._try(lambda: self._client.whole(Request(talk, Sampling())))
+        whole = self._try(lambda: self._client.complete(Request(talk, Sampling())))
         return f"{whole}/{self._try(lambda: list(self._client.stream(talk, Sampling())))}"
 
     def _post(self, path: str, body: dict[str, Any]) -> Response:
@@ -1001,7 +1004,7 @@ class Answers(Boundary):
             there.setblocking(False)
             there.sendall(self._data)
         deadline = Deadline(limits.REPLY_SECONDS)
-        with unanswered("does not answer", deadline):
+        with connection_errors("does not answer", deadline):
             try:
                 return Response(here, deadline, "POST")
             except BaseException:
@@ -1012,7 +1015,7 @@ class Answers(Boundary):
     def _try(ask: Callable[[], Any]) -> str:
         try:
             return outcome(ask)
-        except Unanswered as error:
+        except RetryableError as error:
             return refused(error)
 
 
@@ -1025,7 +1028,7 @@ class OtherServers(Boundary):
         super().__init__(folder)
         self.limit(REPLY_BYTES=80_000, REPLY_LINE_BYTES=40_000, REPLY_ERROR_BYTES=10_000, REPLY_SECONDS=2.0)
         self.limit(FETCH_BYTES=50_000, FETCH_SECONDS=2.0)
-        for name, value in (("TRIES", 2), ("FIRST_PAUSE", 0.0), ("LONGEST_WISH", 0.0)):
+        for name, value in (("MAX_ATTEMPTS", 2), ("FIRST_DELAY", 0.0), ("MAX_RETRY_AFTER", 0.0)):
             self._stack.enter_context(patch.object(remote_engine, name, value))
         self._listening = self._stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         self._url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
@@ -1098,10 +1101,10 @@ class Rows(Boundary):
 
     def _report(self, data: bytes) -> None:
         (file := self.folder / "rows.jsonl").write_bytes(data)
-        rows = report.Rows(file)
+        rows = RowsFile(file)
         rows.check()
         for number, row in rows:
-            json.dumps(report._fields(number, row)).encode("ascii")
+            json.dumps(page_fields(number, row)).encode("ascii")
 
     def _run(self, damaged: str, data: bytes) -> None:
         """Goes on with a run, one of whose files was put there by somebody else."""
@@ -1120,7 +1123,7 @@ class Rows(Boundary):
                 if not is_damaged:
                     journal.append(self._ROW)
                 list(journal.tasks())
-                list(journal.tasks_again())
+                list(journal.tasks_to_redo())
             finally:
                 journal.close()
 

@@ -1,4 +1,4 @@
-"""A job for the sandbox that decodes as `pictures` does, but for pictures that begin with a word of these."""
+"""A sandbox job that decodes pictures, and misbehaves for data that begins with SEGV, SPIN, HOLD or EATS."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from llava_cli.images import sandbox
 from llava_cli.images.sandbox import prepare
 
 __all__ = ["answer", "prepare"]
-REQUEST = sandbox._REQUEST.size
+HEADER = sandbox.REQUEST_HEADER.size
 
 
 def answer(request: bytes) -> tuple[bytes, ...]:
-    data = request[REQUEST:]
+    data = request[HEADER:]
     if data.startswith(b"SEGV"):
         ctypes.string_at(0)
     while data.startswith(b"SPIN"):
         pass
     if data.startswith(b"HOLD"):
-        time.sleep(3600)  # whoever asked ends this process
+        time.sleep(3600)  # until the parent kills this process
     if data.startswith(b"EATS"):
         try:
             bytearray(5 << 30)
         except MemoryError:
-            return sandbox._refusal("takes too much memory to decode", "")
+            return sandbox.refusal("takes too much memory to decode", "")
     return sandbox.answer(request)

@@ -1,4 +1,4 @@
-"""Linear layers as checkpoints and bitsandbytes have them, with random weights."""
+"""Linear layers with random weights, in 16 bits and as bitsandbytes quantizes them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def sixteen_bits(outputs: int, bias: bool) -> Any:
     return torch.nn.Linear(128, outputs, bias, dtype=torch.bfloat16)
 
 
-class Module(torch.nn.Module):
+class AttentionModule(torch.nn.Module):
+    """What transformers hands to an attention function."""
+
     def __init__(self, causal: bool, groups: int = 1) -> None:
         super().__init__()
         self.is_causal, self.num_key_value_groups = causal, groups

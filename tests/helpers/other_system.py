@@ -1,7 +1,7 @@
-"""Runs `llava WORDS...` as on a system that lacks what is Unix's: `python other_system.py WORDS...`.
+"""Runs `llava WORDS...` as on a system without Unix's modules: `python other_system.py WORDS...`.
 
-Whatever of others decides by the system's name what to import is imported before; then modules, functions and
-constants go that Windows has not.
+Libraries that choose their imports by the system's name are imported first; then the modules, functions and
+constants that Windows lacks are removed.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ ATTRIBUTES = {
 
 
 def main() -> None:
-    """Everything of Unix's goes, then the command comes."""
+    """Removes what is Unix's own, then runs the command."""
     for name in MODULES:
-        sys.modules[name] = None  # type: ignore[assignment]  # what import takes for "not installed"
+        sys.modules[name] = None  # type: ignore[assignment]  # which `import` reports as "not installed"
     for owner, names in ATTRIBUTES.items():
         for name in names.split():
             if hasattr(owner, name):

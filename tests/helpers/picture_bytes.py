@@ -1,4 +1,4 @@
-"""Pictures as bytes: whole, damaged, and what is none."""
+"""Encoded pictures, whole and damaged, and files that are not pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT = "the limit is 50 megapixels"
 
 
 def noise(width: int = 40, height: int = 30) -> Image.Image:
-    """A picture that no codec makes small and that has no two equal rows."""
+    """A picture that does not compress and has no two equal rows."""
     state, data = 1, bytearray()
     for _ in range(width * height * 3):
         state = state * 1103515245 + 12345 & 0x7FFFFFFF
@@ -37,7 +37,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of these chunks, each with a right checksum."""
+    """A PNG of these chunks, with valid checksums."""
     parts = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -69,7 +69,7 @@ def opened(data: bytes, **options: bool) -> Image.Image:
 
 
 def first_frame(name: str) -> str:
-    """The command that makes a picture of ours of one that may have several frames."""
+    """The command, as a hint has it, that converts the first frame to PNG."""
     return f"magick {name}'[0]' {name}.png"
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import BadImage, UsageError
-from llava_cli.server.bodies import parse
-from llava_cli.server.openai import Refusal
+from llava_cli.server.api_error import ApiError
+from llava_cli.server.bodies import parse_chat_request
 
 Image.new("RGB", (8, 8), "red").save(_file := io.BytesIO(), "PNG")
 B64 = base64.b64encode(_file.getvalue()).decode()
@@ -177,11 +177,11 @@ def check(
 ) -> bool:
     """Whether a request is answered: then its prompt has all its texts, in order, and all its pictures."""
     try:
-        chat = parse(bytearray(json.dumps(request).encode()))
+        chat = parse_chat_request(bytearray(json.dumps(request).encode()))
         chat.check()
         conversation = chat.question(None, picture)
         text = prompt(conversation)
-    except Refusal as refusal:
+    except ApiError as refusal:
         assert 400 <= refusal.status < 500
         return False
     except (UsageError, BadImage, ValueError):  # which the routes answer with 400

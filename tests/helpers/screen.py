@@ -1,4 +1,4 @@
-"""A terminal that is none."""
+"""A stream that says it is a terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 
 
 class Screen(io.StringIO):
-    """A terminal that keeps what it is told."""
+    """Keeps what is written to it."""
 
     encoding = "utf-8"  # type: ignore[assignment]
 

@@ -94,19 +94,20 @@ def in_thread(
     import uvicorn
     from uvicorn.server import ServerState
 
-    from llava_cli.engine.generate.live import Live
-    from llava_cli.server.app import Service, make_app
+    from llava_cli.server.app import make_app
     from llava_cli.server.connection import Connection
+    from llava_cli.server.generation import GenerationService
     from llava_cli.server.guard import Guard
+    from llava_cli.server.service import Service
     from llava_cli.settings import Settings
 
-    live, path = Live(engine), folder / "thread.sock"
+    generation, path = GenerationService(engine), folder / "thread.sock"
     loops, ports = list[asyncio.AbstractEventLoop](), list[int]()
     begun, over = threading.Event(), asyncio.Event()
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
-        service = Service(live, Settings(), 64, remote)
+        service = Service(generation, Settings(), 64, remote)
         app = Guard(make_app(service, dict), key, {"localhost"}, origins)
         config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, proxy_headers=False)
         state = ServerState()
@@ -130,7 +131,7 @@ def in_thread(
     finally:
         loops[0].call_soon_threadsafe(over.set)
         thread.join(60)
-        live.close()
+        generation.close()
 
 
 def connected(server: Endpoint, data: bytes = b"", own: bool = False) -> socket.socket:

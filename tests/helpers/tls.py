@@ -1,4 +1,4 @@
-"""A server's TLS for tests: a certificate for localhost that nobody else trusts, with its key, which is no secret."""
+"""TLS for test servers: a self-signed certificate for localhost and its key, which is public here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QHVWgys3c1sCIQDi16osgAYkz9L/HOSSZssvkhqox4qcInoKHb+R7jg8eQ==
 
 
 def of_a_server(folder: Path) -> tuple[ssl.SSLContext, Path]:
-    """What a server at localhost or 127.0.0.1 speaks with, and the file that whoever is to trust it is given."""
+    """A server's SSL context for localhost and 127.0.0.1, and the file with which a client trusts it."""
     (file := folder / "localhost.pem").write_text(PEM)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(file)

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.command import Run
+from helpers.tables import for_each
 from helpers.tls import of_a_server
 from PIL import Image
 
@@ -140,7 +141,7 @@ def test_the_command_answers_about_a_url(server: Server, run: Run) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("kind", ["text/html", "application/octet-stream", "image/svg+xml", ""])
+@for_each("kind", ["text/html", "application/octet-stream", "image/svg+xml", ""], own=(server,))
 def test_the_content_type_is_ignored(kind: str, server: Server) -> None:
     url = server.page("/page.html", lambda h: h.answer(200, PNG, content_type=kind))
     assert open_picture(url).image.size == (8, 6)
@@ -156,19 +157,19 @@ def test_a_body_without_length_or_in_chunks(server: Server) -> None:
     assert fetch(server.page("/chunked", chunked)) == PNG
 
 
-@pytest.mark.parametrize("status", [201, 204, 206, 300, 304, 400, 401, 403, 404, 410, 418, 429, 500, 503])
+@for_each("status", [201, 204, 206, 300, 304, 400, 401, 403, 404, 410, 418, 429, 500, 503], own=(server,))
 def test_any_status_but_200_is_refused(status: int, server: Server, run: Run) -> None:
     url = server.page("/img.png", lambda h: h.answer(status))
     assert_refused(run, url, f"the server answered {status}")
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@for_each("status", [301, 302, 303, 307, 308], own=(server,))
 def test_a_redirect_to_nowhere_is_refused(status: int, server: Server, run: Run) -> None:
     url = server.page("/img.png", lambda h: h.answer(status))
     assert_refused(run, url, f"the server answered {status}")
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("body", "reason", "hint"),
     [
         (b"", "empty file", ""),
@@ -177,6 +178,7 @@ def test_a_redirect_to_nowhere_is_refused(status: int, server: Server, run: Run)
         (b"<svg/>", "SVG is not a supported image", "rsvg-convert -o FILE.png FILE"),
         (PNG[:30], "truncated or damaged", ""),
     ],
+    own=(server,),
 )
 def test_what_is_no_picture_is_refused(body: bytes, reason: str, hint: str, server: Server, run: Run) -> None:
     url = server.page("/img.png", lambda h: h.answer(200, body, content_type="image/png"))
@@ -221,7 +223,7 @@ def test_over_tls(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     url = f"https://localhost:{server.server_port}/img.png"
     for trusted, hosts in ((str(file), {"localhost", "127.0.0.1"}), ("", set())):
         monkeypatch.setenv("SSL_CERT_FILE", trusted)
-        bounded_http._tls.cache_clear()
+        bounded_http.tls_context.cache_clear()
         for host in ("localhost", "127.0.0.1", "other.example", "127.1"):
             monkeypatch.setattr(module, "_resolve", lambda host, port: "127.0.0.1")
             if host in hosts:
@@ -229,7 +231,7 @@ def test_over_tls(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             else:
                 with pytest.raises(InputMissing, match="certificate verify failed"):
                     fetch(url.replace("localhost", host))
-    bounded_http._tls.cache_clear()
+    bounded_http.tls_context.cache_clear()
 
 
 def test_tls_that_is_none(server: Server, run: Run) -> None:
@@ -293,7 +295,7 @@ def interim_answers(handler: Handler) -> None:
         pass
 
 
-@pytest.mark.parametrize("page", [many_headers, one_long_header, large_headers, interim_answers])
+@for_each("page", [many_headers, one_long_header, large_headers, interim_answers], own=(server,))
 def test_a_large_head_is_refused(page: Page, server: Server, run: Run) -> None:
     url = server.page("/img.png", page)
     result = run("ask", url, QUESTION)
@@ -359,8 +361,10 @@ def dripping_marks(handler: Handler) -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    "page", [silent, stuck, dripping_body, dripping_header, endless_interim_answers, dripping_marks, redirecting_slowly]
+@for_each(
+    "page",
+    [silent, stuck, dripping_body, dripping_header, endless_interim_answers, dripping_marks, redirecting_slowly],
+    own=(server,),
 )
 def test_a_slow_server_is_cut_off(page: Page, server: Server, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is left with no connection: none of our threads or sockets goes on behind the deadline."""
@@ -473,7 +477,7 @@ def test_so_many_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
 # Where it leads.
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@for_each("status", [301, 302, 303, 307, 308], own=(server, other))
 def test_redirects_are_followed(status: int, server: Server, other: Server) -> None:
     server.picture("/deep/img.png")
     other.redirect("/back", server.base + "/deep/img.png", status)
@@ -500,17 +504,19 @@ def test_a_circle_of_redirects_is_refused(server: Server, run: Run) -> None:
     assert len(server.requests) == 6
 
 
-@pytest.mark.parametrize(
+@for_each(
     "location",
     ["file:///etc/passwd", "FILE:/etc/passwd", "ftp://127.0.0.1/img.png", "gopher://127.0.0.1:6379/_x", "https:///x"],
+    own=(server,),
 )
 def test_a_redirect_leads_to_http_or_nowhere(location: str, server: Server, run: Run) -> None:
-    assert_refused(run, server.redirect("/img.png", location), "leads to an address that is no http(s) URL")
+    assert_refused(run, server.redirect("/img.png", location), "redirects to an address that is not an http(s) URL")
 
 
-@pytest.mark.parametrize(
+@for_each(
     "location",
     ["http://[::1", "http://x:y/", "http://127.0.0.1:99999/", "data:image/png;base64,AAAA", "javascript:0"],
+    own=(server,),
 )
 def test_a_malformed_redirect_is_refused(location: str, server: Server, run: Run) -> None:
     url = server.redirect("/img.png", location)
@@ -588,7 +594,7 @@ def test_a_password_goes_to_its_host_only(server: Server, other: Server) -> None
     assert "Authorization" not in other.requests[0][1]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("url", "host"),
     [
         ("http://ok\\@evil.example:{}/img.png", "evil.example"),
@@ -598,6 +604,7 @@ def test_a_password_goes_to_its_host_only(server: Server, other: Server) -> None
         ("HTTP://EVIL.example:{}/img.png", "evil.example"),
         ("http://faß.example:{}/img.png", "xn--fa-hia.example"),
     ],
+    own=(server,),
 )
 def test_one_host_is_resolved_dialled_and_named(
     url: str, host: str | None, server: Server, monkeypatch: pytest.MonkeyPatch
@@ -621,7 +628,7 @@ def test_one_host_is_resolved_dialled_and_named(
         assert {k.lower(): v for k, v in server.requests[0][1].items()}["host"] == f"{host}:{server.server_port}"
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("host", "address"),
     [
         ("127.0.0.1", "127.0.0.1"),
@@ -655,24 +662,24 @@ fc00::1 fd00::1 fdff:ffff::1 fe80::1 fe80::1%eth0 febf::1 fec0::1 feff::1 ff02::
 """
 
 
-@pytest.mark.parametrize("address", PUBLIC.split())
+@for_each("address", PUBLIC.split())
 def test_what_is_public(address: str) -> None:
     assert module.is_public(address)
 
 
-@pytest.mark.parametrize("address", NOT_PUBLIC.split())
+@for_each("address", NOT_PUBLIC.split())
 def test_what_is_not_public(address: str) -> None:
     """Whatever stands for an IPv4 address is judged as that, and no range is what a version of Python takes it for."""
     assert not module.is_public(address)
 
 
-@pytest.mark.parametrize("host", ["[fec0::1]", "[64:ff9b:1::7f00:1]", "[::ffff:0:7f00:1]", "[2001:db8::5efe:7f00:1]"])
+@for_each("host", ["[fec0::1]", "[64:ff9b:1::7f00:1]", "[::ffff:0:7f00:1]", "[2001:db8::5efe:7f00:1]"])
 def test_a_picture_of_a_request_comes_from_no_such_address(host: str) -> None:
     with pytest.raises(InputMissing, match="not a public address"):
         fetch(f"http://{host}/img.png", public=True)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("url", "reason"),
     [
         ("http://", "no host"),
@@ -692,7 +699,6 @@ def test_a_picture_of_a_request_comes_from_no_such_address(host: str) -> None:
         ("http://\udcff/", None),
         ("http://127.0.0.1/" + "x" * 70_000, None),
     ],
-    ids=ascii,
 )
 def test_malformed_urls_are_refused(url: str, reason: str | None, run: Run) -> None:
     result = run("ask", url, QUESTION)

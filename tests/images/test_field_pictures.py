@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import struct
 import subprocess
@@ -30,6 +31,7 @@ import pytest
 from helpers.command import Run
 from helpers.peer import Peer, serving
 from helpers.picture_bytes import END, TURN, encoded, header, idat, noise, opened, pixels, png, tiff_exif
+from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli.errors import BadImage, InputMissing, UsageError
@@ -80,8 +82,7 @@ PNGS = {
 }
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "behind"])
-@pytest.mark.parametrize("name", PNGS)
+@for_each("after, name", itertools.product([False, True], PNGS))
 def test_png_metadata_does_not_decide(name: str, after: bool) -> None:
     assert pixels(opened(with_chunk(PNGS[name], after))) == [COLORS]
 
@@ -117,14 +118,14 @@ SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", SEGMENTS)
+@for_each("name", SEGMENTS)
 def test_metadata_of_a_jpeg_does_not_decide(name: str) -> None:
     whole = encoded(noise(), "JPEG")
     for at in (2, 20):
         assert pixels(opened(whole[:at] + SEGMENTS[name] + whole[at:])) == pixels(opened(whole))
 
 
-@pytest.mark.parametrize("kind", [b"EXIF", b"XMP ", b"ICCP", b"zzzz"])
+@for_each("kind", [b"EXIF", b"XMP ", b"ICCP", b"zzzz"])
 def test_metadata_of_a_webp_does_not_decide(kind: bytes) -> None:
     whole = encoded(noise(), "WEBP", lossless=True, exif=Image.Exif(), xmp=b"<x/>")
     cut = whole + kind + struct.pack("<I", 5000) + b"only this"
@@ -248,7 +249,7 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@for_each("name", FOREIGN, own=(folder,))
 def test_what_is_not_ours_is_named(name: str, folder: Path) -> None:
     data, reason = FOREIGN[name]
     (folder / "saved.jpg").write_bytes(data)
@@ -265,7 +266,7 @@ def test_text_takes_no_long_look() -> None:
             decode(text, "x")
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("file", "kind", "hint"),
     [
         ("my icon.jpg", "ico", "magick 'my icon.jpg''[0]' 'my icon.jpg'.png"),
@@ -274,6 +275,7 @@ def test_text_takes_no_long_look() -> None:
         ("a\u202fb.jpg", "avif", r"magick $'a\xe2\x80\xafb.jpg' $'a\xe2\x80\xafb.jpg'.png"),
         ("photo.jpg", "lfs", "git lfs pull"),
     ],
+    own=(folder,),
 )
 def test_what_is_not_ours_comes_with_a_command(file: str, kind: str, hint: str, run: Run, folder: Path) -> None:
     (folder / file).write_bytes(FOREIGN[kind][0])
@@ -315,7 +317,7 @@ def proxy() -> Iterator[Peer]:
         yield peer
 
 
-@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+@for_each("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"], own=(folder, proxy))
 def test_proxy_of_the_environment(variable: str, proxy: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, proxy.url.replace("http://", "http://me:secret@"))
     with pytest.raises(InputMissing, match="the server answered"):
@@ -387,7 +389,7 @@ def test_other_urls(url: str, reason: str, hint: str, run: Run) -> None:
     assert (said.exit_code, said.stderr) == (66, f"llava: {reason}\n  {hint}\n")
 
 
-@pytest.mark.parametrize("name", ["shot\u202fPM.png", "my photo.png", "it's.png", "-kitten.png"])
+@for_each("name", ["shot\u202fPM.png", "my photo.png", "it's.png", "-kitten.png"], own=(folder,))
 def test_suggestions_can_be_typed(name: str, run: Run, folder: Path) -> None:
     (folder / name).write_bytes(b"")
     said = run("ask", "--", name[:-5] + "g.png", QUESTION)
@@ -403,7 +405,7 @@ def test_a_folder_is_named_as_a_shell_takes_it(run: Run, folder: Path) -> None:
     assert hint == r"  llava ask $'a\xe2\x80\xafb'/PICTURE QUESTION"
 
 
-@pytest.mark.parametrize("ending", [".jfif", ".jpe", ".pjpeg", ".pjp", ".dib", ".apng", ".mpo", ".hif", ".JFIF"])
+@for_each("ending", [".jfif", ".jpe", ".pjpeg", ".pjp", ".dib", ".apng", ".mpo", ".hif", ".JFIF"])
 def test_endings(ending: str) -> None:
     assert looks_like_picture(f"gone{ending}")
     assert ending.lower() in reader.SUFFIXES

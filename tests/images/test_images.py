@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import struct
@@ -36,6 +37,7 @@ from helpers.picture_bytes import (
     png,
     tiff_exif,
 )
+from helpers.tables import for_each
 from PIL import Image
 from typer.testing import Result
 
@@ -43,8 +45,9 @@ from llava_cli import limits
 from llava_cli.errors import BadImage, InputMissing, LlavaError, printable
 from llava_cli.images import reader, sandbox
 from llava_cli.images.decode import decode
-from llava_cli.images.reader import looks_like_picture, open_picture, reduce, square
-from llava_cli.images.sandbox import Sandboxes
+from llava_cli.images.reader import looks_like_picture, open_picture
+from llava_cli.images.resize import limit_size, make_square
+from llava_cli.images.sandbox import SandboxPool
 
 QUESTION = "what is this?"
 BLACK, WHITE, RED, GREEN, BLUE = (0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 128, 0), (0, 0, 255)
@@ -72,14 +75,14 @@ def assert_refused(result: Result, name: str, reason: str, code: int, hint: str 
 # Refused: what is in the file.
 
 
-@pytest.mark.parametrize("name", BAD_BYTES)
+@for_each("name", BAD_BYTES, own=(folder,))
 def test_bad_bytes_are_refused(name: str, run: Run, folder: Path) -> None:
     data, reason, hint = BAD_BYTES[name]
     (folder / name).write_bytes(data)
     assert_refused(run("ask", name, QUESTION), name, reason, 65, hint)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+@for_each("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_no_cut_is_taken_for_a_whole_picture(kind: str) -> None:
     data = encoded(noise(12, 9), kind)
     whole = opened(data)
@@ -107,7 +110,7 @@ def test_damaged_png_data_is_refused_or_read_but_never_black() -> None:
 def test_a_heic_without_the_extra_names_it(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "img.heic").write_bytes(encoded(noise(), "HEIF"))
     monkeypatch.setattr(sandbox, "HEIF", "")
-    monkeypatch.setattr(reader, "_sandboxes", Sandboxes)
+    monkeypatch.setattr(reader, "sandbox_pool", SandboxPool)
     result = run("ask", "img.heic", QUESTION)
     assert_refused(result, "img.heic", "HEIC needs an extra", 65, "pip install 'llava-cli[heic]'")
 
@@ -147,7 +150,7 @@ BAD_NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+@for_each("name", BAD_NAMES, own=(folder,))
 def test_bad_names_are_refused(name: str, run: Run, folder: Path) -> None:
     make_names(folder)
     reason, hint = BAD_NAMES[name]
@@ -177,7 +180,7 @@ def test_permission_denied(secret: Path) -> None:
         open_picture(str(secret))
 
 
-@pytest.mark.parametrize("name", ["photos", "fifo.png", "zero.png", "kitten.png", "nothing.png"])
+@for_each("name", ["photos", "fifo.png", "zero.png", "kitten.png", "nothing.png"], own=(folder,))
 def test_no_file_stays_open(name: str, folder: Path) -> None:
     make_names(folder)
     before = os.listdir("/dev/fd")
@@ -203,8 +206,10 @@ def test_a_closed_stdin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 # Taken: names.
 
 
-@pytest.mark.parametrize(
-    "name", ["-v.png", "--help", os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "\x1b]0;title\x07.png", "a b'c.png"]
+@for_each(
+    "name",
+    ["-v.png", "--help", os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "\x1b]0;title\x07.png", "a b'c.png"],
+    own=(folder,),
 )
 def test_odd_names_are_taken(name: str, run: Run, folder: Path) -> None:
     (folder / name).write_bytes(data := encoded(noise(), "PNG"))
@@ -216,19 +221,19 @@ def test_odd_names_are_taken(name: str, run: Run, folder: Path) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("text", ["-", "http://x/y", "HTTPS://x", "gone.jpg", "GONE.HEIC", "here.txt", "dangling"])
+@for_each("text", ["-", "http://x/y", "HTTPS://x", "gone.jpg", "GONE.HEIC", "here.txt", "dangling"], own=(folder,))
 def test_looks_like_a_picture(text: str, folder: Path) -> None:
     (folder / "here.txt").touch()
     (folder / "dangling").symlink_to("gone")
     assert looks_like_picture(text)
 
 
-@pytest.mark.parametrize("text", ["what is this?", "", "ftp://x/y", "what is in img.jpg?", "why\0", "x" * 10_000])
+@for_each("text", ["what is this?", "", "ftp://x/y", "what is in img.jpg?", "why\0", "x" * 10_000])
 def test_looks_like_a_question(text: str) -> None:
     assert not looks_like_picture(text)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "shown"),
     [
         ("plain name.png", "plain name.png"),
@@ -246,7 +251,7 @@ def test_printable(name: str, shown: str) -> None:
 # Taken: formats, golden pixels.
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG", "WEBP", "HEIF"])
+@for_each("kind", ["PNG", "BMP", "GIF", "JPEG", "WEBP", "HEIF"], own=(folder,))
 def test_every_format_is_taken_whatever_its_name(kind: str, folder: Path) -> None:
     image = Image.new("RGB", (64, 32), RED)
     image.paste(BLUE, (32, 0, 64, 32))
@@ -267,12 +272,12 @@ def test_a_picture_from_stdin(run: Run) -> None:
 def test_the_hash_is_of_the_bytes_that_were_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "img.png").write_bytes(data := encoded(noise(), "PNG"))
 
-    class Slow(Sandboxes):
+    class Slow(SandboxPool):
         def open(self, *args: Any) -> Any:
             (folder / "img.png").write_bytes(b"other bytes")
             return super().open(*args)
 
-    monkeypatch.setattr(reader, "_sandboxes", Slow)
+    monkeypatch.setattr(reader, "sandbox_pool", Slow)
     picture = open_picture("img.png")
     assert picture.sha256 == hashlib.sha256(data).hexdigest()
     assert picture.image == noise()
@@ -298,7 +303,7 @@ def asymmetric() -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("orientation", TURNED)
+@for_each("orientation", TURNED)
 def test_exif_orientation(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x112] = orientation
@@ -311,7 +316,7 @@ def test_exif_orientation(orientation: int) -> None:
             assert near(turned[32 * y + 16][32 * x + 16], wanted, 4)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("chunks", "wanted"),
     [
         (
@@ -347,8 +352,7 @@ MALFORMED = {
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize("malformed", MALFORMED)
+@for_each("kind, malformed", itertools.product(["PNG", "JPEG", "WEBP"], MALFORMED))
 def test_of_malformed_exif_only_the_orientation_matters(malformed: str, kind: str) -> None:
     exif, orientation = MALFORMED[malformed]
     image = opened(encoded(asymmetric(), kind, exif=exif))
@@ -485,13 +489,13 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@for_each("name", GOLDEN)
 def test_golden_pixels(name: str) -> None:
     data, wanted = GOLDEN[name]
     assert pixels(opened(data))[0] == wanted
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("ink", "wanted"),
     [
         ((0, 0, 0, 0), WHITE),
@@ -509,7 +513,7 @@ def test_cmyk_jpeg(ink: tuple[int, int, int, int], wanted: Pixel) -> None:
         assert near(pixels(opened(made))[8][8], wanted, 3)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("stored", "wanted"),
     [
         ((0, 128, 128, 255), WHITE),
@@ -533,7 +537,7 @@ def adobe_marker(data: bytes | bytearray) -> tuple[int, int]:
     return begin, begin + 16
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "MPO"])
+@for_each("kind", ["GIF", "WEBP", "PNG", "MPO"])
 def test_of_many_frames_the_first(kind: str) -> None:
     image, number, truncated, *_ = decode(frames(kind), "x")
     assert (number, truncated, image.size) == (3, False, (8, 6))
@@ -572,7 +576,7 @@ def test_a_damaged_later_frame_does_not_matter() -> None:
 # Truncated, and allowed.
 
 
-@pytest.mark.parametrize(
+@for_each(
     "data",
     [
         CUT,
@@ -582,6 +586,7 @@ def test_a_damaged_later_frame_does_not_matter() -> None:
         encoded(noise(), "BMP")[:-1],
     ],
     ids=["JPEG", "progressive JPEG", "PNG", "GIF", "BMP"],
+    own=(folder,),
 )
 def test_truncated_and_allowed(data: bytes, folder: Path) -> None:
     (folder / "cut").write_bytes(data)
@@ -657,8 +662,13 @@ def test_one_thread_allowing_truncated_pictures_does_not_allow_them_to_another()
 # Sizes.
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 3), (3, 1), (2, 2), (3, 5), (4, 4), (200, 1), (1, 200)])
-@pytest.mark.parametrize("fit", ["auto", "pad", "crop"])
+@for_each(
+    "size, fit",
+    itertools.product(
+        [(1, 1), (1, 2), (1, 3), (3, 1), (2, 2), (3, 5), (4, 4), (200, 1), (1, 200)], ["auto", "pad", "crop"]
+    ),
+    own=(folder,),
+)
 def test_tiny_pictures_reach_the_model(size: tuple[int, int], fit: str, run: Run, folder: Path) -> None:
     (folder / "tiny.png").write_bytes(encoded(Image.new("RGB", size, "red"), "PNG"))
     result = run("prompt", "tiny.png", QUESTION, "--fit", fit, "--quiet")
@@ -674,12 +684,12 @@ def test_tiny_pictures_are_answered(run: Run, folder: Path) -> None:
 
 def test_reduce_keeps_a_picture_whose_square_fits() -> None:
     image = Image.new("L", (7071, 40))
-    assert reduce(image) is image
+    assert limit_size(image) is image
 
 
 def test_reduce_makes_a_long_picture_fit_as_a_square() -> None:
     image = Image.new("RGB", (10_000, 100), RED)
-    small = reduce(image)
+    small = limit_size(image)
     assert small.size == (7071, 71)
     assert max(small.size) ** 2 <= limits.PICTURE_PIXELS
     assert image.size == (10_000, 100)
@@ -688,7 +698,7 @@ def test_reduce_makes_a_long_picture_fit_as_a_square() -> None:
 GREY = (127, 127, 127)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("size", "how", "box"),
     [
         ((3, 3), "pad", (0, 0)),
@@ -707,7 +717,7 @@ GREY = (127, 127, 127)
 def test_square(size: tuple[int, int], how: str, box: tuple[int, int]) -> None:
     """In whole pixels, rounded down, as LLaVA does it."""
     image = noise(*size)
-    result = square(image, how, GREY)  # type: ignore[arg-type]
+    result = make_square(image, how, GREY)  # type: ignore[arg-type]
     if how == "pad":
         side = max(size)
         wanted = Image.new("RGB", (side, side), GREY)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.command import Run
+from helpers.tables import for_each
 from PIL import Image, ImageDraw
 
 from llava_cli import Conversation, load, open_picture
@@ -49,7 +50,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.parametrize("question, answer", QUESTIONS)
+@for_each("question, answer", QUESTIONS)
 def test_answers_about_a_drawing(question: str, answer: str, run: Run, drawing: Path) -> None:
     assert run("ask", drawing, question, "-q").stdout == f"{answer}\n"
 
@@ -63,7 +64,7 @@ def test_answers_in_a_conversation(engine: LocalEngine, drawing: Path) -> None:
         talk, pictures = talk.answered(said), []
 
 
-@pytest.mark.parametrize("size", [(64, 64), (900, 900), (640, 300), (300, 640)])
+@for_each("size", [(64, 64), (900, 900), (640, 300), (300, 640)])
 def test_any_size_and_aspect(size: tuple[int, int], engine: LocalEngine, tmp_path: Path) -> None:
     image = Image.new("RGB", size, "white")
     side = min(size) // 4

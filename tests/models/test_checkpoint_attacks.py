@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,15 +18,20 @@ import pytest
 from helpers.command import Run, Shell
 from helpers.damage import change, put
 from helpers.engines import CONVERSATIONS
+from helpers.homes import home
 from helpers.hub import shard
+from helpers.tables import for_each
 
-from llava_cli import Sampling, limits, load
+from llava_cli import Sampling, limits, load, paths
 from llava_cli.errors import ModelUnusable
 from llava_cli.models import digests, quantized_cache
-from llava_cli.models.registry import Checkpoint, builtin_folder, hub_cache, quantised_cache
-from llava_cli.models.untrusted_config import REFUSED, description, refusal
-from llava_cli.models.validate import check_files, check_weights, fingerprint
+from llava_cli.models.fingerprint import fingerprint
+from llava_cli.models.registry import Checkpoint, builtin_folder
+from llava_cli.models.untrusted_config import REFUSED, refusal, without_preferences
+from llava_cli.models.validate import check_files
+from llava_cli.models.weight_files import check_weights
 from llava_cli.models.weights import load_config, nothing_is_fetched
+from llava_cli.paths import hub_cache
 from llava_cli.safetensors_header import BadHeader, read_header
 
 
@@ -96,7 +102,7 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize("header, data", RIGHT)
+@for_each("header, data", RIGHT)
 def test_a_header_that_adds_up(header: bytes, data: int, tmp_path: Path) -> None:
     (path := tmp_path / "a.safetensors").write_bytes(file_of(header, data))
     for tensor in read_header(path).values():
@@ -165,15 +171,17 @@ BAD: dict[str, tuple[bytes, int]] = {
 }
 
 
-@pytest.mark.parametrize("header, data", BAD.values(), ids=BAD)
+@for_each("header, data", BAD.values(), ids=BAD)
 def test_a_header_that_does_not_add_up(header: bytes, data: int, tmp_path: Path) -> None:
     (path := tmp_path / "a.safetensors").write_bytes(file_of(header, data))
     with pytest.raises(BadHeader):
         read_header(path)
 
 
-@pytest.mark.parametrize(
-    "name", ["nested without end", "a thousand numbers of 4,000 digits", "a name twice", "no UTF-8"]
+@for_each(
+    "name",
+    ["nested without end", "a thousand numbers of 4,000 digits", "a name twice", "no UTF-8"],
+    own=(folder, refused),
 )
 def test_the_command_says_in_one_line_that_a_header_is_bad(
     name: str, folder: Path, refused: Callable[..., str]
@@ -199,7 +207,7 @@ def test_a_header_is_no_longer_deeper_or_fuller_than_it_may_be(tmp_path: Path, m
 
 def test_headers_are_read_once(checkpoint_of: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "llava_cli.models.validate.read_header", lambda path, read=read_header: reads.append(path) or read(path)
+        "llava_cli.models.weight_files.read_header", lambda path, read=read_header: reads.append(path) or read(path)
     )
     reads: list[Path] = []
     assert check_weights(checkpoint_of).bytes_per_weight == 2.0
@@ -228,15 +236,19 @@ def test_json_is_no_longer_deeper_or_fuller_than_it_may_be(
 
 def reader(config: bytes, checked: str) -> Callable[[Checkpoint, str], Any]:
     """Reads as ever, but for a config that is within all limits."""
-    from llava_cli.models.validate import read_json
+    from llava_cli.models.checkpoint_files import read_json
 
     return lambda checkpoint, file: read_json(checkpoint, file) if file == checked else json.loads(config)
 
 
-@pytest.mark.parametrize(
-    "content", [b"[" * 1_000_000, b'{"a":' * 50_000, b"9" * 10_000, b'{"a": "\xff"}', b"{}" + b"\0"]
+@for_each(
+    "content, name",
+    itertools.product(
+        [b"[" * 1_000_000, b'{"a":' * 50_000, b"9" * 10_000, b'{"a": "\xff"}', b"{}" + b"\0"],
+        ["config.json", "tokenizer_config.json", "model.safetensors.index.json"],
+    ),
+    own=(folder, refused),
 )
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
 def test_json_that_is_none_is_one_line(content: bytes, name: str, folder: Path, refused: Callable[..., str]) -> None:
     if "index" in name:
         (folder / "model.safetensors").unlink()
@@ -255,8 +267,10 @@ OUTSIDE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name", [*OUTSIDE, "..\\x.safetensors", "x\0.safetensors", "x\n\x1b[2J/y", ".x.safetensors", "pytorch_model.bin"]
+@for_each(
+    "name",
+    [*OUTSIDE, "..\\x.safetensors", "x\0.safetensors", "x\n\x1b[2J/y", ".x.safetensors", "pytorch_model.bin"],
+    own=(folder, refused),
 )
 def test_an_index_names_files_of_its_folder_alone(name: str, folder: Path, refused: Callable[..., str]) -> None:
     """Also where there is a whole file at the other place."""
@@ -300,18 +314,21 @@ def socket_at(path: Path) -> None:
         os.chdir(here)
 
 
-@pytest.mark.parametrize("plant", [fifo, device, socket_at])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "chat_template.jinja",
-        "added_tokens.json",
-        "merges.txt",
-        "additional_chat_templates/x.jinja",
-    ],
+@for_each(
+    "plant, name",
+    itertools.product(
+        [fifo, device, socket_at],
+        [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "chat_template.jinja",
+            "added_tokens.json",
+            "merges.txt",
+            "additional_chat_templates/x.jinja",
+        ],
+    ),
+    own=(folder, checkpoint_of),
 )
 def test_what_is_no_file_is_refused_and_not_waited_for(
     plant: Callable[[Path], None], name: str, folder: Path, checkpoint_of: Checkpoint
@@ -426,7 +443,7 @@ def test_preferences_of_a_config_fetch_and_run_nothing(
     assert not kernels.exists()
 
 
-@pytest.mark.parametrize("key", PREFERENCES)
+@for_each("key", PREFERENCES, own=(folder, checkpoint_of))
 def test_each_preference_is_left_out(key: str, folder: Path, checkpoint_of: Checkpoint) -> None:
     plain = load_config(checkpoint_of).to_dict()
     planted(folder, {key: PREFERENCES[key]})
@@ -458,15 +475,19 @@ def test_a_description_is_what_it_was() -> None:
         "model_type": "llava",
         "rope_scaling": {},
     }
-    assert description(content) == {"a": [1, {"b": None}], "c": float("inf"), "model_type": "llava", "rope_scaling": {}}
-    assert description({"__float__": "1e5"}) == {}
+    assert without_preferences(content) == {
+        "a": [1, {"b": None}],
+        "c": float("inf"),
+        "model_type": "llava",
+        "rope_scaling": {},
+    }
+    assert without_preferences({"__float__": "1e5"}) == {}
 
 
 SETTINGS_FILES = ("config.json", "processor_config.json", "tokenizer_config.json", "generation_config.json")
 
 
-@pytest.mark.parametrize("key", REFUSED)
-@pytest.mark.parametrize("file", SETTINGS_FILES)
+@for_each("key, file", itertools.product(REFUSED, SETTINGS_FILES), own=(folder, refused))
 def test_what_would_load_something_else_is_refused_by_name(
     key: str, file: str, folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,7 +498,7 @@ def test_what_would_load_something_else_is_refused_by_name(
         assert f": {file} asks for " in said and said.endswith(f"({key})")
 
 
-@pytest.mark.parametrize(
+@for_each(
     "config, words",
     [
         (
@@ -489,7 +510,10 @@ def test_what_would_load_something_else_is_refused_by_name(
         ({"vision_config": {"model_type": "timm_backbone", "backbone": None}}, "timm"),
         ({"transformers_weights": "../other.safetensors"}, "asks for weights of another name"),
         ({"configuration_files": ["../config.5.20.0.json"]}, "asks for another config"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "asks for quantization by fp8; only bitsandbytes' is known"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "asks for quantization by fp8; only bitsandbytes' is supported",
+        ),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "asks for quantization by mxfp4"),
         ({"quantization_config": {"quant_method": ["x\x1b[2J"]}}, "asks for quantization by ['x\\x1b[2J']"),
         ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "asks for quantization by gptq"),
@@ -508,6 +532,7 @@ def test_what_would_load_something_else_is_refused_by_name(
         ({"quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": [1]}}, "names of modules"),
         ({"quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": "lm_head"}}, "names of modules"),
     ],
+    own=(folder, refused),
 )
 def test_what_a_config_cannot_have(
     config: dict[str, Any], words: str, folder: Path, refused: Callable[..., str]
@@ -516,7 +541,7 @@ def test_what_a_config_cannot_have(
     assert words in refused()
 
 
-@pytest.mark.parametrize(
+@for_each(
     "file, part, words",
     [
         (
@@ -540,6 +565,7 @@ def test_what_a_config_cannot_have(
         ("processor_config.json", {"image_processor": {"crop_size": {"width": 2**31}}}, "width of more than"),
         ("processor_config.json", {"image_grid_pinpoints": [[336, 2**31]]}, "image_grid_pinpoints of more than"),
     ],
+    own=(folder, refused),
 )
 def test_numbers_that_would_take_all_time_or_memory(
     file: str, part: dict[str, Any], words: str, folder: Path, refused: Callable[..., str]
@@ -594,9 +620,9 @@ def test_a_models_own_code_cannot_fetch_anything(hub: list[str], monkeypatch: py
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of each file that is hashed; all files are taken to have been left alone for long."""
-    read, names = digests._read, []
-    monkeypatch.setattr(digests, "SETTLED", -60.0)
-    monkeypatch.setattr(digests, "_read", lambda path: names.append(path.name) or read(path))
+    read, names = digests._compute, []
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr(digests, "_compute", lambda path: names.append(path.name) or read(path))
     return names
 
 
@@ -674,9 +700,9 @@ def test_what_has_only_just_changed_is_not_remembered(
     checkpoint_of: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another change in the same tick of the clock would not be seen."""
-    monkeypatch.setattr(digests, "SETTLED", 3600.0)
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", 3600.0)
     fingerprint(checkpoint_of)
-    assert not digests._file().exists()
+    assert not digests._cache_file().exists()
 
 
 def test_what_changes_while_it_is_read_is_not_remembered(
@@ -703,7 +729,7 @@ def test_what_changes_while_it_is_read_is_not_remembered(
             return int(self._file.readinto(buffer))
 
     for write in (path.write_bytes, partial(put, path)):  # in place, and anew
-        digests._file().unlink()
+        digests._cache_file().unlink()
         now = partial(write, whole + b" ")
         with monkeypatch.context() as patch:
             patch.setattr(
@@ -715,8 +741,10 @@ def test_what_changes_while_it_is_read_is_not_remembered(
         assert reads == ["config.json"]
 
 
-@pytest.mark.parametrize(
-    "trouble", ["link", "others write", "others' folder", "damaged", "no digests", "large", "fifo"]
+@for_each(
+    "trouble",
+    ["link", "others write", "others' folder", "damaged", "no digests", "large", "fifo"],
+    own=(folder, checkpoint_of, reads),
 )
 def test_a_memory_that_others_may_have_written_is_not_believed(
     trouble: str,
@@ -726,7 +754,7 @@ def test_a_memory_that_others_may_have_written_is_not_believed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first, file = fingerprint(checkpoint_of), digests._file()
+    first, file = fingerprint(checkpoint_of), digests._cache_file()
     assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     lies = json.dumps(dict.fromkeys(json.loads(file.read_text()), "0" * 64))
     if trouble == "link":
@@ -767,15 +795,15 @@ def test_without_a_place_for_it_nothing_is_remembered(
 def test_so_many_files_are_remembered(
     checkpoint_of: Checkpoint, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digests, "REMEMBERED", 2)
+    monkeypatch.setattr(digests, "MOST_CACHED", 2)
     fingerprint(checkpoint_of)
-    assert len(json.loads(digests._file().read_text())) == 2
+    assert len(json.loads(digests._cache_file().read_text())) == 2
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.mark.parametrize(
+@for_each(
     "place",
     [
         "snapshots/{commit}",
@@ -788,6 +816,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         "hub/datasets--a--b/snapshots/{commit}",
         "hub/sub/models--a--b/snapshots/{commit}",
     ],
+    own=(folder, home, reads),
 )
 def test_a_commits_name_is_no_proof_outside_the_hubs_cache(
     place: str, folder: Path, home: Path, reads: list[str]
@@ -846,7 +875,7 @@ def test_two_checkpoints_that_differ_in_the_middle_share_no_copy(
     shutil.copystat(one / "model.safetensors", two / "model.safetensors")
     first = answer(one)
     assert answer(two) != first
-    assert len(list(quantised_cache().iterdir())) == 2
+    assert len(list(paths.quantized_cache().iterdir())) == 2
     os.environ["LLAVA_FAST"] = "0"
     try:
         assert answer(one) != answer(two)
@@ -854,13 +883,13 @@ def test_two_checkpoints_that_differ_in_the_middle_share_no_copy(
         del os.environ["LLAVA_FAST"]
 
 
-@pytest.mark.parametrize("trouble", ["another's", "no label", "others write", "a link", "damaged label", "another how"])
+@for_each("trouble", ["another's", "no label", "others write", "a link", "damaged label", "another how"], own=(home,))
 def test_a_copy_says_what_it_was_made_of(
     trouble: str, checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = checkpoint("llava-llama")
     first = answer(one)
-    (copy,) = quantised_cache().iterdir()
+    (copy,) = paths.quantized_cache().iterdir()
     label = copy / quantized_cache.LABEL
     said = json.loads(label.read_text())
     assert said == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import os
 import re
 import resource
@@ -18,7 +19,9 @@ from typing import Any
 import pexpect
 import pytest
 from helpers.command import Run, Shell
+from helpers.homes import home
 from helpers.hub import Hub, hub_hash, serving, shard
+from helpers.tables import for_each
 from typer.testing import Result
 
 from llava_cli import limits
@@ -159,7 +162,7 @@ def is_under_way(home: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize("by, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@for_each("by, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], own=(repo, home, hub))
 def test_an_interrupted_pull_goes_on(run: Run, hub: Hub, home: Path, by: signal.Signals, code: int) -> None:
     hub.hangs_after = HALF
     command = [sys.executable, "-m", "llava_cli", "models", "pull", NAME]
@@ -183,8 +186,12 @@ def test_pulling_again_fetches_nothing(run: Run, hub: Hub) -> None:
     assert hub.files() == set()
 
 
-@pytest.mark.parametrize("file, damage", [("model.safetensors", b""), ("config.json", b"{}"), ("tokenizer.json", b"x")])
-def test_pulling_again_mends_what_was_damaged_on_disk(
+@for_each(
+    "file, damage",
+    [("model.safetensors", b""), ("config.json", b"{}"), ("tokenizer.json", b"x")],
+    own=(repo, home, hub),
+)
+def test_pulling_again_repairs_damaged_files(
     run: Run, hub: Hub, repo: Path, drawing: Path, file: str, damage: bytes
 ) -> None:
     assert run("models", "pull", NAME).exit_code == 0
@@ -260,7 +267,7 @@ def test_the_users_token_goes_to_the_hub_alone(run: Run, hub: Hub, monkeypatch: 
 
 
 def test_shards_are_pulled(run: Run, hub: Hub, repo: Path) -> None:
-    from llava_cli.models.validate import check_weights
+    from llava_cli.models.weight_files import check_weights
 
     shard(repo)
     hub.breaks_after = 1000
@@ -286,7 +293,7 @@ def test_an_unknown_repo(run: Run, hub: Hub) -> None:
 
 def test_a_gated_repo(run: Run, hub: Hub) -> None:
     hub.gated = True
-    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: needs its owner's leave", "hf auth login")
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: needs its owner's permission", "hf auth login")
     assert hub.files() == set()
 
 
@@ -301,8 +308,10 @@ def test_a_hub_that_is_broken(run: Run, hub: Hub) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "variable, value", [("HF_ENDPOINT", "http://127.0.0.1:9"), ("HF_ENDPOINT", "nonsense"), ("HF_HUB_OFFLINE", "1")]
+@for_each(
+    "variable, value",
+    [("HF_ENDPOINT", "http://127.0.0.1:9"), ("HF_ENDPOINT", "nonsense"), ("HF_HUB_OFFLINE", "1")],
+    own=(repo, home, hub),
 )
 def test_no_hub_at_all(run: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
@@ -315,7 +324,7 @@ def test_what_answers_is_no_hub(run: Run, hub: Hub, monkeypatch: pytest.MonkeyPa
     fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub cannot be reached (")
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "owner/na me", "owner/..", "https://huggingface.co/" + NAME])
+@for_each("name", ["a/b/c", "owner/na me", "owner/..", "https://huggingface.co/" + NAME], own=(repo, home, hub))
 def test_names_that_no_repo_can_have(run: Run, hub: Hub, name: str) -> None:
     fails(run("models", "pull", name), 69, f"llava: {name}: ")
 
@@ -373,11 +382,11 @@ COMMITS = [
 ]
 
 
-@pytest.mark.parametrize("commit", COMMITS, ids=ascii)
+@for_each("commit", COMMITS, own=(repo, home, hub))
 def test_a_commit_that_is_none(run: Run, hub: Hub, home: Path, commit: Any) -> None:
     """It would be a part of the path that files are written to."""
     hub.lies = lambda info: {**info, "sha": commit}
-    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub names no commit of it, but ")
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub gives no commit for it, but ")
     assert everything(home) == {}
 
 
@@ -400,19 +409,23 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("file", NAMES, ids=ascii)
+@for_each("file", NAMES, own=(repo, home, hub))
 def test_a_name_that_is_none(run: Run, hub: Hub, home: Path, file: str) -> None:
     hub.lies = lambda info: {
         **info,
         "siblings": [*info["siblings"], {"rfilename": file, "size": 1, "blobId": "0" * 40}],
     }
     done = run("models", "pull", NAME)
-    fails(done, 69, f"llava: {NAME}: ", "is no name for a file")
+    fails(done, 69, f"llava: {NAME}: ", "is not a file name")
     assert done.stderr.replace("\n", "").isprintable() and len(done.stderr) < 300
     assert everything(home) == {}
 
 
-@pytest.mark.parametrize("file", ["../outside.json", "/outside.json", "a/../../outside.json", "onnx/model.safetensors"])
+@for_each(
+    "file",
+    ["../outside.json", "/outside.json", "a/../../outside.json", "onnx/model.safetensors"],
+    own=(repo, home, hub),
+)
 def test_what_is_in_a_folder_is_not_fetched(run: Run, hub: Hub, home: Path, file: str) -> None:
     hub.lies = lambda info: {
         **info,
@@ -425,8 +438,7 @@ def test_what_is_in_a_folder_is_not_fetched(run: Run, hub: Hub, home: Path, file
 HASHES = ["../../../outside", "/outside", "", "0" * 39, "0" * 41, "g" * 40, "A" * 40, "0" * 64, 7, ["0" * 40], {}]
 
 
-@pytest.mark.parametrize("digest", HASHES, ids=ascii)
-@pytest.mark.parametrize("big", [False, True])
+@for_each("digest, big", itertools.product(HASHES, [False, True]), own=(repo, home, hub))
 def test_a_hash_that_is_none(run: Run, hub: Hub, home: Path, big: bool, digest: Any) -> None:
     if big and digest == "0" * 64:
         digest = "0" * 40
@@ -448,7 +460,7 @@ def test_a_hash_that_is_none(run: Run, hub: Hub, home: Path, big: bool, digest: 
 SIZES = [-1, -(10**18), 10**18 + 1, 10**400, 1.5, 1e300, "5", True, [], {}]
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: ascii(size)[:10])
+@for_each("size", SIZES, own=(repo, home, hub))
 def test_a_size_that_is_none(run: Run, hub: Hub, home: Path, size: Any) -> None:
     assert limits.HUB_FILE_BYTES == 10**18
 
@@ -472,7 +484,7 @@ LISTS = {
 }
 
 
-@pytest.mark.parametrize("kind", LISTS)
+@for_each("kind", LISTS, own=(repo, home, hub))
 def test_a_list_of_files_that_is_none(run: Run, hub: Hub, home: Path, kind: str) -> None:
     hub.lies = LISTS[kind]
     fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub ")
@@ -484,7 +496,7 @@ def test_files_that_are_none_are_passed_over(run: Run, hub: Hub) -> None:
     assert run("models", "pull", NAME).exit_code == 0
 
 
-@pytest.mark.parametrize("status", [200, 404, 500])
+@for_each("status", [200, 404, 500], own=(repo, home, hub))
 def test_a_list_of_files_without_an_end(
     run: Run, hub: Hub, home: Path, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,13 +543,13 @@ def test_a_file_without_an_end_that_comes_with_an_error(run: Run, hub: Hub, home
 def test_a_file_without_an_end_of_a_mirror_that_tells_no_sizes(
     run: Run, hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "UNTOLD_FILE_BYTES", 20_000_000)
+    monkeypatch.setattr(limits, "UNSIZED_FILE_BYTES", 20_000_000)
     hub.tells_hashes, hub.endless = False, ("/config.json",)
     fails(run("models", "pull", NAME), 69, f"llava: {NAME}: config.json is larger than the 20,000,000 bytes", AGAIN)
     assert not any(path.is_file() and path.stat().st_size > 1_000_000 for path in walk(home))
 
 
-@pytest.mark.parametrize("claim", [0, 1, 5_000_000])
+@for_each("claim", [0, 1, 5_000_000], own=(repo, home, hub))
 def test_a_file_that_is_larger_than_was_said(run: Run, hub: Hub, repo: Path, claim: int) -> None:
     hub.claims["model.safetensors"] = claim
     fails(run("models", "pull", NAME), 69, f"llava: {NAME}: model.safetensors ", AGAIN)
@@ -553,7 +565,7 @@ def test_a_file_that_is_smaller_than_was_said(run: Run, hub: Hub, repo: Path) ->
 
 def test_what_is_packed_is_not_unpacked(run: Run, hub: Hub) -> None:
     hub.packs = True
-    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub cannot be reached (what came is packed")
+    fails(run("models", "pull", NAME), 69, f"llava: {NAME}: the Hub cannot be reached (the response is compressed")
 
 
 def test_what_comes_with_a_file_says_nothing_of_its_place(run: Run, hub: Hub, home: Path) -> None:
@@ -578,7 +590,7 @@ def test_the_cache_is_as_other_tools_have_it(run: Run, hub: Hub, home: Path, rep
         assert try_to_load_from_cache(NAME, path.name, cache, "main") == str(path)
 
 
-@pytest.mark.parametrize("place", ["blobs", "snapshots", "refs", "snapshots/COMMIT", "refs/main"])
+@for_each("place", ["blobs", "snapshots", "refs", "snapshots/COMMIT", "refs/main"], own=(repo, home, hub))
 def test_a_link_planted_in_the_cache_is_not_written_through(run: Run, hub: Hub, home: Path, place: str) -> None:
     cache, outside = home / "hub/hub/models--owner--tiny-llava", home / "outside"
     link = cache / place.replace("COMMIT", hub.commit)
@@ -592,7 +604,7 @@ def test_a_link_planted_in_the_cache_is_not_written_through(run: Run, hub: Hub, 
     assert everything(outside) == before
 
 
-@pytest.mark.parametrize("kind", ["file", "part", "lock"])
+@for_each("kind", ["file", "part", "lock"], own=(repo, home, hub))
 def test_a_link_in_the_place_of_a_file_is_not_written_through(
     run: Run, hub: Hub, home: Path, repo: Path, kind: str
 ) -> None:
@@ -632,7 +644,7 @@ def test_a_cache_that_is_a_file(run: Run, hub: Hub, tmp_path: Path, monkeypatch:
     fails(run("models", "pull", NAME), 74, str(tmp_path / "file"))
 
 
-@pytest.mark.parametrize("in_the_way", ["blobs", "snapshots", "refs"])
+@for_each("in_the_way", ["blobs", "snapshots", "refs"], own=(repo, home, hub))
 def test_a_file_where_a_folder_should_be(run: Run, hub: Hub, home: Path, in_the_way: str) -> None:
     cache = home / "hub/hub/models--owner--tiny-llava"
     cache.mkdir(parents=True)

@@ -22,6 +22,7 @@ PEFT is not installed       | --adapter                    |                    
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -38,17 +39,19 @@ import pytest
 import torch
 from helpers import families
 from helpers.command import Run, Shell
+from helpers.homes import home
 from helpers.originals import change, read, write
+from helpers.tables import for_each
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from llava_cli import load
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.loader import wanted
+from llava_cli.loader import engine_identity
 from llava_cli.models import adapters
-from llava_cli.models.validate import fingerprint
-from llava_cli.settings import Sampling, Settings
+from llava_cli.models.fingerprint import fingerprint
+from llava_cli.settings import LoadOptions, Sampling
 
 Lora = peft.LoraConfig
 METHODS: dict[str, Any] = {
@@ -127,12 +130,12 @@ def is_as_peft(base: Path, adapter: Path, theirs: Any) -> None:
     assert engine.answer(talk(), Sampling(max_tokens=TOKENS)).text.strip() == expected.strip()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@for_each("method", METHODS, own=(base,))
 def test_answers_are_pefts(base: Path, method: str, tmp_path: Path) -> None:
     is_as_peft(base, tmp_path / "adapter", trained(base, tmp_path / "adapter", METHODS[method]))
 
 
-@pytest.mark.parametrize("family", ["llava-next-mistral", "llava-onevision", "vip-llava", "smolvlm"])
+@for_each("family", ["llava-next-mistral", "llava-onevision", "vip-llava", "smolvlm"])
 def test_families(checkpoint: Callable[[str], Path], family: str, tmp_path: Path) -> None:
     config = Lora(r=4, lora_alpha=16, target_modules=r".*\.(q_proj|down_proj|fc1)")
     is_as_peft(checkpoint(family), tmp_path / "adapter", trained(checkpoint(family), tmp_path / "adapter", config))
@@ -185,21 +188,24 @@ def _cached(home: Path, base: Path, repo: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "named",
-    [
-        "FOLDER",
-        "base",
-        "somewhere/that/is/gone/base",
-        "/nowhere/base",
-        "llava-hf/llava-1.5-7b-hf",
-        "/root/.cache/huggingface/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/0123",
-        "unsloth/llava-1.5-7b-hf-bnb-4bit",
-        "unsloth/llava-1.5-7b-hf-unsloth-bnb-4bit",
-        "/mnt/models/llava-1.5-7b-hf",
-    ],
+@for_each(
+    "named, by_option",
+    itertools.product(
+        [
+            "FOLDER",
+            "base",
+            "somewhere/that/is/gone/base",
+            "/nowhere/base",
+            "llava-hf/llava-1.5-7b-hf",
+            "/root/.cache/huggingface/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/0123",
+            "unsloth/llava-1.5-7b-hf-bnb-4bit",
+            "unsloth/llava-1.5-7b-hf-unsloth-bnb-4bit",
+            "/mnt/models/llava-1.5-7b-hf",
+        ],
+        [False, True],
+    ),
+    own=(base, lora, home),
 )
-@pytest.mark.parametrize("by_option", [False, True])
 def test_base_is_found(named: str, by_option: bool, base: Path, lora: Path, home: Path) -> None:
     if named == "FOLDER":
         expected, named = base, str(base)
@@ -208,7 +214,7 @@ def test_base_is_found(named: str, by_option: bool, base: Path, lora: Path, home
     else:
         expected = shutil.copytree(base, lora.parent / "base")
     change(lora / "adapter_config.json", base_model_name_or_path=named)
-    found = adapters.find(Settings(adapter=str(lora)) if by_option else Settings(model=str(lora)))
+    found = adapters.find(LoadOptions(adapter=str(lora)) if by_option else LoadOptions(model=str(lora)))
     assert (found.folder.resolve(), found.adapter) == (expected, lora)
 
 
@@ -216,7 +222,7 @@ def test_adapter_as_a_model(base: Path, lora: Path) -> None:
     assert answer(base, lora) == answer(None, lora) == answer(lora) != answer(base)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("named", "words", "hint"),
     [
         ("llava-hf/llava-1.5-7b-hf", "an adapter of llava-hf/llava-1.5-7b-hf, which", "llava models pull llava-1.5-7b"),
@@ -224,20 +230,21 @@ def test_adapter_as_a_model(base: Path, lora: Path) -> None:
         ("unsloth/llava-1.5-7b-hf-bnb-4bit", "an adapter of unsloth/", "llava models pull llava-1.5-7b"),
         ("/gone/away", "an adapter of /gone/away, which is not", "llava ask -m BASE --adapter"),
         ("../../up", "an adapter of ../../up, which is not", "llava ask -m BASE --adapter"),
-        (None, "does not say of which model", "llava ask -m BASE --adapter"),
-        (["list"], "does not say of which model", "llava ask -m BASE --adapter"),
-        ("/models--" * 100_000, "does not say of which model", "llava ask -m BASE --adapter"),
+        (None, "does not name its base model", "llava ask -m BASE --adapter"),
+        (["list"], "does not name its base model", "llava ask -m BASE --adapter"),
+        ("/models--" * 100_000, "does not name its base model", "llava ask -m BASE --adapter"),
         ("/etc/\0/x", "which is not on this machine", "llava ask -m BASE --adapter"),
         ("\x1b[2Jx/y", "\\x1b", "llava ask -m BASE --adapter"),
     ],
+    own=(base, lora),
 )
-@pytest.mark.parametrize("option", ["-m", "--adapter"])
-def test_base_is_not_here(option: str, named: Any, words: str, hint: str, lora: Path, run: Run, drawing: Path) -> None:
+def test_base_is_not_here(named: Any, words: str, hint: str, lora: Path, run: Run, drawing: Path) -> None:
     change(lora / "adapter_config.json", base_model_name_or_path=named)
-    done = run("ask", option, lora, drawing, "what?")
-    assert done.exit_code == 69
-    assert words in done.stderr and hint in done.stderr and "\x1b" not in done.stderr
-    assert len(done.stderr.splitlines()) == 2
+    for option in ("-m", "--adapter"):
+        done = run("ask", option, lora, drawing, "what?")
+        assert done.exit_code == 69
+        assert words in done.stderr and hint in done.stderr and "\x1b" not in done.stderr
+        assert len(done.stderr.splitlines()) == 2
 
 
 # Quantized.
@@ -362,9 +369,9 @@ def test_resumed_with_another(base: Path, lora: Path, run: Run, drawing: Path, t
 
 def test_fingerprint(base: Path, lora: Path) -> None:
     def now() -> str:
-        return fingerprint(adapters.find(Settings(model=str(base), adapter=str(lora))))
+        return fingerprint(adapters.find(LoadOptions(model=str(base), adapter=str(lora))))
 
-    found = {fingerprint(adapters.find(Settings(model=str(base)))), now()}
+    found = {fingerprint(adapters.find(LoadOptions(model=str(base)))), now()}
     change(lora / "adapter_config.json", lora_alpha=5)
     found.add(now())
     weights = load_file(lora / "adapter_model.safetensors")
@@ -373,7 +380,7 @@ def test_fingerprint(base: Path, lora: Path) -> None:
     _pickled(lora)
     found.add(now())
     assert len(found) == 5
-    with_it, without = (wanted(Settings(model=str(base), adapter=one)) for one in (str(lora), None))
+    with_it, without = (engine_identity(LoadOptions(model=str(base), adapter=one)) for one in (str(lora), None))
     assert with_it != without
 
 
@@ -389,12 +396,12 @@ def _tensors(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> N
 FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("values", "words"),
     [
-        ({"peft_type": "PROMPT_TUNING"}, "is of the kind PROMPT_TUNING; merged are LORA"),
-        ({"peft_type": ["LORA"]}, "is of the kind"),
-        ({"peft_type": None}, "is of the kind None"),
+        ({"peft_type": "PROMPT_TUNING"}, "has the type PROMPT_TUNING; supported are LORA"),
+        ({"peft_type": ["LORA"]}, "has the type"),
+        ({"peft_type": None}, "has the type None"),
         ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "has init_lora_weights olora"),
         ({"init_lora_weights": {"a": 1}}, "has init_lora_weights"),
@@ -413,15 +420,14 @@ FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
         ({"use_dora": True}, "lacks 12 tensors"),
         (lambda its: its.pop(f"{FIRST}.lora_B.weight"), "lacks 1 tensors"),
         (lambda its: its.update({f"{FIRST}.lora_A.weight": torch.ones(4, 80)}), "is 4 x 80, in"),
-        (lambda its: its.update({f"{FIRST}.lora_C.weight": torch.ones(4)}), "lora_C.weight fits nothing in"),
+        (lambda its: its.update({f"{FIRST}.lora_C.weight": torch.ones(4)}), "lora_C.weight matches nothing in"),
         (lambda its: its.update({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(4, 64)}),
-         "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight fits nothing in"),
+         "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight matches nothing in"),
         (lambda its: its.update({FIRST.replace("0", "7") + ".lora_A.weight": torch.ones(4, 64)}), "layers.7"),
         (lambda its: its.update({"base_model.model.lm_head.weight": torch.ones(300, 64)}), "lm_head.weight is 300"),
-        (lambda its: its.update({"anything": torch.ones(3)}), "anything fits nothing in"),
-        (lambda its: its[f"{FIRST}.lora_A.weight"].fill_(math.nan), "what is no number"),
-    ],
-)  # fmt: skip
+        (lambda its: its.update({"anything": torch.ones(3)}), "anything matches nothing in"),
+        (lambda its: its[f"{FIRST}.lora_A.weight"].fill_(math.nan), "values that are not numbers"),
+    ], own=(base, lora))  # fmt: skip
 def test_refused(values: Any, words: str, base: Path, lora: Path, run: Run, drawing: Path) -> None:
     if callable(values):
         _tensors(lora, values)
@@ -436,7 +442,7 @@ def test_refused(values: Any, words: str, base: Path, lora: Path, run: Run, draw
 def test_for_another_family(checkpoint: Callable[[str], Path], lora: Path, run: Run, drawing: Path) -> None:
     done = run("ask", "-m", checkpoint("smolvlm"), "--adapter", lora, "-p", "fp32", drawing, "what?")
     assert done.exit_code == 69
-    assert "fits nothing in" in done.stderr and "it was trained on" in done.stderr
+    assert "matches nothing in" in done.stderr and "it was trained on" in done.stderr
 
 
 class Code:
@@ -446,7 +452,7 @@ class Code:
         return os.mkdir, (str(Path(os.environ["LLAVA_DATA"]).with_name("ran")),)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("damage", "words"),
     [
         ("cut off", "adapter_model.safetensors is damaged or cut off"),
@@ -457,6 +463,7 @@ class Code:
         ("a list", "adapter_config.json is damaged"),
         ("deep", "adapter_config.json cannot be read"),
     ],
+    own=(base, lora, home),
 )
 def test_damaged(damage: str, words: str, base: Path, lora: Path, run: Run, drawing: Path, home: Path) -> None:
     file = lora / "adapter_model.safetensors"
@@ -479,7 +486,7 @@ def test_damaged(damage: str, words: str, base: Path, lora: Path, run: Run, draw
     assert not (home / "ran").exists()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("what", "code", "words"),
     [
         ("gone", 66, "no such folder"),
@@ -489,6 +496,7 @@ def test_damaged(damage: str, words: str, base: Path, lora: Path, run: Run, draw
         ("whole, too", 69, "holds an adapter, and other files a whole model"),
         ("two", 2, "is an adapter itself"),
     ],
+    own=(base, lora),
 )
 def test_wrong_folder(
     what: str, code: int, words: str, base: Path, lora: Path, tmp_path: Path, run: Run, drawing: Path

@@ -29,6 +29,7 @@ the sound answer, or named | `test_weights_*` |
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -40,13 +41,14 @@ import pytest
 import torch
 from helpers import families
 from helpers.command import Run
+from helpers.tables import for_each
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_cli.conversation import Conversation, Picture, Turn
-from llava_cli.errors import ModelUnusable, UsageError
+from llava_cli.errors import UsageError
 from llava_cli.loader import load_prompter
-from llava_cli.settings import Settings
+from llava_cli.settings import LoadOptions
 
 Checkpoint = Callable[[str], Path]
 Copy = Callable[[str], Path]
@@ -254,7 +256,7 @@ FACTS: dict[str, tuple[str, Damage]] = {
 }
 
 
-@pytest.mark.parametrize("family, damage", FACTS.values(), ids=FACTS)
+@for_each("family, damage", FACTS.values(), ids=FACTS, own=(copy, answers))
 def test_facts(family: str, damage: Damage, copy: Copy, answers: Callable[[Path, str], None]) -> None:
     folder = copy(family)
     damage(folder)
@@ -267,13 +269,13 @@ def test_a_tower_that_is_not_known_is_asked_itself(copy: Copy) -> None:
     vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
     change("config.json", vision_config={"model_type": "dinov2", **vision})(folder)
     change(PROCESSOR, num_additional_image_tokens=None)(folder)
-    assert load_prompter(Settings(model=str(folder))).processor.num_additional_image_tokens == 1
+    assert load_prompter(LoadOptions(model=str(folder))).processor.num_additional_image_tokens == 1
 
 
 def test_tokens_that_are_no_features(copy: Copy, refused: Callable[..., list[str]]) -> None:
     folder = copy("llava-llama")
     change(PICTURES, do_center_crop=False, do_resize=False)(folder)
-    assert refused(folder, "ask")[0].startswith("its processor does not go with its vision tower (Input image size")
+    assert refused(folder, "ask")[0].startswith("its processor does not fit its vision tower (Input image size")
 
 
 def test_a_processor_that_counts_in_another_way(
@@ -316,8 +318,11 @@ FORMATS: dict[str, tuple[list[str], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("files, words, hint", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("with_config", [False, True])
+@for_each(
+    "files, words, hint, with_config",
+    [(*form, with_config) for form in FORMATS.values() for with_config in (False, True)],
+    own=(copy, refused),
+)
 def test_formats(
     files: list[str], words: str, hint: str, with_config: bool, copy: Copy, refused: Callable[..., list[str]]
 ) -> None:
@@ -333,8 +338,13 @@ def test_formats(
     assert hint in command
 
 
-@pytest.mark.parametrize("name", ["a.gguf", "model.safetensors", "pytorch_model.bin", "config.json", "llava.tar.gz"])
-@pytest.mark.parametrize("is_path", [True, False])
+@for_each(
+    "name, is_path",
+    itertools.product(
+        ["a.gguf", "model.safetensors", "pytorch_model.bin", "config.json", "llava.tar.gz"], [True, False]
+    ),
+    own=(refused,),
+)
 def test_formats_of_files(
     name: str, is_path: bool, tmp_path: Path, refused: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,8 +360,11 @@ def test_formats_of_files(
 ORIGINAL = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
 
 
-@pytest.mark.parametrize("kind", ["llava_llama", "llava_mistral", "llava_qwen", "llava_mpt", "llava", "bunny"])
-@pytest.mark.parametrize("has_processor", [True, False])
+@for_each(
+    "kind, has_processor",
+    itertools.product(["llava_llama", "llava_mistral", "llava_qwen", "llava_mpt", "llava", "bunny"], [True, False]),
+    own=(copy, refused),
+)
 def test_original_format(kind: str, has_processor: bool, copy: Copy, refused: Callable[..., list[str]]) -> None:
     """`llava` made a random 7B in memory."""
     folder = copy("llava-llama")
@@ -380,7 +393,7 @@ BY_OTHERS: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.mark.parametrize("damage, words", BY_OTHERS.values(), ids=BY_OTHERS)
+@for_each("damage, words", BY_OTHERS.values(), ids=BY_OTHERS, own=(copy, refused))
 def test_quantized_by_others(damage: Damage, words: str, copy: Copy, refused: Callable[..., list[str]]) -> None:
     folder = copy("llava-llama")
     damage(folder)
@@ -421,7 +434,7 @@ BELOW = {
 }
 
 
-@pytest.mark.parametrize("folders, words", BELOW.values(), ids=BELOW)
+@for_each("folders, words", BELOW.values(), ids=BELOW, own=(refused,))
 def test_one_folder_too_high(folders: list[str], words: str, tmp_path: Path, refused: Callable[..., list[str]]) -> None:
     for name in folders:
         write(f"top/{name}/config.json", "{}")(tmp_path)
@@ -458,7 +471,7 @@ def test_a_trainers_checkpoint_beside_the_rest(copy: Copy, refused: Callable[...
     for file in files:
         shutil.copy(file, target)
     assert (
-        load_prompter(Settings(model=str(folder))).render(Conversation().ask(QUESTION))
+        load_prompter(LoadOptions(model=str(folder))).render(Conversation().ask(QUESTION))
         == f"USER: {QUESTION} ASSISTANT:"
     )
 
@@ -492,10 +505,17 @@ def test_unfinished(damage: Damage, words: str, copy: Copy, refused: Callable[..
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12769008\n"
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
-@pytest.mark.parametrize(
-    "content, words, command",
-    [(LFS, "a pointer of git-lfs", "git -C"), ("\n<!DOCTYPE html><html>", "a web page", "llava models pull")],
+@for_each(
+    "file, content, words, command",
+    [
+        (file, *what)
+        for file in ("model.safetensors", "tokenizer.json", "config.json")
+        for what in (
+            (LFS, "a pointer of git-lfs", "git -C"),
+            ("\n<!DOCTYPE html><html>", "a web page", "llava models pull"),
+        )
+    ],
+    own=(copy, refused),
 )
 def test_what_stands_in_a_files_place(
     file: str, content: str, words: str, command: str, copy: Copy, refused: Callable[..., list[str]]
@@ -536,14 +556,6 @@ def test_a_vocabulary_that_is_a_little_larger(copy: Copy, run: Run, drawing: Pat
     assert f"is [{rows}, 64] in its files, and [320, 64] by its config.json" in result.stderr
 
 
-def test_a_token_that_the_model_does_not_know(copy: Copy) -> None:
-    folder = copy("llava-llama")
-    prompter = load_prompter(Settings(model=str(folder)))
-    prompter._vocabulary = 100
-    with pytest.raises(ModelUnusable, match=r"makes token \d+ .* and the model has 100"):
-        prompter.encode(Conversation().ask("~"))
-
-
 # ---------------------------------------------------------------- chat templates
 
 AS_TEXT = {
@@ -556,7 +568,7 @@ AS_TEXT = {
 }
 
 
-@pytest.mark.parametrize("body", AS_TEXT.values(), ids=AS_TEXT)
+@for_each("body", AS_TEXT.values(), ids=AS_TEXT, own=(copy,))
 def test_templates_that_take_text(body: str, copy: Copy, run: Run, drawing: Path) -> None:
     folder = copy("llava-llama")
     template(f"{{% for m in messages %}}{body}{{% endfor %}}{{% if add_generation_prompt %}}ASSISTANT:{{% endif %}}")(
@@ -571,8 +583,14 @@ def test_templates_that_take_text(body: str, copy: Copy, run: Run, drawing: Path
 NAMES = [{"name": "default", "template": families.VICUNA}, {"name": "tool_use", "template": "x"}]
 
 
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.json", PROCESSOR])
-@pytest.mark.parametrize("names", [NAMES, {one["name"]: one["template"] for one in NAMES}, NAMES[:1]])
+@for_each(
+    "file, names",
+    itertools.product(
+        ["tokenizer_config.json", "chat_template.json", PROCESSOR],
+        [NAMES, {one["name"]: one["template"] for one in NAMES}, NAMES[:1]],
+    ),
+    own=(copy,),
+)
 def test_templates_by_name(file: str, names: Any, copy: Copy, run: Run, drawing: Path) -> None:
     folder = copy("llava-llama")
     template(names, file)(folder)
@@ -618,7 +636,7 @@ def test_templates_that_refuse_roles(copy: Copy, run: Run, drawing: Path) -> Non
     )
     greeted = Conversation((Turn("", answer="Hello!", is_unasked=True),)).ask("who?")
     with pytest.raises(UsageError, match=r"refuses it \(roles must alternate\)"):
-        load_prompter(Settings(model=str(folder))).render(greeted)
+        load_prompter(LoadOptions(model=str(folder))).render(greeted)
 
 
 def test_templates_that_leave_out_what_the_system_says(copy: Copy, run: Run, drawing: Path) -> None:
@@ -638,17 +656,23 @@ VOCABULARIES = {
 }
 
 
-@pytest.mark.parametrize("words, begin", VOCABULARIES.values(), ids=VOCABULARIES)
-@pytest.mark.parametrize("family", ["llava-llama", "vip-llava", "llava-next-vicuna"])
+@for_each(
+    "family, words, begin",
+    [
+        *(("llava-llama", *vocabulary) for vocabulary in VOCABULARIES.values()),
+        *((family, *VOCABULARIES["ChatML"]) for family in ("vip-llava", "llava-next-vicuna")),
+    ],
+    own=(copy,),
+)
 def test_templates_are_told_from_the_vocabulary(family: str, words: list[str], begin: str, copy: Copy) -> None:
     folder = copy(family)
     template(None)(folder)
     families.tokenizer(extra=("<unk>", *words)).save_pretrained(folder)
-    prompter = load_prompter(Settings(model=str(folder)))
+    prompter = load_prompter(LoadOptions(model=str(folder)))
     text = prompter.render(Conversation().ask(QUESTION, [picture(60, 40)]))
     assert begin in text
     assert ("USER:" in text) == (not words)
-    assert "for the checkpoint has none" in prompter.origin
+    assert "because the checkpoint has none" in prompter.template_origin
 
 
 def test_templates_of_a_vocabulary_that_is_not_known(copy: Copy, run: Run, drawing: Path) -> None:
@@ -686,14 +710,14 @@ IN_ORDER = (
 def test_order_is_kept(text: str, expected: str, copy: Copy) -> None:
     folder = copy("llava-llama")
     template(text)(folder)
-    prompter = load_prompter(Settings(model=str(folder)))
+    prompter = load_prompter(LoadOptions(model=str(folder)))
     assert prompter.render(MIXED) == expected
     assert prompter.render(TEXT_FIRST) == expected.replace("two", "").replace("\n\n", "\n")
 
 
-@pytest.mark.parametrize("name", [None, "hub", "native", "llava-1.5"])
+@for_each("name", [None, "hub", "native", "llava-1.5"], own=(copy,))
 def test_order_that_is_not_kept_is_refused(name: str | None, copy: Copy) -> None:
-    prompter = load_prompter(Settings(model=str(copy("llava-llama")), template=name))
+    prompter = load_prompter(LoadOptions(model=str(copy("llava-llama")), template=name))
     with pytest.raises(UsageError, match="puts all pictures of a message before its text"):
         prompter.render(MIXED)
     asked = Conversation().ask("one", MIXED.pictures)
@@ -706,10 +730,10 @@ LATER = Conversation((Turn("one", answer="a"), Turn("two", system="Be brief.")),
 
 def test_a_later_system_text_has_its_place_or_is_refused(copy: Copy) -> None:
     folder = str(copy("llava-llama"))
-    native = load_prompter(Settings(model=folder, template="native")).render(LATER)
+    native = load_prompter(LoadOptions(model=folder, template="native")).render(LATER)
     assert native == "Be kind. USER: one ASSISTANT: a</s>Be brief. USER: two ASSISTANT:"
     with pytest.raises(UsageError, match="leaves it out"):
-        load_prompter(Settings(model=folder, template="gemma")).render(LATER)
+        load_prompter(LoadOptions(model=folder, template="gemma")).render(LATER)
 
 
 def test_order_of_a_turn() -> None:
@@ -732,11 +756,11 @@ NAMED: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("damage", NAMED.values(), ids=NAMED)
+@for_each("damage", NAMED.values(), ids=NAMED, own=(copy,))
 def test_pixtral_has_its_break_tokens(damage: Damage, copy: Copy) -> None:
     folder = copy("pixtral")
     damage(folder)
-    prompter = load_prompter(Settings(model=str(folder)))
+    prompter = load_prompter(LoadOptions(model=str(folder)))
     ids = prompter.encode(Conversation().ask("x", [picture(60, 40)]))["input_ids"][0].tolist()
     words = prompter.tokenizer.convert_ids_to_tokens(ids)
     row = ["[IMG]"] * 5  # of 60 pixels
@@ -793,7 +817,7 @@ WEIGHTS: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("damage", WEIGHTS.values(), ids=WEIGHTS)
+@for_each("damage", WEIGHTS.values(), ids=WEIGHTS, own=(copy, answers))
 def test_weights_that_answer(damage: Damage, copy: Copy, answers: Callable[[Path, str], None]) -> None:
     folder = copy("llava-llama")
     damage(folder)
@@ -812,8 +836,7 @@ def test_weights_in_the_hubs_cache_beside_an_index(checkpoint: Checkpoint, home:
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
 
 
-@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-@pytest.mark.parametrize("part", [None, "text_config"])
+@for_each("bits, part", itertools.product(["load_in_4bit", "load_in_8bit"], [None, "text_config"]), own=(copy, answers))
 def test_weights_that_only_the_config_calls_quantized(
     bits: str, part: str | None, copy: Copy, run: Run, drawing: Path, answers: Callable[[Path, str], None]
 ) -> None:
@@ -861,7 +884,7 @@ TOKENS: dict[str, tuple[Damage, str]] = {
     ),
     "none of the tokenizer": (
         change("config.json", image_token_index=32000),
-        r"config\.json has 32000 for the token of a picture \(which the tokenizer does not have\), tokenizer\.json has",
+        r"config\.json has 32000 for the image token \(which the tokenizer does not have\), tokenizer\.json has",
     ),
     "none of the model": (
         inner("text_config", vocab_size=200),
@@ -890,7 +913,7 @@ FLASH: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("damage", FLASH.values(), ids=FLASH)
+@for_each("damage", FLASH.values(), ids=FLASH, own=(copy, answers))
 def test_flash_attention(damage: Damage, copy: Copy, answers: Callable[[Path, str], None]) -> None:
     folder = copy("llava-llama")
     damage(folder)

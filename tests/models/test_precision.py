@@ -13,18 +13,19 @@ import torch
 from helpers.command import Run
 from helpers.engines import kinds
 from helpers.families import FAMILIES
+from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import Conversation, Sampling, load
 from llava_cli.conversation import Picture
 from llava_cli.errors import UsageError
-from llava_cli.hardware.device import plan
+from llava_cli.hardware.device import choose_plan
 
 TALK = Conversation().ask("what is this?", [Picture("red", Image.new("RGB", (80, 50), "red"), sha256="")])
 
 
 def test_auto_never_chooses_fp16_on_a_cpu() -> None:
-    how = plan("cpu", "auto")
+    how = choose_plan("cpu", "auto")
     assert how.precision in ("bf16", "fp32")
     assert how.precision == ("bf16" if "has bf16" in how.why else "fp32")
     assert how.attention == "sdpa"
@@ -40,9 +41,14 @@ def test_weights_have_the_precision_that_was_asked(precision: str, dtype: torch.
     assert engine.ask(str(drawing), "how many shapes are there?", max_tokens=3)
 
 
-@pytest.mark.parametrize("precision, layer", [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
-@pytest.mark.parametrize("family", ["builtin", *FAMILIES])
-def test_quantised_is_the_decoder_and_nothing_else(
+@for_each(
+    "family, precision, layer",
+    [
+        *((family, "4bit", "Linear4bit") for family in ["builtin", *FAMILIES]),
+        *((family, "8bit", "Linear8bitLt") for family in ("builtin", "llava-next-mistral", "llava-onevision")),
+    ],
+)
+def test_only_the_decoder_is_quantized(
     precision: str, layer: str, family: str, checkpoint: Callable[[str], Path]
 ) -> None:
     name = family if family == "builtin" else str(checkpoint(family))
@@ -63,7 +69,7 @@ def test_quantised_is_the_decoder_and_nothing_else(
 
 def test_4bit_is_nf4_and_computes_in_what_the_cpu_is_fast_in() -> None:
     engine = load("builtin", precision="4bit", device="cpu")
-    fast = torch.bfloat16 if plan("cpu", "auto").precision == "bf16" else torch.float32
+    fast = torch.bfloat16 if choose_plan("cpu", "auto").precision == "bf16" else torch.float32
     layers = [m for m in engine.network.modules() if type(m).__name__ == "Linear4bit"]
     assert {m.compute_dtype for m in layers} == {engine.network.dtype} == {fast}
     assert {m.weight.quant_state.quant_type for m in layers} == {"nf4"}

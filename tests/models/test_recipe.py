@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import torch
 from helpers.command import Run
+from helpers.tables import for_each
 
 RECIPE = Path(__file__).parents[2] / "examples" / "builtin"
 sys.path.insert(0, str(RECIPE))
@@ -63,7 +64,7 @@ def test_scenes_are_the_same_from_the_same_seed() -> None:
     assert one.turns == two.turns != samples.drawing(Random(4), 5).turns
 
 
-@pytest.mark.parametrize("kind", questions.KINDS)
+@for_each("kind", questions.KINDS)
 def test_every_kind_of_question_has_a_sure_answer(kind: str) -> None:
     answers = set()
     for seed in range(200):

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from helpers.command import Run
+from helpers.homes import home
+from helpers.tables import for_each
 
 from llava_cli import files, limits
-from llava_cli.models.registry import ALIASES, builtin_folder, find, remember
+from llava_cli.models.aliases import ALIASES
+from llava_cli.models.registry import builtin_folder, find, record_pulled
 
 
 def on_disk(cache: Path, repo: str, weights: str = "model.safetensors") -> Path:
@@ -56,7 +59,7 @@ def test_an_alias_is_its_repo_on_disk(run: Run, home: Path) -> None:
     assert run("models", "default").stdout == "builtin\n", "what other tools fetched is nobody's choice"
 
 
-@pytest.mark.parametrize("name", ["folder", "./folder", "../here/folder", "~/here/folder", "owner/name"])
+@for_each("name", ["folder", "./folder", "../here/folder", "~/here/folder", "owner/name"], own=(home,))
 def test_a_folder_is_itself(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     folder = home / "here" / ("owner/name" if name == "owner/name" else "folder")
     shutil.copytree(builtin_folder(), folder)
@@ -78,8 +81,7 @@ def test_a_folder_does_not_hide_an_alias(tmp_path: Path, run: Run, monkeypatch: 
     assert "not on this machine" in run("ask", "-m", "llava-1.5-7b", "x").stderr
 
 
-@pytest.mark.parametrize("command", ["ask why? -m", "prompt why? -m", "models default"])
-@pytest.mark.parametrize(
+@for_each(
     "name, reason, hint",
     [
         ("llava-1.5-7b", HUB, "llava models pull llava-1.5-7b"),
@@ -93,10 +95,11 @@ def test_a_folder_does_not_hide_an_alias(tmp_path: Path, run: Run, monkeypatch: 
         ("x" * 5000, "unknown model", "llava models lists what there is"),
     ],
 )
-def test_what_is_not_here(run: Run, command: str, name: str, reason: str, hint: str) -> None:
-    result = run(*command.split(), name)
-    assert (result.exit_code, result.stdout) == (69, "")
-    assert result.stderr == f"llava: {name}: {reason}\n" + (f"  {hint}\n" if hint else "")
+def test_what_is_not_here(run: Run, name: str, reason: str, hint: str) -> None:
+    for command in ("ask why? -m", "prompt why? -m", "models default"):
+        result = run(*command.split(), name)
+        assert (result.exit_code, result.stdout) == (69, "")
+        assert result.stderr == f"llava: {name}: {reason}\n" + (f"  {hint}\n" if hint else "")
 
 
 def test_a_folder_without_a_model_is_no_default(run: Run, tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ BAD_REFS = [
 ]
 
 
-@pytest.mark.parametrize("ref", BAD_REFS, ids=lambda ref: ascii(ref[:20]))
+@for_each("ref", BAD_REFS, own=(home,))
 def test_a_ref_that_names_no_commit(run: Run, home: Path, ref: bytes) -> None:
     """It would be a part of the path that a model is loaded from."""
     snapshot = on_disk(home / "hub/hub", "owner/name")
@@ -153,14 +156,14 @@ def test_a_ref_that_names_no_commit(run: Run, home: Path, ref: bytes) -> None:
     for command in ("ask why? -m", "prompt why? -m", "models default", "models show"):
         result = run(*command.split(), "owner/name")
         assert (result.exit_code, result.stdout) == (69, "")
-        assert result.stderr == f"llava: owner/name: {path} names no commit\n  llava models pull owner/name\n"
+        assert result.stderr == f"llava: owner/name: {path} does not contain a commit\n  llava models pull owner/name\n"
     (home / "data").mkdir()
     (home / "data" / "pulled").write_text("owner/name\n")
     assert rows(run)["owner/name"][2:4] == ["", "-"], "the list goes on"
     assert run("models", "default").stdout == "builtin\n"
 
 
-@pytest.mark.parametrize("what", ["fifo", "folder", "endless", "link to an endless one"])
+@for_each("what", ["fifo", "folder", "endless", "link to an endless one"], own=(home,))
 def test_a_ref_that_is_no_file(run: Run, home: Path, what: str) -> None:
     path = on_disk(home / "hub/hub", "owner/name").parent.parent / "refs" / "main"
     path.unlink()
@@ -172,7 +175,7 @@ def test_a_ref_that_is_no_file(run: Run, home: Path, what: str) -> None:
     else:
         {"fifo": os.mkfifo, "folder": os.mkdir}[what](path)
     result = run("models", "default", "owner/name")
-    assert result.stderr == f"llava: owner/name: {path} names no commit\n  llava models pull owner/name\n"
+    assert result.stderr == f"llava: owner/name: {path} does not contain a commit\n  llava models pull owner/name\n"
 
 
 def test_commits_of_both_kinds(run: Run, home: Path) -> None:
@@ -196,7 +199,7 @@ INDEXES = {
 }
 
 
-@pytest.mark.parametrize("kind", INDEXES)
+@for_each("kind", INDEXES, own=(home,))
 def test_an_index_that_is_odd_does_not_end_the_list(
     run: Run, home: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +211,7 @@ def test_an_index_that_is_odd_does_not_end_the_list(
 
 def test_what_was_pulled_is_noted_for_its_owner_alone(home: Path) -> None:
     for name in ("owner/one", "owner/two", "owner/one"):
-        remember(name)
+        record_pulled(name)
     path = home / "data" / "pulled"
     assert path.read_text() == "owner/one\nowner/two\n"
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
@@ -216,7 +219,7 @@ def test_what_was_pulled_is_noted_for_its_owner_alone(home: Path) -> None:
     path.unlink()
     path.symlink_to(home / "secret")
     with pytest.raises(files.IsLink):
-        remember("owner/three")
+        record_pulled("owner/three")
     assert (home / "secret").read_text() == "mine\n"
 
 
@@ -236,7 +239,7 @@ def test_a_list_of_what_was_pulled_without_an_end(run: Run, home: Path, monkeypa
     assert list(rows(run)) == ["builtin", *ALIASES]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "variables",
     [
         {},
@@ -250,6 +253,7 @@ def test_a_list_of_what_was_pulled_without_an_end(run: Run, home: Path, monkeypa
         {"HUGGINGFACE_HUB_CACHE": "HOME/old", "HF_HOME": "HOME/hf"},
         {"HUGGINGFACE_HUB_CACHE": "HOME/old", "HF_HUB_CACHE": "relative"},
     ],
+    own=(home,),
 )
 def test_the_cache_is_where_huggingface_hub_has_it(
     home: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]

@@ -14,6 +14,7 @@ import torch
 from helpers.command import Run, Shell
 from helpers.damage import Damage, change, put
 from helpers.hub import shard
+from helpers.tables import for_each
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
@@ -133,7 +134,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.mark.parametrize("damage, reason", CONFIGS.values(), ids=CONFIGS)
+@for_each("damage, reason", CONFIGS.values(), ids=CONFIGS, own=(folder, refused))
 def test_config_processor_and_tokenizer(folder: Path, refused: Refused, damage: Damage, reason: str) -> None:
     damage(folder)
     assert reason in refused().stderr
@@ -175,7 +176,7 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.mark.parametrize("damage, reason", WEIGHTS.values(), ids=WEIGHTS)
+@for_each("damage, reason", WEIGHTS.values(), ids=WEIGHTS, own=(folder, refused))
 def test_weights(folder: Path, refused: Refused, damage: Damage, reason: str) -> None:
     damage(folder)
     assert reason in refused().stderr
@@ -199,7 +200,7 @@ def text_config(folder: Path, **values: Any) -> dict[str, Any]:
     return {**json.loads((folder / "config.json").read_text())["text_config"], **values}
 
 
-@pytest.mark.parametrize("damage", MISFITS.values(), ids=MISFITS)
+@for_each("damage", MISFITS.values(), ids=MISFITS, own=(folder, refused))
 def test_tensors_that_are_not_the_models_never_become_random_ones(
     folder: Path, refused: Refused, damage: Damage
 ) -> None:
@@ -263,7 +264,7 @@ SHARDS: dict[str, tuple[Damage, str]] = {
 }
 
 
-@pytest.mark.parametrize("damage, reason", SHARDS.values(), ids=SHARDS)
+@for_each("damage, reason", SHARDS.values(), ids=SHARDS, own=(folder, refused))
 def test_damaged_shards(folder: Path, refused: Refused, damage: Damage, reason: str) -> None:
     shard(folder)
     damage(folder)
@@ -304,7 +305,7 @@ TEMPLATES: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@for_each("template", TEMPLATES.values(), ids=TEMPLATES, own=(folder, refused))
 def test_templates(folder: Path, refused: Refused, template: str) -> None:
     put(folder / "chat_template.jinja", template)
     assert "--template" in refused(69, "the checkpoint's chat template").stderr
@@ -333,7 +334,7 @@ def test_no_template_and_no_family(folder: Path, run: Run, drawing: Path) -> Non
     assert run("prompt", "-m", folder, drawing, "what?", "--template", "qwen").exit_code == 0
 
 
-@pytest.mark.parametrize(
+@for_each(
     "damage",
     [
         change("config.json", model_type="evil", auto_map=CODE),
@@ -357,6 +358,7 @@ def test_no_template_and_no_family(folder: Path, run: Run, drawing: Path) -> Non
         ),
     ],
     ids=["config", "known type", "processor", "image processor", "old image processor", "tokenizer"],
+    own=(folder,),
 )
 def test_code_of_a_checkpoint_is_never_run_nor_offered(
     run: Run, folder: Path, drawing: Path, tmp_path: Path, damage: Damage

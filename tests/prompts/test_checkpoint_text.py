@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import Run, Shell
+from helpers.command import Run
+from helpers.tables import for_each
 from jinja2.defaults import DEFAULT_FILTERS
 from tokenizers import Tokenizer
 
 from llava_cli import limits
 from llava_cli.errors import ModelUnusable, PromptTooLong
 from llava_cli.loader import load_prompter
-from llava_cli.prompts.sandbox import PIECE, Refused, TextSandbox, are_more
-from llava_cli.settings import Settings
+from llava_cli.prompts.sandbox import PIECE_CHARACTERS, TextRefused, TextSandbox, exceeds
+from llava_cli.settings import LoadOptions
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
@@ -62,12 +64,12 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("template", PROGRAMS.values(), ids=PROGRAMS)
+@for_each("template", PROGRAMS.values(), ids=PROGRAMS)
 def test_a_template_that_is_a_hostile_program(
     template: str, sandbox: TextSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "TEMPLATE_SECONDS", 1.0)
-    with pytest.raises(Refused) as raised:
+    with pytest.raises(TextRefused) as raised:
         sandbox.render(template, MESSAGES, True, {})
     assert "\n" not in str(raised.value)
     assert "\x1b" not in str(raised.value)
@@ -75,8 +77,11 @@ def test_a_template_that_is_a_hostile_program(
     assert sandbox.render("{{ messages[0].role }}", MESSAGES, True, {}) == "system"  # others go on
 
 
-@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
-@pytest.mark.parametrize("name", ["memory at once", "Python behind a string"])
+@for_each(
+    "where, name",
+    itertools.product(["chat_template.jinja", "tokenizer_config.json"], ["memory at once", "Python behind a string"]),
+    own=(folder,),
+)
 def test_the_command_says_so_in_a_line(where: str, name: str, folder: Path, run: Run, drawing: Path) -> None:
     if where.endswith(".json"):
         (folder / "chat_template.jinja").unlink(missing_ok=True)
@@ -98,7 +103,7 @@ def test_a_template_is_of_limited_length(folder: Path, run: Run, drawing: Path) 
 
 
 def test_a_prompt_is_of_limited_length(sandbox: TextSandbox) -> None:
-    with pytest.raises(Refused, match=f"a prompt of more than {limits.PROMPT_CHARACTERS:,} characters"):
+    with pytest.raises(TextRefused, match=f"a prompt of more than {limits.PROMPT_CHARACTERS:,} characters"):
         sandbox.render(f"{{{{ 'a' * {limits.PROMPT_CHARACTERS + 1} }}}}", MESSAGES, True, {})
 
 
@@ -115,9 +120,9 @@ ORDINARY = [
 ]
 
 
-@pytest.mark.parametrize("template", ORDINARY)
+@for_each("template", ORDINARY)
 def test_templates_render_as_with_transformers(template: str, folder: Path, sandbox: TextSandbox) -> None:
-    tokenizer = load_prompter(Settings(model=str(folder))).tokenizer
+    tokenizer = load_prompter(LoadOptions(model=str(folder))).tokenizer
     for asks in (True, False):
         theirs = tokenizer.apply_chat_template(
             MESSAGES, chat_template=template, add_generation_prompt=asks, tokenize=False
@@ -125,15 +130,15 @@ def test_templates_render_as_with_transformers(template: str, folder: Path, sand
         assert sandbox.render(template, MESSAGES, asks, tokenizer.special_tokens_map) == theirs
 
 
-@pytest.mark.parametrize("name", sorted(set(DEFAULT_FILTERS) - {"random", "tojson"}))
+@for_each("name", sorted(set(DEFAULT_FILTERS) - {"random", "tojson"}))
 def test_all_filters_are_there(name: str, folder: Path, sandbox: TextSandbox) -> None:
     """Also those for which Jinja imports something only when they are used."""
-    tokenizer = load_prompter(Settings(model=str(folder))).tokenizer
+    tokenizer = load_prompter(LoadOptions(model=str(folder))).tokenizer
     template = "{{ '<b>a</b> 12 b' | NAME }}".replace("NAME", name)
     try:
         theirs = tokenizer.apply_chat_template(MESSAGES, chat_template=template, tokenize=False)
     except Exception as error:
-        with pytest.raises(Refused) as raised:
+        with pytest.raises(TextRefused) as raised:
             sandbox.render(template, MESSAGES, False, {})
         assert str(raised.value).split(":")[0] == str(error).split(":")[0]
     else:
@@ -165,7 +170,7 @@ CATASTROPHES = {
 }
 
 
-@pytest.mark.parametrize("parts", CATASTROPHES.values(), ids=CATASTROPHES)
+@for_each("parts", CATASTROPHES.values(), ids=CATASTROPHES, own=(folder,))
 def test_a_tokenizer_that_takes_for_ever(
     parts: dict[str, Any], folder: Path, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,13 +189,13 @@ def test_an_exponential_expression_is_stopped(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(limits, "TOKENIZE_SECONDS", 1.0)
     change(folder, pre_tokenizer=regex("(x+x+)+y"))
     sandbox = TextSandbox(folder / "tokenizer.json")
-    with pytest.raises(Refused):
+    with pytest.raises(TextRefused):
         sandbox.count("x" * 3000)
     assert sandbox.count("short") > 0
     sandbox.end()
 
 
-@pytest.mark.parametrize(
+@for_each(
     "parts, reason",
     [
         ({"decoder": replace({"Regex": "(a+)+$"}, "")}, "its decoder has a regular expression, which is never run"),
@@ -201,6 +206,7 @@ def test_an_exponential_expression_is_stopped(folder: Path, monkeypatch: pytest.
         ({"model": "none"}, ""),
         ({"added_tokens": [{"id": -1}]}, ""),
     ],
+    own=(folder,),
 )
 def test_a_tokenizer_that_is_not_loaded(
     parts: dict[str, Any], reason: str, folder: Path, run: Run, drawing: Path, capfd: pytest.CaptureFixture[str]
@@ -217,7 +223,7 @@ def test_a_token_is_of_limited_length(folder: Path) -> None:
     found["added_tokens"][-1]["content"] = "x" * (limits.TOKEN_CHARACTERS + 1)
     (folder / "tokenizer.json").write_text(json.dumps(found))
     sandbox = TextSandbox(folder / "tokenizer.json")
-    with pytest.raises(Refused, match=f"a token of more than {limits.TOKEN_CHARACTERS} characters"):
+    with pytest.raises(TextRefused, match=f"a token of more than {limits.TOKEN_CHARACTERS} characters"):
         sandbox.check_tokenizer()
     sandbox.end()
 
@@ -233,21 +239,22 @@ def test_memory_of_a_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(limits, "TEXT_MEMORY", 1 << 30)
     change(folder, normalizer=replace({"String": "a"}, "b" * 1_000_000))
     sandbox = TextSandbox(folder / "tokenizer.json")
-    with pytest.raises(Refused, match="crashes, or takes too much memory"):
+    with pytest.raises(TextRefused, match="crashes, or takes too much memory"):
         sandbox.count("a" * 100_000)
     sandbox.end()
 
 
-@pytest.mark.parametrize("data", [b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"null", b'{"version": "1.0"}'])
-def test_what_is_no_tokenizer(data: bytes, folder: Path, shell: Shell, drawing: Path) -> None:
-    """In a process of its own: nothing of what libraries say of it is seen."""
+@for_each("data", [b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"null", b'{"version": "1.0"}'])
+def test_what_is_no_tokenizer(
+    data: bytes, folder: Path, run: Run, drawing: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of what libraries say of it is seen."""
     (folder / "tokenizer.json").write_bytes(data)
-    result = shell("ask", "-m", folder, drawing, QUESTION)
-    assert result.returncode == 69
-    assert result.stdout == b""
-    assert result.stderr.decode().startswith(f"llava: {folder}: its tokenizer.json ")
-    assert b"Traceback" not in result.stderr
-    assert b"panicked" not in result.stderr
+    result = run("ask", "-m", folder, drawing, QUESTION)
+    assert (result.exit_code, result.stdout) == (69, "")
+    assert result.stderr.startswith(f"llava: {folder}: its tokenizer.json ")
+    assert "Traceback" not in result.stderr
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_vocabulary_has_a_limited_number_of_added_tokens(
@@ -289,7 +296,7 @@ def test_a_new_process_gets_the_tokenizer_again(folder: Path, monkeypatch: pytes
 
 
 def test_a_long_text_is_not_tokenized_to_its_end(folder: Path) -> None:
-    prompter = load_prompter(Settings(model=str(folder)))
+    prompter = load_prompter(LoadOptions(model=str(folder)))
     from llava_cli.conversation import Conversation
 
     with pytest.raises(PromptTooLong, match="more than"):
@@ -305,10 +312,10 @@ def test_how_much_is_tokenized_to_see_that_it_is_too_long() -> None:
         seen += len(part)
         return list(tokenizer.encode(part).ids)
 
-    assert are_more(tokenize, "word " * 1_000_000, 1000)
-    assert seen <= 2 * PIECE
-    assert not are_more(tokenize, "word " * 10, 1000)
-    assert not are_more(tokenize, "word " * 10_000, 10**9)
+    assert exceeds(tokenize, "word " * 1_000_000, 1000)
+    assert seen <= 2 * PIECE_CHARACTERS
+    assert not exceeds(tokenize, "word " * 10, 1000)
+    assert not exceeds(tokenize, "word " * 10_000, 10**9)
 
 
 def test_a_refusal_while_an_answer_is_prepared_is_the_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +323,6 @@ def test_a_refusal_while_an_answer_is_prepared_is_the_models(folder: Path, monke
 
     monkeypatch.setattr(limits, "TOKENIZE_SECONDS", 1.0)
     change(folder, pre_tokenizer=regex("(x+x+)+y"))
-    prompter = load_prompter(Settings(model=str(folder)))
+    prompter = load_prompter(LoadOptions(model=str(folder)))
     with pytest.raises(ModelUnusable, match="the checkpoint's tokenizer: "):
         prompter.encode(Conversation().ask("x" * 3000))

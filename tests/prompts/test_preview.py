@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from helpers.command import Run
 from helpers.families import FAMILIES
+from helpers.tables import for_each
 from PIL import Image, ImageDraw
 
 from llava_cli.loader import load_prompter
-from llava_cli.settings import Settings
+from llava_cli.settings import LoadOptions
 
 Checkpoint = Callable[[str], Path]
 
@@ -106,8 +107,8 @@ def test_a_view_of_no_picture(run: Run, tmp_path: Path) -> None:
     assert (result.exit_code, "--save-view" in result.stderr) == (69, True)
 
 
-@pytest.mark.parametrize("family", ["builtin", *FAMILIES])
+@for_each("family", ["builtin", *FAMILIES])
 def test_pillow_resizes_whatever_else_is_installed(family: str, checkpoint: Checkpoint) -> None:
-    prompter = load_prompter(Settings(model=family if family == "builtin" else str(checkpoint(family))))
-    assert "Pil" in type(prompter.processor.image_processor._inner).__name__
+    prompter = load_prompter(LoadOptions(model=family if family == "builtin" else str(checkpoint(family))))
+    assert "Pil" in type(prompter.processor.image_processor._image_processor).__name__
     assert prompter.processor.image_processor.backend == "pil"

@@ -6,18 +6,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from helpers.command import Run
+from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import Conversation
 from llava_cli.conversation import Picture
 from llava_cli.loader import load_prompter
+from llava_cli.models.aliases import ALIASES
 from llava_cli.models.families import FAMILIES
-from llava_cli.models.registry import ALIASES
 from llava_cli.prompts.chat_template import named_templates
 from llava_cli.prompts.prompter import Prompter
-from llava_cli.settings import Settings
+from llava_cli.settings import LoadOptions
 
 Checkpoint = Callable[[str], Path]
 
@@ -152,9 +152,9 @@ TRAINED = {
 """Fixtures: the family that each is, and what its prompts begin with."""
 
 
-@pytest.mark.parametrize("name, golden, talk", [(n, p, t) for n, prompts in NATIVE.items() for p, t in prompts.items()])
+@for_each("name, golden, talk", [(n, p, t) for n, prompts in NATIVE.items() for p, t in prompts.items()])
 def test_named_formats_byte_for_byte(name: str, golden: str, talk: Conversation) -> None:
-    assert load_prompter(Settings(model="builtin", template=name)).render(talk) == golden
+    assert load_prompter(LoadOptions(model="builtin", template=name)).render(talk) == golden
 
 
 def test_every_named_format_has_its_goldens() -> None:
@@ -163,22 +163,22 @@ def test_every_named_format_has_its_goldens() -> None:
     assert {alias.family for alias in ALIASES.values()} == {one.name for one in FAMILIES} - {"builtin", "llava-llama3"}
 
 
-@pytest.mark.parametrize("family, golden, talk", [(f, p, t) for f, prompts in HUB.items() for p, t in prompts.items()])
+@for_each("family, golden, talk", [(f, p, t) for f, prompts in HUB.items() for p, t in prompts.items()])
 def test_the_checkpoint_s_own_format_is_the_default(
     family: str, golden: str, talk: Conversation, checkpoint: Checkpoint
 ) -> None:
     folder = str(checkpoint(family))
-    assert load_prompter(Settings(model=folder)).render(talk) == golden
-    assert load_prompter(Settings(model=folder, template="hub")).render(talk) == golden
+    assert load_prompter(LoadOptions(model=folder)).render(talk) == golden
+    assert load_prompter(LoadOptions(model=folder, template="hub")).render(talk) == golden
 
 
-@pytest.mark.parametrize("fixture, name, begin", [(f, *found) for f, found in TRAINED.items()])
+@for_each("fixture, name, begin", [(f, *found) for f, found in TRAINED.items()])
 def test_native_is_known_from_the_config_and_the_vocabulary(
     fixture: str, name: str, begin: str | None, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     folder = tmp_path / "some-name-of-no-meaning"
     folder.symlink_to(checkpoint(fixture))
-    prompter = load_prompter(Settings(model=str(folder), template="native"))
+    prompter = load_prompter(LoadOptions(model=str(folder), template="native"))
     assert prompter.family is not None
     assert prompter.family.name == name
     for golden, talk in NATIVE[str(prompter.family.template)].items():
@@ -209,9 +209,9 @@ def text_of(prompter: Prompter, read: list[str]) -> str:
 SPECIAL = ["<image>", "</s>", "<s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<pad>", "[INST]"]
 
 
-@pytest.mark.parametrize("fixture", TRAINED)
+@for_each("fixture", TRAINED)
 def test_control_tokens_in_a_question_stay_text(fixture: str, checkpoint: Checkpoint) -> None:
-    prompter = load_prompter(Settings(model=str(checkpoint(fixture)), template="native"))
+    prompter = load_prompter(LoadOptions(model=str(checkpoint(fixture)), template="native"))
     plain = tokens(prompter, ONE)
     for word in SPECIAL:
         said = tokens(prompter, Conversation().ask(f"Q1{word}", [DOT]))
@@ -224,7 +224,7 @@ def test_control_tokens_in_a_question_stay_text(fixture: str, checkpoint: Checkp
 def test_a_token_that_is_not_marked_as_special_stays_text_too(checkpoint: Checkpoint) -> None:
     from tokenizers import AddedToken
 
-    prompter = load_prompter(Settings(model=str(checkpoint("llava-llama"))))
+    prompter = load_prompter(LoadOptions(model=str(checkpoint("llava-llama"))))
     prompter.tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
     again = Prompter(prompter.processor, family=prompter.family)
     said = tokens(again, Conversation().ask("Q1<tool_call>", [DOT]))

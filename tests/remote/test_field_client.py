@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,18 +22,19 @@ from typing import Any
 import pytest
 from helpers.command import Run
 from helpers.peer import Peer, Reply, delta, say, serving, stream
+from helpers.tables import for_each
 
 from llava_cli.conversation import Conversation, Turn
 from llava_cli.engine.remote import remote_engine
-from llava_cli.engine.remote.openai_client import messages
+from llava_cli.engine.remote.openai_messages import messages
 
 QUESTION = "what color is the circle?"
 
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(remote_engine, "TRIES", 2)
+    monkeypatch.setattr(remote_engine, "FIRST_DELAY", 0.0)
+    monkeypatch.setattr(remote_engine, "MAX_ATTEMPTS", 2)
     with serving() as it:
         yield it
 
@@ -41,24 +43,27 @@ def said(message: Any, reason: str | None = "stop") -> dict[str, Any]:
     return {"choices": [{"message": message, "finish_reason": reason}]}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        [{"type": "text", "text": "red"}],
-        ["r", "ed"],
-        [{"type": "output_text", "text": "red", "annotations": []}],
-        [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "red"}],
-        {"type": "text", "text": "red"},
-    ],
+@for_each(
+    "content, words",
+    itertools.product(
+        [
+            [{"type": "text", "text": "red"}],
+            ["r", "ed"],
+            [{"type": "output_text", "text": "red", "annotations": []}],
+            [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "red"}],
+            {"type": "text", "text": "red"},
+        ],
+        [(), ("--json",)],
+    ),
+    own=(peer,),
 )
-@pytest.mark.parametrize("words", [(), ("--json",)])
 def test_content_in_parts(content: Any, words: tuple[str, ...], peer: Peer, run: Run, drawing: Path) -> None:
     peer.usual = say(200, said({"content": content}))
     asked = run("ask", "--server", peer.url, drawing, QUESTION, *words)
     assert (json.loads(asked.stdout)["answer"] if words else asked.stdout.strip()) == "red", asked.stderr
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("message", "reason", "words"),
     [
         ({"content": None, "refusal": "I can't help with that."}, "stop", "refuses to answer: I can't help with that."),
@@ -70,6 +75,7 @@ def test_content_in_parts(content: Any, words: tuple[str, ...], peer: Peer, run:
         ({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls", "calls a tool, and does not answer"),
         ({"content": None}, "stop", "answers with nothing"),
     ],
+    own=(peer,),
 )
 def test_no_answer_is_an_error(
     message: dict[str, Any], reason: str, words: str, peer: Peer, run: Run, drawing: Path, tmp_path: Path
@@ -125,11 +131,14 @@ def test_other_names(peer: Peer, run: Run, drawing: Path) -> None:
     assert asked.stderr.endswith("  without --temperature it may answer\n")
 
 
-@pytest.mark.parametrize(
-    "form",
-    ["{}", "{}/", "{}/v1", "{}/v1/", "{}/v1/chat/completions", "{}/v1/chat/completions/", "{}//v1", "{}/v1/models"],
+@for_each(
+    "form, scheme",
+    itertools.product(
+        ["{}", "{}/", "{}/v1", "{}/v1/", "{}/v1/chat/completions", "{}/v1/chat/completions/", "{}//v1", "{}/v1/models"],
+        ["http://", ""],
+    ),
+    own=(peer,),
 )
-@pytest.mark.parametrize("scheme", ["http://", ""])
 def test_addresses(scheme: str, form: str, peer: Peer, run: Run, drawing: Path) -> None:
     url = form.format(peer.url).replace("http://", scheme)
     assert run("ask", "--server", url, drawing, QUESTION).stdout == "red\n"
@@ -149,7 +158,7 @@ def test_a_web_page(peer: Peer, run: Run, drawing: Path) -> None:
     assert "fails (502 Bad Gateway)" in run("ask", "--server", peer.url, drawing, QUESTION).stderr
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("reply", "code", "words"),
     [
         (say(200, {"error": {"message": "no such picture", "code": 400}}), 65, "no such picture"),
@@ -163,6 +172,7 @@ def test_a_web_page(peer: Peer, run: Run, drawing: Path) -> None:
         (stream('data: {"object": "error", "message": "bad", "code": 400}'), 65, "bad"),
         (stream('error: {"code": 400, "message": "older llama.cpp"}'), 65, "older llama.cpp"),
     ],
+    own=(peer,),
 )
 def test_the_words_of_an_error(reply: Reply, code: int, words: str, peer: Peer, run: Run, drawing: Path) -> None:
     peer.usual = reply
@@ -180,19 +190,22 @@ def test_what_to_type(peer: Peer, run: Run, drawing: Path) -> None:
     assert asked.stderr.endswith("no such model\n  -m NAME asks for one of its-model\n")
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
-        say(200, said({"content": "red"}), Content_Type="application/json"),
-        say(200, json.dumps(said({"content": "red"}), indent=2).encode()),
-        say(200, {"choices": [{"text": "red", "finish_reason": "stop"}]}),
-        stream('data: {"choices": [], "prompt_filter_results": []}', delta("red", "stop")),
-        stream(": keep-alive", 'data:{"choices":[{"delta":{"content":"red"}}]}', "data:[DONE]"),
-        stream("event: message\r\n" + delta("red") + "\r", "data: [DONE]\r"),
-        stream(delta("red"), delta(None, "eos_token")),
-    ],
+@for_each(
+    "reply, command",
+    itertools.product(
+        [
+            say(200, said({"content": "red"}), Content_Type="application/json"),
+            say(200, json.dumps(said({"content": "red"}), indent=2).encode()),
+            say(200, {"choices": [{"text": "red", "finish_reason": "stop"}]}),
+            stream('data: {"choices": [], "prompt_filter_results": []}', delta("red", "stop")),
+            stream(": keep-alive", 'data:{"choices":[{"delta":{"content":"red"}}]}', "data:[DONE]"),
+            stream("event: message\r\n" + delta("red") + "\r", "data: [DONE]\r"),
+            stream(delta("red"), delta(None, "eos_token")),
+        ],
+        ["ask", "batch"],
+    ),
+    own=(peer,),
 )
-@pytest.mark.parametrize("command", ["ask", "batch"])
 def test_shapes_of_answers(command: str, reply: Reply, peer: Peer, run: Run, drawing: Path) -> None:
     """Streamed or not, whichever was asked for."""
     peer.usual = reply
@@ -214,4 +227,4 @@ def test_a_date_to_come_back_at(peer: Peer, run: Run, drawing: Path, monkeypatch
     monkeypatch.setattr(remote_engine.time, "sleep", pauses.append)
     peer.replies = [say(429, {}, Retry_After="Fri, 31 Dec 2100 23:59:59 GMT")]
     assert run("ask", "--server", peer.url, drawing, QUESTION).stdout == "red\n"
-    assert pauses == [remote_engine.LONGEST_WISH]
+    assert pauses == [remote_engine.MAX_RETRY_AFTER]

@@ -6,19 +6,39 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pexpect
 import pytest
 from helpers.command import Run, Shell
-from helpers.servers import Serve
+from helpers.servers import Serve, Server, begin, end
+from helpers.tables import for_each
 from PIL import Image
 
-from llava_cli.engine.remote.local_socket import status
+from llava_cli.engine.remote.local_socket import server_info
 
 QUESTION = "what color is the circle?"
 FP32 = ("-p", "fp32")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One with the built-in model, for all that leaves it as it was."""
+    server = begin(tmp_path_factory.mktemp("server"))
+    yield server
+    assert end(server) == 0
+
+
+@pytest.fixture
+def share(running: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Server]:
+    """Once it is called, the test's commands find the server that the tests share."""
+
+    def find() -> Server:
+        monkeypatch.setenv("LLAVA_SOCKET", str(running.socket))
+        return running
+
+    return find
 
 
 def begun(*words: str | Path) -> subprocess.Popen[bytes]:
@@ -27,9 +47,9 @@ def begun(*words: str | Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, bufsize=0)
 
 
-def test_ask_is_answered_by_the_server(serve: Serve, run: Run, drawing: Path) -> None:
+def test_ask_is_answered_by_the_server(share: Callable[[], Server], run: Run, drawing: Path) -> None:
     alone = run("ask", "--json", drawing, QUESTION, *FP32)
-    server = serve()
+    server = share()
     asked = run("ask", "--stats", drawing, QUESTION, *FP32)
     assert asked.stdout == "red\n"
     assert f"builtin fp32 cpu · llava serve (pid {server.process.pid}) · first token" in asked.stderr
@@ -38,8 +58,8 @@ def test_ask_is_answered_by_the_server(serve: Serve, run: Run, drawing: Path) ->
     assert one == other
 
 
-def test_nothing_heavy_is_imported(serve: Serve, drawing: Path) -> None:
-    serve()
+def test_nothing_heavy_is_imported(share: Callable[[], Server], drawing: Path) -> None:
+    share()
     script = (
         "import atexit, sys; from llava_cli.start import main\n"
         "heavy = {'torch', 'transformers', 'numpy', 'rich', 'httpx'}\n"
@@ -52,7 +72,7 @@ def test_nothing_heavy_is_imported(serve: Serve, drawing: Path) -> None:
     assert done.stdout == "red\n[]\n", done.stderr
 
 
-@pytest.mark.parametrize(
+@for_each(
     "other",
     [
         ("-p", "bf16"),
@@ -61,8 +81,10 @@ def test_nothing_heavy_is_imported(serve: Serve, drawing: Path) -> None:
         ("-p", "fp32", "--visual-tokens", "16"),
     ],
 )
-def test_another_model_is_loaded_here(other: tuple[str, ...], serve: Serve, run: Run, drawing: Path) -> None:
-    serve()
+def test_another_model_is_loaded_here(
+    other: tuple[str, ...], share: Callable[[], Server], run: Run, drawing: Path
+) -> None:
+    share()
     asked = run("ask", "--stats", drawing, QUESTION, *other)
     assert asked.stdout == "red\n"
     assert " · load " in asked.stderr
@@ -76,31 +98,31 @@ def test_how_a_server_answers_others_is_not_how_it_answers_us(serve: Serve, run:
     assert asked.stdout == alone.stdout
 
 
-def test_chat_is_answered_by_the_server(serve: Serve, run: Run, drawing: Path) -> None:
+def test_chat_is_answered_by_the_server(share: Callable[[], Server], run: Run, drawing: Path) -> None:
     lines = f"what is this?\n{QUESTION}\n/prompt\n"
     alone = run("chat", drawing, *FP32, input=lines)
-    serve()
+    share()
     talked = run("chat", "--stats", drawing, *FP32, input=lines)
     assert talked.stdout == alone.stdout
     assert talked.stderr.count("llava serve (pid") == 2
     assert "first token" in talked.stderr
 
 
-def test_batch_is_answered_by_the_server(serve: Serve, run: Run, drawing: Path, tmp_path: Path) -> None:
+def test_batch_is_answered_by_the_server(share: Callable[[], Server], run: Run, drawing: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(5):
         (tmp_path / "photos" / f"{number}.png").write_bytes(drawing.read_bytes() if number != 3 else b"no picture")
     words = ("batch", tmp_path / "photos", QUESTION, "--question", "what is this?", *FP32, "-q")
     alone = run(*words)
-    server = serve()
+    before = (server := share()).metric("llava_requests_total")
     assert run(*words, "--verify", "2").stdout == alone.stdout
-    assert server.metric("llava_requests_total") >= 8
+    assert server.metric("llava_requests_total") >= before + 8
     assert f" · llava serve (pid {server.process.pid})\n" in run(*words[:-1]).stderr
 
 
-def test_a_picture_that_is_not_whole(serve: Serve, run: Run, drawing: Path) -> None:
+def test_a_picture_that_is_not_whole(share: Callable[[], Server], run: Run, drawing: Path) -> None:
     """It is taken as far as it goes, here as there."""
-    serve()
+    share()
     drawing.write_bytes(drawing.read_bytes()[:-40])
     assert run("ask", drawing, QUESTION, *FP32).exit_code == 65
     asked = run("ask", "--stats", "--allow-truncated", drawing, QUESTION, *FP32)
@@ -108,9 +130,9 @@ def test_a_picture_that_is_not_whole(serve: Serve, run: Run, drawing: Path) -> N
     assert "llava serve" in asked.stderr
 
 
-def test_a_file_that_others_may_not_send(serve: Serve, run: Run, tmp_path: Path) -> None:
+def test_a_file_that_others_may_not_send(share: Callable[[], Server], run: Run, tmp_path: Path) -> None:
     """As large as it may be without a server."""
-    serve()
+    share()
     Image.effect_noise((4800, 4800), 90).convert("RGB").save(picture := tmp_path / "noise.bmp")
     assert picture.stat().st_size > 64_000_000
     asked = run("ask", "--stats", picture, QUESTION, *FP32)
@@ -119,8 +141,8 @@ def test_a_file_that_others_may_not_send(serve: Serve, run: Run, tmp_path: Path)
     assert "going on without it" not in asked.stderr
 
 
-def test_what_the_server_refuses(serve: Serve, run: Run, drawing: Path) -> None:
-    serve()
+def test_what_the_server_refuses(share: Callable[[], Server], run: Run, drawing: Path) -> None:
+    share()
     asked = run("ask", drawing, "what? " * 3000, *FP32)
     assert asked.exit_code == 65
     assert "\nllava: prompt: " in asked.stderr
@@ -150,7 +172,7 @@ def test_a_server_that_is_killed_in_the_midst_of_an_answer(
     command: str, serve: Serve, shell: Shell, drawing: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     """The answer goes on from where it was."""
-    words = ("-m", checkpoint("llava-llama"), "--max-tokens", "1200", "-q", *FP32)
+    words = ("-m", checkpoint("llava-llama"), "--max-tokens", "500", "-q", *FP32)
     question = b"what is this?\n"
     asked = (command, drawing, *([question.decode().strip()] if command == "ask" else []), *words)
     alone = shell(*asked, input=question)
@@ -175,7 +197,7 @@ def test_what_is_said_in_the_midst_of_an_answer_has_a_line_of_its_own(
 ) -> None:
     server = serve("-m", checkpoint("llava-llama"))
     words = ["-m", "llava_cli", "ask", str(drawing), "what is this?", "-m", str(checkpoint("llava-llama"))]
-    child = pexpect.spawn(sys.executable, [*words, "--max-tokens", "1200", "-q", *FP32], encoding="utf-8", timeout=600)
+    child = pexpect.spawn(sys.executable, [*words, "--max-tokens", "500", "-q", *FP32], encoding="utf-8", timeout=600)
     child.expect(r"\S")
     server.process.send_signal(signal.SIGKILL)
     child.expect(r"\r\nllava: serve: [^\r\n]*; going on without it\r\n")
@@ -188,9 +210,9 @@ def test_a_server_that_is_killed_in_the_midst_of_a_batch(
     serve: Serve, shell: Shell, drawing: Path, tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     (tmp_path / "photos").mkdir()
-    for number in range(60):
+    for number in range(20):
         (tmp_path / "photos" / f"{number:02}.png").write_bytes(drawing.read_bytes())
-    words = ("-m", checkpoint("llava-llama"), "--max-tokens", "60", *FP32)
+    words = ("-m", checkpoint("llava-llama"), "--max-tokens", "40", *FP32)
     questions = ("--question", "what is this?", "--question", QUESTION)
     assert shell("batch", tmp_path / "photos", *questions, "-o", tmp_path / "alone.jsonl", *words).returncode == 0
     server = serve("-m", checkpoint("llava-llama"))
@@ -206,5 +228,5 @@ def test_a_server_that_is_killed_in_the_midst_of_a_batch(
 
 def test_a_socket_of_somebody_else_is_left_alone(home: Path, run: Run, drawing: Path) -> None:
     (home / "server.sock").write_text("no socket")
-    assert status(home / "server.sock") is None
+    assert server_info(home / "server.sock") is None
     assert run("ask", drawing, QUESTION, *FP32).stdout == "red\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import socket
 import ssl
@@ -18,6 +19,7 @@ import pytest
 from helpers.command import Run
 from helpers.peer import Peer, Reply, answer, delta, hang_up, say, serving, stream
 from helpers.servers import Serve
+from helpers.tables import for_each
 from helpers.tls import of_a_server
 from PIL import Image
 
@@ -30,7 +32,7 @@ QUESTION = "what color is the circle?"
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote_engine, "FIRST_DELAY", 0.0)
     with serving() as it:
         yield it
 
@@ -119,9 +121,9 @@ def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ssl.SSL
     """What a server at localhost speaks, and the commands trust."""
     context, file = of_a_server(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
-    bounded_http._tls.cache_clear()
+    bounded_http.tls_context.cache_clear()
     yield context
-    bounded_http._tls.cache_clear()
+    bounded_http.tls_context.cache_clear()
 
 
 def test_over_tls(trusted: ssl.SSLContext, run: Run, drawing: Path) -> None:
@@ -143,8 +145,9 @@ def test_a_certificate_that_nobody_trusts(
         assert said.stderr.startswith(f"llava: {peer.url}/v1: does not answer (certificate verify failed")
 
 
-@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY"])
-@pytest.mark.parametrize("scheme", ["http://", ""])
+@for_each(
+    "variable, scheme", itertools.product(["http_proxy", "HTTP_PROXY", "ALL_PROXY"], ["http://", ""]), own=(peer,)
+)
 def test_by_a_proxy(
     scheme: str, variable: str, peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +200,7 @@ def test_tls_by_a_proxy(
     status: int, trusted: ssl.SSLContext, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It sees where to, and neither the key nor the picture."""
-    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(remote_engine, "FIRST_DELAY", 0.0)
     monkeypatch.setenv("LLAVA_API_KEY", "open-sesame")
     heads: list[bytes] = []
     with serving(trusted) as peer, socket.create_server(("127.0.0.1", 0)) as listener:
@@ -219,9 +222,7 @@ def test_tls_by_a_proxy(
         assert b"sesame" not in head
 
 
-@pytest.mark.parametrize(
-    "proxy", ["socks5://me:secret@127.0.0.1:9", "https://me:secret@127.0.0.1:9", "http://", "http://a:b"]
-)
+@for_each("proxy", ["socks5://me:secret@127.0.0.1:9", "https://me:secret@127.0.0.1:9", "http://", "http://a:b"])
 def test_a_proxy_that_is_none(proxy: str, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", proxy)
     said = run("ask", "--server", "http://api.example", drawing, QUESTION)
@@ -230,7 +231,7 @@ def test_a_proxy_that_is_none(proxy: str, run: Run, drawing: Path, monkeypatch: 
     assert "secret" not in said.stderr
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("url", "reason"),
     [
         ("api.example/v1", "not an http(s) address\n  --server https://api.example/v1"),
@@ -264,7 +265,7 @@ def test_what_the_server_decides(peer: Peer, run: Run, drawing: Path, monkeypatc
     assert run("ask", "--server", peer.url, drawing, QUESTION).stdout == "red\n"
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("models", "words", "reason"),
     [
         (say(200, {"data": [{"id": "a"}, {"id": "b"}]}), (), "has several models\n  -m NAME asks for one of a, b"),
@@ -274,6 +275,7 @@ def test_what_the_server_decides(peer: Peer, run: Run, drawing: Path, monkeypatc
         (say(401, {"error": {"message": "no key"}}), ("-m", "a"), "no key\n  LLAVA_API_KEY"),
         (say(500, {}), (), "fails (status 500), 8 times"),
     ],
+    own=(peer,),
 )
 def test_no_model_can_be_chosen(
     models: Reply, words: tuple[str, ...], reason: str, peer: Peer, run: Run, drawing: Path
@@ -285,14 +287,14 @@ def test_no_model_can_be_chosen(
     assert not peer.asked
 
 
-@pytest.mark.parametrize("models", [say(404, {}), say(500, b"oh"), say(200, b"<html>"), hang_up])
+@for_each("models", [say(404, {}), say(500, b"oh"), say(200, b"<html>"), hang_up], own=(peer,))
 def test_a_model_that_was_named_need_not_be_listed(models: Reply, peer: Peer, run: Run, drawing: Path) -> None:
     peer.models = models
     assert run("ask", "--server", peer.url, "-m", "its", drawing, QUESTION).stdout == "red\n"
     assert peer.asked[0]["model"] == "its"
 
 
-@pytest.mark.parametrize(
+@for_each(
     "failure",
     [
         say(429, {"error": {"message": "too many"}}, Retry_After="0.01"),
@@ -304,6 +306,7 @@ def test_a_model_that_was_named_need_not_be_listed(models: Reply, peer: Peer, ru
         stream(delta("re")),
         stream(delta("re"), 'data: {"error": {"message": "oh", "code": 500}}'),
     ],
+    own=(peer,),
 )
 def test_it_is_asked_again(failure: Reply, peer: Peer, run: Run, drawing: Path) -> None:
     peer.replies = [failure] * 7
@@ -321,7 +324,7 @@ def test_not_for_ever(peer: Peer, run: Run, drawing: Path) -> None:
     assert len(peer.asked) == 8
 
 
-@pytest.mark.parametrize(("wish", "pause"), [("7", 7.0), ("inf", 120.0), ("-3", 0.0), ("nan", 0.0), ("soon", 0.0)])
+@for_each(("wish", "pause"), [("7", 7.0), ("inf", 120.0), ("-3", 0.0), ("nan", 0.0), ("soon", 0.0)], own=(peer,))
 def test_a_server_is_left_alone_as_long_as_it_asks_to_be(
     wish: str, pause: float, peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +337,7 @@ def test_a_server_is_left_alone_as_long_as_it_asks_to_be(
 
 def test_a_server_that_says_nothing(peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "REPLY_SECONDS", 0.05)
-    monkeypatch.setattr(remote_engine, "TRIES", 2)
+    monkeypatch.setattr(remote_engine, "MAX_ATTEMPTS", 2)
     over = threading.Event()
     peer.usual = lambda handler, asked: over.wait(60) and None
     asked = run("ask", "--server", peer.url, drawing, QUESTION)
@@ -350,7 +353,7 @@ def test_an_answer_that_begins_otherwise_is_not_glued_together(peer: Peer, run: 
     assert "llava: answer: broke off, and asked again it has another beginning\n" in asked.stderr
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("failure", "code", "words"),
     [
         (say(400, {"error": {"message": "no pictures here", "type": "BadRequestError"}}), 65, "/v1: no pictures here"),
@@ -377,8 +380,9 @@ def test_an_answer_that_begins_otherwise_is_not_glued_together(peer: Peer, run: 
         (say(200, b"<html>"), 69, "does not speak OpenAI's chat completions"),
         (stream("data: oh"), 69, "does not speak OpenAI's chat completions"),
     ],
+    own=(peer,),
 )
-def test_what_asking_again_does_not_mend(
+def test_errors_that_are_not_retried(
     failure: Reply, code: int, words: str, peer: Peer, run: Run, drawing: Path
 ) -> None:
     peer.usual = failure
@@ -462,8 +466,7 @@ def sent(peer: Peer, run: Run, path: Path, *words: str) -> tuple[str, bytes]:
     return peer.pictures[-1]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
+@for_each("kind, mode", itertools.product(["PNG", "JPEG"], ["RGB", "L"]), own=(peer,))
 def test_plain_pictures_are_sent_as_they_are(kind: str, mode: str, peer: Peer, run: Run, tmp_path: Path) -> None:
     Image.effect_noise((60, 40), 90).convert(mode).save(path := tmp_path / "picture.any", kind)
     assert sent(peer, run, path) == (f"data:image/{kind.lower()}", path.read_bytes())
@@ -475,7 +478,7 @@ def turned(path: Path) -> None:
     Image.effect_noise((40, 40), 90).convert("RGB").save(path, "JPEG", exif=exif)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("save", "kind"),
     [
         (turned, "jpeg"),
@@ -485,6 +488,7 @@ def turned(path: Path) -> None:
         (lambda path: Image.new("RGB", (40, 40), "red").save(path, "WEBP", lossless=True), "png"),
         (lambda path: Image.new("P", (40, 40), 3).save(path, "GIF"), "png"),
     ],
+    own=(peer,),
 )
 def test_others_as_we_see_them(save: Callable[[Path], None], kind: str, peer: Peer, run: Run, tmp_path: Path) -> None:
     """Who does not turn, composite or scale as we do gets it done."""

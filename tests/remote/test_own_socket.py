@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -17,21 +18,23 @@ from typing import Any
 
 import pytest
 from helpers.command import Run, Shell
+from helpers.homes import home
 from helpers.servers import Serve, connected, in_thread
+from helpers.tables import for_each
 
 from llava_cli import limits, load, processes
 from llava_cli.engine.remote.local_socket import (
     Peer,
-    SocketConnection,
-    in_between,
-    is_ours,
-    listening,
-    open_beside,
-    socket_path,
-    status,
+    UnixHTTPConnection,
+    is_trusted_socket,
+    listen,
+    open_companion,
+    server_info,
+    silent_server,
 )
 from llava_cli.errors import OutputTaken
-from llava_cli.server.run import Process
+from llava_cli.paths import socket_path
+from llava_cli.server.process_handle import ProcessHandle
 
 QUESTION = "what color is the circle?"
 STRANGER = 4321
@@ -120,21 +123,21 @@ def datagrams(path: Path) -> None:
 THINGS = [folder, fifo, looping, dangling, closed, text]
 
 
-@pytest.mark.parametrize("thing", [*THINGS, left_behind, datagrams])
-@pytest.mark.parametrize("name", ["server.sock", "run", "server.sock.lock"])
+@for_each(
+    "thing, name", itertools.product([*THINGS, left_behind, datagrams], ["server.sock", "run", "server.sock.lock"])
+)
 def test_whatever_lies_there_is_no_server(
     name: str, thing: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / ("run/server.sock" if name == "run" else "server.sock")
     thing(tmp_path / name)
-    assert status(path) is None
-    assert in_between(path) is None
+    assert server_info(path) is None
+    assert silent_server(path) is None
     monkeypatch.setenv("LLAVA_SOCKET", str(path))
     assert socket_path() == path
 
 
-@pytest.mark.parametrize("command", ["ask", "chat", "batch"])
-@pytest.mark.parametrize("thing", [fifo, looping])
+@for_each("command, thing", itertools.product(["ask", "chat", "batch"], [fifo, looping]), own=(home,))
 def test_commands_go_on_without_one(
     thing: Callable[[Path], None], command: str, run: Run, home: Path, drawing: Path
 ) -> None:
@@ -147,8 +150,11 @@ def test_commands_go_on_without_one(
     assert "sock" not in done.stderr
 
 
-@pytest.mark.parametrize("thing", [folder, fifo, looping, dangling])
-@pytest.mark.parametrize("name", ["server.sock.lock", "server.sock.log"])
+@for_each(
+    "thing, name",
+    itertools.product([folder, fifo, looping, dangling], ["server.sock.lock", "server.sock.log"]),
+    own=(home,),
+)
 def test_what_is_beside_a_socket_is_written_to_files_of_ours_alone(
     name: str, thing: Callable[[Path], None], shell: Shell, home: Path
 ) -> None:
@@ -161,42 +167,41 @@ def test_what_is_beside_a_socket_is_written_to_files_of_ours_alone(
     assert not (home / "nothing").exists()
 
 
-@pytest.mark.parametrize("link", [os.symlink, os.link])
-@pytest.mark.parametrize("kind", ["lock", "log"])
+@for_each("link, kind", itertools.product([os.symlink, os.link], ["lock", "log"]), own=(home,))
 def test_a_file_that_a_name_leads_to_stays_as_it_is(kind: str, link: Callable[[Path, Path], None], home: Path) -> None:
     (home / "precious").write_text("mine")
     link(home / "precious", home / f"server.sock.{kind}")
     with pytest.raises(OutputTaken, match=r"is a link to|has a second name"):
-        open_beside(home / "server.sock", kind)
+        open_companion(home / "server.sock", kind)
     assert (home / "precious").read_text() == "mine"
-    assert in_between(home / "server.sock") is None
+    assert silent_server(home / "server.sock") is None
 
 
 def test_files_of_ours_are_secret_and_used_again(home: Path) -> None:
     path = home / "run" / "server.sock"
     for _ in range(2):
-        with listening(path):
+        with listen(path):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
             assert stat.S_IMODE(path.with_name("server.sock.lock").stat().st_mode) == 0o600
-            assert in_between(path) == str(os.getpid())
-    assert in_between(path) is None
+            assert silent_server(path) == str(os.getpid())
+    assert silent_server(path) is None
 
 
 # Other users.
 
 
-@pytest.mark.parametrize(("mode", "is_trusted"), [(0o700, 1), (0o755, 1), (0o1777, 1), (0o777, 0), (0o770, 0)])
+@for_each(("mode", "is_trusted"), [(0o700, 1), (0o755, 1), (0o1777, 1), (0o777, 0), (0o770, 0)], own=(home,))
 def test_a_folder_where_others_can_put_a_socket(mode: int, is_trusted: int, home: Path) -> None:
     (home / "run").mkdir()
     (home / "run").chmod(mode)
     path = home / "run" / "server.sock"
     with pretending(path, answered(SAID)):
-        assert is_ours(path) == bool(is_trusted)
-        assert (status(path) is not None) == bool(is_trusted)
+        assert is_trusted_socket(path) == bool(is_trusted)
+        assert (server_info(path) is not None) == bool(is_trusted)
     path.unlink()
     if not is_trusted:
-        with pytest.raises(OutputTaken, match="other users can write to its folder") as raised, listening(path):
+        with pytest.raises(OutputTaken, match="other users can write to its folder") as raised, listen(path):
             pass
         assert "LLAVA_SOCKET" in raised.value.hint
 
@@ -204,13 +209,13 @@ def test_a_folder_where_others_can_put_a_socket(mode: int, is_trusted: int, home
 def test_the_process_at_the_other_end_is_another_users(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = home / "server.sock"
     with pretending(path, answered(SAID)):
-        with closing(SocketConnection(path, 60)) as connection:
+        with closing(UnixHTTPConnection(path, 60)) as connection:
             connection.connect()
             assert connection.peer == Peer(os.geteuid(), os.getpid())
         monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
-        with pytest.raises(PermissionError), closing(SocketConnection(path, 60)) as connection:
+        with pytest.raises(PermissionError), closing(UnixHTTPConnection(path, 60)) as connection:
             connection.connect()
-        assert status(path) is None
+        assert server_info(path) is None
 
 
 @pytest.fixture
@@ -236,12 +241,12 @@ def test_a_server_of_another_users_behind_a_socket_that_looks_like_ours(common: 
     with as_stranger(code.format(answered(SAID)), path) as process:
         assert process.stdout
         process.stdout.readline()
-        assert not is_ours(path)
+        assert not is_trusted_socket(path)
         os.chown(path, os.geteuid(), -1)
-        assert is_ours(path)
-        assert status(path) is None
+        assert is_trusted_socket(path)
+        assert server_info(path) is None
         with pytest.raises(PermissionError):
-            SocketConnection(path, 60).connect()
+            UnixHTTPConnection(path, 60).connect()
         process.kill()
 
 
@@ -264,8 +269,7 @@ except ConnectionError as error:
 
 
 @root
-@pytest.mark.parametrize("mode", [0o755, 0o777])
-@pytest.mark.parametrize("where", ["LLAVA_SOCKET", "TMPDIR", "XDG_RUNTIME_DIR"])
+@for_each("mode, where", itertools.product([0o755, 0o777], ["LLAVA_SOCKET", "TMPDIR", "XDG_RUNTIME_DIR"]))
 @pytest.mark.filterwarnings("ignore:XDG_RUNTIME_DIR")
 def test_a_folder_that_another_user_made(
     where: str, mode: int, run: Run, tmp_path: Path, drawing: Path, monkeypatch: pytest.MonkeyPatch
@@ -314,10 +318,10 @@ def test_no_folder_for_it_at_all(run: Run, drawing: Path, monkeypatch: pytest.Mo
 
 def test_what_a_server_says_is_taken(home: Path) -> None:
     with pretending(home / "server.sock", answered(SAID)):
-        assert status(home / "server.sock") == SAID
+        assert server_info(home / "server.sock") == SAID
 
 
-@pytest.mark.parametrize(
+@for_each(
     "answer",
     [
         b"",
@@ -341,10 +345,11 @@ def test_what_a_server_says_is_taken(home: Path) -> None:
         b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 100_000,
         b"HTTP/1.1 200 OK\r\na: " + b"b" * 1_000_000,
     ],
+    own=(home,),
 )
 def test_what_no_server_of_ours_says_is_no_server(answer: bytes, home: Path) -> None:
     with pretending(home / "server.sock", answer):
-        assert status(home / "server.sock") is None
+        assert server_info(home / "server.sock") is None
 
 
 @pytest.mark.parametrize("piece", [b"a", b"a: b\r\n", b""])
@@ -358,14 +363,14 @@ def test_a_server_that_drips_is_none(piece: bytes, home: Path, monkeypatch: pyte
             connection.sendall(piece)
 
     with pretending(home / "server.sock", drip):
-        assert status(home / "server.sock") is None
+        assert server_info(home / "server.sock") is None
         over.set()
 
 
 def test_its_words_do_not_reach_the_terminal(home: Path, run: Run) -> None:
     said = {**SAID, "model": "a\x1b]0;b\x07\nc", "url": "d\u202e" + "e" * (limits.PATH_CHARACTERS + 10)}
     with pretending(home / "server.sock", answered(said)):
-        found = status(home / "server.sock")
+        found = server_info(home / "server.sock")
         shown = run("serve", "--status")
     assert found
     assert found["model"] == r"a\x1b]0;b\x07"
@@ -376,7 +381,7 @@ def test_its_words_do_not_reach_the_terminal(home: Path, run: Run) -> None:
 # Stopping it.
 
 
-@pytest.mark.parametrize("pid", [0, 1, -1, "another's", 2**31 - 1, 2**80])
+@for_each("pid", [0, 1, -1, "another's", 2**31 - 1, 2**80], own=(home,))
 def test_only_the_process_behind_the_socket_is_stopped(pid: int | str, home: Path, run: Run) -> None:
     with subprocess.Popen(["sleep", "600"]) as victim:
         said = {**SAID, "pid": victim.pid if isinstance(pid, str) else pid}
@@ -389,14 +394,14 @@ def test_only_the_process_behind_the_socket_is_stopped(pid: int | str, home: Pat
 
 
 def test_a_process_is_held_by_a_handle() -> None:
-    with subprocess.Popen(["sleep", "600"]) as child, closing(Process(child.pid)) as process:
+    with subprocess.Popen(["sleep", "600"]) as child, closing(ProcessHandle(child.pid)) as process:
         assert process.is_alive()
         child.kill()
         child.wait()
         assert not process.is_alive()
         assert not process.signal(15)
     with pytest.raises(ProcessLookupError):
-        Process(2**22 + 1)  # more than there can be
+        ProcessHandle(2**22 + 1)  # more than there can be
 
 
 def test_without_handles_it_is_stopped_by_its_number(serve: Serve, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

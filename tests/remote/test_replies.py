@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import itertools
 import json
 import re
 import socket
@@ -18,15 +19,16 @@ from typing import Any
 import pytest
 from helpers.command import Run
 from helpers.peer import Peer, Reply, delta, say, serving, stream
+from helpers.tables import for_each
 
 from llava_cli import limits, render
 from llava_cli.bounded_http import Deadline, Response
 from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Request
 from llava_cli.engine.remote import local_server_engine, remote_engine
-from llava_cli.engine.remote.openai_client import Client
+from llava_cli.engine.remote.openai_client import OpenAIClient
+from llava_cli.engine.remote.openai_response import RetryableError
 from llava_cli.engine.remote.remote_engine import RemoteEngine
-from llava_cli.engine.remote.wire import Unanswered
 from llava_cli.errors import LlavaError
 from llava_cli.settings import Sampling
 
@@ -62,8 +64,8 @@ JUNK: list[Any] = [
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(remote_engine, "TRIES", 2)
+    monkeypatch.setattr(remote_engine, "FIRST_DELAY", 0.0)
+    monkeypatch.setattr(remote_engine, "MAX_ATTEMPTS", 2)
     with serving() as it:
         yield it
 
@@ -110,7 +112,7 @@ def head(size: int, status: int = 200) -> bytes:
     return f"HTTP/1.1 {status} It\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n".encode()
 
 
-def client_of(data: bytes) -> Client:
+def client_of(data: bytes) -> OpenAIClient:
     """A client of a server that sends these very bytes and hangs up."""
 
     def post(path: str, body: dict[str, Any]) -> Response:
@@ -121,16 +123,16 @@ def client_of(data: bytes) -> Client:
             return Response(ours, Deadline(60), "POST")
         except OSError as error:
             ours.close()
-            raise Unanswered(str(error)) from None
+            raise RetryableError(str(error)) from None
 
-    return Client("its", post, lambda picture: picture.name)
+    return OpenAIClient("its", post, lambda picture: picture.name)
 
 
 def check(ask: Callable[[], Answer]) -> bool:
     """Whether there is an answer; it is right in form, or the error is one line."""
     try:
         answer = ask()
-    except (LlavaError, Unanswered) as error:
+    except (LlavaError, RetryableError) as error:
         assert str(error).isprintable(), ascii(str(error))
         assert 0 < len(str(error)) < 3 * limits.NAME_CHARACTERS
         return False
@@ -142,11 +144,11 @@ def check(ask: Callable[[], Answer]) -> bool:
     return True
 
 
-def whole(client: Client) -> Answer:
-    return client.whole(Request(ASKED, Sampling()))
+def whole(client: OpenAIClient) -> Answer:
+    return client.complete(Request(ASKED, Sampling()))
 
 
-def streamed(client: Client) -> Answer:
+def streamed(client: OpenAIClient) -> Answer:
     chunks = list(client.stream(ASKED, Sampling()))
     answer = chunks[-1].answer
     assert answer
@@ -237,7 +239,7 @@ def test_no_server_is_a_traceback(peer: Peer) -> None:
     assert all(line.isprintable() for line in told)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("choice", "text"),
     [
         (
@@ -261,7 +263,7 @@ def test_content(choice: dict[str, Any], text: str) -> None:
     assert streamed(client_of(head(len(data)) + data)).text == text
 
 
-@pytest.mark.parametrize("count", ["7", 7.0, -1, True, None, [], 10**12, float("nan")])
+@for_each("count", ["7", 7.0, -1, True, None, [], 10**12, float("nan")])
 def test_a_count_that_is_none_is_not_shown(count: Any) -> None:
     usage = {"prompt_tokens": count, "completion_tokens": count, "prompt_tokens_details": {"cached_tokens": count}}
     for strange in (usage, count, [usage]):
@@ -303,7 +305,7 @@ STRANGE = "does not speak OpenAI's chat completions\n"
 EMPTY = b'data: {"choices": []}\n\n'
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("flood", "words"),
     [
         (Flood(b'data: {"x": "', b"a" * 65536), "its answer is refused: a line longer than 4 MB\n"),
@@ -332,7 +334,7 @@ EMPTY = b'data: {"choices": []}\n\n'
         (Flood(b'data: {"choices": [' + b"[]," * 1_300_000, b"0]}\n\n"), "more than 2,000,000 values\n"),
         (Flood(b'data: {"choices": ' + b"9" * 3_000_000, b"}\n\n"), STRANGE),
     ],
-    ids=lambda value: "" if isinstance(value, Flood) else re.sub(r"\W+", " ", value).strip(),
+    own=(peer,),
 )
 def test_a_flood_fills_no_memory(
     flood: Flood, words: str, peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
@@ -352,8 +354,11 @@ def test_a_flood_fills_no_memory(
     assert len(peer.asked) == 1
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "GZip", "identity, gzip"])
-@pytest.mark.parametrize("status", [200, 400])
+@for_each(
+    "encoding, status",
+    itertools.product(["gzip", "deflate", "br", "zstd", "GZip", "identity, gzip"], [200, 400]),
+    own=(peer,),
+)
 def test_nothing_is_unpacked(status: int, encoding: str, peer: Peer, run: Run, drawing: Path) -> None:
     peer.usual = say(status, gzip.compress(bytes(50_000_000)), Content_Encoding=encoding)
     asked = run("ask", "--server", peer.url, drawing, QUESTION)
@@ -400,7 +405,7 @@ def drip(first: bytes, piece: bytes, stopped: threading.Event) -> Reply:
 OK = b"HTTP/1.1 200 OK\r\n"
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("first", "piece"),
     [
         (b"", b"H"),
@@ -415,6 +420,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
         (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
         (b"HTTP/1.1 400 Bad\r\n\r\n", b" "),
     ],
+    own=(peer,),
 )
 def test_a_drip_ends(
     first: bytes, piece: bytes, peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
@@ -453,23 +459,23 @@ def test_nobody_is_waited_for_long(run: Run, drawing: Path, monkeypatch: pytest.
     assert "timed out" in asked.stderr
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("wish", "pause"),
     [("1e308", 120.0), ("-1e308", 0.0), ("NaN", 0.0), ("-inf", 0.0), ("9" * 400, 120.0), ("1e999", 120.0), ("٣", 3.0)],
 )
 def test_wishes_beyond_reason(wish: str, pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(remote_engine.time, "sleep", pauses.append)
-    monkeypatch.setattr(remote_engine, "FIRST_PAUSE", 0.0)
-    client = Client("its", lambda path, body: None, lambda picture: "")  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(remote_engine, "FIRST_DELAY", 0.0)
+    client = OpenAIClient("its", lambda path, body: None, lambda picture: "")  # type: ignore[arg-type, return-value]
     engine = object.__new__(RemoteEngine)
-    engine.where, engine._lock, engine._is_well = "its", threading.Lock(), False
+    engine.where, engine._lock, engine._is_healthy = "its", threading.Lock(), False
     ours, theirs = socket.socketpair()
     with theirs:
         theirs.sendall(f"HTTP/1.1 429 Busy\r\nRetry-After: {wish}\r\n\r\n".encode("latin-1", "replace"))
-    error = client.refusal(Response(ours, Deadline(60)))
-    assert isinstance(error, Unanswered)
-    engine._pause(error, 0)
+    error = client.error_from(Response(ours, Deadline(60)))
+    assert isinstance(error, RetryableError)
+    engine._wait(error, 0)
     assert pauses == [pause if wish.isascii() else 0.0]
 
 
@@ -510,8 +516,13 @@ def test_many_models(peer: Peer, run: Run, drawing: Path) -> None:
     assert hint.endswith(f"not so, {'b' * (limits.NAME_CHARACTERS - 1)}…")
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422, 500])
-@pytest.mark.parametrize("form", [{"error": {"message": OWNED}}, {"error": OWNED}, {"detail": [OWNED]}, OWNED])
+@for_each(
+    "status, form",
+    itertools.product(
+        [400, 401, 404, 422, 500], [{"error": {"message": OWNED}}, {"error": OWNED}, {"detail": [OWNED]}, OWNED]
+    ),
+    own=(peer,),
+)
 def test_an_error_gives_no_orders(status: int, form: Any, peer: Peer, run: Run, drawing: Path) -> None:
     peer.usual = say(status, form if isinstance(form, dict) else form.encode())
     asked = run("ask", "--server", peer.url, drawing, QUESTION)
@@ -525,7 +536,7 @@ def test_an_error_gives_no_orders(status: int, form: Any, peer: Peer, run: Run, 
 # Where it leads.
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@for_each("status", [301, 302, 303, 307, 308], own=(peer,))
 def test_the_key_goes_nowhere_else(
     status: int, peer: Peer, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,9 +590,7 @@ def own_server(path: Path, data: bytes) -> Iterator[OwnServer]:
         thread.join(60)
 
 
-@pytest.mark.parametrize(
-    "name", ["model", "precision", "device", "precisions", "devices", "family", "context", "memory"]
-)
+@for_each("name", ["model", "precision", "device", "precisions", "devices", "family", "context", "memory"])
 def test_what_the_own_server_says_of_itself(name: str, tmp_path: Path) -> None:
     """Where that is not what it should be, it is no server of ours."""
     wanted = {"llava": "1", "model": "m", "precision": "auto", "device": "auto"}
@@ -589,7 +598,7 @@ def test_what_the_own_server_says_of_itself(name: str, tmp_path: Path) -> None:
     with own_server(tmp_path / "own.sock", head(len(data)) + data) as server:
 
         def found() -> Any:
-            return local_server_engine.holder(dict(wanted), lambda: None, print, tmp_path / "own.sock")  # type: ignore[arg-type, return-value]
+            return local_server_engine.matching_server(dict(wanted), lambda: None, print, tmp_path / "own.sock")  # type: ignore[arg-type, return-value]
 
         assert found().model == "m"
         for value in (*JUNK, ["fp32"], 10**400):
@@ -601,7 +610,7 @@ def test_what_the_own_server_says_of_itself(name: str, tmp_path: Path) -> None:
         assert found() is None
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("data", "words"),
     [
         (head(9) + b"[1, 2, 3]", "does not speak OpenAI's chat completions"),
@@ -616,7 +625,7 @@ def test_the_own_server_is_read_within_bounds(
 ) -> None:
     monkeypatch.setattr(limits, "REPLY_BYTES", 1_000_000)
     monkeypatch.setattr(limits, "OWN_REPLY_SECONDS", 60.0)
-    engine = local_server_engine.WarmEngine(tmp_path / "own.sock", OWN, lambda: None, print)  # type: ignore[arg-type, return-value]
+    engine = local_server_engine.LocalServerEngine(tmp_path / "own.sock", OWN, lambda: None, print)  # type: ignore[arg-type, return-value]
     with own_server(tmp_path / "own.sock", data):
         with pytest.raises(LlavaError, match=re.escape(words)):
             engine.count(ASKED)
@@ -637,7 +646,7 @@ def test_the_own_server_may_not_hang_for_ever(tmp_path: Path, monkeypatch: pytes
         def load() -> Any:
             raise Loaded
 
-        engine = local_server_engine.WarmEngine(tmp_path / "own.sock", OWN, load, told.append)
+        engine = local_server_engine.LocalServerEngine(tmp_path / "own.sock", OWN, load, told.append)
         with pytest.raises(Loaded):
             engine.count(ASKED)
     assert told == ["llava: serve: no answer within 0 s; going on without it"]

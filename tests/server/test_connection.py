@@ -14,11 +14,12 @@ import pytest
 import uvicorn
 from helpers.command import Run
 from helpers.servers import Endpoint, connected, in_thread, response
+from helpers.tables import for_each
 from uvicorn.server import ServerState
 
 from llava_cli import limits, load
+from llava_cli.server.address import Address
 from llava_cli.server.connection import Connection
-from llava_cli.server.run import Address
 
 HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n"
 
@@ -40,13 +41,13 @@ async def told(*pieces: bytes) -> bytes:
             writer.write(piece)
             if piece.endswith(b"\r\n\r\n"):
                 answer += await reader.readuntil(b"ok")
-                assert connection._late is None  # nothing hurries an answer, or the next question
+                assert connection._head_timer is None  # no deadline for an answer, or before the next question
         answer += await reader.read()
         writer.close()
     return answer
 
 
-@pytest.mark.parametrize("pieces", [(), (HEAD,), (HEAD + b"\r\n", HEAD), (HEAD + b"\r\n", HEAD + b"\r\n", b"G")])
+@for_each("pieces", [(), (HEAD,), (HEAD + b"\r\n", HEAD), (HEAD + b"\r\n", HEAD + b"\r\n", b"G")])
 def test_half_a_head_is_not_waited_for(pieces: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Be it the first or a later one; those before it are answered."""
     monkeypatch.setattr(limits, "HEAD_SECONDS", 0.5)
@@ -79,7 +80,7 @@ def status(server: Endpoint, *lines: str, own: bool = False) -> int:
         return response(connection, lines[0].partition(" ")[0])[0]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "lines",
     [
         ("Host: evil.example", "Host: localhost", KEY),
@@ -112,14 +113,14 @@ TARGETS = """
 """
 
 
-@pytest.mark.parametrize("target", TARGETS.split())
+@for_each("target", TARGETS.split())
 def test_no_way_leads_to_what_is_for_our_own_commands(target: str, server: Endpoint) -> None:
     for method in ("GET", "HEAD", "POST", "OPTIONS"):
         assert status(server, f"{method} {target} HTTP/1.1", "Host: localhost", KEY) in (400, 404, 405)
     assert status(server, "GET /llava HTTP/1.1", "Host: localhost", own=True) == 200
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("host", "is_served"),
     [
         ("localhost", True),
@@ -144,7 +145,7 @@ def test_names_of_the_host(host: str, is_served: bool, server: Endpoint) -> None
     assert status(server, MODELS, f"Host: {host}", KEY) == (200 if is_served else 403)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("lines", "expected"),
     [
         (("OPTIONS /v1/models HTTP/1.1", f"Origin: {MINE}"), 204),
@@ -180,7 +181,7 @@ def test_a_pipeline_is_checked_request_by_request(server: Endpoint) -> None:
     assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"200", b"401", b"200"]
 
 
-@pytest.mark.parametrize("origin", ["*", "null", "mine.example", f"{MINE}/", f"{MINE}/page", "https://"])
+@for_each("origin", ["*", "null", "mine.example", f"{MINE}/", f"{MINE}/page", "https://"])
 def test_origins_that_no_page_has_of_its_own(origin: str, run: Run) -> None:
     result = run("serve", "--allow-origin", origin)
     assert result.exit_code == 2

@@ -35,14 +35,15 @@ import pytest
 import schemathesis
 from helpers import requests_of_clients
 from helpers.servers import Endpoint, connected, in_thread, post, response
+from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import load
 from llava_cli.conversation import Picture, Turn
 from llava_cli.engine.local import LocalEngine
 from llava_cli.images.decode import decode
-from llava_cli.server.bodies import parse
-from llava_cli.server.pictures import data_of
+from llava_cli.server.bodies import parse_chat_request
+from llava_cli.server.pictures import decode_data_url
 
 QUESTION = "what color is the circle?"
 
@@ -70,12 +71,12 @@ SHOWN = {"type": "image_url", "image_url": {"url": URL}}
 
 
 def picture(url: str, name: str) -> Picture:
-    return Picture(url, decode(data_of(url), "")[0], name)
+    return Picture(url, decode(decode_data_url(url), "")[0], name)
 
 
 def read(*messages: dict[str, Any], **options: Any) -> list[Turn]:
-    """The turns of a request that is to be answered. Raises `Refusal`."""
-    chat = parse(bytearray(json.dumps({"messages": messages, **options}).encode()))
+    """The turns of a request that is to be answered. Raises `ApiError`."""
+    chat = parse_chat_request(bytearray(json.dumps({"messages": messages, **options}).encode()))
     chat.check()
     return list(chat.question(None, picture).turns)
 
@@ -91,7 +92,7 @@ def ask(server: Endpoint, body: Any, *headers: str, path: str = "/v1/chat/comple
     return status, said
 
 
-@pytest.mark.parametrize(
+@for_each(
     "url",
     [
         URL,
@@ -111,11 +112,11 @@ def ask(server: Endpoint, body: Any, *headers: str, path: str = "/v1/chat/comple
 )
 def test_a_picture_as_it_comes(url: str) -> None:
     (turn,) = read(user({"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}))
-    assert data_of(url.strip()) == PNG
+    assert decode_data_url(url.strip()) == PNG
     assert [len(turn.pictures), turn.question] == [1, QUESTION]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("url", "words"),
     [
         ("data:image/png;base64,%%%", "not base64"),
@@ -132,7 +133,7 @@ def test_what_is_no_picture_is_said_so(url: str, words: str, server: Endpoint) -
     assert said["error"]["message"] == f"picture 1: {words}"
 
 
-@pytest.mark.parametrize(
+@for_each(
     "part",
     [
         {"type": "image_url", "image_url": URL},
@@ -149,7 +150,7 @@ def test_what_is_no_picture_is_said_so(url: str, words: str, server: Endpoint) -
 )
 def test_parts_of_other_clients(part: dict[str, Any]) -> None:
     (turn,) = read(user(part, {"type": "input_text", "text": QUESTION}))
-    assert [data_of(one.name) for one in turn.pictures] == [PNG]
+    assert [decode_data_url(one.name) for one in turn.pictures] == [PNG]
     assert turn.question == QUESTION
 
 
@@ -174,7 +175,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = f"USER: {QUESTION} ASSISTANT: {ASSISTANT['content']}</s>"
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("messages", "prompt"),
     [
         ([ASSISTANT, ASKS], " ASSISTANT: Hello, I am here.</s>USER: what color is the circle? ASSISTANT:"),
@@ -203,12 +204,12 @@ ASKED = f"USER: {QUESTION} ASSISTANT: {ASSISTANT['content']}</s>"
     ],
 )
 def test_orders_of_roles(messages: list[dict[str, Any]], prompt: str, engine: LocalEngine) -> None:
-    chat = parse(bytearray(json.dumps({"messages": messages}).encode()))
+    chat = parse_chat_request(bytearray(json.dumps({"messages": messages}).encode()))
     chat.check()
     assert engine.prompt(chat.question(None, picture)) == prompt
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("messages", "words"),
     [
         ([ASKS, {"role": "tool", "content": "4", "tool_call_id": "1"}], "messages.1.tool_call_id is not supported"),
@@ -236,7 +237,7 @@ def test_the_order_of_parts(server: Endpoint) -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("body", "name"),
     [
         ({"messages": [{**ASKS, "images": [B64]}]}, "messages.0.images"),
@@ -281,7 +282,7 @@ def test_what_changes_nothing(server: Endpoint) -> None:
     assert ask(server, {"messages": [message], "max_tokens": 1, **options})[0] == 200
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("path", "method", "status", "words"),
     [
         ("/v1/embeddings", "POST", 404, "there is no /v1/embeddings here: POST /v1/chat/completions answers"),
@@ -296,14 +297,12 @@ def test_what_is_not_there(path: str, method: str, status: int, words: str, serv
     assert words in json.loads(said)["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/chat/completions/", "/chat/completions", "//v1//chat/completions", "/v1/chat//completions"]
-)
+@for_each("path", ["/v1/chat/completions/", "/chat/completions", "//v1//chat/completions", "/v1/chat//completions"])
 def test_paths_as_clients_join_them(path: str, server: Endpoint) -> None:
     assert ask(server, {"messages": [ASKS], "max_tokens": 1}, path=path)[0] == 200
 
 
-@pytest.mark.parametrize("path", ["//llava", "/llava/", "///llava/prompt", "/./llava"])
+@for_each("path", ["//llava", "/llava/", "///llava/prompt", "/./llava"])
 def test_no_path_leads_around_the_guard(path: str, server: Endpoint) -> None:
     assert server.ask(path)[0] == 404
 
@@ -325,7 +324,7 @@ def test_refusals_name_the_way(server: Endpoint) -> None:
     assert "Content-Type: application/json, not text/plain" in json.loads(told[2])["error"]["message"]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "status"),
     [
         ({"temperature": 1e-300}, 200),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import io
+import itertools
 import json
 import os
 import signal
@@ -21,12 +22,13 @@ import openai
 import pytest
 from helpers.command import Run, Shell
 from helpers.servers import Serve, Server, begin, end
+from helpers.tables import for_each
 from PIL import Image, ImageDraw
 
 from llava_cli import Conversation, load
 from llava_cli.conversation import Picture
 from llava_cli.engine.local import LocalEngine
-from llava_cli.engine.remote.local_socket import SocketConnection, status
+from llava_cli.engine.remote.local_socket import UnixHTTPConnection, server_info
 from llava_cli.images.decode import decode
 
 JSON = {"Content-Type": "application/json"}
@@ -138,7 +140,7 @@ def test_how_it_is_asked(server: Server, engine: LocalEngine) -> None:
     assert all(len(one.top_logprobs) == 2 for one in likely.content)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "part, code",
     [
         (shown(b"<html>no picture"), "invalid_image"),
@@ -175,7 +177,7 @@ def test_a_picture_that_takes_its_decoder_down(serve: Serve, hooked: Path) -> No
     assert ask(drawing(0)) == before
 
 
-@pytest.mark.parametrize(
+@for_each(
     "change, error",
     [
         ({"model": "gpt-9"}, openai.NotFoundError),
@@ -217,7 +219,7 @@ def test_what_changes_nothing_is_taken(server: Server) -> None:
     assert server.client().chat.completions.create(model="builtin", messages=messages, max_tokens=1, **harmless)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("body", "message"),
     [
         (b'{"messages":[{"role":"user","content":[{"type":"image_url","image_url":7}]}]}', "image_url: has to be text"),
@@ -256,7 +258,7 @@ def test_pictures_that_are_large_once_they_are_opened(server: Server) -> None:
 
 
 def test_a_prompt_of_no_messages(server: Server) -> None:
-    with closing(SocketConnection(server.socket, 60)) as connection:
+    with closing(UnixHTTPConnection(server.socket, 60)) as connection:
         connection.request("POST", "/llava/prompt", '{"messages": []}', JSON)
         answer = connection.getresponse()
         assert (answer.status, json.loads(answer.read())["error"]["param"]) == (400, "messages")
@@ -326,8 +328,10 @@ def test_sixteen_conversations_at_once(server: Server, engine: LocalEngine) -> N
     assert server.metric("llava_kept_bytes") > 0
 
 
-@pytest.mark.parametrize("name", ["Host", "Origin"])
-@pytest.mark.parametrize("value", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80"])
+@for_each(
+    "name, value",
+    itertools.product(["Host", "Origin"], ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80"]),
+)
 def test_pages_of_strangers_are_sent_away(name: str, value: str, server: Server) -> None:
     """Those that a browser shows, and those that made a name of their own lead here."""
     told, headers, _ = server.ask("/v1/models", **{name: f"http://{value}" if name == "Origin" else value})
@@ -353,7 +357,7 @@ def test_a_page_that_may_ask_and_a_key(serve: Serve) -> None:
     assert server.ask("/v1/models", Origin="https://other.example", Authorization=right)[0] == 403
     # Our own socket is this user's by its mode.
     assert stat.S_IMODE(server.socket.stat().st_mode) == 0o600
-    connection = SocketConnection(server.socket, 10)
+    connection = UnixHTTPConnection(server.socket, 10)
     connection.request("GET", "/v1/models")
     assert connection.getresponse().status == 200
     connection.close()
@@ -440,7 +444,7 @@ def test_told_twice_it_stops_at_once_and_without_noise(serve: Serve, checkpoint:
     stream = server.client().chat.completions.create(model="default", messages=[said("what?")], stream=True)
     next(iter(stream))
     server.process.terminate()
-    while status(server.socket):  # until it takes no more
+    while server_info(server.socket):  # until it takes no more
         pass
     server.process.terminate()
     errors = server.process.communicate(timeout=60)[1]
@@ -515,11 +519,11 @@ def test_a_socket_that_was_left_behind(serve: Serve, tmp_path: Path) -> None:
     server.process.kill()
     server.process.communicate()
     assert server.socket.exists()
-    assert status(server.socket) is None
+    assert server_info(server.socket) is None
     assert serve().ask("/health")[0] == 200
 
 
-@pytest.mark.parametrize("words", [("--idle", "soon"), ("--drain", "-1"), ("--queue", "0"), ("--port", "70000")])
+@for_each("words", [("--idle", "soon"), ("--drain", "-1"), ("--queue", "0"), ("--port", "70000")])
 def test_bad_options(words: tuple[str, ...], run: Run) -> None:
     assert run("serve", *words).exit_code == 2
 
@@ -538,11 +542,10 @@ def test_one_that_does_not_answer_yet_keeps_its_place(serve: Serve, shell: Shell
         assert shell("serve", "--stop", env=environment).returncode == 73
     finally:
         server.process.send_signal(signal.SIGCONT)
-    assert (status(server.socket) or {})["pid"] == server.process.pid
+    assert (server_info(server.socket) or {})["pid"] == server.process.pid
 
 
-@pytest.mark.parametrize("words", [(), ("--detach",)])
-@pytest.mark.parametrize("taken", ["server.sock", "run"])
+@for_each("words, taken", itertools.product([(), ("--detach",)], ["server.sock", "run"]))
 def test_a_place_where_no_socket_can_be(taken: str, words: tuple[str, ...], shell: Shell, tmp_path: Path) -> None:
     """It is not taken for a server's, and the file that is there stays."""
     (tmp_path / taken).write_text("mine")

@@ -15,16 +15,17 @@ from typing import Any
 import openai
 import pytest
 from helpers.servers import Endpoint, connected, in_thread, post, response
+from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import limits, load
 from llava_cli.engine import Request
-from llava_cli.engine.generate.live import Live, Unwanted
 from llava_cli.engine.local import LocalEngine
 from llava_cli.errors import InputMissing
 from llava_cli.server import pictures
-from llava_cli.server.bodies import parse
-from llava_cli.server.openai import Refusal
+from llava_cli.server.api_error import ApiError
+from llava_cli.server.bodies import parse_chat_request
+from llava_cli.server.generation import ClientGone, GenerationService
 
 CHAT = "/v1/chat/completions"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -111,13 +112,11 @@ def test_encodings_in_which_marks_cannot_be_seen(server: Endpoint) -> None:
     assert "messages.0" in refused(server, post(b'\xef\xbb\xbf{"messages": [0]}'), 400)["message"]
 
 
-@pytest.mark.parametrize(
-    "number", ["1" * 401, "-" + "1" * 100_000, "1." + "0" * 1000, "1e" + "0" * 500, "NaN", "-Infinity"]
-)
+@for_each("number", ["1" * 401, "-" + "1" * 100_000, "1." + "0" * 1000, "1e" + "0" * 500, "NaN", "-Infinity"])
 def test_numbers_that_take_long_or_are_none(number: str) -> None:
     assert min(map(len, ("1" * 401, "1." + "0" * 1000))) > limits.NUMBER_CHARACTERS
-    with pytest.raises(Refusal, match="the body is no JSON"):
-        parse(bytearray(f'{{"messages": [], "seed": {number}}}'.encode()))
+    with pytest.raises(ApiError, match="the body is no JSON"):
+        parse_chat_request(bytearray(f'{{"messages": [], "seed": {number}}}'.encode()))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +187,7 @@ def test_requests_that_wait_for_their_pictures_are_counted_too(
 # What a request asks for.
 
 
-@pytest.mark.parametrize("where", ["content", "parts", "system", "turns"])
+@for_each("where", ["content", "parts", "system", "turns"], own=(server,))
 def test_text_is_counted_wherever_it_is(where: str, server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "TEXT_CHARACTERS", 1000)
     half = {"role": "user", "content": "a" * 501}
@@ -221,7 +220,7 @@ def test_sizes_of_pictures(server: Endpoint, monkeypatch: pytest.MonkeyPatch) ->
     assert "at most 1 megapixels" in refused(server, post(said(text("?"), *[shown(png(600))] * 3)), 400)["message"]
 
 
-@pytest.mark.parametrize("head", ["data:", "data:a/b", "data:;", "http", "data:image/png;a=b;c="])
+@for_each("head", ["data:", "data:a/b", "data:;", "http", "data:image/png;a=b;c="], own=(server,))
 def test_addresses_that_take_long_to_look_through(head: str, server: Endpoint) -> None:
     part = {"type": "image_url", "image_url": {"url": head + "a" * 10_000_000}}
     assert refused(server, post(said(text("?"), part)), 400)["code"] == "invalid_image_url"
@@ -278,14 +277,14 @@ def test_a_stream_that_nobody_takes_gives_its_place_back(
 ) -> None:
     monkeypatch.setattr(limits, "WRITE_SECONDS", 0.5)
     word = "a" * 200_000  # which each event repeats
-    monkeypatch.setattr("llava_cli.server.openai.Shapes._one", lambda *_: {"token": word})
+    monkeypatch.setattr("llava_cli.server.chat_response.ChatResponse._logprob", lambda *_: {"token": word})
     request = post(said(text("what is this?"), stream=True, logprobs=True, top_logprobs=20, max_tokens=50))
     with closing(connected(server, request)):
         server.until_running(1)
         server.until_running(0)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("request_", "status"),
     [
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 101 + b"\r\n", 431),
@@ -294,6 +293,7 @@ def test_a_stream_that_nobody_takes_gives_its_place_back(
         (b"GET /" + b"a" * 60_000, 431),
         (HEALTH.replace(b"\r\n\r\n", b"\r\n") + b"a:\n" * 101 + b"\n", 431),
     ],
+    own=(server,),
 )
 def test_heads_have_few_short_lines(request_: bytes, status: int, server: Endpoint) -> None:
     assert limits.HEAD_FIELDS == 100
@@ -344,25 +344,25 @@ def test_what_is_wrong_does_not_fill_the_log(server: Endpoint, capfd: pytest.Cap
 def test_what_is_not_wanted_any_more_is_not_tokenized(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_cli import Conversation, Sampling
 
-    live = Live(engine)
-    monkeypatch.setattr(engine, "row", lambda *_: pytest.fail("it was looked at"))
-    with pytest.raises(Unwanted):
-        live.ask(Request(Conversation().ask("a"), Sampling()), print, wanted=lambda: False)
-    live.close()
+    generation = GenerationService(engine)
+    monkeypatch.setattr(engine, "prepare", lambda *_: pytest.fail("it was looked at"))
+    with pytest.raises(ClientGone):
+        generation.submit(Request(Conversation().ask("a"), Sampling()), print, is_wanted=lambda: False)
+    generation.close()
 
 
 def test_who_leaves_while_it_waits_is_not_looked_at(
     server: Endpoint, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some requests are being prepared; others come, wait, and leave: with a text alone, and with a picture."""
-    row, questions, go_on = engine.row, list[str](), threading.Event()
+    prepare, questions, go_on = engine.prepare, list[str](), threading.Event()
 
-    def slow(number: int, request: Request, group: Any) -> Any:
+    def slow(number: int, request: Request, *options: Any) -> Any:
         questions.append(request.conversation.turns[0].question)
         assert go_on.wait(60)
-        return row(number, request, group)
+        return prepare(number, request, *options)
 
-    monkeypatch.setattr(engine, "row", slow)
+    monkeypatch.setattr(engine, "prepare", slow)
     with ExitStack() as stack:
         for content in ([text("first")], [text("first"), shown(png())]):
             for _ in range(8):  # as many as are prepared at a time, and more
@@ -461,10 +461,10 @@ def test_answers_with_many_probabilities_are_made_in_a_thread(
 ) -> None:
     """Each of their tokens' words is decoded once, though thousands are told."""
     threads = set[str]()
-    shapes = "llava_cli.server.openai.Shapes._logprobs"
-    from llava_cli.server.openai import Shapes
+    shapes = "llava_cli.server.chat_response.ChatResponse._logprobs"
+    from llava_cli.server.chat_response import ChatResponse
 
-    made: Callable[..., Any] = Shapes._logprobs
+    made: Callable[..., Any] = ChatResponse._logprobs
     monkeypatch.setattr(shapes, lambda *words: [threads.add(threading.current_thread().name), made(*words)][1])
     answer = server.client().chat.completions.create(
         model="builtin", messages=[{"role": "user", "content": "what is this?"}], logprobs=True, top_logprobs=20

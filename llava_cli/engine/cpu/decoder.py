@@ -1,33 +1,27 @@
 """A language model's decoder in few operations, on a CPU: layers of Llama's kind.
 
-Around its products a layer of transformers takes 0.4 ms of Python and small operations a token: 9 of the 45 ms that a
-1B in 4 bits needed for one. Here queries, keys and values come from one product where their weights allow, so do the
-two halves of a gated product, and after the last layer's keys and values only a prompt's last token is gone on with.
+Around its matrix products a layer of transformers takes 0.4 ms of Python and small operations a token: 9 of the 45 ms
+that a 1B in 4 bits needed for one. Here queries, keys and values come from one product where their weights allow, so do
+gate and up, and behind the last layer's keys and values only a prompt's last token is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.cpu.decoder_passes import Step, read
-from llava_cli.engine.cpu.dense_linear import Plain
-from llava_cli.engine.cpu.jit import COLUMNS, FEW, WIDTH
-from llava_cli.engine.cpu.jit.compiler import kinds_here
+from llava_cli.engine.cpu.decoder_passes import DecoderLayer, DecodeStep, prefill
+from llava_cli.engine.cpu.jit import HEAD_DIM_STEP, MAX_DECODE_ROWS, VECTOR_COLUMNS
+from llava_cli.engine.cpu.jit.compiler import Kernel, supported_isas
+from llava_cli.engine.cpu.projection import FuseLinear
 from llava_cli.engine.kv_cache import RoomyCache
 
 if TYPE_CHECKING:
     import torch
 
-Product = Callable[["torch.Tensor"], "torch.Tensor"]
-Join = Callable[[list[Any]], "Product | None"]
-"""Layers that multiply the same input -> their outputs side by side, or None if that is nothing for them."""
+_CLASSES = ("LlamaModel", "MistralModel", "Qwen2Model")
+"""Decoders around which a model only looks up embeddings before, and multiplies by its head behind."""
 
-_KINDS = ("LlamaModel", "MistralModel", "Qwen2Model")
-"""Around which a model does nothing to tokens alone but look them up before and multiply by its head behind."""
-
-
-_LAYER = {
+_PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
@@ -36,22 +30,23 @@ _LAYER = {
 
 
 def suits(decoder: Any) -> bool:
-    """Whether a decoder has layers that are known here, and kernels for them are there on this CPU."""
+    """Whether a decoder is of Llama's kind, and this CPU has kernels for it."""
     import torch
 
     known = (
-        type(decoder).__name__ in _KINDS
-        and all(_has_parts(layer, name, parts) for layer in decoder.layers for name, parts in _LAYER.items())
+        type(decoder).__name__ in _CLASSES
+        and all(_has_parts(layer, name, parts) for layer in decoder.layers for name, parts in _PARTS.items())
         and decoder.config.hidden_act == "silu"
         and "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or [])
         and decoder.norm.weight.dtype in (torch.bfloat16, torch.float32)
     )
-    if not known or not kinds_here():
+    if not known or not supported_isas():
         return False
     shapes = {_shape(layer.self_attn, layer.mlp) for layer in decoder.layers}
-    width, queries, keys, inner, size = next(iter(shapes))
-    shared = keys > 0 and queries % keys == 0  # each head of keys by as many of queries
-    return len(shapes) == 1 and shared and width % (2 * WIDTH) == size % COLUMNS == inner % WIDTH == 0
+    head_dim, query_size, key_size, ffn_size, hidden_size = next(iter(shapes))
+    evenly_shared = key_size > 0 and query_size % key_size == 0
+    aligned = head_dim % (2 * HEAD_DIM_STEP) == hidden_size % VECTOR_COLUMNS == ffn_size % HEAD_DIM_STEP == 0
+    return len(shapes) == 1 and evenly_shared and aligned
 
 
 def _has_parts(layer: Any, name: str, parts: set[str]) -> bool:
@@ -59,22 +54,39 @@ def _has_parts(layer: Any, name: str, parts: set[str]) -> bool:
 
 
 def _shape(attention: Any, mlp: Any) -> tuple[int, ...]:
-    """A head's width; numbers of queries, of keys, within the gated product and of a token."""
-    both, down = (attention.q_proj.out_features, attention.k_proj.out_features), mlp.down_proj
-    return attention.head_dim, *both, down.in_features, down.out_features
+    """head_dim, query_size, key_size, ffn_size, hidden_size"""
+    down = mlp.down_proj
+    return (
+        attention.head_dim,
+        attention.q_proj.out_features,
+        attention.k_proj.out_features,
+        down.in_features,
+        down.out_features,
+    )
+
+
+def kernels(config: Any, bf16: bool) -> list[Kernel]:
+    """The kernels of a decoder with this text config, besides those of attention and products."""
+    epsilon = getattr(config, "rms_norm_eps", None)
+    if epsilon is None:
+        return []
+    from llava_cli.engine.cpu.jit.decoder_ops import norm_kernel, rope_kernel, swiglu_kernel
+
+    return [norm_kernel(bf16, epsilon), rope_kernel(bf16), swiglu_kernel(bf16)]
 
 
 class Decoder:
-    """In place of a decoder's forward pass, which goes on serving those who bring another cache than ours.
+    """Replaces a decoder's `forward`: [rows, tokens, hidden_size] -> of the last token alone [rows, 1, hidden_size].
 
-    [rows, tokens, hidden size] -> of the last token alone [rows, 1, hidden size].
+    Calls that it does not serve, for example with another cache than `RoomyCache`, go to the original `forward`.
     """
 
-    def __init__(self, decoder: Any, join: Join) -> None:
-        self._plain, self._norm, self._angles = decoder.forward, decoder.norm, Angles(decoder.rotary_emb)
-        self._window: int | None = getattr(decoder.config, "sliding_window", None)
-        self._layers = [Layer(layer, join) for layer in decoder.layers]
-        self._steps: dict[int, Step] = {}
+    def __init__(self, decoder: Any, fuse: FuseLinear) -> None:
+        self._original_forward, self._norm = decoder.forward, decoder.norm
+        self._rope = RopeTable(decoder.rotary_emb)
+        self._sliding_window: int | None = getattr(decoder.config, "sliding_window", None)
+        self._layers = [DecoderLayer(layer, fuse) for layer in decoder.layers]
+        self._steps: dict[int, DecodeStep] = {}
 
     def __call__(
         self,
@@ -88,89 +100,66 @@ class Decoder:
         import torch
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        cache = past_key_values
-        wanted = {name for name, value in options.items() if value} - {"logits_to_keep"}  # there is no other way
-        if inputs_embeds is None or wanted or not isinstance(cache, RoomyCache) or self._slides(cache, inputs_embeds):
-            return self._plain(
+        cache, x = past_key_values, inputs_embeds
+        # Only the last token's logits can be had, so logits_to_keep says nothing new.
+        unknown = {name for name, value in options.items() if value} - {"logits_to_keep"}
+        if x is None or unknown or not isinstance(cache, RoomyCache) or self._exceeds_window(cache, x):
+            return self._original_forward(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=cache,
-                inputs_embeds=inputs_embeds,
+                inputs_embeds=x,
                 use_cache=use_cache,
                 **options,
             )
-        x, (_, tokens, _) = inputs_embeds, inputs_embeds.shape
-        keys = cache.get_seq_length() + tokens
+        rows, tokens, _ = x.shape
+        end = cache.get_seq_length() + tokens
         if position_ids is None:
-            position_ids = torch.arange(keys - tokens, keys)[None]
-        seen = None if attention_mask is None or attention_mask.all() else attention_mask.bool().contiguous()
-        cos, sin = self._angles(x, position_ids)
-        if tokens == 1 < keys and len(x) <= FEW:
-            x = self._step(len(x))(x, cos, sin, cache, seen)
+            position_ids = torch.arange(end - tokens, end)[None]
+        mask = None if attention_mask is None or attention_mask.all() else attention_mask.bool().contiguous()
+        cos, sin = self._rope(x, position_ids)
+        if tokens == 1 < end and rows <= MAX_DECODE_ROWS:
+            x = self._step(rows)(x, cos, sin, cache, mask)
         else:
-            x = read(self._layers, self._norm, x, cos, sin, cache, seen)
+            x = prefill(self._layers, self._norm, x, cos, sin, cache, mask)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
 
-    def _step(self, rows: int) -> Step:
+    def _step(self, rows: int) -> DecodeStep:
         if rows not in self._steps:
-            self._steps[rows] = Step(self._layers, self._norm, rows)
+            self._steps[rows] = DecodeStep(self._layers, self._norm, rows)
         return self._steps[rows]
 
-    def _slides(self, cache: RoomyCache, x: torch.Tensor) -> bool:
-        """Whether a window of tokens would leave some behind."""
-        return self._window is not None and cache.get_seq_length() + x.shape[1] > self._window
+    def _exceeds_window(self, cache: RoomyCache, x: torch.Tensor) -> bool:
+        """Whether a sliding window would hide some tokens."""
+        return self._sliding_window is not None and cache.get_seq_length() + x.shape[1] > self._sliding_window
 
 
-class Angles:
-    """What tokens' heads are turned by; from a table, where that does not depend on how long a prompt is."""
+class RopeTable:
+    """cos and sin of the rotary embedding, from a table where they do not depend on a prompt's length."""
 
-    def __init__(self, compute: Any) -> None:
-        self._compute = compute
-        self._varies = compute.rope_type in ("dynamic", "longrope")
+    _STEP = 2048
+    """Positions that the table grows by."""
+
+    def __init__(self, rotary_emb: Any) -> None:
+        self._rotary_emb = rotary_emb
+        self._depends_on_length = rotary_emb.rope_type in ("dynamic", "longrope")
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [rows or 1, tokens] -> cos, sin [rows or 1, tokens, half of a head's width], of x's type."""
+        """positions [rows or 1, tokens] -> cos, sin [rows or 1, tokens, head_dim / 2] in x's dtype."""
         import torch
 
-        if self._varies:
-            return self._of(x, positions)
-        most = int(positions.max()) + 1
-        if self._table is None or len(self._table[0]) < most:
-            cos, sin = self._of(x, torch.arange(-(-most // _AT_A_TIME) * _AT_A_TIME)[None])
+        if self._depends_on_length:
+            return self._compute(x, positions)
+        length = int(positions.max()) + 1
+        if self._table is None or len(self._table[0]) < length:
+            cos, sin = self._compute(x, torch.arange(-(-length // self._STEP) * self._STEP)[None])
             self._table = cos[0].contiguous(), sin[0].contiguous()
         cos, sin = self._table
         return cos[positions], sin[positions]
 
-    def _of(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self._compute(x, positions)
+    def _compute(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """transformers repeats the angles for both halves of a head; one is enough."""
+        cos, sin = self._rotary_emb(x, positions)
         half = cos.shape[-1] // 2
         return cos[..., :half], sin[..., :half]
-
-
-_AT_A_TIME = 2048
-"""Positions that the table grows by."""
-
-
-class Group:
-    """Linear layers that multiply the same input: `joined`, or each alone, for few tokens by what `few` has for it."""
-
-    def __init__(self, layers: list[Any], join: Join) -> None:
-        self.layers, self.joined = layers, join(layers)
-        self.few = [None if self.joined else Plain.of(layer) for layer in layers]
-        self.outputs: list[int] = [layer.out_features for layer in layers]
-
-
-class Layer:
-    """One of the decoder's: what it is made of."""
-
-    def __init__(self, layer: Any, join: Join) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.number, self.width, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
-        self.sources = Group([attention.q_proj, attention.k_proj, attention.v_proj], join)
-        self.out, self.gated = Group([attention.o_proj], join), Group([mlp.gate_proj, mlp.up_proj], join)
-        self.down = Group([mlp.down_proj], join)
-        self.heads = [outputs // self.width for outputs in self.sources.outputs[:2]]
-        self.hidden_size, self.inner_size = mlp.down_proj.out_features, mlp.down_proj.in_features
-        self.attention = attention

@@ -1,4 +1,4 @@
-"""Tokens through a decoder's layers: a prompt's, or one more of each of some rows, in buffers that all layers share.
+"""Tokens through a decoder's layers, in buffers that all layers share: a prompt's, or one more token a row.
 
 A 1B in 4 bits computes 30 ms for a token, in 22 layers. What Python and torch do around two dozen operations of each,
 to make their outputs and to look at their inputs, was a fifth of that. Here there are about ten, most of them compiled.
@@ -6,231 +6,171 @@ to make their outputs and to look at their inputs, was a fifth of that. Here the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from llava_cli.engine.cpu.attention import OneToken, attend
-from llava_cli.engine.cpu.dense_linear import Plain
-from llava_cli.engine.cpu.jit import FEW
-from llava_cli.engine.cpu.jit.compiler import Kernel, Misfit, addresses, chained, compiled, kinds_here, threads_for
-from llava_cli.engine.cpu.quantized_linear import Room, copied
+from llava_cli.engine.cpu.attention import attend
+from llava_cli.engine.cpu.jit import Launch
+from llava_cli.engine.cpu.projection import FuseLinear, Projection
+from llava_cli.engine.cpu.quantized_linear import Workspace
 from llava_cli.engine.kv_cache import RoomyCache, RoomyLayer
 
 if TYPE_CHECKING:
     import torch
 
-    from llava_cli.engine.cpu.decoder import Group, Layer
-    from llava_cli.engine.cpu.jit import Layout
-
-Call = Callable[[], object]
+    from llava_cli.engine.cpu.jit.decode_attention import DecodeAttention
 
 
-class _Buffers:
-    """What tokens [rows, tokens] are while they go through layers of one shape: [all tokens, numbers] each."""
+class DecoderLayer:
+    """The parts of one of transformers' layers: two norms, four projections, and the sizes of its heads."""
 
-    def __init__(self, layer: Layer, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any, fuse: FuseLinear) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.attention, self.index, self.scaling = attention, attention.layer_idx, attention.scaling
+        self.input_norm, self.post_attention_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv_proj = Projection([attention.q_proj, attention.k_proj, attention.v_proj], fuse)
+        self.o_proj = Projection([attention.o_proj], fuse)
+        self.gate_up_proj = Projection([mlp.gate_proj, mlp.up_proj], fuse)
+        self.down_proj = Projection([mlp.down_proj], fuse)
+        self.head_dim = attention.head_dim
+        self.heads, self.kv_heads = (size // self.head_dim for size in self.qkv_proj.out_features[:2])
+        self.hidden_size, self.ffn_size = mlp.down_proj.out_features, mlp.down_proj.in_features
+
+
+class Activations:
+    """Buffers [rows * tokens, size] for what layers of one shape compute on the way."""
+
+    def __init__(self, layer: DecoderLayer, rows: int, tokens: int, dtype: torch.dtype) -> None:
         import torch
 
-        tokens, (heads, key_heads), width = shape[0] * shape[1], layer.heads, layer.width
+        def buffer(size: int) -> torch.Tensor:
+            return torch.empty(rows * tokens, size, dtype=dtype, device="cpu")
 
-        def buffer(numbers: int) -> torch.Tensor:
-            return torch.empty(tokens, numbers, dtype=dtype, device="cpu")
+        heads, kv_heads, head_dim = layer.heads, layer.kv_heads, layer.head_dim
+        self.rows, self.tokens = rows, tokens
+        self.residual, self.residual_delta, self.normed = (buffer(layer.hidden_size) for _ in range(3))
+        """The residual stream, what the last block adds to it, and the norm of their sum."""
+        self.cos, self.sin = buffer(head_dim // 2), buffer(head_dim // 2)
+        self.qkv, self.attn_out = buffer((heads + 2 * kv_heads) * head_dim), buffer(heads * head_dim)
+        self.gate_up, self.ffn_hidden = buffer(2 * layer.ffn_size), buffer(layer.ffn_size)
+        self._workspace = Workspace()
 
-        self.shape = shape
-        self.x, self.more, self.read = (buffer(layer.hidden_size) for _ in range(3))
-        """The stream, what is to be added to it, and the norm of that."""
-        self.cos, self.sin = buffer(width // 2), buffer(width // 2)
-        self.sources, self.found = buffer((heads + 2 * key_heads) * width), buffer(heads * width)
-        """Queries, keys and values; what attention finds."""
-        self.gated, self.given = buffer(2 * layer.inner_size), buffer(layer.inner_size)
-        self.room = Room()
+    def begin(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Starts with x [rows, tokens, hidden_size]; cos, sin [rows or 1, tokens, head_dim / 2]."""
+        self.residual.view(x.shape).copy_(x)
+        self.residual_delta.zero_()
+        for buffer, angles in ((self.cos, cos), (self.sin, sin)):
+            buffer.view(self.rows, self.tokens, -1).copy_(angles)
 
-    def norm(self, norm: Any) -> Kernel:
-        """Adds to the stream, and norms it for the next products."""
-        from llava_cli.engine.cpu.jit.decoder_ops import NormTask, write_norm
+    def norm(self, norm: Any) -> Launch:
+        """Adds residual_delta to residual, and norms that."""
+        from llava_cli.engine.cpu.jit.decoder_ops import add_rms_norm
 
-        (tokens, width), dtype = self.x.shape, self.x.dtype
-        tensors = {"x": self.x, "more": self.more, "weight": norm.weight.data, "out": self.read}
-        layout = {**dict.fromkeys(tensors, (dtype, (tokens, width))), "weight": (dtype, (width,))}
-        run = compiled(write_norm, kinds_here()[0], _in_bf16(self.x), norm.variance_epsilon)
-        return Kernel(run, task_of(NormTask, tensors, layout, tokens=tokens, width=width), tensors)
+        return add_rms_norm(self.residual, self.residual_delta, norm.weight.data, self.normed, norm.variance_epsilon)
 
-    def sources_of(self, layer: Layer) -> list[Call]:
-        return [self.norm(layer.norms[0]), *self.product(layer.sources, self.read, self.sources)]
+    def before_attention(self, layer: DecoderLayer) -> list[Launch]:
+        return [self.norm(layer.input_norm), *self._project(layer.qkv_proj, self.normed, self.qkv)]
 
-    def rest_of(self, layer: Layer) -> list[Call]:
-        """What follows attention."""
+    def after_attention(self, layer: DecoderLayer) -> list[Launch]:
+        from llava_cli.engine.cpu.jit.decoder_ops import swiglu
+
         return [
-            *self.product(layer.out, self.found, self.more),
-            self.norm(layer.norms[1]),
-            *self.product(layer.gated, self.read, self.gated),
-            self._gate(),
-            *self.product(layer.down, self.given, self.more),
+            *self._project(layer.o_proj, self.attn_out, self.residual_delta),
+            self.norm(layer.post_attention_norm),
+            *self._project(layer.gate_up_proj, self.normed, self.gate_up),
+            swiglu(self.gate_up, self.ffn_hidden),
+            *self._project(layer.down_proj, self.ffn_hidden, self.residual_delta),
         ]
 
-    def _gate(self) -> Kernel:
-        from llava_cli.engine.cpu.jit.decoder_ops import GateTask, write_gate
-
-        (tokens, width), dtype = self.given.shape, self.x.dtype
-        tensors = {"x": self.gated, "out": self.given}
-        layout: Layout = {"x": (dtype, (tokens, 2 * width)), "out": (dtype, (tokens, width))}
-        task = task_of(GateTask, tensors, layout, tokens=tokens, width=width)
-        return Kernel(compiled(write_gate, kinds_here()[0], _in_bf16(self.x)), task, tensors)
-
-    def product(self, group: Group, x: torch.Tensor, out: torch.Tensor) -> Sequence[Call]:
-        return bound(group, x.view(*self.shape, -1), out.view(*self.shape, -1), self.room)
+    def _project(self, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> list[Launch]:
+        shape = self.rows, self.tokens, -1
+        return projection.bind(x.view(shape), out.view(shape), self._workspace)
 
 
-def bound(group: Group, x: torch.Tensor, out: torch.Tensor, room: Room) -> Sequence[Call]:
-    """What writes to `out` [rows, tokens, outputs of all] what a group's layers make of `x` [rows, tokens, inputs]."""
-    import torch
+class DecodeStep:
+    """One more token of each row through all layers and the final norm, every launch bound once for all steps.
 
-    if product := group.joined:
-        calls: Sequence[Call] = (
-            product.bound(x, out, room) if hasattr(product, "bound") else [partial(copied, product, x, out)]
-        )
-        return calls
-    lines, parts = x.flatten(0, 1), torch.split(out.flatten(0, 1), group.outputs, -1)
-    each = zip(group.layers, group.few, parts, strict=True)
-    return [_one_product(layer, few, lines, part) for layer, few, part in each]
-
-
-def _one_product(layer: Any, few: Plain | None, x: torch.Tensor, out: torch.Tensor) -> Call:
-    import torch
-
-    plain = type(layer) is torch.nn.Linear and layer.weight.dtype == x.dtype
-    if plain and few and len(x) <= FEW:
-        return few.bound(x, out)
-    if not plain or not (x.dtype == torch.float32 or out.is_contiguous()):  # bf16 torch writes in one piece
-        return partial(copied, layer, x, out)
-    weight = layer.weight.data.t()
-    if layer.bias is None:
-        return partial(torch.mm, x, weight, out=out)
-    return partial(torch.addmm, layer.bias.data, x, weight, out=out)
-
-
-def task_of(kind: Any, tensors: dict[str, torch.Tensor], layout: Layout, **counts: int) -> Any:
-    """A kernel's, with as many threads as suit its first tensor; raises `Misfit` where one is not as `layout` says."""
-    threads = threads_for(_STEPS * next(iter(tensors.values())).numel())
-    return kind(**addresses(tensors, layout), **counts, threads=threads)
-
-
-_STEPS = 8
-"""That a number takes between two products, about."""
-
-
-def _in_bf16(numbers: torch.Tensor) -> bool:
-    import torch
-
-    return numbers.dtype == torch.bfloat16
-
-
-class Step:
-    """One more token of each row through all layers, and the norm behind them: one chain of kernels.
-
-    For one thread at a time; it uses as many as torch had when it was made.
+    For one thread at a time; it uses as many threads as torch had when it was made.
     """
 
-    def __init__(self, layers: list[Layer], norm: Any, rows: int) -> None:
-        self._buffers = buffers = _Buffers(layers[0], (rows, 1), norm.weight.dtype)
-        heads, key_heads = layers[0].heads
-        found = buffers.found.view(rows, key_heads, heads // key_heads, -1)
-        # Of the shape of what comes into the cache.
-        self._new = buffers.sources.view(rows, -1, 1, layers[0].width)[:, :key_heads]
-        self._attending: list[tuple[int, OneToken]] = []
-        calls: list[Call] = []
+    def __init__(self, layers: list[DecoderLayer], norm: Any, rows: int) -> None:
+        from llava_cli.engine.cpu.jit.decode_attention import DecodeAttention
+
+        first = layers[0]
+        self._buffers = buffers = Activations(first, rows, 1, norm.weight.dtype)
+        grouped_out = buffers.attn_out.view(rows, first.kv_heads, first.heads // first.kv_heads, -1)
+        # Shaped like the key that each layer's cache gets.
+        self._new_key = buffers.qkv.view(rows, -1, 1, first.head_dim)[:, : first.kv_heads]
+        self._attention: list[tuple[int, DecodeAttention]] = []
+        self._launches: list[Launch] = []
         for layer in layers:
-            attention = OneToken(buffers.sources, found, layer.scaling, (buffers.cos, buffers.sin))
-            self._attending.append((layer.number, attention))
-            calls += [*buffers.sources_of(layer), attention.kernel, *buffers.rest_of(layer)]
-        self._calls = chained([*calls, buffers.norm(norm)])
+            attention = DecodeAttention(buffers.qkv, grouped_out, layer.scaling, (buffers.cos, buffers.sin))
+            self._attention.append((layer.index, attention))
+            self._launches += buffers.before_attention(layer)
+            self._launches += [attention.launch, *buffers.after_attention(layer)]
+        self._launches.append(buffers.norm(norm))
 
     def __call__(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: RoomyCache, seen: torch.Tensor | None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: RoomyCache, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """x [rows, 1, hidden size], cos and sin [rows, 1, half of a head's width] -> what the norm makes of it, like x.
+        """x [rows, 1, hidden_size], cos and sin [rows or 1, 1, head_dim / 2] -> normed [rows, 1, hidden_size].
 
-        `seen` [rows, tokens] is true where one is, this one among them; None is all.
+        `mask` [rows, cached tokens + 1] is True where a token is, and False for padding; None is all tokens.
         """
         tokens, buffers = cache.get_seq_length() + 1, self._buffers
-        _begin(buffers, x, cos, sin)
-        for number, attention in self._attending:
-            keys, values = cast("RoomyLayer", cache.layers[number]).grow(self._new, self._new)
-            attention.over(keys, values, tokens, seen)
-        for call in self._calls:
-            call()
-        return buffers.read.view(x.shape).clone()
+        buffers.begin(x, cos, sin)
+        for index, attention in self._attention:
+            keys, values = cast("RoomyLayer", cache.layers[index]).grow(self._new_key, self._new_key)
+            attention.attend_to(keys, values, tokens, mask)
+        _run(self._launches)
+        return buffers.normed.view(x.shape).clone()
 
 
-def _begin(buffers: _Buffers, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    buffers.x.view(x.shape).copy_(x)
-    buffers.more.zero_()
-    for buffer, angles in ((buffers.cos, cos), (buffers.sin, sin)):
-        buffer.view(*buffers.shape, -1).copy_(angles)
-
-
-def read(
-    layers: list[Layer],
+def prefill(
+    layers: list[DecoderLayer],
     norm: Any,
     x: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     cache: RoomyCache,
-    seen: torch.Tensor | None,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Many tokens through all layers: x [rows, tokens, hidden size] -> the last ones, normed [rows, 1, hidden size].
+    """Many tokens through all layers: x [rows, tokens, hidden_size] -> the last ones, normed [rows, 1, hidden_size].
 
-    cos and sin [rows or 1, tokens, half of a head's width]; `seen` [rows, keys] is true where a token is, None is all.
-    Of the last layer only the last tokens are computed behind its keys and values.
+    cos and sin [rows or 1, tokens, head_dim / 2]; `mask` [rows, cached + new tokens] is True where a token is, None is
+    all tokens. In the last layer only the last tokens go beyond keys and values.
     """
-    rows, tokens, _ = x.shape
-    buffers, begin = _Buffers(layers[0], (rows, tokens), norm.weight.dtype), cache.get_seq_length()
-    _begin(buffers, x, cos, sin)
-    mask = None if seen is None else seen[:, None, None]
-    heads, key_heads = layers[0].heads
-    every = buffers.sources.view(rows, tokens, -1, layers[0].width).transpose(1, 2)
-    query, new = every[:, :heads], every[:, :key_heads]
-    last = buffers
+    from llava_cli.engine.cpu.jit.decoder_ops import apply_rope
+
+    (rows, tokens, _), first, cached = x.shape, layers[0], cache.get_seq_length()
+    buffers = Activations(first, rows, tokens, norm.weight.dtype)
+    buffers.begin(x, cos, sin)
+    qkv_heads = buffers.qkv.view(rows, tokens, -1, first.head_dim).transpose(1, 2)
+    query, new_key = qkv_heads[:, : first.heads], qkv_heads[:, : first.kv_heads]
+    after = buffers
     for layer in layers:
-        _run(buffers.sources_of(layer))
-        kept = _layer_of(cache, layer.number)
-        keys, values = kept.grow(new, new)
-        _turn(buffers, layer, keys, values, begin)
+        _run(buffers.before_attention(layer))
+        layer_cache = _layer_cache(cache, layer.index)
+        keys, values = layer_cache.grow(new_key, new_key)
+        apply_rope(buffers.qkv, buffers.cos, buffers.sin, keys, values, layer.heads, rows, cached)()
         if layer is layers[-1] and tokens > 1:
-            last, query = _Buffers(layer, (rows, 1), norm.weight.dtype), query[:, :, -1:]
-            last.x.copy_(buffers.x.view(rows, tokens, -1)[:, -1])
-        found, _ = attend(layer.attention, query, kept.keys, kept.values, mask, layer.scaling, is_causal=True)
-        last.found.copy_(found.view(last.found.shape))
-        _run(last.rest_of(layer))
-    last.norm(norm)()
-    return last.read[:, None]
+            after, query = Activations(layer, rows, 1, norm.weight.dtype), query[:, :, -1:]
+            after.residual.copy_(buffers.residual.view(rows, tokens, -1)[:, -1])
+        attention_mask = None if mask is None else mask[:, None, None]
+        attn_out, _ = attend(
+            layer.attention, query, layer_cache.keys, layer_cache.values, attention_mask, layer.scaling, is_causal=True
+        )
+        after.attn_out.copy_(attn_out.view(after.attn_out.shape))
+        _run(after.after_attention(layer))
+    after.norm(norm)()
+    return after.normed[:, None]
 
 
-def _layer_of(cache: RoomyCache, number: int) -> Any:
-    while len(cache.layers) <= number:
+def _layer_cache(cache: RoomyCache, index: int) -> Any:
+    while len(cache.layers) <= index:
         cache.layers.append(RoomyLayer())
-    return cache.layers[number]
+    return cache.layers[index]
 
 
-def _run(calls: list[Call]) -> None:
-    for call in calls:
-        call()
-
-
-def _turn(buffers: _Buffers, layer: Layer, keys: torch.Tensor, values: torch.Tensor, begin: int) -> None:
-    from llava_cli.engine.cpu.jit.decoder_ops import TurnTask, write_turn
-
-    (heads, key_heads), (rows, apart), width = layer.heads, buffers.shape, layer.width
-    (held, _, room, _), tokens, dtype = keys.shape, rows * apart, buffers.x.dtype
-    if held < rows or begin + apart > room:
-        raise Misfit(f"keys of {held} rows and {room} tokens for {rows} and {begin + apart}")
-    tensors = {"x": buffers.sources, "keys": keys, "values": values, "cos": buffers.cos, "sin": buffers.sin}
-    layout = {
-        "x": (dtype, (tokens, (heads + 2 * key_heads) * width)),
-        **dict.fromkeys(("keys", "values"), (dtype, (held, key_heads, room, width))),
-        **dict.fromkeys(("cos", "sin"), (dtype, (tokens, width // 2))),
-    }
-    counts = {"tokens": tokens, "apart": apart, "heads": heads, "key_heads": key_heads, "width": width}
-    task = task_of(TurnTask, tensors, layout, **counts, room=room, begin=begin)
-    Kernel(compiled(write_turn, kinds_here()[0], _in_bf16(buffers.x)), task, tensors)()
+def _run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch()

@@ -1,9 +1,11 @@
-"""Products in 8 bits by oneDNN: of many tokens for weights that have 4 bits, and of all for those that have 8.
+"""Linear layers in 8 bits by oneDNN's integer product, which torch has as `_int_mm`.
 
-With AMX they come at 2.2 TOP/s, twice as fast as those that are compiled; without it they are what there is where
-nothing can be compiled. For weights in 4 bits there are copies in 8, a byte a weight more, which are left where memory
-is short; activations are in 8 bits per token. The error is 1.2 % of a product's norm, where that of nf4 weights is 9 %.
-Weights that have 8 bits are multiplied as they are.
+    out[t, r] = bias[r] + act_scale[t] * scale[r] * sum over columns c of q_act[t, c] * q_weight[c, r]
+
+with act_scale = max |x[t]| / 127 and q_act = round(x / act_scale). With AMX it reaches 2.2 TOP/s, twice as much as the
+compiled kernel; without AMX it is the best where nothing can be compiled. Weights in 8 bits are used as they are. For
+weights in 4 bits it needs a copy in 8, one more byte a weight, which serves many tokens only and is left out where
+memory is short. The error is 1.2 % of a result's norm, where that of nf4 weights is 9 %.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.cpu.jit.compiler import kinds_here
+from llava_cli.engine.cpu.jit.compiler import supported_isas
 from llava_cli.hardware.memory import free_memory
 
 if TYPE_CHECKING:
@@ -20,112 +22,116 @@ if TYPE_CHECKING:
 
     from llava_cli.engine.cpu.jit import Layout
 
-TOKENS = 32
-"""From so many on. Fewer are faster in 4 bits, whose weights are half as much to read."""
-_ROWS = 32
-"""At a time stay in the processor's cache."""
-_AT_ONCE = 640
-"""Tokens that are multiplied: a prompt with a picture. Half as many would read the weights twice: 5 % slower."""
-_room = threading.local()
-"""For a thread's sums, of its widest product so far: new memory for each one takes a tenth of its time."""
-_SHARE = 0.5  # of the memory that is free may go
+MIN_TOKENS = 32
+"""For fewer tokens weights in 4 bits are faster, being half as much to read."""
+_ROWS_AT_ONCE = 32
+"""Rows that stay in the processor's cache."""
+_TOKENS_AT_ONCE = 640
+"""A prompt with an image. With half as many the weights would be read twice, which is 5 % slower."""
+_MEMORY_SHARE = 0.5
+"""How much of the free memory copies of weights may take."""
+_sums = threading.local()
+"""Each thread's memory for sums in int32, as large as its widest product so far: allocating it takes a tenth of the
+time of a product."""
 
 
-def suits_here() -> bool:
-    """Whether they are the fastest that this CPU has."""
+def is_fastest_here() -> bool:
+    """Whether this CPU has nothing faster."""
     import torch
 
     if torch.cpu._is_amx_tile_supported():
         return True
-    return torch.cpu._is_vnni_supported() and not kinds_here()
+    return torch.cpu._is_vnni_supported() and not supported_isas()
 
 
-def has_room(layers: Iterable[Any]) -> bool:
-    """Whether this machine has the memory for 8-bit copies of these layers' weights."""
+def fits_in_memory(layers: Iterable[Any]) -> bool:
+    """Whether there is memory for copies of these layers' weights in 8 bits."""
     size: int = sum(layer.in_features * layer.out_features for layer in layers)
-    return size <= free_memory("cpu") * _SHARE
+    return size <= free_memory("cpu") * _MEMORY_SHARE
 
 
-def layout_of_whole_numbers(layers: list[Any]) -> Layout:
-    """The types and shapes of what `whole_numbers` makes of these layers."""
+def int8_layout(layers: list[Any]) -> Layout:
+    """The dtypes and shapes of what `quantize_to_int8` makes of these layers."""
     import torch
 
-    outputs = sum(layer.out_features for layer in layers)
-    return {"whole": (torch.int8, (layers[0].in_features, outputs)), "scale": (torch.float32, (outputs,))}
+    out_features = sum(layer.out_features for layer in layers)
+    return {"q_weight": (torch.int8, (layers[0].in_features, out_features)), "scale": (torch.float32, (out_features,))}
 
 
-def whole_numbers(layers: list[Any]) -> dict[str, torch.Tensor]:
-    """What `Products` multiplies by: weights [inputs, outputs of all layers] and what one is worth [outputs]."""
+def quantize_to_int8(layers: list[Any]) -> dict[str, torch.Tensor]:
+    """What `OneDnnInt8Linear` multiplies by, with one scale a row: q_weight [in_features, out_features], scale."""
     import torch
 
-    outputs = sum(layer.out_features for layer in layers)
-    whole, scale = torch.empty(layers[0].in_features, outputs, dtype=torch.int8), torch.empty(outputs)
+    out_features = sum(layer.out_features for layer in layers)
+    q_weight = torch.empty(layers[0].in_features, out_features, dtype=torch.int8)
+    scale = torch.empty(out_features)
     begin = 0
-    for rows in weights_of(layers):
+    for rows in dequantized_rows(layers):
         end = begin + len(rows)
-        scale[begin:end] = its = rows.abs().amax(1).clamp_(min=1e-12).div_(127)
-        whole[:, begin:end] = (rows / its[:, None]).round_().to(torch.int8).t()
+        scale[begin:end] = row_scale = rows.abs().amax(1).clamp_(min=1e-12).div_(127)
+        q_weight[:, begin:end] = (rows / row_scale[:, None]).round_().to(torch.int8).t()
         begin = end
-    return {"whole": whole, "scale": scale}
+    return {"q_weight": q_weight, "scale": scale}
 
 
-def as_they_are(layers: list[Any]) -> dict[str, torch.Tensor]:
-    """What `Products` multiplies by, of layers that have 8 bits: their own weights, side by side, and not twice."""
+def fuse_int8(layers: list[Any]) -> dict[str, torch.Tensor]:
+    """What `OneDnnInt8Linear` multiplies by: weights of layers in 8 bits side by side, which the layers share."""
     import torch
 
-    whole, scale = (torch.cat([getattr(layer.weight, name) for layer in layers]) for name in ("data", "SCB"))
-    for layer, its in zip(layers, torch.split(whole, [layer.out_features for layer in layers]), strict=True):
-        layer.weight.data = layer.weight.CB = its
-    return {"whole": whole.t(), "scale": scale.float().div_(127)}
+    q_weight, scale = (torch.cat([getattr(layer.weight, name) for layer in layers]) for name in ("data", "SCB"))
+    for layer, part in zip(layers, torch.split(q_weight, [layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = layer.weight.CB = part
+    return {"q_weight": q_weight.t(), "scale": scale.float().div_(127)}
 
 
-def weights_of(layers: list[Any]) -> Iterator[torch.Tensor]:
-    """A few rows at a time, the weights [outputs, inputs] in fp32, be they numbers or bitsandbytes' 4 or 8 bits."""
+def dequantized_rows(layers: list[Any]) -> Iterator[torch.Tensor]:
+    """Weights [some rows, in_features] in fp32, a few rows at a time, of layers in 4, 8, 16 or 32 bits."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
     for layer in layers:
         weight = layer.weight
         if weight.dtype == torch.int8:
-            parts = zip(torch.split(weight.data, _ROWS), torch.split(weight.SCB, _ROWS), strict=True)
-            yield from (rows * its[:, None].div(127) for rows, its in parts)
+            parts = zip(torch.split(weight.data, _ROWS_AT_ONCE), torch.split(weight.SCB, _ROWS_AT_ONCE), strict=True)
+            yield from (rows * absmax[:, None].div(127) for rows, absmax in parts)
         else:
             state = getattr(weight, "quant_state", None)
-            numbers: torch.Tensor = dequantize_4bit(weight.data, state) if state else weight.data
-            yield from (rows.float() for rows in torch.split(numbers, _ROWS))
+            full: torch.Tensor = dequantize_4bit(weight.data, state) if state else weight.data
+            yield from (rows.float() for rows in torch.split(full, _ROWS_AT_ONCE))
 
 
-class Products:
-    """Linear layers side by side: x [..., inputs] -> [..., outputs of all layers].
+class OneDnnInt8Linear:
+    """Linear layers side by side: x [..., in_features] -> [..., out_features of all].
 
-    `whole` [inputs, outputs] are the weights in int8, `scale` [outputs] is what one of each column is worth.
+    `q_weight` [in_features, out_features] is in int8, `scale` [out_features] in fp32.
     """
 
-    def __init__(self, whole: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._whole, self._scale, self._bias = whole, scale, bias
+    def __init__(self, q_weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._q_weight, self._scale, self._bias = q_weight, scale, bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         import torch
 
         tokens = x.reshape(-1, x.shape[-1])
-        # In fp32, for bf16 would round some of them up to 128.
-        size = tokens.abs().amax(-1, keepdim=True).float().clamp_(min=1e-6).div_(127)
-        whole = torch.div(tokens, size).round_().to(torch.int8)  # and not in place: what is given stays as it is
+        # In fp32, because bf16 would round some quotients up to 128.
+        act_scale = tokens.abs().amax(-1, keepdim=True).float().clamp_(min=1e-6).div_(127)
+        q_act = torch.div(tokens, act_scale).round_().to(torch.int8)
         out = x.new_empty(len(tokens), len(self._scale))
-        for begin in range(0, len(out), _AT_ONCE):
-            some = slice(begin, begin + _AT_ONCE)
-            self._multiply(whole[some], size[some], out[some])
+        for begin in range(0, len(out), _TOKENS_AT_ONCE):
+            part = slice(begin, begin + _TOKENS_AT_ONCE)
+            self._multiply(q_act[part], act_scale[part], out[part])
         out = out.view(*x.shape[:-1], -1)
         return out if self._bias is None else out.add_(self._bias)
 
-    def _multiply(self, numbers: torch.Tensor, size: torch.Tensor, out: torch.Tensor) -> None:
+    def _multiply(self, q_act: torch.Tensor, act_scale: torch.Tensor, out: torch.Tensor) -> None:
         import torch
 
-        room = getattr(_room, "sums", None)
-        if room is None or room.numel() < _AT_ONCE * len(self._scale):
-            with torch.inference_mode(False):  # for who computes otherwise, too
-                room = _room.sums = torch.empty(_AT_ONCE * len(self._scale), dtype=torch.int32)
-        sums = torch._int_mm(numbers, self._whole, out=room[: out.numel()].view(out.shape))
-        for begin in range(0, len(out), _ROWS):
-            some = slice(begin, begin + _ROWS)
-            out[some] = torch.mul(sums[some], self._scale).mul_(size[some])
+        size = _TOKENS_AT_ONCE * len(self._scale)
+        memory = getattr(_sums, "memory", None)
+        if memory is None or memory.numel() < size:
+            with torch.inference_mode(False):  # so that code outside of it can use the tensor, too
+                memory = _sums.memory = torch.empty(size, dtype=torch.int32)
+        sums = torch._int_mm(q_act, self._q_weight, out=memory[: out.numel()].view(out.shape))
+        for begin in range(0, len(out), _ROWS_AT_ONCE):
+            part = slice(begin, begin + _ROWS_AT_ONCE)
+            out[part] = torch.mul(sums[part], self._scale).mul_(act_scale[part])

@@ -1,4 +1,4 @@
-"""Weights in the order in which this processor multiplies them: made once, and then mapped from files."""
+"""Weights in the order in which this CPU's kernels read them: packed once, then mapped from files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_cli import cache_files
-from llava_cli.hardware.memory import forget
-from llava_cli.models.quantized_cache import SPARE
+from llava_cli.hardware import allocator
 from llava_cli.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -19,75 +18,82 @@ if TYPE_CHECKING:
 
     from llava_cli.engine.cpu.jit import Layout
 
-LAYOUT = 1
-"""Changes with the order."""
+FORMAT = 1
+"""Changes with the order of weights, or with the names of tensors in files."""
+_NAMES_IN_FILES = {"codebook": "codes", "row_scale": "worth", "q_weight": "whole"}
+"""Tensors that format 1 has under other names."""
 _DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16", "float32": "F32"}
-"""torch's names of number types, and those of safetensors."""
-_PIECE = 1 << 20
+"""torch's names of dtypes -> those of safetensors."""
+_ALIGNMENT = 64
+"""Bytes. A processor reads tensors that begin elsewhere at half the speed."""
+_CHUNK = 1 << 20
 
 
-class Tensors(dict[str, "torch.Tensor"]):
-    """Tensors by name. Those of a file come into memory as they are used, and out of it when they are let go."""
+class PackedTensors(dict[str, "torch.Tensor"]):
+    """Tensors by name. Those of a file enter memory as they are used, and can be released again."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], file: torch.Tensor | None = None) -> None:
         super().__init__(tensors)
         self._file = file
 
     @classmethod
-    def of(cls, path: Path, layout: Layout) -> Tensors:
-        """Those of a file that `_write` has written.
+    def map_file(cls, path: Path, layout: Layout) -> PackedTensors:
+        """Maps a file that `_write` has written.
 
-        Raises `OSError`, also where it may be another user's, and `ValueError` where its tensors are not of `layout`.
+        Raises `OSError`, also where another user may have written it, and `ValueError` where it is not of `layout`.
         """
         import torch
 
         cache_files.check(path)
         header = read_header(path)
-        expected = {name: (_dtype_name(dtype), shape) for name, (dtype, shape) in layout.items()}
-        if {name: (its.dtype, its.shape) for name, its in header.items()} != expected:
+        expected = {_name_in_file(name): (_dtype_name(dtype), shape) for name, (dtype, shape) in layout.items()}
+        if {name: (entry.dtype, entry.shape) for name, entry in header.items()} != expected:
             raise ValueError(f"{path} has other tensors")
+        tensors = {}
         try:
-            # Private, and never written to: what were written would be lost with what is let go.
+            # Private and never written to: changes would be lost with the pages that are released.
             file = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-            tensors = {
-                name: file[its.begin : its.end].view(layout[name][0]).view(its.shape) for name, its in header.items()
-            }
-        except RuntimeError as error:  # gone by now, or not at places that numbers may begin at
+            for name, (dtype, shape) in layout.items():
+                entry = header[_name_in_file(name)]
+                tensors[name] = file[entry.begin : entry.end].view(dtype).view(shape)
+        except RuntimeError as error:  # deleted meanwhile, or with offsets that the dtype does not allow
             raise ValueError(f"{path} is damaged") from error
         return cls(tensors, file)
 
-    def let_go(self) -> None:
-        """Takes what is mapped out of this process' memory; the system keeps it as long as it has room."""
+    def release_pages(self) -> None:
+        """Drops what is mapped from this process's memory; the system keeps it cached while it has memory to spare."""
         if self._file is not None:
-            forget(self._file.data_ptr(), self._file.nbytes)
+            allocator.release_pages(self._file.data_ptr(), self._file.nbytes)
 
 
-class Arranged:
-    """Tensors in the order in which this processor multiplies them: made once, and then mapped from files.
-
-    They stand in a folder beside a copy's weights, one file for each name; or in memory, without a folder.
-    """
+class PackedWeightStore:
+    """Packed weights, one file a layer in a folder beside a quantized copy; in memory where there is no such folder."""
 
     def __init__(self, copy: Path | None = None) -> None:
-        self.kept = copy is not None
-        self._folder = copy and copy / f"arranged-{LAYOUT}"
+        self.on_disk = copy is not None
+        self._folder = copy and copy / f"arranged-{FORMAT}"
 
-    def __call__(self, name: str, layout: Layout, make: Callable[[], dict[str, torch.Tensor]]) -> Tensors:
-        """The tensors of that name, of this layout; `make` makes them where there are none."""
+    def load_or_pack(self, name: str, layout: Layout, pack: Callable[[], dict[str, torch.Tensor]]) -> PackedTensors:
+        """The tensors of this name, of this layout; `pack` makes them where no file has them yet."""
         if not self._folder:
-            return Tensors(make())
+            return PackedTensors(pack())
         path = self._folder / f"{name}.safetensors"
         with suppress(OSError, ValueError):
-            return Tensors.of(path, layout)
-        tensors = Tensors(make())
+            return PackedTensors.map_file(path, layout)
+        tensors = PackedTensors(pack())
         try:
             cache_files.make_folder(self._folder)
-            if shutil.disk_usage(self._folder).free < sum(part.nbytes for part in tensors.values()) + SPARE:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            if shutil.disk_usage(self._folder).free < size + cache_files.DISK_RESERVE:
                 return tensors
             _write(tensors, path)
-            return Tensors.of(path, layout)  # of which no more is in memory than is used
+            return PackedTensors.map_file(path, layout)  # of which memory only holds what is used
         except (OSError, ValueError):
             return tensors
+
+
+def _name_in_file(name: str) -> str:
+    return _NAMES_IN_FILES.get(name, name)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -95,25 +101,25 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Like safetensors, but with numbers at multiples of 64 bytes: else a processor reads them at half the speed."""
-    names, end = {}, 0
+    """A safetensors file whose tensors are aligned."""
+    entries, end = {}, 0
     for name, tensor in tensors.items():
-        begin = end + -end % 64
+        begin = end + -end % _ALIGNMENT
         end = begin + tensor.nbytes
-        names[name] = {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(names).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    cache_files.put(path, _bytes(text, tensors))
+        entry = {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[_name_in_file(name)] = entry
+    header = json.dumps(entries).encode()
+    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+    cache_files.atomic_write(path, _file_bytes(header, tensors))
 
 
-def _bytes(text: bytes, tensors: dict[str, torch.Tensor]) -> Iterator[bytes]:
-    """A file's, in pieces."""
+def _file_bytes(header: bytes, tensors: dict[str, torch.Tensor]) -> Iterator[bytes]:
     import torch
 
-    yield len(text).to_bytes(8, "little") + text
+    yield len(header).to_bytes(8, "little") + header
     end = 0
     for tensor in tensors.values():
-        yield bytes(-end % 64)
-        end += -end % 64 + tensor.nbytes
-        for piece in torch.split(tensor.contiguous().view(-1).view(torch.uint8), _PIECE):
-            yield piece.numpy().tobytes()
+        yield bytes(-end % _ALIGNMENT)
+        end += -end % _ALIGNMENT + tensor.nbytes
+        for chunk in torch.split(tensor.contiguous().view(-1).view(torch.uint8), _CHUNK):
+            yield chunk.numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Linear layers with weights in 4 or 8 bits, multiplied by `kernels.tiles`: one way for few tokens and many."""
+"""Linear layers with weights in 4 or 8 bits, packed for and multiplied by `jit.quantized_gemm`."""
 
 from __future__ import annotations
 
@@ -7,38 +7,52 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.cpu.jit import BLOCK, CODES, TILE_ROWS
-from llava_cli.engine.cpu.jit.compiler import Kernel, addresses, compiled, kinds_here, threads_for
+from llava_cli.engine.cpu.jit import BLOCK, CODEBOOK_SIZE, TILE_ROWS, Launch
+from llava_cli.engine.cpu.jit.compiler import (
+    Kernel,
+    KernelLaunch,
+    Run,
+    addresses,
+    best_isa,
+    supported_isas,
+    threads_for,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from llava_cli.engine.cpu.jit import Layout
 
-_ROWS = 512
-"""At a time are put in order: their numbers stand in memory several times on the way."""
-_AT_ONCE = 1280
-"""Tokens that are multiplied, for they have to stand in memory in 8 bits: two prompts with a picture."""
+_PACK_ROWS = 512
+"""Rows that are packed at a time: several copies of them are in memory on the way."""
+_MAX_TOKENS = 1280
+"""Tokens of one launch, whose activations are in memory in 8 bits: two prompts with an image."""
+
+
+def gemm_kernel(bits: int, bf16: bool) -> Kernel:
+    from llava_cli.engine.cpu.jit.quantized_gemm import build
+
+    return Kernel(build, bf16, _self_test, (bits,))
 
 
 def suits(layers: list[Any]) -> bool:
-    """Whether these layers can be multiplied so, side by side, on this CPU."""
+    """Whether layers can be packed side by side, and this CPU has kernels."""
 
     def fits(layer: Any) -> bool:
-        state = _state(layer)
-        whole: bool = not state or state.blocksize % BLOCK == layer.in_features % state.blocksize == 0
-        return whole and bool(layer.out_features % TILE_ROWS == 0)
+        state = _quant_state(layer)
+        whole_blocks: bool = not state or state.blocksize % BLOCK == layer.in_features % state.blocksize == 0
+        return whole_blocks and bool(layer.out_features % TILE_ROWS == 0)
 
-    return bool(kinds_here()) and all(map(fits, layers))
+    return bool(supported_isas()) and all(map(fits, layers))
 
 
-def _state(layer: Any) -> Any:
-    """What bitsandbytes has to say of weights in 4 bits; None of others."""
+def _quant_state(layer: Any) -> Any:
+    """bitsandbytes' description of weights in 4 bits; None of others."""
     return getattr(layer.weight, "quant_state", None)
 
 
-def joined_bias(layers: list[Any]) -> torch.Tensor | None:
-    """Their biases side by side; None where none has one."""
+def fused_bias(layers: list[Any]) -> torch.Tensor | None:
+    """Biases side by side, 0 for layers that have none; None where no layer has one."""
     import torch
 
     if all(layer.bias is None for layer in layers):
@@ -46,214 +60,234 @@ def joined_bias(layers: list[Any]) -> torch.Tensor | None:
     return torch.cat([_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
 
 
-def _zeros(count: int) -> torch.Tensor:
+def _zeros(size: int) -> torch.Tensor:
     import torch
 
-    return torch.zeros(count, dtype=torch.float32, device="cpu")
+    return torch.zeros(size, dtype=torch.float32, device="cpu")
 
 
-def layout_in_tiles(layers: list[Any]) -> Layout:
-    """The types and shapes of what `in_tiles` makes of these layers."""
-    return layout_of(sum(layer.out_features for layer in layers), layers[0].in_features, 4 if _state(layers[0]) else 8)
+def layout_of(layers: list[Any]) -> Layout:
+    """The dtypes and shapes of what `pack_weights` makes of these layers."""
+    bits = 4 if _quant_state(layers[0]) else 8
+    return packed_layout(sum(layer.out_features for layer in layers), layers[0].in_features, bits)
 
 
-def layout_of(outputs: int, inputs: int, bits: int) -> Layout:
-    """The types and shapes of weights in tiles."""
+def packed_layout(out_features: int, in_features: int, bits: int) -> Layout:
+    """The dtypes and shapes of packed weights."""
     import torch
 
-    tiles, blocks = outputs // TILE_ROWS, -(-inputs // BLOCK)
+    tiles, blocks = out_features // TILE_ROWS, -(-in_features // BLOCK)
     if bits == 8:
         return {
             "weights": (torch.int8, (tiles, blocks, BLOCK // 4, TILE_ROWS, 4)),
-            "worth": (torch.float32, (outputs,)),
+            "row_scale": (torch.float32, (out_features,)),
         }
     return {
         "weights": (torch.uint8, (tiles, blocks, BLOCK // 8, TILE_ROWS, 4)),
         "scales": (torch.float16, (tiles, blocks, TILE_ROWS)),
-        "codes": (torch.float32, (CODES,)),
+        "codebook": (torch.float32, (CODEBOOK_SIZE,)),
     }
 
 
-def in_tiles(layers: list[Any]) -> dict[str, torch.Tensor]:
-    """What `Tiled` multiplies by: the numbers of bitsandbytes' layers as they are, in another order.
+def pack_weights(layers: list[Any]) -> dict[str, torch.Tensor]:
+    """What `QuantizedLinear` multiplies by: bitsandbytes' numbers unchanged, in another order.
 
-    Of other layers each row is rounded to 8 bits. Columns that a block lacks are 0.
+    Rows of layers that are not quantized are rounded to 8 bits. Columns that a last block lacks are 0.
     """
     import torch
 
-    if _state(layers[0]):
-        parts = [(_in_bytes(bits), _by_tile(scales)) for bits, scales in _of_4_bits(layers)]
+    if _quant_state(layers[0]):
+        parts = [(_pack_nibbles(packed), _pack_scales(scales)) for packed, scales in _rows_in_4_bits(layers)]
         weights, scales = (torch.cat(part) for part in zip(*parts, strict=True))
-        return {"weights": weights, "scales": scales, "codes": _state(layers[0]).code.float()}
-    parts = [(_tiled(whole), worth) for whole, worth in _of_8_bits(layers)]
-    weights, worth = (torch.cat(part) for part in zip(*parts, strict=True))
-    return {"weights": weights, "worth": worth}
+        return {"weights": weights, "scales": scales, "codebook": _quant_state(layers[0]).code.float()}
+    parts = [(_pack_tiles(q_weight), row_scale) for q_weight, row_scale in _rows_in_8_bits(layers)]
+    weights, row_scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    return {"weights": weights, "row_scale": row_scale}
 
 
-def _tiled(numbers: torch.Tensor) -> torch.Tensor:
-    """[rows, columns] -> [tiles, blocks, fours of a block, rows of a tile, 4]"""
-    rows, columns = numbers.shape
-    apart = numbers.view(rows // TILE_ROWS, TILE_ROWS, columns // BLOCK, BLOCK // 4, 4)
-    return apart.permute(0, 2, 3, 1, 4).contiguous()
+def _pack_tiles(q_weight: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] -> [tiles, blocks, fours of columns, rows of a tile, 4]"""
+    rows, columns = q_weight.shape
+    split = q_weight.view(rows // TILE_ROWS, TILE_ROWS, columns // BLOCK, BLOCK // 4, 4)
+    return split.permute(0, 2, 3, 1, 4).contiguous()
 
 
-def _in_bytes(bits: torch.Tensor) -> torch.Tensor:
-    """bitsandbytes' bytes [rows, columns / 2], each column's 4 bits before the next one's -> those of tiles."""
+def _pack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """bitsandbytes' bytes [rows, columns / 2], each of two neighboring columns -> those of tiles."""
     import torch
 
-    fours = _tiled(torch.stack((bits >> 4, bits & 15), -1).flatten(1))
+    fours = _pack_tiles(torch.stack((packed >> 4, packed & 15), -1).flatten(1))
     return fours[:, :, ::2] | fours[:, :, 1::2] << 4
 
 
-def _by_tile(scales: torch.Tensor) -> torch.Tensor:
+def _pack_scales(scales: torch.Tensor) -> torch.Tensor:
     """[rows, blocks] -> [tiles, blocks, rows of a tile] in fp16"""
     return scales.view(-1, TILE_ROWS, scales.shape[1]).transpose(1, 2).half()
 
 
-def _of_4_bits(layers: list[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Some rows at a time: their bytes, and their blocks' scales in fp32."""
+def _rows_in_4_bits(layers: list[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Some rows at a time: bytes [rows, columns / 2], and the scales of their blocks in fp32."""
     import torch
     from bitsandbytes.functional import dequantize_blockwise
 
     for layer in layers:
-        state, rows = _state(layer), layer.out_features
+        state, rows = _quant_state(layer), layer.out_features
         scales = state.absmax
         if state.nested:
             scales = dequantize_blockwise(scales, state.state2) + state.offset
         scales = scales.float().view(rows, -1).repeat_interleave(state.blocksize // BLOCK, 1)
         both = layer.weight.data.view(torch.uint8).view(rows, -1), scales
-        yield from zip(*(torch.split(part, _ROWS) for part in both), strict=True)
+        yield from zip(*(torch.split(part, _PACK_ROWS) for part in both), strict=True)
 
 
-def _of_8_bits(layers: list[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Some rows at a time: whole numbers, and what one of each row is worth."""
+def _rows_in_8_bits(layers: list[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Some rows at a time: weights in int8 [rows, whole blocks], and row_scale [rows]."""
     import torch
     from torch.nn.functional import pad
 
     for layer in layers:
-        for begin in range(0, layer.out_features, _ROWS):
-            rows = layer.weight.data[begin : begin + _ROWS]
+        for begin in range(0, layer.out_features, _PACK_ROWS):
+            rows = layer.weight.data[begin : begin + _PACK_ROWS]
             if rows.dtype == torch.int8:
-                worth = layer.weight.SCB[begin : begin + _ROWS].float() / 127
+                row_scale = layer.weight.SCB[begin : begin + _PACK_ROWS].float() / 127
             else:
-                worth = rows.float().abs().amax(1).clamp_(min=1e-12).div_(127)
-                rows = (rows / worth[:, None]).round_().to(torch.int8)
-            yield pad(rows, (0, -layer.in_features % BLOCK)), worth
+                row_scale = rows.float().abs().amax(1).clamp_(min=1e-12).div_(127)
+                rows = (rows / row_scale[:, None]).round_().to(torch.int8)
+            yield pad(rows, (0, -layer.in_features % BLOCK)), row_scale
 
 
-class Tiled:
-    """Linear layers side by side: x [..., inputs] -> [..., outputs of all].
+class QuantizedLinear:
+    """Linear layers side by side: x [..., in_features] -> [..., out_features of all].
 
-    Of weights in 4 bits `scales` are what a code of 1 is worth in each block of a row, and `codes` [16] what 4 bits
-    mean; of those in 8, `worth` [outputs] is what one of a row is worth.
+    Packed weights in 4 bits come with `scales` [tiles, blocks, TILE_ROWS] and a `codebook` [16] in fp32, weights in 8
+    bits with `row_scale` [out_features].
     """
 
     def __init__(
         self,
         weights: torch.Tensor,
         scales: torch.Tensor | None = None,
-        codes: torch.Tensor | None = None,
-        worth: torch.Tensor | None = None,
+        codebook: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> None:
         import torch
 
-        self._kind = kinds_here()[0]
         self._tiles, self._blocks = weights.shape[:2]
-        self._bits, self._outputs = 4 if scales is not None else 8, TILE_ROWS * self._tiles
-        self.inputs: int = BLOCK * self._blocks
-        """Columns that a block lacks, too."""
-        levels = self._kind.levels
-        if codes is not None:  # from 0 on
-            codes = (codes * levels).round_().add_(levels + 1).to(torch.uint8)
-            worth = _zeros(self._outputs) + 1 / levels
-        bias = _zeros(self._outputs) if bias is None else bias.float()
-        given = {"weights": weights, "scales": scales, "codes": codes, "worth": worth, "bias": bias}
-        self._given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        self._bits, self._out_features = 4 if scales is not None else 8, TILE_ROWS * self._tiles
+        self._padded_in_features: int = BLOCK * self._blocks
+        if codebook is not None:
+            qmax = best_isa().weight_qmax
+            codebook = (codebook * qmax).round_().add_(qmax + 1).to(torch.uint8)
+            row_scale = _zeros(self._out_features) + 1 / qmax
+        bias = _zeros(self._out_features) if bias is None else bias.float()
+        tensors = {"weights": weights, "scales": scales, "codebook": codebook, "row_scale": row_scale, "bias": bias}
+        self._tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         self._layout: Layout = {
-            **layout_of(self._outputs, self.inputs, self._bits),
-            **({} if codes is None else {"codes": (torch.uint8, (CODES,))}),
-            "worth": (torch.float32, (self._outputs,)),
-            "bias": (torch.float32, (self._outputs,)),
+            **packed_layout(self._out_features, self._padded_in_features, self._bits),
+            **({} if codebook is None else {"codebook": (torch.uint8, (CODEBOOK_SIZE,))}),
+            **dict.fromkeys(("row_scale", "bias"), (torch.float32, (self._out_features,))),
         }
-        addresses(self._given, self._layout)
+        addresses(self._tensors, self._layout)
 
-    def bound(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> list[Callable[[], object]]:
-        """What writes to `out` [..., outputs] what becomes of `x` [..., inputs] at that time, some tokens at a time.
+    def bind(self, x: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> list[Launch]:
+        """What computes x [..., in_features] -> out [..., out_features], both contiguous, in bf16 or both in fp32.
 
-        Both in bf16 or both in fp32, and in one piece. Who shares `room` waits for it.
+        Launches that share a workspace must not run at the same time.
         """
         import torch
 
-        if x.shape[-1] != self.inputs:
-            return [partial(copied, self, x, out)]
-        lines, to = x.flatten(end_dim=-2), out.flatten(end_dim=-2)
-        parts = zip(torch.split(lines, _AT_ONCE), torch.split(to, _AT_ONCE), strict=True)
-        return [self._kernel(part, to, room) for part, to in parts]
+        if x.shape[-1] != self._padded_in_features:
+            return [partial(copy_result, self, x, out)]
+        tokens, outputs = x.flatten(end_dim=-2), out.flatten(end_dim=-2)
+        parts = zip(torch.split(tokens, _MAX_TOKENS), torch.split(outputs, _MAX_TOKENS), strict=True)
+        return [self._launch(part, part_out, workspace) for part, part_out in parts]
 
-    def _kernel(self, x: torch.Tensor, out: torch.Tensor, room: Room) -> Kernel:
+    def _launch(self, x: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> KernelLaunch:
         import torch
 
-        from llava_cli.engine.cpu.jit.quantized_gemm import Task, write
+        from llava_cli.engine.cpu.jit.quantized_gemm import KernelArgs
 
-        tokens, number = len(x), torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        tensors = {"x": x, "out": out, **self._given, **room.of(tokens, self._blocks)}
+        tokens, dtype = len(x), torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        tensors = {"x": x, "out": out, **self._tensors, **workspace.buffers(tokens, self._blocks)}
         layout: Layout = {
-            "x": (number, (tokens, self.inputs)),
-            "out": (number, (tokens, self._outputs)),
+            "x": (dtype, (tokens, self._padded_in_features)),
+            "out": (dtype, (tokens, self._out_features)),
             **self._layout,
-            **{name: (torch.uint8, (size,)) for name, size in room_for(tokens, self._blocks).items()},
+            **{name: (torch.uint8, (size,)) for name, size in workspace_bytes(tokens, self._blocks).items()},
         }
-        counts = {"tokens": tokens, "tiles": self._tiles, "blocks": self._blocks}
-        threads = threads_for(tokens * self.inputs * self._outputs)
-        task = Task(**addresses(tensors, layout), **counts, threads=threads)
-        return Kernel(compiled(write, self._kind, number == torch.bfloat16, self._bits), task, tensors)
+        threads = threads_for(tokens * self._padded_in_features * self._out_features)
+        sizes = {"tokens": tokens, "tiles": self._tiles, "blocks": self._blocks, "threads": threads}
+        args = KernelArgs(**addresses(tensors, layout), **sizes)
+        return KernelLaunch(gemm_kernel(self._bits, dtype == torch.bfloat16), args, tensors)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         import torch
         from torch.nn.functional import pad
 
         tokens = x.reshape(-1, x.shape[-1])
-        given = (tokens if x.dtype == torch.bfloat16 else tokens.float()).contiguous()
-        if x.shape[-1] != self.inputs:
-            given = pad(given, (0, -x.shape[-1] % BLOCK)).view(-1, self.inputs)
-        out = given.new_empty(len(given), self._outputs)
-        for kernel in self.bound(given, out, _rooms.room):
-            kernel()
-        return out.view(*x.shape[:-1], self._outputs).to(x.dtype)
+        tokens = (tokens if x.dtype == torch.bfloat16 else tokens.float()).contiguous()
+        if x.shape[-1] != self._padded_in_features:
+            tokens = pad(tokens, (0, -x.shape[-1] % BLOCK)).view(-1, self._padded_in_features)
+        out = tokens.new_empty(len(tokens), self._out_features)
+        for launch in self.bind(tokens, out, _workspaces.own):
+            launch()
+        return out.view(*x.shape[:-1], self._out_features).to(x.dtype)
 
 
-def copied(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes to `out` what a product makes of `x`."""
-    out.copy_(product(x))
+def copy_result(linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes what a layer makes of `x` to `out`."""
+    out.copy_(linear(x))
 
 
-def room_for(tokens: int, blocks: int) -> dict[str, int]:
-    """Bytes of what a kernel writes for itself on the way."""
-    return {"numbers": tokens * blocks * BLOCK, "sizes": 4 * tokens * blocks, "minus": 4 * tokens * blocks}
+def workspace_bytes(tokens: int, blocks: int) -> dict[str, int]:
+    """Bytes of what the kernel writes on the way."""
+    scales = 4 * tokens * blocks
+    return {"q_act": tokens * blocks * BLOCK, "act_scale": scales, "zero_point_correction": scales}
 
 
-class Room:
-    """For activations in 8 bits, what they are worth, and what their sums begin with."""
+class Workspace:
+    """Memory for quantized activations, which grows as needed."""
 
     def __init__(self) -> None:
         self._bytes: torch.Tensor | None = None
 
-    def of(self, tokens: int, blocks: int) -> dict[str, torch.Tensor]:
+    def buffers(self, tokens: int, blocks: int) -> dict[str, torch.Tensor]:
         import torch
 
-        sizes = room_for(tokens, blocks)
-        if self._bytes is None or len(self._bytes) < sum(sizes.values()):
-            self._bytes = torch.empty(sum(sizes.values()), dtype=torch.uint8, device="cpu")
-        parts = torch.split(self._bytes[: sum(sizes.values())], list(sizes.values()))
-        return dict(zip(sizes, parts, strict=True))
+        sizes = workspace_bytes(tokens, blocks)
+        total = sum(sizes.values())
+        if self._bytes is None or len(self._bytes) < total:
+            self._bytes = torch.empty(total, dtype=torch.uint8, device="cpu")
+        return dict(zip(sizes, torch.split(self._bytes[:total], list(sizes.values())), strict=True))
 
 
-class _Rooms(threading.local):
-    """One for each thread."""
+class _Workspaces(threading.local):
+    """Each thread's own."""
 
     def __init__(self) -> None:
-        self.room = Room()
+        self.own = Workspace()
 
 
-_rooms = _Rooms()
+_workspaces = _Workspaces()
+
+
+def _self_test(kernel: Kernel, run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    import torch
+
+    from llava_cli.engine.cpu.jit.quantized_gemm import reference
+
+    (bits,), (tokens, rows, columns) = kernel.constants, (11, 3 * TILE_ROWS, 2 * BLOCK)
+    layout, generator = packed_layout(rows, columns, int(bits)), torch.Generator("cpu").manual_seed(0)
+    dtype, shape = layout["weights"]
+    least, end = (0, 256) if bits == 4 else (-127, 128)
+    packed = {"weights": torch.randint(least, end, shape, generator=generator, dtype=dtype, device="cpu")}
+    for name in layout.keys() - {"weights"}:
+        dtype, shape = layout[name]
+        packed[name] = torch.rand(shape, generator=generator, device="cpu").add_(0.5).to(dtype)
+    if bits == 4:
+        packed["codebook"] = torch.linspace(-1, 1, CODEBOOK_SIZE, device="cpu")
+    x, bias = kernel.sample(tokens, columns), kernel.sample(rows).float()
+    out = torch.empty(tokens, rows, dtype=x.dtype, device="cpu")
+    QuantizedLinear(**packed, bias=bias)._launch(x, out, Workspace()).run_as(run)
+    yield out, reference(x, **packed, bias=bias, weight_qmax=best_isa().weight_qmax)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_cli.errors import ModelUnusable, model_errors
+from llava_cli.models.checkpoint_files import CONFIG, pull_command, read_json
 from llava_cli.models.registry import Checkpoint
-from llava_cli.models.validate import CONFIG, again, read_json
 from llava_cli.settings import Sampling
 
 FILE = "generation_config.json"
@@ -110,7 +110,7 @@ def _texts(value: Any) -> list[str] | None:
 
 
 def _hint(checkpoint: Checkpoint, file: str) -> str:
-    return again(checkpoint.name) or f"mend {file}" + " or delete it" * (file == FILE)
+    return pull_command(checkpoint.name) or f"repair {file}" + " or delete it" * (file == FILE)
 
 
 def check_generation_config(checkpoint: Checkpoint, config: Any, empty: Any) -> None:
@@ -120,14 +120,15 @@ def check_generation_config(checkpoint: Checkpoint, config: Any, empty: Any) -> 
     """
     import torch
 
-    from llava_cli.engine.generate.decode import Chooser, asked_end_tokens
+    from llava_cli.engine.generate.end_tokens import configured_end_tokens
+    from llava_cli.engine.generate.sampler import Sampler
 
     empty.generation_config = config
     ids, (file, _) = torch.ones(1, 8, dtype=torch.long), _settings(checkpoint)
     with model_errors(checkpoint.name, f"{file} is not a generation config", _hint(checkpoint, file)):
         logits = torch.zeros(1, empty.config.get_text_config().vocab_size)
         for sampling in (Sampling(), Sampling(temperature=1.0, seed=0, unset=frozenset({"top_p"}))):
-            Chooser(empty, sampling, ids, 8, asked_end_tokens(empty))(ids, logits)
+            Sampler(empty, sampling, ids, 8, configured_end_tokens(empty))(logits)
 
 
 def summary(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""Reads an iterable ahead of need, in a thread: pictures are prepared while the model runs."""
+"""Takes items of an iterable in a thread before they are needed: pictures are prepared while the model runs."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ T = TypeVar("T")
 _END = object()
 
 
-class Ahead(Generic[T]):
-    """Up to `depth` items of an iterable, taken out of it before they are asked for.
+class Prefetcher(Generic[T]):
+    """Takes up to `depth` items of an iterable ahead.
 
-    An error of the iterable's is raised where its next item would have been.
+    An error of the iterable is raised where its next item would have been.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
         self._queue: queue.Queue[object] = queue.Queue(depth)
-        self._closed = False
+        self._is_closed = False
         self._error: BaseException | None = None
-        self.ended = False
+        self.is_exhausted = False
         """Whether the last item has been taken."""
         threading.Thread(target=self._fill, args=(items,), daemon=True).start()
 
-    def get(self, wait: float) -> T | None:
-        """The next item; None where there is none for `wait` seconds, or no more."""
-        if self.ended:
+    def get(self, timeout: float) -> T | None:
+        """The next item; None if there is none within `timeout` seconds, or at all."""
+        if self.is_exhausted:
             return None
         try:
-            item = self._queue.get(timeout=wait) if wait else self._queue.get_nowait()
+            item = self._queue.get(timeout=timeout) if timeout else self._queue.get_nowait()
         except queue.Empty:
             return None
         if item is not _END:
             return item  # type: ignore[return-value]
-        self.ended = True
+        self.is_exhausted = True
         if self._error is not None:
             raise self._error
         return None
 
     def close(self) -> None:
         """Takes no more items than the one that the thread may be waiting for."""
-        self._closed = True
+        self._is_closed = True
         while not self._queue.empty():
             self._queue.get_nowait()
 
@@ -50,7 +50,7 @@ class Ahead(Generic[T]):
         try:
             for item in items:
                 self._queue.put(item)
-                if self._closed:
+                if self._is_closed:
                     return
         except BaseException as error:  # also a KeyboardInterrupt belongs where the items go
             self._error = error

@@ -1,106 +1,127 @@
-"""Keys and values of prompts that were read before: a conversation that grows is read from where it differs."""
+"""Keys and values of earlier prompts: a conversation that grows is read only from where it differs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import TYPE_CHECKING
 
-from llava_cli.engine.generate.prefix import alike
+from llava_cli.engine.kv_cache import RoomyCache
 
 if TYPE_CHECKING:
     import torch
 
-    from llava_cli.engine.generate.batch import Row
-    from llava_cli.engine.kv_cache import RoomyCache
+    from llava_cli.engine.generate.sequence import Sequence
 
-MOST = 256
-"""Prompts that are kept: each one about the same picture is compared with a new one."""
-
-Layer = tuple["torch.Tensor", "torch.Tensor"]
+MAX_PROMPTS = 256
+"""Prompts that are kept: a new one is compared with each one about the same picture."""
 
 
-@dataclass(frozen=True)
-class Read:
-    """What was read: tokens, the pictures among them (SHA-256), keys and values [1, heads, tokens, width] a layer."""
+@dataclass
+class CachedPrompt:
+    """Tokens that were read, the pictures among them, and a KV cache with one row for them."""
 
     ids: list[int]
-    pictures: tuple[str, ...]
-    layers: list[Layer]
+    images: tuple[str, ...]
+    cache: RoomyCache
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(part.nbytes for layer in self.layers for part in layer)
+    def truncate(self, length: int, images: int) -> None:
+        """Forgets all but the first tokens and pictures."""
+        # The tokens first: if Ctrl-C interrupts the loop, they are still in every layer.
+        self.ids, self.images = self.ids[:length], self.images[:images]
+        self.cache.truncate(length)
+
+    def starts_with(self, other: CachedPrompt) -> bool:
+        same_images = self.images[: len(other.images)] == other.images
+        return same_images and self.ids[: len(other.ids)] == other.ids
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What a row need not read: `tokens` of it, with the first `pictures` of its pictures."""
+class CachedPrefix:
+    """What a sequence need not read: its first `length` tokens, with its first `images` pictures."""
 
-    tokens: int
-    pictures: int
-    layers: list[Layer]
+    length: int
+    images: int
+    prompt: CachedPrompt
+    in_place: bool
+
+    def take_cache(self) -> RoomyCache:
+        """A KV cache with one row that holds the prefix and may be extended."""
+        return self.prompt.cache if self.in_place else self.prompt.cache.copy_row(0, slice(0, self.length))
 
 
-class Kept:
-    """What was read last, of at most `budget` bytes. `image` is the token that stands for a part of a picture."""
+class PromptCache:
+    """The prompts that were read last.
 
-    def __init__(self, budget: int, image: int | None) -> None:
-        self._budget, self._image = budget, image
-        self._read: list[Read] = []  # the oldest first
-        self.size = 0
+    Up to `budget` bytes of them, for many sequences at a time, each of which extends a copy. Without a budget (None)
+    only the last prompt, for one sequence at a time, which extends the cached tensors themselves: nothing is copied.
+    """
 
-    def begin(self, row: Row) -> Beginning | None:
-        """The longest beginning that a row shares with what is kept."""
-        best, its = None, 0
-        for read in self._read:
-            tokens, pictures = self._shared(read, row)
-            if tokens > its:
-                best, its = (read, pictures), tokens
-        if best is None:
-            return None
-        read, pictures = best
-        self._read.remove(read)  # to the end: it was wanted last
-        self._read.append(read)
-        return Beginning(its, pictures, [(keys[:, :, :its], values[:, :, :its]) for keys, values in read.layers])
+    def __init__(self, budget: int | None, image_token: int | None) -> None:
+        self._budget, self._image_token = budget, image_token
+        self._prompts: list[CachedPrompt] = []  # least recently used first
+        self.nbytes = 0
 
-    def put(self, row: Row, cache: RoomyCache, number: int, mask: torch.Tensor) -> None:
-        """Keeps what a cache holds of its row `number`, whose tokens are where `mask` [columns] is true."""
-        there, its = mask, slice(number, number + 1)
-        every: list[Any] = cache.layers
-        layers = [(layer.keys[its, :, there], layer.values[its, :, there]) for layer in every]
-        read = Read(row.ids[: int(there.sum())], row.pictures, layers)
-        for other in [one for one in self._read if self._contains(read, one)]:
-            self._forget(other)
-        self._read.append(read)
-        self.size += read.size
-        while self._read and (self.size > self._budget or len(self._read) > MOST):
-            self._forget(self._read[0])
+    def find(self, sequence: Sequence) -> CachedPrefix | None:
+        """The longest prefix that the sequence shares with a cached prompt."""
+        best, length, images = None, 0, 0
+        for prompt in self._prompts:
+            tokens, pictures = shared_prefix(prompt, sequence, self._image_token)
+            if tokens > length:
+                best, length, images = prompt, tokens, pictures
+        if self._budget is None:
+            self._prompts = [best] if best else []
+            if best:
+                best.truncate(length, images)
+        elif best:
+            self._prompts.remove(best)
+            self._prompts.append(best)
+        return CachedPrefix(length, images, best, self._budget is None) if best else None
+
+    def store(
+        self, sequence: Sequence, length: int, cache: RoomyCache, row: int, columns: torch.Tensor | slice
+    ) -> None:
+        """Keeps the first `length` tokens of a sequence, which are those columns of a row of the batch's cache."""
+        if self._budget is None:
+            self._prompts = [CachedPrompt(sequence.ids[:length], sequence.images, cache)]
+            return
+        new = CachedPrompt(sequence.ids[:length], sequence.images, cache.copy_row(row, columns))
+        for prompt in [prompt for prompt in self._prompts if new.starts_with(prompt)]:
+            self._remove(prompt)
+        self._prompts.append(new)
+        self.nbytes += new.cache.nbytes
+        while self._prompts and (self.nbytes > self._budget or len(self._prompts) > MAX_PROMPTS):
+            self._remove(self._prompts[0])
 
     def clear(self) -> None:
-        """Forgets all."""
-        self._read, self.size = [], 0
+        self._prompts, self.nbytes = [], 0
 
-    def _forget(self, read: Read) -> None:
-        self._read.remove(read)
-        self.size -= read.size
+    def _remove(self, prompt: CachedPrompt) -> None:
+        self._prompts.remove(prompt)
+        self.nbytes -= prompt.cache.nbytes
 
-    def _contains(self, read: Read, other: Read) -> bool:
-        same_pictures = read.pictures[: len(other.pictures)] == other.pictures
-        return same_pictures and read.ids[: len(other.ids)] == other.ids
 
-    def _shared(self, read: Read, row: Row) -> tuple[int, int]:
-        """How many tokens and pictures at a row's beginning have been read; in the midst of pictures none."""
-        if read.pictures[:1] != row.pictures[:1]:
-            return 0, 0
-        tokens = alike(row.ids[:-1], read.ids)  # the last one has to be read for its logits
-        within = row.ids[:tokens].count(self._image)  # type: ignore[arg-type]
-        if within == row.ids.count(self._image):  # type: ignore[arg-type]
-            pictures = len(row.pictures)
-        elif within == read.ids.count(self._image):  # type: ignore[arg-type]
-            pictures = len(read.pictures)
-            if pictures and len(row.inputs["pixel_values"]) != len(row.pictures):
-                return 0, 0  # whose are whose is the family's own business
-        else:
-            return 0, 0
-        return (tokens, pictures) if read.pictures[:pictures] == row.pictures[:pictures] else (0, 0)
+def common_prefix_length(first: list[int], second: list[int]) -> int:
+    """How many tokens two lists have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def shared_prefix(prompt: CachedPrompt, sequence: Sequence, image_token: int | None) -> tuple[int, int]:
+    """How many leading tokens and pictures of a sequence a cached prompt holds; never a part of the pictures.
+
+    Only the family's code knows where one picture's tokens end and the next one's begin, so a prefix has all pictures
+    of one of both.
+    """
+    if prompt.images and sequence.images and prompt.images[0] != sequence.images[0]:
+        return 0, 0
+    length = common_prefix_length(sequence.ids[:-1], prompt.ids)  # the last token has to be read for its logits
+    within = sequence.ids[:length].count(image_token)  # type: ignore[arg-type]
+    if within == sequence.ids.count(image_token):  # type: ignore[arg-type]
+        images = len(sequence.images)
+    elif within == prompt.ids.count(image_token):  # type: ignore[arg-type]
+        images = len(prompt.images)
+        if images and len(sequence.inputs["pixel_values"]) != len(sequence.images):
+            return 0, 0  # the tensors do not say which picture is whose
+    else:
+        return 0, 0
+    return (length, images) if prompt.images[:images] == sequence.images[:images] else (0, 0)

@@ -1,6 +1,6 @@
-"""The model that the user's own `llava serve` holds: no torch here, and nothing to load.
+"""Answers with the model that the user's own `llava serve` has loaded: no torch in this process, and nothing to load.
 
-When the server is gone the model is loaded here after all, and what was asked is asked again.
+If the server goes away, the model is loaded here and the open questions are asked again.
 """
 
 from __future__ import annotations
@@ -15,50 +15,52 @@ from typing import Any
 from urllib.parse import urljoin
 
 from llava_cli import limits
-from llava_cli.bounded_http import Deadline, Response, ask
+from llava_cli.bounded_http import Deadline, Response, send_request
 from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
-from llava_cli.engine.remote import wire
-from llava_cli.engine.remote.local_socket import SocketConnection, status
-from llava_cli.engine.remote.openai_client import Client, at_once, behind, messages, whole_file
-from llava_cli.engine.remote.wire import Unanswered, unanswered
+from llava_cli.engine.remote.image_urls import original_file_url
+from llava_cli.engine.remote.local_socket import UnixHTTPConnection, server_info
+from llava_cli.engine.remote.openai_client import OpenAIClient, skip_shown
+from llava_cli.engine.remote.openai_messages import messages
+from llava_cli.engine.remote.openai_response import RetryableError, as_text, connection_errors, token_count
+from llava_cli.engine.remote.thread_pool import answer_in_threads
 from llava_cli.errors import LlavaError
 from llava_cli.models.families import FAMILIES, Family
 from llava_cli.settings import Sampling
 
-AT_ONCE = 32
-"""Requests in hand of a batch, where nothing else is asked for."""
+CONCURRENCY = 32
+"""How many requests of a batch are sent at a time by default."""
 
 
-class WarmEngine(Engine):
-    """The model of a server at a socket, which says of itself what `said` says.
+class LocalServerEngine(Engine):
+    """Answers with the server at a Unix socket, whose `server_info` is `info`.
 
-    `load` makes the engine that goes on when the server is gone, and `tell` gets one line about that.
+    `load` makes the engine that takes over when the server goes away; `notify` gets one line about that.
     """
 
     def __init__(
-        self, path: Path, said: dict[str, Any], load: Callable[[], Engine], tell: Callable[[str], None]
+        self, path: Path, info: dict[str, Any], load: Callable[[], Engine], notify: Callable[[str], None]
     ) -> None:
-        self._path, self._load, self._tell = path, load, tell
-        self._here: Engine | None = None
-        self._client = Client("llava serve", self._post, whole_file)
-        self.model, self.precision, self.device = said["model"], said["precision"], said["device"]
-        self.context, self.where = said["context"], f"llava serve (pid {said['pid']})"
-        self.family: Family | None = next((family for family in FAMILIES if family.name == said["family"]), None)
-        self._memory = min(said["memory"], sys.maxsize)
+        self._path, self._load, self._notify = path, load, notify
+        self._fallback: Engine | None = None
+        self._client = OpenAIClient("llava serve", self._post, original_file_url)
+        self.model, self.precision, self.device = info["model"], info["precision"], info["device"]
+        self.context, self.where = info["context"], f"llava serve (pid {info['pid']})"
+        self.family: Family | None = next((family for family in FAMILIES if family.name == info["family"]), None)
+        self._server_memory = min(info["memory"], sys.maxsize)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         shown = ""
-        if self._here is None:
+        if self._fallback is None:
             try:
                 with closing(self._client.stream(conversation, sampling)) as chunks:
                     for chunk in chunks:
                         shown += chunk.text
                         yield chunk
                 return
-            except Unanswered as error:
-                self._go_on(error)
-        yield from behind(shown, self._local().stream(conversation, sampling))
+            except RetryableError as error:
+                self._announce_fallback(error)
+        yield from skip_shown(shown, self._load_fallback().stream(conversation, sampling))
 
     def answer_many(
         self,
@@ -67,85 +69,87 @@ class WarmEngine(Engine):
         go_on: Callable[[], bool] = always,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
         numbered = enumerate(requests)
-        left: list[tuple[int, Request | LlavaError]] = []
+        unanswered: list[tuple[int, Request | LlavaError]] = []
 
-        def well() -> bool:
-            return not left and go_on()
+        def server_is_there() -> bool:
+            return not unanswered and go_on()
 
-        if self._here is None:
-            gone: Unanswered | None = None
-            for number, request, outcome in at_once(numbered, self._client.whole, size or AT_ONCE, well):
+        if self._fallback is None:
+            failure: RetryableError | None = None
+            outcomes = answer_in_threads(numbered, self._client.complete, size or CONCURRENCY, server_is_there)
+            for number, request, outcome in outcomes:
                 if isinstance(outcome, (Answer, LlavaError)):
                     yield number, outcome
-                elif isinstance(outcome, Unanswered) and request:
-                    gone = outcome
-                    left.append((number, request))
+                elif isinstance(outcome, RetryableError) and request:
+                    failure = outcome
+                    unanswered.append((number, request))
                 else:
                     raise outcome
-            if gone is None:
+            if failure is None:
                 return
-            self._go_on(gone)
-        left.sort(key=lambda one: one[0])
+            self._announce_fallback(failure)
+        unanswered.sort(key=lambda item: item[0])
         numbers: list[int] = []
 
-        def rest() -> Iterator[Request | LlavaError]:
-            for number, request in chain(left, numbered):
+        def remaining() -> Iterator[Request | LlavaError]:
+            for number, request in chain(unanswered, numbered):
                 numbers.append(number)
                 yield request
 
-        for place, outcome in self._local().answer_many(rest(), size, go_on):
-            yield numbers[place], outcome
+        for position, outcome in self._load_fallback().answer_many(remaining(), size, go_on):
+            yield numbers[position], outcome
 
     def prompt(self, conversation: Conversation) -> str:
-        return self._asked(conversation)[0] if self._here is None else self._here.prompt(conversation)
+        return self._fallback.prompt(conversation) if self._fallback else self._rendered(conversation)[0]
 
     def count(self, conversation: Conversation) -> int:
-        return self._asked(conversation)[1] if self._here is None else self._here.count(conversation)
+        return self._fallback.count(conversation) if self._fallback else self._rendered(conversation)[1]
 
     def peak_memory(self) -> int:
-        return self._memory if self._here is None else self._here.peak_memory()
+        return self._server_memory if self._fallback is None else self._fallback.peak_memory()
 
-    def _local(self) -> Engine:
-        if self._here is None:
-            self._here, self.where = self._load(), ""
-            self.precision, self.device = self._here.precision, self._here.device
-            self.load_seconds = self._here.load_seconds
-        return self._here
+    def _load_fallback(self) -> Engine:
+        if self._fallback is None:
+            self._fallback, self.where = self._load(), ""
+            self.precision, self.device = self._fallback.precision, self._fallback.device
+            self.load_seconds = self._fallback.load_seconds
+        return self._fallback
 
-    def _go_on(self, error: Unanswered) -> None:
-        self._tell(f"llava: serve: {error}; going on without it")
-        self._local()
+    def _announce_fallback(self, error: RetryableError) -> None:
+        self._notify(f"llava: serve: {error}; going on without it")
+        self._load_fallback()
 
-    def _asked(self, conversation: Conversation) -> tuple[str, int]:
-        """The prompt that the server would read and its number of tokens; this engine's own, where it is gone."""
+    def _rendered(self, conversation: Conversation) -> tuple[str, int]:
+        """The prompt as the server renders it and its number of tokens; the fallback's, if the server is gone."""
         try:
-            with self._client.understood():
-                said = self._client.ask("/llava/prompt", {"messages": messages(conversation, whole_file)})
-                return wire.string(said.get("prompt")), wire.tokens(said.get("tokens"))
-        except Unanswered as error:
-            self._go_on(error)
-            here = self._local()
-            return here.prompt(conversation), here.count(conversation)
+            with self._client.response_errors():
+                reply = self._client.post("/llava/prompt", {"messages": messages(conversation, original_file_url)})
+                return as_text(reply.get("prompt")), token_count(reply.get("tokens"))
+        except RetryableError as error:
+            self._announce_fallback(error)
+            engine = self._load_fallback()
+            return engine.prompt(conversation), engine.count(conversation)
 
     def _post(self, path: str, body: dict[str, Any]) -> Response:
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogateescape")
         headers = {"Host": "llava", "Content-Type": "application/json"}
-        connection, deadline = SocketConnection(self._path), Deadline(limits.OWN_REPLY_SECONDS)
-        with unanswered("does not answer", deadline):
+        connection, deadline = UnixHTTPConnection(self._path), Deadline(limits.OWN_REPLY_SECONDS)
+        with connection_errors("does not answer", deadline):
             connection.connect()
-            return ask(connection.sock, deadline, "POST", urljoin("/v1/", path), headers, data)
+            return send_request(connection.sock, deadline, "POST", urljoin("/v1/", path), headers, data)
 
 
-def holder(
-    wanted: dict[str, Any], load: Callable[[], Engine], tell: Callable[[str], None], path: Path
-) -> Engine | None:
-    """The engine of the user's own server, if that holds what is `wanted`; None where it has to be loaded here."""
-    said = status(path)
-    if said is None:
+def matching_server(
+    identity: dict[str, Any], load: Callable[[], Engine], notify: Callable[[str], None], path: Path
+) -> LocalServerEngine | None:
+    """The engine of the user's own server, if its answers are those of a model with this identity; otherwise None."""
+    info = server_info(path)
+    if info is None:
         return None
-    for name in ("precision", "device"):  # the server says what it was asked for, what it took, and what auto is
-        if wanted.pop(name) not in said[f"{name}s"]:
+    identity = dict(identity)
+    for name in ("precision", "device"):  # the server lists what it was asked for, what it uses, and perhaps "auto"
+        if identity.pop(name) not in info[f"{name}s"]:
             return None
-    if any(said.get(name) != value for name, value in wanted.items()):
+    if any(info.get(name) != value for name, value in identity.items()):
         return None
-    return WarmEngine(path, said, load, tell)
+    return LocalServerEngine(path, info, load, notify)

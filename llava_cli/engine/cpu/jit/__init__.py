@@ -1,29 +1,32 @@
-"""Code for LLVM, which makes machine code of it for the CPU at hand: what there is no fast library for.
+"""Kernels that LLVM compiles for the CPU at hand, where no library has fast ones.
 
-Here are the shapes that it takes, for who asks whether it suits.
+Here are the shapes that they take, for callers that ask whether a layer suits them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 TILE_ROWS, BLOCK = 16, 64
-"""Of weights in 4 and 8 bits a tile has so many rows, and a block of it so many columns."""
-CODES = 16
-"""What 4 bits may mean."""
-ROWS, COLUMNS = 4, 64
-"""Of weights as a checkpoint has them, as many are multiplied at a time."""
-WIDTH = 16
-"""A head's width is a multiple of it."""
-SPARE = 16
-"""Scores that there is room for behind each row of them."""
-FEW = 16
-"""Rows of a step, each with its token, that are computed by what is compiled for few of them."""
-QUERIES, PADDED = 8, 64
-"""Of a prompt so many attend at a time, at most; its mask has room for a multiple of so many tokens."""
+"""Quantized weights: rows of a tile, and columns of a block, which share a scale."""
+CODEBOOK_SIZE = 16
+"""Values that 4 bits can stand for."""
+GEMV_ROWS, VECTOR_COLUMNS = 4, 64
+"""Rows of dense weights that are multiplied at once; in_features of dense layers and of norms are multiples of 64."""
+HEAD_DIM_STEP = 16
+"""head_dim is a multiple of it."""
+SCORE_PADDING = 16
+"""Attention scores that a row of them has room for behind the last token's."""
+MAX_DECODE_ROWS = 16
+"""Rows, each with one new token, up to which a decode step uses kernels that are made for few tokens."""
+MAX_QUERY_BLOCK, MASK_STEP = 8, 64
+"""Prefill attention: queries at once, at most; its mask is padded to a multiple of so many tokens."""
 
 Layout = dict[str, tuple["torch.dtype", tuple[int, ...]]]
-"""The type and shape of each tensor that a kernel is given, or that a file holds, by its name."""
+"""Name -> (dtype, shape) of each tensor that a kernel gets, or that a file holds."""
+Launch = Callable[[], object]
+"""Work that is bound to its tensors: a kernel with its arguments, or an operation of torch's."""

@@ -1,69 +1,89 @@
-"""A product of few tokens with weights as a checkpoint has them."""
+"""Matrix product of a few tokens with weights in bf16 or fp32, as a checkpoint has them.
+
+    out[t, r] = bias[r] + sum over columns c of x[t, c] * weight[r, c]
+
+for x [tokens, columns] and weight [rows, columns]. With few tokens the time is that of reading the weights, so they are
+read once, four rows at a time, and prefetched. Sums are in fp32, and a token's do not depend on the tokens beside it.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from llvmlite import ir
 
-from llava_cli.engine.cpu.jit import COLUMNS, ROWS
-from llava_cli.engine.cpu.jit.builder import F32, I64, Kind, Value, Writer, many, task
+from llava_cli.engine.cpu.jit import GEMV_ROWS, VECTOR_COLUMNS
+from llava_cli.engine.cpu.jit.builder import F32, I64, IsaTier, KernelBuilder, Value, args_struct
 
-_CHUNK = 32
-"""Rows that a thread takes."""
+if TYPE_CHECKING:
+    import torch
 
-Task = task(("x", "out", "weights", "bias"), ("tokens", "apart", "rows", "columns", "threads", "next"))
-"""x [tokens, columns], out [tokens, rows], whose tokens are `apart`; weights [rows, columns]; bias [rows] in fp32."""
+_ROWS_AT_ONCE = 32
+"""Rows that a thread claims at a time; they stay in its cache for all tokens."""
+
+KernelArgs = args_struct(("x", "out", "weight", "bias"), ("tokens", "out_stride", "rows", "columns", "threads", "next"))
+"""x [tokens, columns] and weight [rows, columns] of one type, bias [rows] in fp32; out [tokens, rows], whose tokens are
+`out_stride` elements apart."""
 
 
-def write(kind: Kind, bf16: bool) -> str:
-    return str(_Rows(kind, bf16).module)
+def build(isa: IsaTier, bf16: bool) -> str:
+    """LLVM assembly."""
+    return str(_DenseGemv(isa, bf16).module)
 
 
-class _Rows(Writer):
-    def __init__(self, kind: Kind, bf16: bool) -> None:
-        super().__init__(Task, kind, bf16)
-        self._most = 4 if kind.lanes == 16 else 2
-        """Tokens that there are registers for, four rows of each."""
+class _DenseGemv(KernelBuilder):
+    def __init__(self, isa: IsaTier, bf16: bool) -> None:
+        super().__init__(KernelArgs, isa, bf16)
+        self._max_tokens = 4 if isa.lanes == 16 else 2
+        """Tokens at once, for which there are registers with four rows each."""
         multiply = self._multiply()
         with self.function("run"):
-            self.run(multiply)
+            self.run_parallel(multiply)
 
     def _multiply(self) -> ir.Function:
-        """All tokens with some rows, which stay in a thread's cache."""
+        """Each thread multiplies all tokens by the rows that it claims."""
         with self.function("multiply") as function:
-            b = self.b
-            vector = ir.VectorType(F32, self.kind.lanes)
-            sums = [[b.alloca(vector) for _ in range(ROWS)] for _ in range(self._most)]
-            tokens, columns = self.count("tokens"), self.count("columns")
-            groups = self.groups(tokens, [size for size in (4, 2, 1) if size <= self._most])
-            with self.shared(_CHUNK, self.count("rows")) as (first, end), self.loop(first, end, ROWS) as row:
-                for begin, to, size in groups:
-                    with self.loop(begin, to, size) as token:
-                        self._rows(row, token, sums[:size], columns)
+            sums = [self.accumulators(GEMV_ROWS) for _ in range(self._max_tokens)]
+            tokens, columns = self.int_arg("tokens"), self.int_arg("columns")
+            token_blocks = self.blocks(tokens, [size for size in (4, 2, 1) if size <= self._max_tokens])
+            with (
+                self.dynamic_loop(_ROWS_AT_ONCE, self.int_arg("rows")) as (first, end),
+                self.loop(first, end, GEMV_ROWS) as row,
+            ):
+                for begin, stop, size in token_blocks:
+                    with self.loop(begin, stop, size) as token:
+                        self._multiply_rows(row, token, sums[:size], columns)
         return function
 
-    def _rows(self, row: Value, token: Value, sums: list[list[Value]], columns: Value) -> None:
-        """Four rows with so many tokens; one alone waits for memory, which is told of the next rows."""
-        b, lanes = self.b, self.kind.lanes
-        x, out, weights = (self.array(name, self.number) for name in ("x", "out", "weights"))
-        for its in sums:
-            for place in its:
-                b.store(many(0.0, F32, lanes), place)
-        lines = [b.mul(b.add(row, I64(i)), columns) for i in range(ROWS)]
-        given = [b.mul(b.add(token, I64(i)), columns) for i in range(len(sums))]
-        with self.loop(I64(0), columns, COLUMNS) as column:
+    def _multiply_rows(self, row: Value, token: Value, sums: list[list[Value]], columns: Value) -> None:
+        """Four rows by len(sums) tokens; a single token waits for memory, so the next rows are prefetched."""
+        b, lanes = self.b, self.lanes
+        x, out, weight = (self.array_arg(name) for name in ("x", "out", "weight"))
+        for of_token in sums:
+            self.clear(of_token)
+        weight_lines = [b.mul(b.add(row, I64(i)), columns) for i in range(GEMV_ROWS)]
+        x_lines = [b.mul(b.add(token, I64(i)), columns) for i in range(len(sums))]
+        with self.loop(I64(0), columns, VECTOR_COLUMNS) as column:
             if len(sums) == 1:
-                for line in lines:  # the next rows'
-                    self.prefetch(self.at(weights, line, column, b.mul(columns, I64(ROWS))), COLUMNS * self.bytes)
-            for begin in range(0, COLUMNS, lanes):
-                read = [self.floats(self.at(weights, line, column, I64(begin)), lanes) for line in lines]
-                for start, its in zip(given, sums, strict=True):
-                    numbers = self.floats(self.at(x, start, column, I64(begin)), lanes)
-                    for weight, place in zip(read, its, strict=True):
-                        b.store(self.fma(weight, numbers, b.load(place)), place)
-        bias = self.read(self.at(self.array("bias", F32), row), F32, ROWS)
-        for i, its in enumerate(sums):
-            totals: Value = ir.Constant(ir.VectorType(F32, ROWS), ir.Undefined)
-            for number, place in enumerate(its):
-                totals = b.insert_element(totals, self.sum(b.load(place)), I64(number))
-            to = b.mul(b.add(token, I64(i)), self.count("apart"))
-            self.put(b.fadd(totals, bias), self.at(out, to, row))
+                for line in weight_lines:
+                    next_rows = self.at(weight, line, column, b.mul(columns, I64(GEMV_ROWS)))
+                    self.prefetch(next_rows, VECTOR_COLUMNS * self.itemsize)
+            for start in range(0, VECTOR_COLUMNS, lanes):
+                weights = [self.load_fp32(self.at(weight, line, column, I64(start))) for line in weight_lines]
+                for line, of_token in zip(x_lines, sums, strict=True):
+                    activations = self.load_fp32(self.at(x, line, column, I64(start)))
+                    for row_weights, accumulator in zip(weights, of_token, strict=True):
+                        self.accumulate(accumulator, row_weights, activations)
+        bias = self.load(self.at(self.array_arg("bias", F32), row), F32, GEMV_ROWS)
+        for i, of_token in enumerate(sums):
+            totals: Value = ir.Constant(ir.VectorType(F32, GEMV_ROWS), ir.Undefined)
+            for lane, accumulator in enumerate(of_token):
+                totals = b.insert_element(totals, self.sum(b.load(accumulator)), I64(lane))
+            target = b.mul(b.add(token, I64(i)), self.int_arg("out_stride"))
+            self.store_rounded(b.fadd(totals, bias), self.at(out, target, row))
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The same in plain torch: [tokens, rows]."""
+    out = x.float() @ weight.float().mT
+    return (out if bias is None else out + bias.float()).to(x.dtype)

@@ -1,190 +1,248 @@
-"""A product with weights in 4 or 8 bits, written for LLVM, which makes machine code of it for the CPU at hand.
+"""Matrix product of quantized weights and activations that are quantized on the fly.
 
-Weights are made whole numbers of 8 bits as they are read, in registers, and each token's activations before that, 64
-at a time. Products of the two are summed in 32 bits over such a block, and blocks in fp32. With VNNI 64 products are
-one instruction, with AVX2 32 are three.
+    out[t, r] = bias[r] + row_scale[r] * sum over blocks b of
+                act_scale[t, b] * scales[r, b] * sum over columns c of b of q_act[t, c] * q_weight[r, c]
 
-Weights stand in tiles of 16 rows, and a tile in blocks of 64 columns. In a block 4 columns follow each other for each
-of the 16 rows, which is what those instructions sum up; in 4 bits a byte has those of 8 columns, the first four's in
-its lower half. So a row's sum stays in its lane, and all are scaled once a block.
+for x [tokens, columns] and weights [rows, columns] in blocks of 64 columns. The inner sum is exact, in int32.
+
+- Weights in 4 bits are codes of a codebook of 16 values, times the block's largest magnitude `scales`: NF4 and FP4 of
+  bitsandbytes (QLoRA, Dettmers et al. 2023). Here q_weight = round(codebook * weight_qmax), and row_scale undoes that.
+- Weights in 8 bits have one scale a row: absmax / 127 (LLM.int8(), Dettmers et al. 2022). There are no `scales`.
+- Activations get 8 bits a block, as in ggml's Q8_0: act_scale = max |x| / 127, q_act = round(x / act_scale).
+
+The dot product instructions multiply unsigned bytes by signed ones. With VNNI (`vpdpbusd`, 64 products in 512 bits) the
+weights are the unsigned ones: q_weight plus a zero point, for which `zero_point_correction`, -zero_point times the sum
+of q_act, makes up. Without VNNI (`vpmaddubsw` and `vpmaddwd`, 32 products in three instructions) so are weights in 4
+bits, while those in 8 bits give their signs to the activations.
+
+Packed weights are [tiles of 16 rows, blocks of 64 columns, fours of columns, rows of the tile, 4]: what one instruction
+adds up for a row stays in its lane. In 4 bits a byte has a column of one four in its lower half, and the same column
+of the next four in its upper half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial, reduce
+from typing import TYPE_CHECKING
 
 from llvmlite import ir
 
 from llava_cli.engine.cpu.jit import BLOCK, TILE_ROWS
-from llava_cli.engine.cpu.jit.builder import F16, F32, I8, I16, I32, I64, Kind, Value, Writer, many, task
+from llava_cli.engine.cpu.jit.builder import (
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    IsaTier,
+    KernelBuilder,
+    Value,
+    args_struct,
+    splat_const,
+)
 
-CHUNK = 4
-"""Tiles that a thread takes at a time; they stay in its cache for all tokens."""
-AHEAD = 4096
-"""Bytes ahead of what is read that memory is told of: 25 GB/s instead of 17, where torch's own sum reads 22."""
-_ASKING = 8
-"""Tokens up to which that is worth its instructions."""
-_ALONE = 8
-"""Tokens up to which one thread makes whole numbers of their activations: to start the others takes as long."""
+if TYPE_CHECKING:
+    import torch
 
-_LEAST = 1e-30
-"""Size of a block of activations; less is none."""
+_TILES_AT_ONCE = 4
+"""Tiles that a thread claims at a time; they stay in its cache for all tokens."""
+_PREFETCH_BYTES = 4096
+"""How far ahead weights are prefetched: 25 GB/s instead of 17, where torch's own sum reads 22."""
+_PREFETCH_MAX_TOKENS = 8
+"""Of more tokens at once, prefetching costs more than it saves."""
+_ONE_THREAD_MAX_TOKENS = 8
+"""Tokens whose activations are quantized by one thread: starting the others takes as long."""
+_MIN_ABSMAX = 1e-30
+"""A block of activations below this is quantized to zeros."""
 
+KernelArgs = args_struct(
+    (
+        *("x", "out", "weights", "scales", "codebook", "row_scale", "bias"),
+        *("q_act", "act_scale", "zero_point_correction"),
+    ),
+    ("tokens", "tiles", "blocks", "threads", "next"),
+)
+"""x [tokens, columns] and out [tokens, rows], both in bf16 or both in fp32.
 
-POINTERS = ("x", "out", "weights", "scales", "codes", "worth", "bias", "numbers", "sizes", "minus")
-COUNTS = ("tokens", "tiles", "blocks", "threads", "next")
-"""What a task is, 8 bytes each.
+weights, packed, in uint8 (two codes of 4 bits each) or int8; scales [tiles, blocks, TILE_ROWS] in fp16; codebook [16]
+in uint8, with the zero point weight_qmax + 1 added; row_scale and bias [rows] in fp32.
 
-x [tokens, inputs] and out [tokens, rows], in bf16 or both in fp32; weights [tiles, blocks, 64 columns of 16 rows];
-scales of 4-bit ones [tiles, blocks, rows of a tile] in fp16, and what their 4 bits mean, codes [16] in 8; what one of
-a row is worth [rows], and a bias [rows], in fp32. Room for numbers [tokens, blocks, 64] in 8 bits, sizes [tokens,
-blocks] in fp32 and minus [tokens, blocks] in 32. Threads to use, and the next token or tile that nobody has taken.
+Workspace: q_act [tokens, blocks, 64] in int8, act_scale [tokens, blocks] in fp32, zero_point_correction [tokens,
+blocks] in int32. In all three the tokens that are multiplied at once stand together, block by block.
 """
 
 
-Task = task(POINTERS, COUNTS)
+def build(isa: IsaTier, bf16: bool, bits: int) -> str:
+    """LLVM assembly, for weights of 4 or 8 `bits`."""
+    return str(_QuantizedGemm(isa, bf16, bits).module)
 
 
-def write(kind: Kind, bf16: bool, bits: int) -> str:
-    """The module for weights of so many `bits`."""
-    return str(_Tiles(kind, bf16, bits).module)
-
-
-class _Tiles(Writer):
-    def __init__(self, kind: Kind, bf16: bool, bits: int) -> None:
-        super().__init__(Task, kind, bf16)
+class _QuantizedGemm(KernelBuilder):
+    def __init__(self, isa: IsaTier, bf16: bool, bits: int) -> None:
+        super().__init__(KernelArgs, isa, bf16)
         self._bits = bits
-        # AVX2 multiplies what has no sign by what has one: in 8 bits the weights' signs go to the activations.
-        self._signed = bits == 8 and not kind.vnni
-        self._zero = 0 if self._signed else kind.levels + 1
-        rounding, multiplying = self._rounding(), self._multiplying()
+        self._signs_to_activations = bits == 8 and not isa.vnni
+        self._zero_point = 0 if self._signs_to_activations else isa.weight_qmax + 1
+        quantize, multiply = self._quantize_activations(), self._multiply()
         with self.function("run") as run:
-            few = self.b.icmp_signed("<=", self.count("tokens"), I64(_ALONE))
-            with self.b.if_else(few) as (alone, together):
-                with alone:
-                    self.store("next", 0)
-                    self.b.call(rounding, run.args)
-                with together:
-                    self.run(rounding)
-            self.run(multiplying)
+            few = self.b.icmp_signed("<=", self.int_arg("tokens"), I64(_ONE_THREAD_MAX_TOKENS))
+            with self.b.if_else(few) as (one_thread, several):
+                with one_thread:
+                    self.set_arg("next", 0)
+                    self.b.call(quantize, run.args)
+                with several:
+                    self.run_parallel(quantize)
+            self.run_parallel(multiply)
 
-    def _rounding(self) -> ir.Function:
-        """Makes whole numbers of activations, each block's largest one 127."""
-        with self.function("round") as function:
-            b, lanes = self.b, ir.VectorType(F32, 16)
-            x, numbers = self.array("x", self.number), self.array("numbers", I8)
-            sizes, minus, blocks = self.array("sizes", F32), self.array("minus", I32), self.count("blocks")
-            ends = self.groups(self.count("tokens"), self.kind.groups)
-            with self.shared(1, self.count("tokens")) as (token, _):
-                first, size = token, I64(1)  # of its group
-                for begin, end, its in reversed(ends):
-                    here = b.icmp_signed("<", token, end)
-                    first = b.select(here, b.sub(token, b.srem(b.sub(token, begin), I64(its))), first)
-                    size = b.select(here, I64(its), size)
+    def _quantize_activations(self) -> ir.Function:
+        with self.function("quantize_activations") as function:
+            b, vector = self.b, ir.VectorType(F32, 16)
+            x, q_act = self.array_arg("x"), self.array_arg("q_act", I8)
+            act_scale, correction = self.array_arg("act_scale", F32), self.array_arg("zero_point_correction", I32)
+            blocks = self.int_arg("blocks")
+            token_blocks = self.blocks(self.int_arg("tokens"), self.isa.token_block_sizes)
+            with self.dynamic_loop(1, self.int_arg("tokens")) as (token, _):
+                first, size = token, I64(1)  # of the token block that this token is in
+                for begin, end, block_size in reversed(token_blocks):
+                    within = b.icmp_signed("<", token, end)
+                    first = b.select(within, b.sub(token, b.srem(b.sub(token, begin), I64(block_size))), first)
+                    size = b.select(within, I64(block_size), size)
                 line = b.add(b.mul(first, blocks), b.sub(token, first))
                 with self.loop(I64(0), blocks) as block:
-                    place = self.at(x, b.mul(b.add(b.mul(token, blocks), block), I64(BLOCK)))
-                    parts = [self.floats(self.at(place, I64(begin)), 16) for begin in range(0, BLOCK, 16)]
-                    # Of all of them maximum, and not maxnum: what is no number makes none of all.
-                    sides = [self.call("llvm.fabs.v16f32", lanes, part) for part in parts]
-                    largest = reduce(partial(self.call, "llvm.maximum.v16f32", lanes), sides)
-                    largest = self.call("llvm.vector.reduce.fmaximum.v16f32", F32, largest)
-                    some = b.select(b.fcmp_ordered(">", largest, F32(_LEAST)), largest, F32(_LEAST))
-                    worth = self.spread(b.fdiv(F32(127.0), some), 16)
-                    whole = [self.call("llvm.rint.v16f32", lanes, b.fmul(part, worth)) for part in parts]
-                    whole = [b.fptosi(part, ir.VectorType(I32, 16)) for part in whole]
-                    to = b.add(line, b.mul(block, size))
-                    for begin, part in zip(range(0, BLOCK, 16), whole, strict=True):
-                        eight = b.trunc(part, ir.VectorType(I8, 16))
-                        self.write(eight, self.at(numbers, b.mul(to, I64(BLOCK)), I64(begin)))
-                    b.store(b.fdiv(largest, F32(127.0)), self.at(sizes, to))
-                    total = self.call("llvm.vector.reduce.add.v16i32", I32, reduce(b.add, whole))
-                    b.store(b.mul(total, I32(-self._zero)), self.at(minus, to))
+                    source = self.at(x, b.mul(b.add(b.mul(token, blocks), block), I64(BLOCK)))
+                    parts = [self.load_fp32(self.at(source, I64(column)), 16) for column in range(0, BLOCK, 16)]
+                    # maximum, and not maxnum: a NaN makes the whole block NaN.
+                    magnitudes = [self.call("llvm.fabs.v16f32", vector, part) for part in parts]
+                    absmax = reduce(partial(self.call, "llvm.maximum.v16f32", vector), magnitudes)
+                    absmax = self.call("llvm.vector.reduce.fmaximum.v16f32", F32, absmax)
+                    divisor = b.select(b.fcmp_ordered(">", absmax, F32(_MIN_ABSMAX)), absmax, F32(_MIN_ABSMAX))
+                    inverse = self.broadcast(b.fdiv(F32(127.0), divisor), 16)
+                    rounded = [self.call("llvm.rint.v16f32", vector, b.fmul(part, inverse)) for part in parts]
+                    integers = [b.fptosi(part, ir.VectorType(I32, 16)) for part in rounded]
+                    target = b.add(line, b.mul(block, size))
+                    for column, part in zip(range(0, BLOCK, 16), integers, strict=True):
+                        as_bytes = b.trunc(part, ir.VectorType(I8, 16))
+                        self.store(as_bytes, self.at(q_act, b.mul(target, I64(BLOCK)), I64(column)))
+                    b.store(b.fdiv(absmax, F32(127.0)), self.at(act_scale, target))
+                    total = self.call("llvm.vector.reduce.add.v16i32", I32, reduce(b.add, integers))
+                    b.store(b.mul(total, I32(-self._zero_point)), self.at(correction, target))
         return function
 
-    def _multiplying(self) -> ir.Function:
-        """All tokens with one chunk of tiles after the other."""
-        with self.function("multiply_tiles") as function:
+    def _multiply(self) -> ir.Function:
+        """Each thread multiplies all tokens by the tiles that it claims."""
+        with self.function("multiply") as function:
             b = self.b
-            sums = [b.alloca(ir.VectorType(F32, self.kind.lanes)) for _ in range(self.kind.groups[0])]
-            names = {"out": self.number, "weights": I8, "scales": F16, "codes": I8}
-            names |= {"worth": F32, "bias": F32, "numbers": I8, "sizes": F32, "minus": I32}
-            self._arrays = {name: self.array(name, kind) for name, kind in names.items()}
-            self._blocks, self._rows = self.count("blocks"), b.mul(self.count("tiles"), I64(TILE_ROWS))
-            ends = self.groups(self.count("tokens"), self.kind.groups)
-            with self.shared(CHUNK, self.count("tiles")) as (first, end):
-                for begin, to, size in ends:
-                    with self.loop(begin, to, size) as token, self.loop(first, end) as tile:
-                        for half in range(TILE_ROWS // self.kind.lanes):
-                            self._tile(tile, half, token, sums[:size])
+            sums = self.accumulators(self.isa.token_block_sizes[0])
+            elements = {"out": self.element, "weights": I8, "scales": F16, "codebook": I8}
+            elements |= {"row_scale": F32, "bias": F32, "q_act": I8, "act_scale": F32, "zero_point_correction": I32}
+            self._arrays = {name: self.array_arg(name, element) for name, element in elements.items()}
+            self._blocks, self._rows = self.int_arg("blocks"), b.mul(self.int_arg("tiles"), I64(TILE_ROWS))
+            token_blocks = self.blocks(self.int_arg("tokens"), self.isa.token_block_sizes)
+            with self.dynamic_loop(_TILES_AT_ONCE, self.int_arg("tiles")) as (first, end):
+                for begin, stop, size in token_blocks:
+                    with self.loop(begin, stop, size) as token, self.loop(first, end) as tile:
+                        for half in range(TILE_ROWS // self.lanes):
+                            self._multiply_tile(tile, half, token, sums[:size])
         return function
 
-    def _tile(self, tile: Value, half: int, token: Value, sums: list[Value]) -> None:
-        """So many tokens, from `token` on, with as many of a tile's rows as there are lanes."""
-        b, lanes, its = self.b, self.kind.lanes, self._arrays
-        kind, size = ir.VectorType(F32, lanes), self._bits * BLOCK * TILE_ROWS // 8
+    def _multiply_tile(self, tile: Value, half: int, token: Value, sums: list[Value]) -> None:
+        """As many rows of a tile as a register has lanes, by len(sums) tokens from `token` on."""
+        b, lanes, arrays = self.b, self.lanes, self._arrays
+        tile_bytes = self._bits * BLOCK * TILE_ROWS // 8
         row = b.add(b.mul(tile, I64(TILE_ROWS)), I64(half * lanes))
         line = b.mul(token, self._blocks)
-        for place in sums:
-            b.store(many(0.0, F32, lanes), place)
+        self.clear(sums)
         with self.loop(I64(0), self._blocks) as block:
-            at = b.add(b.mul(tile, self._blocks), block)
-            weights = self.at(its["weights"], b.mul(at, I64(size)))
-            if len(sums) <= _ASKING and not half:
-                self.prefetch(weights, size, AHEAD)
-            group = b.add(line, b.mul(block, I64(len(sums))))
-            numbers = self.at(its["numbers"], b.mul(group, I64(BLOCK)))
-            begins = [b.load(self.at(its["minus"], group, I64(i))) for i in range(len(sums))]
-            found = [self.spread(begin, lanes) for begin in begins]
-            for column, whole in self._whole(weights, half):
-                for i in range(len(found)):
-                    place = b.bitcast(self.at(numbers, I64(BLOCK * i + column)), I32.as_pointer())
-                    four = b.load(place, align=4)
-                    found[i] = self._dot(found[i], whole, self.spread(four, lanes))
-            scale = None
+            index = b.add(b.mul(tile, self._blocks), block)
+            weights = self.at(arrays["weights"], b.mul(index, I64(tile_bytes)))
+            if len(sums) <= _PREFETCH_MAX_TOKENS and not half:
+                self.prefetch(weights, tile_bytes, _PREFETCH_BYTES)
+            first = b.add(line, b.mul(block, I64(len(sums))))
+            q_act = self.at(arrays["q_act"], b.mul(first, I64(BLOCK)))
+            starts = [b.load(self.at(arrays["zero_point_correction"], first, I64(i))) for i in range(len(sums))]
+            dots = [self.broadcast(start) for start in starts]
+            for column, q_weight in self._weight_columns(weights, half):
+                for i in range(len(dots)):
+                    pointer = b.bitcast(self.at(q_act, I64(BLOCK * i + column)), I32.as_pointer())
+                    four_bytes = b.load(pointer, align=4)
+                    dots[i] = self._dot4(dots[i], q_weight, self.broadcast(four_bytes))
+            weight_scale = None
             if self._bits == 4:
-                place = self.at(its["scales"], b.add(b.mul(at, I64(TILE_ROWS)), I64(half * lanes)))
-                scale = b.fpext(self.read(place, F16, lanes), kind)
-            for i, (whole, place) in enumerate(zip(found, sums, strict=True)):
-                worth = self.spread(b.load(self.at(its["sizes"], group, I64(i))), lanes)
-                if scale is not None:
-                    worth = b.fmul(worth, scale)
-                b.store(self.fma(b.sitofp(whole, kind), worth, b.load(place)), place)
-        worth, bias = (self.read(self.at(its[name], row), F32, lanes) for name in ("worth", "bias"))
-        for i, place in enumerate(sums):
-            out = self.at(its["out"], b.mul(b.add(token, I64(i)), self._rows), row)
-            self.put(self.fma(b.load(place), worth, bias), out)
+                pointer = self.at(arrays["scales"], b.add(b.mul(index, I64(TILE_ROWS)), I64(half * lanes)))
+                weight_scale = b.fpext(self.load(pointer, F16, lanes), self.vector)
+            for i, (dot, accumulator) in enumerate(zip(dots, sums, strict=True)):
+                scale = self.broadcast(b.load(self.at(arrays["act_scale"], first, I64(i))))
+                if weight_scale is not None:
+                    scale = b.fmul(scale, weight_scale)
+                self.accumulate(accumulator, b.sitofp(dot, self.vector), scale)
+        row_scale, bias = (self.load(self.at(arrays[name], row), F32, lanes) for name in ("row_scale", "bias"))
+        for i, accumulator in enumerate(sums):
+            out = self.at(arrays["out"], b.mul(b.add(token, I64(i)), self._rows), row)
+            self.store_rounded(self.fma(b.load(accumulator), row_scale, bias), out)
 
-    def _whole(self, weights: Value, half: int) -> Iterator[tuple[int, Value]]:
-        """A block's columns, four at a time: the number of the first, and the weights of all rows in 8 bits."""
-        b, size = self.b, 4 * self.kind.lanes
+    def _weight_columns(self, weights: Value, half: int) -> Iterator[tuple[int, Value]]:
+        """A block's weights, four columns at a time: the first column's index, and bytes [rows, 4]."""
+        b, size = self.b, 4 * self.lanes
         starts = range(half * size, self._bits * BLOCK * TILE_ROWS // 8, 4 * TILE_ROWS)
         if self._bits == 8:
-            for number, start in enumerate(starts):
-                whole = self.read(self.at(weights, I64(start)), I8, size)
-                yield 4 * number, whole if self._signed else b.xor(whole, many(-128, I8, size))
+            for i, start in enumerate(starts):
+                q_weight = self.load(self.at(weights, I64(start)), I8, size)
+                # Flipping the sign bit adds the zero point, 128.
+                yield 4 * i, q_weight if self._signs_to_activations else b.xor(q_weight, splat_const(-128, I8, size))
             return
         shuffle = "llvm.x86.avx512.pshuf.b.512" if size == 64 else "llvm.x86.avx2.pshuf.b"
-        codes = self.read(self._arrays["codes"], I8, 16)
-        every = ir.Constant(ir.VectorType(I32, size), [i % 16 for i in range(size)])
-        codes = b.shuffle_vector(codes, ir.Constant(codes.type, ir.Undefined), every)
-        for number, start in enumerate(starts):
-            both = self.read(self.at(weights, I64(start)), I8, size)
-            upper = b.lshr(self.as_(both, I16, size // 2), many(4, I16, size // 2))
-            for part, four in enumerate((both, self.as_(upper, I8, size))):
-                yield 8 * number + 4 * part, self.call(shuffle, codes.type, codes, b.and_(four, many(15, I8, size)))
+        codebook = self.load(self._arrays["codebook"], I8, 16)
+        repeated = ir.Constant(ir.VectorType(I32, size), [i % 16 for i in range(size)])
+        codebook = b.shuffle_vector(codebook, ir.Constant(codebook.type, ir.Undefined), repeated)
+        for i, start in enumerate(starts):
+            lower = self.load(self.at(weights, I64(start)), I8, size)
+            upper = b.lshr(self.bitcast(lower, I16, size // 2), splat_const(4, I16, size // 2))
+            for part, codes in enumerate((lower, self.bitcast(upper, I8, size))):
+                codes = b.and_(codes, splat_const(15, I8, size))
+                yield 8 * i + 4 * part, self.call(shuffle, codebook.type, codebook, codes)
 
-    def _dot(self, found: Value, whole: Value, numbers: Value) -> Value:
-        """What was found, and in each lane the sum of four products more."""
-        b, lanes = self.b, self.kind.lanes
-        if self.kind.vnni:
+    def _dot4(self, dot: Value, q_weight: Value, q_act: Value) -> Value:
+        """Adds to each int32 lane the products of its four bytes."""
+        b, lanes = self.b, self.lanes
+        if self.isa.vnni:
             name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
-            return self.call(name, found.type, found, self.as_(whole, I32, lanes), numbers)
-        numbers = self.as_(numbers, I8, 4 * lanes)
-        if self._signed:
-            numbers = self.call("llvm.x86.avx2.psign.b", whole.type, numbers, whole)
-            whole = self.call("llvm.abs.v32i8", whole.type, whole, ir.Constant(ir.IntType(1), 0))
-        pairs = self.call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 2 * lanes), whole, numbers)
-        fours = self.call("llvm.x86.avx2.pmadd.wd", found.type, pairs, many(1, I16, 2 * lanes))
-        return b.add(found, fours)
+            return self.call(name, dot.type, dot, self.bitcast(q_weight, I32, lanes), q_act)
+        q_act = self.bitcast(q_act, I8, 4 * lanes)
+        if self._signs_to_activations:
+            q_act = self.call("llvm.x86.avx2.psign.b", q_weight.type, q_act, q_weight)
+            q_weight = self.call("llvm.abs.v32i8", q_weight.type, q_weight, ir.Constant(ir.IntType(1), 0))
+        pairs = self.call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 2 * lanes), q_weight, q_act)
+        fours = self.call("llvm.x86.avx2.pmadd.wd", dot.type, pairs, splat_const(1, I16, 2 * lanes))
+        return b.add(dot, fours)
+
+
+def reference(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    row_scale: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    codebook: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    weight_qmax: int = 127,
+) -> torch.Tensor:
+    """The same in plain torch, with packed weights: x [tokens, columns] -> [tokens, rows].
+
+    In 4 bits `codebook` [16] is in fp32, and is rounded to multiples of 1 / weight_qmax as it is for the kernel.
+    """
+    import torch
+
+    tokens, (tiles, blocks) = len(x), weights.shape[:2]
+    if codebook is not None and scales is not None:
+        values = (codebook * weight_qmax).round() / weight_qmax
+        codes = torch.stack((weights & 15, weights >> 4), 3).flatten(2, 3)
+        weight = values[codes.long()] * scales.float()[:, :, None, :, None]
+    else:
+        weight = weights.float()
+    weight = weight.permute(0, 3, 1, 2, 4).reshape(tiles * TILE_ROWS, blocks * BLOCK)
+    act = x.float().view(tokens, blocks, BLOCK)
+    act_scale = act.abs().amax(-1, keepdim=True).clamp(min=_MIN_ABSMAX) / 127
+    out = ((act / act_scale).round() * act_scale).view(tokens, -1) @ weight.mT
+    out = out if row_scale is None else out * row_scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)

@@ -1,0 +1,122 @@
+"""Rows -> one HTML page that works offline.
+
+5,000 rows open fast because the page draws 50 at a time and keeps the others, with their thumbnails, as plain objects
+outside the DOM. Turning pages takes less code than a virtual list, and the browser's own search, printing and screen
+readers work on what is drawn. Rows are untrusted: `report.html` shows them as text only, its content security policy
+allows no script but its own, and `_to_json` cannot end the element that it is in.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llava_cli.batch.picture_loader import PictureLoader
+from llava_cli.batch.report_pictures import PictureFolders, thumbnail
+from llava_cli.batch.report_rows import RowsFile
+from llava_cli.batch.tasks import Task
+from llava_cli.untrusted_text import for_page, printable
+
+MAX_THUMBNAILS = 5_000
+"""Rows of a page that have a thumbnail; so many take about 20 MB."""
+MAX_ROWS = 100_000
+"""Rows of a page; a browser takes a few seconds for these, and fails at millions."""
+THUMBNAIL_SIDE = 160
+_ROWS_PER_ELEMENT = 1_000
+"""A browser does not parse JSON of any length at once."""
+
+
+@dataclass
+class PageCounts:
+    rows: int = 0
+    without_picture: int = 0
+
+
+def page(rows: RowsFile, first: int, folders: PictureFolders, counts: PageCounts) -> Iterator[bytes]:
+    """The page with the rows from number `first` on, in pieces, so that memory does not grow with the rows."""
+    template = Path(__file__).with_name("report.html").read_text("utf-8")
+    for name in ("style", "script"):  # their hashes are in the content security policy
+        element = template.rpartition(f"<{name}>")[2].partition(f"</{name}>")[0]
+        digest = base64.b64encode(hashlib.sha256(element.encode()).digest()).decode()
+        template = template.replace(f"{{{name}}}", f"sha256-{digest}", 1)
+    before, _, after = template.partition("<!-- rows -->")
+    about = {"file": printable(rows.path.name), "notes": notes(rows, first)}
+    yield f'{before}<script type="application/json" id="about">{_to_json(about)}</script>\n'.encode()
+    begin, end = b'<script type="application/json" class="rows">\n', b"</script>\n"
+    yield begin
+    for page_row in _page_rows(rows, first, folders):
+        yield _to_json(page_row).encode() + b"\n"
+        counts.rows += 1
+        counts.without_picture += "why" in page_row and counts.rows <= MAX_THUMBNAILS
+        if counts.rows % _ROWS_PER_ELEMENT == 0:
+            yield end + begin
+    yield end + after.encode()
+
+
+def notes(rows: RowsFile, first: int) -> list[str]:
+    """What is not on the page, and the commands that show it."""
+    lines, last = [], min(rows.total, first + MAX_ROWS - 1)
+    command = f"llava report {printable(rows.path.name)} --from"
+    if first > 1 or last < rows.total:
+        rest = f"; {command} {last + 1} begins behind them" if last < rows.total else ""
+        lines.append(f"Rows {first:,} to {last:,} of {rows.total:,}{rest}.")
+    if last >= first + MAX_THUMBNAILS:
+        after = first + MAX_THUMBNAILS
+        lines.append(f"Rows from {after:,} on are without thumbnails; {command} {after} makes a page that has them.")
+    return lines
+
+
+def _page_rows(rows: RowsFile, first: int, folders: PictureFolders) -> Iterator[dict[str, Any]]:
+    """Rows as the page has them: with a thumbnail, with `why` there is none, or with `same` for the one before."""
+    selected = islice(rows, first - 1, first - 1 + MAX_ROWS)
+    waiting = deque[tuple[int, dict[str, Any]]]()
+
+    def tasks() -> Iterator[Task]:
+        for number, row in islice(selected, MAX_THUMBNAILS):
+            waiting.append((number, row))
+            yield Task(row["image"], "")
+
+    with closing(PictureLoader(folders.locate, folders.allow_truncated, max_side=THUMBNAIL_SIDE)) as loader:
+        previous: Any = None
+        for _, picture in loader.load_all(tasks()):
+            number, row = waiting.popleft()
+            current = picture, row.get("sha256")
+            is_same = previous is not None and current[0] is previous[0] and current[1] == previous[1]
+            yield {**page_fields(number, row), **({"same": True} if is_same else thumbnail(picture, row))}
+            previous = current
+    why = {"why": f"no thumbnails after row {first + MAX_THUMBNAILS - 1:,}"}
+    for number, row in selected:
+        yield {**page_fields(number, row), **why}
+
+
+def page_fields(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a row, as text that is safe to show; nothing else of the row is in the page."""
+    error, flags, right, expected = (row.get(name) for name in ("error", "flags", "right", "expected"))
+    fields: dict[str, Any] = {"n": number, "image": printable(row["image"]), "question": for_page(row["question"])}
+    if row["status"] == "error":
+        words = [str(error[name]) for name in ("type", "message") if error.get(name)] if isinstance(error, dict) else []
+        fields["error"] = for_page(": ".join(words) or "error")
+    else:
+        fields["answer"] = for_page(row["answer"])
+    if isinstance(flags, list):
+        fields["flags"] = [for_page(str(flag)) for flag in flags]
+    if isinstance(right, bool):
+        fields["right"] = right
+    if expected is not None:
+        fields["expected"] = for_page(" / ".join(map(str, expected)) if isinstance(expected, list) else str(expected))
+    facts = {"id": row.get("id"), "model": row.get("model"), "tokens": row.get("answer_tokens")}
+    facts["sha256"] = row.get("sha256")
+    return fields | {name: for_page(str(value)) for name, value in facts.items() if value is not None}
+
+
+def _to_json(value: Any) -> str:
+    """ASCII without `<`, which could end the element or begin a comment."""
+    return json.dumps(value).replace("<", "\\u003c")

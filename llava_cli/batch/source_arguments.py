@@ -1,0 +1,66 @@
+"""The words of `llava batch SOURCE... [QUESTION]`: which of them is the question, and which files the others name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from glob import glob, has_magic
+
+from llava_cli import files
+from llava_cli.batch.listing import STDIN
+from llava_cli.errors import InputMissing, UsageError
+from llava_cli.images.reader import SUFFIXES, is_url, local_path
+from llava_cli.untrusted_text import printable
+
+USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def split_question(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The sources, and the question if the last word is one."""
+    *sources, last = words
+    return (list(words), None) if not sources or _is_source(last) else (sources, last)
+
+
+def _is_source(word: str) -> bool:
+    """Whether a last word exists as a file, or looks like a picture. A question may end in the name of a picture."""
+    looks_like_one = word == STDIN or is_url(word) or word.lower().endswith(SUFFIXES)
+    return os.path.lexists(word) or (looks_like_one and not re.search(r"\s", word))
+
+
+def expand(words: Sequence[str]) -> list[str]:
+    """Expands `~`, variables and patterns, as a shell does: some shells do not, and none does within quotes.
+
+    Raises `InputMissing` for a word that names no file.
+    """
+    expanded: list[str] = []
+    for word in words:
+        if not word:
+            raise UsageError("SOURCE", "there is none", USAGE)
+        expanded += [word] if word == STDIN or is_url(word) or os.path.lexists(word) else _expand_word(word, words)
+    return expanded
+
+
+def _expand_word(word: str, words: Sequence[str]) -> list[str]:
+    path = os.path.expandvars(os.path.expanduser(local_path(word)))
+    names = sorted(glob(path, recursive=True)) if has_magic(path) else [path] * os.path.lexists(path)
+    if not names:
+        raise _missing(word, path, words)
+    return names
+
+
+def _missing(word: str, path: str, words: Sequence[str]) -> InputMissing:
+    """Why a word names no file, and what was probably meant."""
+    name, folder, hint = printable(word), os.path.dirname(path), ""
+    if _SCHEME.match(word):
+        return InputMissing(name, "a URL that is not fetched: only http and https are", "download it first")
+    is_sentence = re.search(r"\s", word) and not folder
+    if re.search("[*?]", path) and not is_sentence:
+        hint = f"llava batch {files.quoted(folder or '.')} QUESTION takes all pictures below it"
+        return InputMissing(name, "no file has a name like that", hint if os.path.isdir(folder or ".") else "")
+    if is_sentence and len(words) > 1:
+        hint = f"the question comes last: llava batch SOURCE {files.quoted(word)}"
+    elif word is not words[0] and not re.search(r"[./\\]", word):
+        hint = "a question of several words is in quotes: " + files.quoted(" ".join(words[words.index(word) :]) + " …")
+    return InputMissing(name, "no such file or folder", hint)

@@ -1,0 +1,121 @@
+"""One prompt and its answer in the making."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llava_cli.engine.base import Answer, FinishReason
+from llava_cli.engine.generate.detokenizer import Detokenizer
+from llava_cli.engine.generate.sampler import Sampler
+
+if TYPE_CHECKING:
+    import torch
+
+PER_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes")
+"""Model inputs whose first dimension counts the pictures."""
+SHARED_INPUTS = ("batch_num_images",)
+"""Model inputs about all pictures of a prompt together."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token's log-probability, and the likeliest tokens in its place with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+    @classmethod
+    def of(cls, token: int, logits: torch.Tensor, count: int) -> Likelihood:
+        """logits [vocabulary] -> the likelihood of `token` beside the `count` likeliest."""
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(min(count, len(logprobs)))
+        return cls(token, float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Token:
+    """The text that became certain with one more token."""
+
+    text: str
+    likelihood: Likelihood | None = None
+
+
+class Sequence:
+    """Request `number`: its prompt, as `inputs` of the model, and the tokens of its answer.
+
+    An answer is complete after one of `end_tokens`, a stop text of the detokenizer or `max_tokens` tokens.
+    """
+
+    images: tuple[str, ...] = ()
+    """What identifies its pictures; sequences with the same pictures share the reading of them."""
+    on_token: Callable[[Token], None] | None = None
+    """Called for each token that brings text, or for every token if `top_logprobs` is set."""
+    top_logprobs: int | None = None
+    cached_tokens: int = 0
+    """How many of the prompt's tokens need not be read, because the prompt cache has them."""
+
+    def __init__(
+        self,
+        number: int,
+        inputs: dict[str, torch.Tensor],
+        sampler: Sampler,
+        detokenizer: Detokenizer,
+        end_tokens: Container[int],
+        max_tokens: int,
+        begin: float,
+    ) -> None:
+        self.number, self.inputs = number, inputs
+        self.prompt: list[int] = inputs["input_ids"][0].tolist()
+        self.max_length = len(self.prompt) + max_tokens
+        self.sampler, self._detokenizer, self._end_tokens = sampler, detokenizer, end_tokens
+        self._begin = self._first_token = begin
+        self._reset()
+
+    def _reset(self) -> None:
+        self.ids = list(self.prompt)
+        """The prompt's tokens, then the answer's."""
+        self._pieces: list[str] = []
+        self._has_ended = False
+
+    def restart(self) -> None:
+        """Starts the answer over."""
+        self._reset()
+        self.sampler.restart()
+        self._detokenizer.restart()
+
+    def append(self, token: int, logits: torch.Tensor) -> None:
+        """Adds the next token, which was chosen from `logits` [vocabulary]."""
+        self.ids.append(token)
+        if len(self.ids) == len(self.prompt) + 1:
+            self._first_token = time.perf_counter()
+        self._has_ended = token in self._end_tokens
+        text = "" if self._has_ended else self._detokenizer.append(token, show=self.on_token is not None)
+        self._pieces.append(text)
+        if self.on_token and (text or self.top_logprobs is not None):
+            top = self.top_logprobs
+            self.on_token(Token(text, None if top is None else Likelihood.of(token, logits, top)))
+
+    @property
+    def is_complete(self) -> bool:
+        return self._has_ended or self._detokenizer.stopped or len(self.ids) >= self.max_length
+
+    def finish(self) -> Answer:
+        """The whole answer, after its last token."""
+        text = self._detokenizer.flush()
+        self._pieces.append(text)
+        if self.on_token and text:
+            self.on_token(Token(text))
+        reason: FinishReason = "stop" if self._has_ended or self._detokenizer.stopped else "length"
+        return Answer(
+            text="".join(self._pieces),
+            finish_reason=reason,
+            prompt_tokens=len(self.prompt),
+            cached_tokens=self.cached_tokens,
+            answer_tokens=len(self.ids) - len(self.prompt),
+            first_token_seconds=self._first_token - self._begin,
+            total_seconds=time.perf_counter() - self._begin,
+        )

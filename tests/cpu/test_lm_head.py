@@ -1,0 +1,39 @@
+"""The head's largest logits are exact, and heads of other kinds are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.kernels import ISAS
+
+from llava_cli.engine.cpu.lm_head import LmHead
+from llava_cli.engine.cpu.packed_weights import PackedWeightStore
+
+
+@pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
+@pytest.mark.parametrize("bound, in_8_bits", [(0.15, False), (0.03, True)])
+def test_the_largest_logits_are_exact(bound: float, in_8_bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LmHead, "MIN_WEIGHTS", 0)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 9600, bias=False, dtype=torch.bfloat16)
+    head = LmHead.for_head(linear, PackedWeightStore(), in_8_bits)
+    assert head
+    with torch.inference_mode():
+        one, many = (torch.randn(1, n, 128, dtype=torch.bfloat16) for n in (1, 3))
+        logits, exact = head(one)[0, 0], torch.nn.functional.linear(one.float(), linear.weight.float())[0, 0]
+        assert (logits - exact).norm() < bound * exact.norm()
+        largest, ids = exact.topk(10)
+        assert torch.equal(logits.topk(10).indices, ids)
+        assert torch.allclose(logits[ids], largest)
+        assert torch.equal(head(many), linear(many))
+
+
+def test_other_heads_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LmHead, "MIN_WEIGHTS", 0)
+    for other in (
+        torch.nn.Linear(128, 500, bias=False, dtype=torch.bfloat16),
+        torch.nn.Linear(96, 512, bias=False, dtype=torch.bfloat16),
+        torch.nn.Linear(128, 512, dtype=torch.bfloat16),
+        torch.nn.Identity(),
+    ):
+        assert LmHead.for_head(other, PackedWeightStore(), in_8_bits=False) is None

@@ -1,0 +1,137 @@
+"""Pictures are decoded where nothing can be reached, and what comes back is not believed."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import os
+import platform
+import struct
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers.tables import for_each
+from PIL import Image
+
+from llava_cli import limits
+from llava_cli.conversation import Picture
+from llava_cli.errors import BadImage, LlavaError
+from llava_cli.images import sandbox as pictures
+from llava_cli.images.sandbox import Crash, Sandbox
+from llava_cli.sandbox.confine import LAYERS
+
+SUPPORTED = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="Landlock and seccomp are Linux's, on these two processors")
+
+
+HEADER = pictures._HEADER
+
+
+@for_each(
+    "reply",
+    [
+        b"",
+        b"x",
+        HEADER.pack(True, 10, 10, 1, False, 1, True),  # no pixels
+        HEADER.pack(True, 10, 10, 1, False, 1, True) + bytes(299),
+        HEADER.pack(True, 10, 10, 1, False, 1, True) + bytes(301),
+        HEADER.pack(True, 1, 1, 1, False, 99, True) + bytes(3),
+        HEADER.pack(True, 0, 0, 1, False, 1, True),
+        HEADER.pack(True, 0, 5, 1, False, 1, True),
+        HEADER.pack(True, 2**32 - 1, 2**32 - 1, 1, False, 1, True) + bytes(3),
+        HEADER.pack(True, 2**31, 2, 1, False, 1, True),
+        HEADER.pack(True, limits.PICTURE_PIXELS + 1, 1, 1, False, 1, True) + bytes(30),
+    ],
+)
+def test_pixels_of_another_number_than_said_are_no_picture(reply: bytes) -> None:
+    with pytest.raises(ValueError):
+        pictures._parse_reply("a.png", bytearray(reply))
+
+
+@pytest.mark.parametrize("hint", [99, 2**32 - 1])
+def test_a_reason_is_one_clean_line_and_a_hint_is_ours(hint: int) -> None:
+    with pytest.raises(BadImage) as raised:
+        head = HEADER.pack(False, hint, 0, 0, False, 0, False)
+        pictures._parse_reply("a.png", bytearray(head + b"\x1b[2Jdamaged\nrm -rf ~" * 500))
+    assert raised.value.reason.startswith("\\x1b[2Jdamaged")
+    assert len(raised.value.reason) <= limits.NAME_CHARACTERS
+    assert "\n" not in str(raised.value)
+    assert raised.value.hint == ""
+
+
+def test_the_hash_is_not_its_to_say() -> None:
+    """A picture stands for its bytes in caches: one that could call itself by another's hash would answer for it."""
+    data = png(Image.new("RGB", (8, 8), "red"))
+    found = Sandbox().open("a.png", data)
+    assert isinstance(found, Picture)
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def png(image: Image.Image) -> bytes:
+    image.save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def test_pictures_are_decoded_where_nothing_can_be_reached() -> None:
+    sandbox = Sandbox()
+    assert sandbox.layers() == list(LAYERS)
+    assert isinstance(sandbox.open("a.png", png(Image.new("RGB", (8, 8)))), Picture)
+    sandbox.end()
+
+
+def test_a_fork_has_processes_of_its_own() -> None:
+    """As `multiprocessing` makes them: what the two ask must not run into each other."""
+    sandbox = Sandbox()
+    red, blue = (png(Image.new("RGB", (8, 8), color)) for color in ("red", "blue"))
+    assert isinstance(sandbox.open("red", red), Picture)
+    if (child := os.fork()) == 0:
+        right = False
+        try:
+            found = sandbox.open("blue", blue)
+            right = isinstance(found, Picture) and found.image.getpixel((0, 0)) == (0, 0, 255)
+            sandbox.end()
+        finally:
+            os._exit(0 if right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert sandbox.is_running
+    found = sandbox.open("red", red)
+    assert isinstance(found, Picture)
+    assert found.image.getpixel((0, 0)) == (255, 0, 0)
+    sandbox.end()
+
+
+def test_one_that_nobody_holds_any_more_is_ended() -> None:
+    before = set(psutil.Process().children())
+    sandbox = Sandbox()
+    sandbox.start()
+    started = set(psutil.Process().children()) - before
+    assert len(started) == 1
+    del sandbox
+    gc.collect()
+    assert not any(process.is_running() for process in started)
+
+
+def test_limits_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = Sandbox()
+    monkeypatch.setattr(limits, "PICTURE_BYTES", 50)
+    assert str(sandbox.open("a.png", bytes(51))) == "a.png: larger than 0 MB"
+    wide = png(Image.new("L", (limits.PICTURE_ASPECT * 2 + 1, 2)))
+    monkeypatch.undo()
+    assert "too narrow" in str(sandbox.open("a.png", wide))
+    header = struct.pack(">IIBBBBB", limits.PICTURE_PIXELS // 1000 + 1, 1000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + header + bytes(4)
+    assert isinstance(found := sandbox.open("a.png", bomb), LlavaError)
+    assert found.exit_code == 65
+    sandbox.end()
+
+
+def test_memory_of_a_decoder(hooked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SANDBOX_MEMORY", 1 << 30)
+    sandbox = Sandbox()
+    assert str(sandbox.open("a.png", b"EATS")) == "a.png: takes too much memory to decode"
+    assert isinstance(sandbox.open("a.png", b"SEGV"), Crash)
+    assert isinstance(sandbox.open("a.png", png(Image.new("RGB", (8, 8)))), Picture)
+    sandbox.end()
