@@ -313,9 +313,6 @@ def test_every_process_is_started_in_one_way() -> None:
         for path in package.rglob("*.py")
         if "subprocess" in path.read_text("utf-8") or "multiprocessing" in path.read_text("utf-8")
     }
-    assert uses == {
-        "engine/cpu/jit/compiler.py",
-        "sandbox/process.py",
-        "sandbox/supervisor.py",
-        "server/background.py",
-    }
+    expected = {"sandbox/process.py", "sandbox/supervisor.py", "server/background.py"}
+    compiler = "engine/cpu/jit/compiler.py"  # of a wing that can be deleted
+    assert uses == expected | ({compiler} if (package / compiler).exists() else set())
