@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_cli import bounded_json, files, limits, regular_files
-from llava_cli.errors import ModelUnusable
+from llava_cli.errors import ModelUnusable, os_reason
 from llava_cli.models.aliases import ALIASES, repo_of
 from llava_cli.paths import data_folder, expand_user, hub_cache
 from llava_cli.settings import LoadOptions
@@ -67,7 +67,7 @@ def _missing_folder_reason(folder: Path) -> str:
     try:
         os.stat(folder)
     except PermissionError as error:
-        return (error.strerror or str(error)).lower()
+        return os_reason(error)
     except (OSError, ValueError):
         pass
     return "no such folder"

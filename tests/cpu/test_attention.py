@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.kernels import ISAS, TOLERANCE, use_isas
+from helpers.kernels import TOLERANCE, needs_kernels, use_isas
 from helpers.linear_layers import AttentionModule
 
 from llava_cli.engine.cpu import attention
@@ -15,7 +15,6 @@ from llava_cli.engine.cpu.jit.builder import IsaTier
 from llava_cli.engine.cpu.jit.compiler import Misfit
 from llava_cli.engine.cpu.jit.prefill_attention import prefill_attention, reference
 
-needs_kernels = pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
 HEADS = [(4, 4, 8), (4, 4, 16), (6, 2, 80)]
 """heads, kv_heads, head_dim; of 8 there is no kernel, and 80 is no whole number of register blocks."""
 

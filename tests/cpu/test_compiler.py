@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.kernels import ISAS, build_call_with_too_few_arguments, build_nothing, use_isas
+from helpers.kernels import ISAS, build_call_with_too_few_arguments, build_nothing, needs_kernels, use_isas
 
 from llava_cli import paths
 from llava_cli.engine.cpu import onednn_linear
@@ -18,7 +18,7 @@ from llava_cli.engine.cpu.jit.compiler import KernelUnusable, Misfit, addresses
 from llava_cli.loader import load_engine
 from llava_cli.settings import LoadOptions
 
-pytestmark = pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.kernels import ISAS, TOLERANCE
+from helpers.kernels import TOLERANCE, needs_kernels
 
 from llava_cli.engine.cpu.jit.builder import IsaTier
 from llava_cli.engine.cpu.jit.compiler import Misfit
@@ -58,7 +58,7 @@ def test_with_rope_it_rotates_and_appends_to_the_cache(dtype: torch.dtype, isa: 
     assert (out.float() - expected).norm() <= bound * expected.norm()
 
 
-@pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
+@needs_kernels
 def test_keys_values_and_mask_are_checked() -> None:
     query, out = torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16)
     keys = torch.zeros(2, 2, 20, 16)

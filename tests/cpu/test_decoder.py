@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.engines import CONVERSATIONS
 from helpers.families import FAMILIES
-from helpers.kernels import ISAS, use_isas
+from helpers.kernels import needs_kernels, use_isas
 
 from llava_cli import Conversation, Sampling, load, open_picture
 from llava_cli.engine.cpu import attention, decoder
@@ -20,7 +20,6 @@ from llava_cli.engine.kv_cache import ROOM, RoomyCache
 from llava_cli.engine.local import LocalEngine
 from llava_cli.settings import Precision
 
-needs_kernels = pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
 BOUNDS: list[tuple[Precision, float]] = [("bf16", 0.08), ("4bit", 0.25), ("8bit", 0.25)]
 """How far logits may be off, relative to their norm: with such weights bf16 is 4 to 7 % off fp32 itself."""
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.kernels import ISAS, TOLERANCE
+from helpers.kernels import TOLERANCE, needs_kernels
 from helpers.linear_layers import four_bits
 
 from llava_cli.engine.cpu.dense_linear import DenseGemv
@@ -39,7 +39,7 @@ def test_layers_of_other_shapes_and_types_have_no_kernel() -> None:
     assert DenseGemv.for_layer(four_bits(32, False)) is None
 
 
-@pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
+@needs_kernels
 def test_buffers_are_checked() -> None:
     product = DenseGemv.for_layer(torch.nn.Linear(128, 8, dtype=torch.bfloat16))
     assert product

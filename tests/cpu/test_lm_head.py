@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.kernels import ISAS
+from helpers.kernels import needs_kernels
 
 from llava_cli.engine.cpu.lm_head import LmHead
 from llava_cli.engine.cpu.packed_weights import PackedWeightStore
 
 
-@pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
+@needs_kernels
 @pytest.mark.parametrize("bound, in_8_bits", [(0.15, False), (0.03, True)])
 def test_the_largest_logits_are_exact(bound: float, in_8_bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LmHead, "MIN_WEIGHTS", 0)

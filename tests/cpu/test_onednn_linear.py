@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.kernels import ISAS
+from helpers.kernels import needs_kernels
 from helpers.linear_layers import eight_bits, four_bits
 from torch.nn.functional import linear
 
@@ -19,8 +19,6 @@ from llava_cli.engine.cpu.onednn_linear import OneDnnInt8Linear, dequantized_row
 from llava_cli.engine.cpu.packed_weights import PackedWeightStore
 from llava_cli.engine.cpu.projection import Projection
 from llava_cli.engine.cpu.quantized_linear import QuantizedLinear, Workspace, fused_bias
-
-needs_kernels = pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
 
 
 @pytest.mark.parametrize("biases", [(False,), (True, False, True)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.engines import CONVERSATIONS
-from helpers.kernels import ISAS
+from helpers.kernels import needs_kernels
 from helpers.tables import for_each
 
 from llava_cli import Sampling, load, paths
@@ -22,7 +22,6 @@ from llava_cli.safetensors_header import read_header
 
 Tensors = dict[str, torch.Tensor]
 Edit = Callable[[Tensors], object]
-needs_kernels = pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
 
 
 def packed_files() -> dict[str, Path]:

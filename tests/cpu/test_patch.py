@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.command import Run
 from helpers.engines import CONVERSATIONS
-from helpers.kernels import ISAS, use_isas
+from helpers.kernels import needs_kernels, use_isas
 
 from llava_cli import load
 from llava_cli.engine.cpu import onednn_linear, patch
@@ -26,8 +26,6 @@ from llava_cli.engine.cpu.lm_head import LmHead
 from llava_cli.engine.cpu.vision_layer import VisionLayer
 from llava_cli.engine.local import LocalEngine
 from llava_cli.settings import Precision
-
-needs_kernels = pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
 
 
 def forwards(engine: LocalEngine) -> set[type]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.kernels import ISAS, TOLERANCE
+from helpers.kernels import TOLERANCE, needs_kernels
 from helpers.linear_layers import eight_bits, four_bits, sixteen_bits
 from torch.nn.functional import linear
 
@@ -20,7 +20,6 @@ from llava_cli.engine.cpu.onednn_linear import dequantized_rows
 from llava_cli.engine.cpu.quantized_linear import QuantizedLinear, Workspace, fused_bias, layout_of, pack_weights
 
 BIASES = [(True,), (False, False, False), (True, False)]
-needs_kernels = pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
 
 
 def by_reference(x: torch.Tensor, packed: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

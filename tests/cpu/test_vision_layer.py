@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.kernels import ISAS
+from helpers.kernels import needs_kernels
 
 from llava_cli import Conversation, load, open_picture
 from llava_cli.engine.cpu.linear_choice import LinearBySize
 from llava_cli.engine.cpu.vision_layer import VisionLayer
 from llava_cli.engine.local import LocalEngine
 from llava_cli.settings import Precision
-
-needs_kernels = pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
 
 
 def vision_layers(engine: LocalEngine) -> list[VisionLayer]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 
 from llava_cli.engine.cpu.jit import compiler
 
 if TYPE_CHECKING:
-    import pytest
-
     from llava_cli.engine.cpu.jit.builder import IsaTier
 
 ISAS = compiler.supported_isas()
 """Those that this CPU has, the best first."""
+needs_kernels = pytest.mark.skipif(not ISAS, reason="nothing can be compiled for this CPU")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 0.004}
 """How far a kernel's output may be from its reference, relative to the norm."""
 
