@@ -1,7 +1,8 @@
 """Counts what one question goes through: `LLAVA_FAST=0 python docs/count_path.py`.
 
 Runs `llava ask examples/shapes.png "what is this?"` and lists the files of the package in which a function ran in this
-process, each with its lines and how many of them are in functions that ran. Imports and declarations do not count.
+process, each with its lines and how many of them are in functions that ran. Imports and declarations do not count, nor
+does what runs because of them.
 """
 
 from __future__ import annotations
@@ -20,13 +21,24 @@ PACKAGE = Path(llava_cli.__file__).parent
 PICTURE = PACKAGE.parent / "examples" / "shapes.png"
 
 called: dict[Path, set[CodeType]] = defaultdict(set)
+known: set[CodeType] = set()
 
 
 def note_call(frame: FrameType, event: str, _: object) -> None:
     """Notes each function of the package that runs; the body of a module or class is no function."""
     code = frame.f_code
-    if event == "call" and code.co_flags & inspect.CO_OPTIMIZED and code.co_filename.startswith(str(PACKAGE)):
+    if event != "call" or code in known or not code.co_flags & inspect.CO_OPTIMIZED:
+        return
+    if code.co_filename.startswith(str(PACKAGE)) and not is_importing(frame.f_back):
+        known.add(code)
         called[Path(code.co_filename)].add(code)
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a frame is part of an `import`: of a module's declarations, or the import system's look for a name."""
+    while frame and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 def lines_of(code: CodeType) -> range:
