@@ -13,8 +13,7 @@ from llava_cli.engine.generate.generation_config import summary
 from llava_cli.errors import LlavaError, model_errors
 from llava_cli.hardware.device import Plan
 from llava_cli.images.sandbox import Sandbox
-from llava_cli.loader import cpu_wing, load_engine
-from llava_cli.models import adapters
+from llava_cli.loader import cpu_wing, find_checkpoint, load_engine
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
@@ -99,7 +98,7 @@ class Check(NamedTuple):
 def checkup(options: LoadOptions) -> Iterator[Check]:
     """Each check as it is done; the first that makes the next ones impossible is the last."""
     try:
-        checkpoint = adapters.find(options)
+        checkpoint = find_checkpoint(options)
         kind, weights = check_files(checkpoint), check_weights(checkpoint)
         size = sum(path.stat().st_size for path in weights) / 1e9
         yield Check("files", True, f"{kind}, {len(weights)} weight file(s), {size:.2f} GB, whole")

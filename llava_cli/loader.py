@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,10 @@ from llava_cli import fast_start
 from llava_cli._version import __version__
 from llava_cli.errors import ModelUnusable, UsageError, model_errors
 from llava_cli.models import adapters
-from llava_cli.models.checkpoint_files import pull_command, read_json
+from llava_cli.models.checkpoint_files import is_adapter, pull_command, read_json
 from llava_cli.models.families import Family, family_named, recognize
 from llava_cli.models.fingerprint import fingerprint
-from llava_cli.models.registry import BUILTIN, Checkpoint
+from llava_cli.models.registry import BUILTIN, Checkpoint, default_name, find
 from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
 from llava_cli.paths import socket_path
@@ -65,20 +67,32 @@ def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
         from llava_cli.engine.remote.remote_engine import RemoteEngine
 
         return RemoteEngine(remote.server, remote.api_key, settings.load.model, remote.concurrency, tell)
+    path = socket_path()
+    engine = _server_at(path, settings.load, tell) if os.path.lexists(path) else None
+    return engine or load_engine(settings.load, tell)
+
+
+def _server_at(path: Path, options: LoadOptions, tell: Callable[[str], None]) -> Engine | None:
+    """The user's own server at a socket, where it holds the model that the options ask for."""
     from llava_cli.engine.remote import local_socket
     from llava_cli.engine.remote.local_server_engine import matching_server
 
-    path = socket_path()
-    if local_socket.is_trusted_socket(path) and (
-        engine := matching_server(engine_identity(settings.load), lambda: load_engine(settings.load, tell), tell, path)
-    ):
-        return engine
-    return load_engine(settings.load, tell)
+    if not local_socket.is_trusted_socket(path):
+        return None
+    return matching_server(engine_identity(options), lambda: load_engine(options, tell), tell, path)
+
+
+def find_checkpoint(options: LoadOptions) -> Checkpoint:
+    """The checkpoint that the options ask for, with the adapter to merge into it. Raises as `adapters.find`."""
+    if options.adapter:
+        return adapters.find(options.adapter, options.model)
+    name = default_name(options)
+    return adapters.find_by_name(name) if is_adapter(name) else find(name)
 
 
 def engine_identity(options: LoadOptions) -> dict[str, Any]:
     """What is equal in two engines that give the same answers. Imports no torch."""
-    checkpoint = adapters.find(options)
+    checkpoint = find_checkpoint(options)
     names = [name for name in LoadOptions.names() if name not in ("model", "adapter")]  # the checkpoint has those
     return {
         "llava": __version__,
@@ -105,10 +119,11 @@ def _gc_paused() -> Iterator[None]:
 def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line: None) -> LocalEngine:
     """The engine that the options ask for; `tell` gets a line for each thing that is not done as one would expect."""
     begin = time.perf_counter()
-    checkpoint = adapters.find(options)
-    sandbox = _text_sandbox(checkpoint)
+    checkpoint = find_checkpoint(options)
+    sandbox = _text_sandbox(checkpoint, options)
     kind, weights = check_files(checkpoint), check_weights(checkpoint)
-    adapters.check(checkpoint)
+    if checkpoint.adapter:
+        adapters.check(checkpoint.adapter)
     from llava_cli.engine.generate.generation_config import check_generation_config, load_generation_config
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.visual_tokens import choose_tokens
@@ -182,8 +197,10 @@ def identify(settings: Settings) -> dict[str, Any]:
     from llava_cli.prompts.chat_template import read_template
 
     options = settings.load
-    checkpoint = adapters.find(options)
-    _check_visual_tokens(checkpoint, check_files(checkpoint), options)
+    checkpoint = find_checkpoint(options)
+    kind = check_files(checkpoint)
+    if options.visual_tokens:
+        _check_visual_tokens(checkpoint, kind, options.visual_tokens)
     plan = choose_plan(options.device, options.precision)
     template = options.template or ""
     if template not in ("", "hub", "native"):  # which the checkpoint decides
@@ -200,8 +217,8 @@ def identify(settings: Settings) -> dict[str, Any]:
 
 def load_prompter(options: LoadOptions) -> Prompter:
     """Processor, tokenizer and template alone: what `llava prompt` needs."""
-    checkpoint = adapters.find(options)
-    sandbox = _text_sandbox(checkpoint)
+    checkpoint = find_checkpoint(options)
+    sandbox = _text_sandbox(checkpoint, options)
     kind = check_files(checkpoint)
     from llava_cli.models.weights import load_config
 
@@ -209,23 +226,29 @@ def load_prompter(options: LoadOptions) -> Prompter:
         return _prompter(checkpoint, kind, load_config(checkpoint), options, sandbox)
 
 
-def _text_sandbox(checkpoint: Checkpoint) -> TextSandbox:
-    """Where a checkpoint's template and tokenizer run; it gets ready while libraries are imported."""
+def _text_sandbox(checkpoint: Checkpoint, options: LoadOptions) -> TextSandbox | None:
+    """Where a stranger's template and tokenizer run; it gets ready while libraries are imported."""
+    if checkpoint.name == BUILTIN:
+        return TextSandbox(None) if options.template else None
     file = checkpoint.folder / "tokenizer.json"
-    sandbox = TextSandbox(file if checkpoint.name != BUILTIN and file.exists() else None)
+    sandbox = TextSandbox(file if file.exists() else None)
     sandbox.start_loading()
     return sandbox
 
 
-def _prompter(checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptions, sandbox: TextSandbox) -> Prompter:
+def _prompter(
+    checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptions, sandbox: TextSandbox | None
+) -> Prompter:
     from llava_cli.prompts.processor import load_processor
     from llava_cli.prompts.prompter import Prompter
 
-    _check_visual_tokens(checkpoint, kind, options)
-    try:
-        sandbox.check_tokenizer()
-    except TextRefused as error:
-        raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", pull_command(checkpoint.name)) from None
+    if options.visual_tokens:
+        _check_visual_tokens(checkpoint, kind, options.visual_tokens)
+    if sandbox:
+        try:
+            sandbox.check_tokenizer()
+        except TextRefused as error:
+            raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", pull_command(checkpoint.name)) from None
     processor = load_processor(checkpoint, kind, config)
     family = _family(checkpoint, config, processor.tokenizer)
     text = config.get_text_config()
@@ -241,18 +264,14 @@ def _prompter(checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptio
     )
 
 
-def _check_visual_tokens(checkpoint: Checkpoint, kind: str, options: LoadOptions) -> None:
-    """Raises `UsageError` where tokens are to be chosen of pictures that are not one list of them, of one length."""
-    if options.visual_tokens is None:
-        return
+def _check_visual_tokens(checkpoint: Checkpoint, kind: str, count: int) -> None:
+    """Raises `UsageError` where `count` tokens cannot be chosen: of pictures that are not one list, of one length."""
     vision = read_json(checkpoint, "config.json").get("vision_config")
     if isinstance(vision, dict) and vision.get("model_type") == "pixtral":
         kind = "pixtral"  # whose pictures have as many tokens as their shape asks for
     if kind not in ("llava", "vipllava"):
         name, which = checkpoint.name, "only llava and vipllava models have one list of tokens a picture"
-        raise UsageError(
-            f"--visual-tokens {options.visual_tokens}", f"{name} is a {kind} model; {which}", f"llava ask -m {name}"
-        )
+        raise UsageError(f"--visual-tokens {count}", f"{name} is a {kind} model; {which}", f"llava ask -m {name}")
 
 
 def _family(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> Family | None:

@@ -85,12 +85,10 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
         }
         facts |= {"language model": alias.language_model, "note": alias.note}
     else:
-        from llava_cli.models.adapters import find_named
+        from llava_cli.loader import find_checkpoint, load_prompter
 
-        checkpoint = find_named(name)
+        checkpoint = find_checkpoint(LoadOptions(model=name))
         facts |= {"folder": str(checkpoint.folder), "on disk": _size(checkpoint.folder)}
-        from llava_cli.loader import load_prompter
-
         with render.spinner("reading the checkpoint"):
             family = load_prompter(LoadOptions(model=name)).family
     if family:
@@ -168,9 +166,9 @@ def default(
     if name is None:
         render.say(default_name(Settings.resolve().load))
         return
-    from llava_cli.models.adapters import find_named
+    from llava_cli.loader import find_checkpoint
 
-    checkpoint = find_named(name)
+    checkpoint = find_checkpoint(LoadOptions(model=name))
     if is_folder(name):
         from llava_cli.models.validate import check_files
 

@@ -1,4 +1,4 @@
-"""Finds the checkpoint and the PEFT adapter that a user names, and the base model that an adapter was trained on.
+"""Finds the PEFT adapter that a user names, and the base model that it was trained on.
 
 An adapter is a folder with `adapter_config.json` and its tensors. Its config comes from a stranger: the base that it
 names is looked up on this machine and never downloaded.
@@ -17,11 +17,10 @@ from llava_cli.files import quoted
 from llava_cli.models import registry
 from llava_cli.models.adapter_config import read_adapter_config
 from llava_cli.models.aliases import ALIASES
-from llava_cli.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, adapter_weights, read_json
-from llava_cli.models.registry import Checkpoint, default_name, is_folder, on_disk
+from llava_cli.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, adapter_weights, is_adapter, read_json
+from llava_cli.models.registry import Checkpoint, on_disk
 from llava_cli.paths import expand_user
 from llava_cli.safetensors_header import BadHeader, read_header
-from llava_cli.settings import LoadOptions
 from llava_cli.untrusted_text import one_line
 
 _FULL_MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
@@ -30,35 +29,29 @@ _ORIGINAL_PROJECTOR = "non_lora_trainables.bin"
 """The projector, which LLaVA's original training code writes beside an adapter."""
 
 
-def find(options: LoadOptions) -> Checkpoint:
-    """The checkpoint that the options ask for, with the adapter to merge into it.
+def find(adapter: str, model: str | None) -> Checkpoint:
+    """The checkpoint `model`, or the one that an adapter was trained on, with that adapter.
 
     Raises `ModelUnusable` as `registry.find` does, and if an adapter's base is not on this machine; `InputMissing` if
     there is no such adapter; `UsageError` if there are two.
     """
-    name, adapter = options.model, options.adapter
-    if name and (folder := _adapter_folder(name)):
-        _refuse_original(name, folder)
-        if adapter:
-            raise UsageError(f"--adapter {adapter}", f"{name} is an adapter itself", f"-m BASE --adapter {adapter}")
-        return Checkpoint(name, _find_base(name, folder).folder, folder)
-    if not adapter:
-        return registry.find(default_name(options))
+    if model and is_adapter(model):
+        _model_folder(model)
+        raise UsageError(f"--adapter {adapter}", f"{model} is an adapter itself", f"-m BASE --adapter {adapter}")
     folder = _adapter_option_folder(adapter)
     _refuse_original(adapter, folder)
-    base = registry.find(name) if name else _find_base(adapter, folder)
+    base = registry.find(model) if model else _find_base(adapter, folder)
     return Checkpoint(base.name, base.folder, folder)
 
 
-def find_named(name: str) -> Checkpoint:
-    """As `find`, for a model's name alone."""
-    return find(LoadOptions(model=name))
+def find_by_name(name: str) -> Checkpoint:
+    """The checkpoint of a model's name that is an adapter's folder. Raises as `find`."""
+    folder = _model_folder(name)
+    return Checkpoint(name, _find_base(name, folder).folder, folder)
 
 
-def check(checkpoint: Checkpoint) -> None:
-    """Checks a checkpoint's adapter before a weight is read. Raises `ModelUnusable` if it cannot be merged."""
-    if (folder := checkpoint.adapter) is None:
-        return
+def check(folder: Path) -> None:
+    """Checks an adapter before a weight is read. Raises `ModelUnusable` if it cannot be merged."""
     name = str(folder)
     read_adapter_config(folder)
     path = adapter_weights(folder)
@@ -78,13 +71,13 @@ def base_name(name: str, folder: Path) -> str:
     return base.rstrip("/\\") if isinstance(base, str) and len(base) <= limits.PATH_CHARACTERS else ""
 
 
-def _adapter_folder(name: str) -> Path | None:
-    """The folder of that name if it is an adapter's. Raises `ModelUnusable` if it also holds a full model."""
-    if not is_folder(name) or not os.path.isfile((folder := expand_user(name)) / ADAPTER_CONFIG):
-        return None
+def _model_folder(name: str) -> Path:
+    """The adapter's folder of that name. Raises `ModelUnusable` if it also holds a full model."""
+    folder = expand_user(name)
     if any(next(folder.glob(pattern), None) for pattern in _FULL_MODEL_FILES):
         words = f"{ADAPTER_CONFIG} holds an adapter, and other files a whole model"
         raise ModelUnusable(name, words, f"-m BASE --adapter {quoted(name)}; or take {ADAPTER_CONFIG} out of it")
+    _refuse_original(name, folder)
     return folder
 
 

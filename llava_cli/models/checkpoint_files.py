@@ -11,7 +11,8 @@ from llava_cli import limits
 from llava_cli.bounded_json import Bounds, loads
 from llava_cli.errors import ModelUnusable, message_line, os_reason, plain_message
 from llava_cli.models.aliases import ALIASES
-from llava_cli.models.registry import Checkpoint
+from llava_cli.models.registry import Checkpoint, is_folder
+from llava_cli.paths import expand_user
 from llava_cli.regular_files import NotRegular, TooLarge, read
 from llava_cli.untrusted_text import one_line
 
@@ -93,6 +94,11 @@ def _relevant_names(checkpoint: Checkpoint) -> list[str]:
 
 def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a model's name means a folder with an adapter."""
+    return is_folder(name) and os.path.isfile(expand_user(name) / ADAPTER_CONFIG)
 
 
 def adapter_weights(folder: Path) -> Path | None:

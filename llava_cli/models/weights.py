@@ -225,8 +225,8 @@ def _read(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, dou
         model = adapter_merge.merge(model, checkpoint)
     if stored and (problem := misfit(model)):  # before anything reads as many bytes as the shapes promise
         raise ModelUnusable(name, f"damaged: {problem}", pull_command(name))
-    leave_unpacked(model)
     if quantized:
+        leave_unpacked(model)
         _cast_unquantized(model, dtype)
     return model.eval()
 

@@ -48,8 +48,7 @@ from transformers import AutoModelForImageTextToText
 
 from llava_cli import load
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.loader import engine_identity
-from llava_cli.models import adapters
+from llava_cli.loader import engine_identity, find_checkpoint
 from llava_cli.models.fingerprint import fingerprint
 from llava_cli.settings import LoadOptions, Sampling
 
@@ -214,7 +213,7 @@ def test_base_is_found(named: str, by_option: bool, base: Path, lora: Path, home
     else:
         expected = shutil.copytree(base, lora.parent / "base")
     change(lora / "adapter_config.json", base_model_name_or_path=named)
-    found = adapters.find(LoadOptions(adapter=str(lora)) if by_option else LoadOptions(model=str(lora)))
+    found = find_checkpoint(LoadOptions(adapter=str(lora)) if by_option else LoadOptions(model=str(lora)))
     assert (found.folder.resolve(), found.adapter) == (expected, lora)
 
 
@@ -369,9 +368,9 @@ def test_resumed_with_another(base: Path, lora: Path, run: Run, drawing: Path, t
 
 def test_fingerprint(base: Path, lora: Path) -> None:
     def now() -> str:
-        return fingerprint(adapters.find(LoadOptions(model=str(base), adapter=str(lora))))
+        return fingerprint(find_checkpoint(LoadOptions(model=str(base), adapter=str(lora))))
 
-    found = {fingerprint(adapters.find(LoadOptions(model=str(base)))), now()}
+    found = {fingerprint(find_checkpoint(LoadOptions(model=str(base)))), now()}
     change(lora / "adapter_config.json", lora_alpha=5)
     found.add(now())
     weights = load_file(lora / "adapter_model.safetensors")
