@@ -14,7 +14,7 @@ from functools import cache
 from llava_cli import files, limits, regular_files
 from llava_cli.conversation import Picture
 from llava_cli.errors import InputMissing, LlavaError, os_reason, printable
-from llava_cli.images.sandbox import SandboxPool, too_large
+from llava_cli.images.sandbox import SandboxPool, shown_name, too_large
 from llava_cli.regular_files import NotRegular, TooLarge
 
 SUFFIXES = (
@@ -92,35 +92,35 @@ def read(source: str, public: bool = False, follow: bool = True) -> bytes:
 
     Raises `InputMissing`, or `BadImage` if they are too many.
     """
-    name = printable(source) or "''"
     if source == "-":
-        return _read_stdin(name)
+        return _read_stdin()
     if is_url(source):
         from llava_cli.images.fetch import fetch
 
         return fetch(source, public)
-    return _read_file(source, name, follow)
+    return _read_file(source, follow)
 
 
-def _read_stdin(name: str) -> bytes:
+def _read_stdin() -> bytes:
     try:
         return sys.stdin.buffer.read(limits.PICTURE_BYTES + 1)
     except (AttributeError, OSError):  # sys.stdin is None if it was closed
-        raise InputMissing(name, "stdin cannot be read") from None
+        raise InputMissing("-", "stdin cannot be read") from None
 
 
-def _read_file(path: str, name: str, follow: bool) -> bytes:
+def _read_file(path: str, follow: bool) -> bytes:
     try:
         return regular_files.read(path, limits.PICTURE_BYTES, follow)
     except TooLarge:
-        raise too_large(name) from None
+        raise too_large(path) from None
     except NotRegular:
         if os.path.isdir(path):
-            raise InputMissing(name, "is a directory", f"llava ask {files.quoted(path)}/PICTURE QUESTION") from None
-        raise InputMissing(name, "not a regular file") from None
+            hint = f"llava ask {files.quoted(path)}/PICTURE QUESTION"
+            raise InputMissing(shown_name(path), "is a directory", hint) from None
+        raise InputMissing(shown_name(path), "not a regular file") from None
     except (OSError, ValueError) as error:
         _refuse_url(path)
-        raise InputMissing(name, os_reason(error), _close_match(path)) from None
+        raise InputMissing(shown_name(path), os_reason(error), _close_match(path)) from None
 
 
 def _refuse_url(source: str) -> None:

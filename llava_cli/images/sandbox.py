@@ -33,9 +33,14 @@ _FORMATS = ("", "JPEG", "PNG")
 JOB, HEIF = "llava_cli.images.sandbox", "pillow_heif"
 
 
-def too_large(name: str) -> BadImage:
-    """The error for a picture called `name` that has too many bytes to be decoded."""
-    return BadImage(name, f"larger than {limits.PICTURE_BYTES // 1_000_000} MB")
+def shown_name(source: str) -> str:
+    """What errors call the picture at a path, URL or "-"."""
+    return printable(source) or "''"
+
+
+def too_large(source: str) -> BadImage:
+    """The error for a picture that has too many bytes to be decoded."""
+    return BadImage(shown_name(source), f"larger than {limits.PICTURE_BYTES // 1_000_000} MB")
 
 
 class Crash(LlavaError):
@@ -57,23 +62,22 @@ class Sandbox:
 
         With `shrink` it is made no larger than that many pixels per side.
         """
-        name = printable(source) or "''"
         if len(data) > limits.PICTURE_BYTES:
-            return too_large(name)
+            return too_large(source)
         worker = self._workers[formats.is_heif(data)]
         try:
             request = REQUEST_HEADER.pack(allow_truncated, shrink or 0), data
             reply = worker.ask(request, _HEADER.size + 3 * limits.PICTURE_PIXELS, self._seconds)
-            decoded = _parse_reply(name, reply)
+            decoded = _parse_reply(reply)
         except BadImage as error:
-            return BadImage(name, error.reason, _complete_hint(error.hint, source))
+            return BadImage(shown_name(source), error.reason, _complete_hint(error.hint, source))
         except WorkerLate as error:
-            return BadImage(name, f"takes longer than {error} s to decode")
+            return BadImage(shown_name(source), f"takes longer than {error} s to decode")
         except WorkerDied as error:
-            return Crash(name, str(error) or "crashes its decoder")
+            return Crash(shown_name(source), str(error) or "crashes its decoder")
         except ValueError:
             worker.end()
-            return Crash(name, "crashes its decoder")
+            return Crash(shown_name(source), "crashes its decoder")
         # Hashed here: a decoder that was taken over could claim the hash of another picture.
         digest = hashlib.sha256(data).hexdigest()
         image, frames, truncated, picture_format, plain = decoded
@@ -129,7 +133,7 @@ class SandboxPool:
             sandbox.end()
 
 
-def _parse_reply(name: str, reply: bytearray) -> Decoded:
+def _parse_reply(reply: bytearray) -> Decoded:
     """The content of a reply. Raises `BadImage` with the reason that it gives, `ValueError` if it is malformed."""
     from PIL import Image
 
@@ -139,7 +143,7 @@ def _parse_reply(name: str, reply: bytearray) -> Decoded:
     body = memoryview(reply)[_HEADER.size :]
     if not is_picture:
         hint = decode.HINTS[width] if width < len(decode.HINTS) else ""
-        raise BadImage(name, one_line(bytes(body[:1000]).decode("utf-8", "replace")), hint)
+        raise BadImage("", one_line(bytes(body[:1000]).decode("utf-8", "replace")), hint)
     if not 0 < width * height <= limits.PICTURE_PIXELS or len(body) != 3 * width * height:
         raise ValueError("pixels of another number than the header says")
     if format_index >= len(_FORMATS):

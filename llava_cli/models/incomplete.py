@@ -1,17 +1,16 @@
 """Errors for folders that are not a complete checkpoint: what they are, and where the rest may be.
 
-Looked at only when something is missing, by file names; of files that are suspiciously small also the beginning.
+Looked at only when something is missing, and by file names alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from llava_cli import regular_files
 from llava_cli.errors import ModelUnusable
 from llava_cli.files import quoted
 from llava_cli.models import other_formats
@@ -22,15 +21,6 @@ _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_prepr
 _TOKENIZERS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 _TRAINING_STATE = ("trainer_state.json", "training_args.bin", "optimizer.*", "scheduler.pt", "rng_state*.pth")
 """Files that trainers write beside a model that they have not finished."""
-_MAGIC_BYTES = 64
-"""The beginning of a file, which shows whether something else has replaced it."""
-_REPLACEMENTS = {
-    b"version https://git-lfs": ("a pointer of git-lfs, not the file itself", "git -C {folder} lfs pull"),
-    b"# xet version": ("a pointer of git-xet, not the file itself", "git -C {folder} xet checkout"),
-    b"<!doctype": ("a web page", "llava models pull OWNER/NAME fetches the files themselves"),
-    b"<html": ("a web page", "llava models pull OWNER/NAME fetches the files themselves"),
-}
-"""What may replace a file, by its first bytes: its description, and the next command."""
 _MOST_SHOWN = 3
 """Of several folders, how many an error names."""
 
@@ -71,20 +61,6 @@ def missing_processor(checkpoint: Checkpoint, words: str, hint: str) -> ModelUnu
         words += f"; {one_line(str(parent))} has it"
         hint = f"cp {' '.join(map(quoted, missing))} {quoted(folder)}"
     return missing_file(checkpoint, words, hint)
-
-
-def check_replaced(checkpoint: Checkpoint, names: Collection[str]) -> None:
-    """Raises `ModelUnusable` if git-lfs or a browser has put something else in a file's place."""
-    for name in names:
-        try:
-            with regular_files.open_regular(checkpoint.folder / name) as file:
-                beginning = file.read(_MAGIC_BYTES).lstrip().lower()
-        except OSError:  # reported where the file is used
-            continue
-        for magic, (words, hint) in _REPLACEMENTS.items():
-            if beginning.startswith(magic):
-                folder = quoted(checkpoint.folder)
-                raise ModelUnusable(checkpoint.name, f"{one_line(name)} is {words}", hint.format(folder=folder))
 
 
 def _checkpoints_below(folder: Path) -> list[Path]:

@@ -9,11 +9,13 @@ import re
 from typing import Any
 
 from llava_cli.errors import ModelUnusable
+from llava_cli.files import quoted
 from llava_cli.models import incomplete
 from llava_cli.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, file_sizes, pull_command, read_json, suffix_of
 from llava_cli.models.original_format import convert_command, is_original
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.untrusted_config import quantization_refusal, refusal
+from llava_cli.regular_files import open_regular
 from llava_cli.untrusted_text import one_line
 
 _OTHER_CONFIGS = (
@@ -33,6 +35,15 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Files of one process of a training run: transformers prefers them to the others."""
 _REPLACED_SUFFIXES = {".json", ".model", ".safetensors"}
 """Files that git-lfs or a browser may have replaced: large ones, and those that people fetch one by one."""
+_MAGIC_BYTES = 64
+"""The beginning of a file, which shows whether something else has replaced it."""
+_REPLACEMENTS = {
+    b"version https://git-lfs": ("a pointer of git-lfs, not the file itself", "git -C {folder} lfs pull"),
+    b"# xet version": ("a pointer of git-xet, not the file itself", "git -C {folder} xet checkout"),
+    b"<!doctype": ("a web page", "llava models pull OWNER/NAME fetches the files themselves"),
+    b"<html": ("a web page", "llava models pull OWNER/NAME fetches the files themselves"),
+}
+"""What may replace a file, by its first bytes: its description, and the next command."""
 
 
 def check_files(checkpoint: Checkpoint) -> str:
@@ -41,7 +52,9 @@ def check_files(checkpoint: Checkpoint) -> str:
     files = file_sizes(checkpoint)
     if not (folder / CONFIG).exists():
         raise incomplete.missing_config(checkpoint)
-    incomplete.check_replaced(checkpoint, [file for file in files if suffix_of(file) in _REPLACED_SUFFIXES])
+    for file in files:
+        if suffix_of(file) in _REPLACED_SUFFIXES:
+            _check_not_replaced(checkpoint, file)
     config = read_json(checkpoint, CONFIG)
     model_type = _model_type(checkpoint, config)
     hint = "take the model unquantized: -p 4bit quantizes it here"
@@ -58,6 +71,19 @@ def check_files(checkpoint: Checkpoint) -> str:
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise incomplete.missing_processor(checkpoint, "no tokenizer.json", pull_command(name))
     return model_type
+
+
+def _check_not_replaced(checkpoint: Checkpoint, file: str) -> None:
+    """Raises `ModelUnusable` if git-lfs or a browser has put something else in a file's place."""
+    try:
+        with open_regular(checkpoint.folder / file) as stream:
+            beginning = stream.read(_MAGIC_BYTES).lstrip().lower()
+    except OSError:  # reported where the file is used
+        return
+    for magic, (words, hint) in _REPLACEMENTS.items():
+        if beginning.startswith(magic):
+            hint = hint.format(folder=quoted(checkpoint.folder))
+            raise ModelUnusable(checkpoint.name, f"{one_line(file)} is {words}", hint)
 
 
 def _model_type(checkpoint: Checkpoint, config: dict[str, Any]) -> str:

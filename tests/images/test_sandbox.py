@@ -48,14 +48,14 @@ HEADER = pictures._HEADER
 )
 def test_pixels_of_another_number_than_said_are_no_picture(reply: bytes) -> None:
     with pytest.raises(ValueError):
-        pictures._parse_reply("a.png", bytearray(reply))
+        pictures._parse_reply(bytearray(reply))
 
 
 @pytest.mark.parametrize("hint", [99, 2**32 - 1])
 def test_a_reason_is_one_clean_line_and_a_hint_is_ours(hint: int) -> None:
     with pytest.raises(BadImage) as raised:
         head = HEADER.pack(False, hint, 0, 0, False, 0, False)
-        pictures._parse_reply("a.png", bytearray(head + b"\x1b[2Jdamaged\nrm -rf ~" * 500))
+        pictures._parse_reply(bytearray(head + b"\x1b[2Jdamaged\nrm -rf ~" * 500))
     assert raised.value.reason.startswith("\\x1b[2Jdamaged")
     assert len(raised.value.reason) <= limits.NAME_CHARACTERS
     assert "\n" not in str(raised.value)

@@ -7,20 +7,29 @@ sequences that share their pictures have questions of different lengths, between
 from __future__ import annotations
 
 import collections.abc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.forward import Forward
 from llava_cli.engine.generate.prompt_cache import CachedPrefix, PromptCache, common_prefix_length
 from llava_cli.engine.generate.sequence import PER_IMAGE_INPUTS, SHARED_INPUTS, Sequence
-from llava_cli.engine.kv_cache import RoomyCache
+from llava_cli.engine.kv_cache import RoomyCache, plain_cache
 
 if TYPE_CHECKING:
     import torch
 
 PREFILL_TOKENS = 1536
 """Tokens, padding included, that one forward pass reads: with twice as many a small model is a sixth slower."""
+_BATCHABLE_INPUTS = {"input_ids", "attention_mask", *PER_IMAGE_INPUTS, *SHARED_INPUTS}
+
+
+def can_batch(model: Any, inputs: Collection[str]) -> bool:
+    """Whether prompts with inputs of these names can be read in parts, and beside others.
+
+    Other inputs say something about every token or bring positions of their own; other caches cannot be cut.
+    """
+    return _BATCHABLE_INPUTS.issuperset(inputs) and plain_cache(model)
 
 
 @dataclass(frozen=True)
