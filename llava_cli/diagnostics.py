@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava_cli import fast_start
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.generate.generation_config import summary
 from llava_cli.errors import LlavaError, model_errors
@@ -18,7 +17,7 @@ from llava_cli.models.registry import Checkpoint
 from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
 from llava_cli.sandbox.confine import LAYERS
-from llava_cli.settings import LoadOptions, Sampling
+from llava_cli.settings import LoadOptions, Sampling, is_fast
 from llava_cli.untrusted_text import one_line
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def _cpu_kernels(plan: Plan, config: Any) -> str:
         return str(wing.describe_kernels(config, plan))
     if plan.device != "cpu":
         return f"none: the model runs on {plan.device}"
-    return "none: not installed" if fast_start.is_enabled() else "none: LLAVA_FAST=0"
+    return "none: not installed" if is_fast() else "none: LLAVA_FAST=0"
 
 
 def _sandbox() -> str:

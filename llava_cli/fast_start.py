@@ -5,7 +5,6 @@ Only the command line does this, since the process is its own; for programs that
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -14,18 +13,15 @@ from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
+from llava_cli.settings import is_fast
+
 UNUSED = ("scipy", "sklearn")
 """Packages that transformers imports if they are installed, for training losses and one way of decoding."""
 
 
-def is_enabled() -> bool:
-    """Whether to do what only saves time; `LLAVA_FAST=0` turns all of it off."""
-    return os.environ.get("LLAVA_FAST") != "0"
-
-
 def start() -> None:
-    """Has transformers imported without them from now on, unless `LLAVA_FAST=0`. Imports nothing itself."""
-    if is_enabled():
+    """Has transformers imported without them from now on, unless `LLAVA_FAST=0`."""
+    if is_fast():
         sys.meta_path.insert(0, _BeforeTransformers())
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from llava_cli import fast_start
 from llava_cli._version import __version__
 from llava_cli.errors import ModelUnusable, UsageError, model_errors
 from llava_cli.models import adapters
@@ -26,7 +25,7 @@ from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
 from llava_cli.paths import socket_path
 from llava_cli.prompts.sandbox import TextRefused, TextSandbox
-from llava_cli.settings import Device, Fit, LoadOptions, Precision, Settings
+from llava_cli.settings import Device, Fit, LoadOptions, Precision, Settings, is_fast
 
 if TYPE_CHECKING:
     from llava_cli.engine import Engine
@@ -98,7 +97,7 @@ def engine_identity(options: LoadOptions) -> dict[str, Any]:
         "llava": __version__,
         "model": checkpoint.name,
         "checkpoint": fingerprint(checkpoint),
-        "fast": fast_start.is_enabled(),
+        "fast": is_fast(),
         **{name: getattr(options, name) for name in names},
     }
 
@@ -158,7 +157,7 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
 
 def cpu_wing(plan: Plan) -> ModuleType | None:
     """`engine.cpu.patch`, the only way into that package; None where it is of no use or is not installed."""
-    if plan.device != "cpu" or not fast_start.is_enabled() or find_spec("llava_cli.engine.cpu") is None:
+    if plan.device != "cpu" or not is_fast() or find_spec("llava_cli.engine.cpu") is None:
         return None
     from llava_cli.engine.cpu import patch
 
@@ -174,7 +173,7 @@ def _speed_up(
     from llava_cli.hardware.allocator import read_once
 
     patch = ModelPatch()
-    if fast_start.is_enabled():
+    if is_fast():
         simplify_vision_tower(model.network, patch)
     if cpu:
         evictable = model.folder.glob("*.safetensors") if model.folder and model.is_new_copy else None
@@ -211,7 +210,7 @@ def identify(settings: Settings) -> dict[str, Any]:
         "precision": plan.precision + ", double quantised" * options.double_quant * (plan.precision == "4bit"),
         "device": plan.device,
         "template": template,
-        "fast": fast_start.is_enabled(),
+        "fast": is_fast(),
     }
 
 

@@ -40,6 +40,11 @@ VARIABLES = {
 """The environment variables that are no options, with what each of them sets."""
 
 
+def is_fast() -> bool:
+    """Whether to do what only saves time; `LLAVA_FAST=0` turns all of it off."""
+    return os.environ.get("LLAVA_FAST") != "0"
+
+
 @dataclass(frozen=True)
 class Option:
     """One option: what each source of settings calls it, and which values it takes."""
@@ -89,7 +94,7 @@ class _Options:
 
     def __post_init__(self) -> None:
         for key in self.names():
-            if (value := getattr(self, key)) is not None:
+            if (value := getattr(self, key)) is not None and value is not OPTIONS[key].default:
                 object.__setattr__(self, key, OPTIONS[key].convert(key, value))
 
     @classmethod

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from llava_cli import fast_start, signals
+from llava_cli import signals
 
 _PICTURE_COMMANDS = ("ask", "chat")
 """Commands that open pictures first."""
@@ -61,11 +61,12 @@ def main() -> None:
             {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
         )
     signals.start()
-    fast_start.start()
     if sys.argv[1:2] and sys.argv[1] in _PICTURE_COMMANDS and len(sys.argv) > 2:
         _begin_sandbox()
+    from llava_cli import fast_start
     from llava_cli.cli import app, register
 
+    fast_start.start()
     register(*sys.argv[1:2])
     app(prog_name="llava")
 
