@@ -13,7 +13,8 @@ from llava_cli.errors import LlavaError, model_errors
 from llava_cli.hardware.device import Plan
 from llava_cli.images.sandbox import Sandbox
 from llava_cli.loader import cpu_wing, find_checkpoint, load_engine
-from llava_cli.models.registry import Checkpoint
+from llava_cli.models.checkpoint_files import CONFIG, read_json
+from llava_cli.models.registry import BUILTIN
 from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
 from llava_cli.sandbox.confine import LAYERS
@@ -39,9 +40,10 @@ def machine_facts(options: LoadOptions) -> dict[str, str]:
 
     from llava_cli.hardware.device import choose_plan
     from llava_cli.hardware.memory import free_memory
-    from llava_cli.models.registry import BUILTIN, builtin_folder, default_name
+    from llava_cli.models.registry import default_name, find
     from llava_cli.models.weights import load_config
 
+    builtin = find(BUILTIN)
     plan, memory = choose_plan(options.device, options.precision), psutil.virtual_memory()
     facts = {
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -52,7 +54,7 @@ def machine_facts(options: LoadOptions) -> dict[str, str]:
         free, total = torch.cuda.mem_get_info(i)
         facts[f"gpu {i}"] = f"{torch.cuda.get_device_name(i)}, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
     facts |= {"device": plan.device, "precision": f"{plan.precision} ({plan.why})", "attention": plan.attention}
-    facts["cpu kernels"] = _cpu_kernels(plan, load_config(Checkpoint(BUILTIN, builtin_folder())))
+    facts["cpu kernels"] = _cpu_kernels(plan, load_config(builtin, read_json(builtin, CONFIG)))
     facts["picture sandbox"] = _sandbox()
     facts["default model"] = default_name(options)
     for package in ("torch", "transformers", "bitsandbytes", "accelerate", "llvmlite", "pillow"):
@@ -98,7 +100,7 @@ def checkup(options: LoadOptions) -> Iterator[Check]:
     """Each check as it is done; the first that makes the next ones impossible is the last."""
     try:
         checkpoint = find_checkpoint(options)
-        kind, weights = check_files(checkpoint), check_weights(checkpoint)
+        kind, weights = check_files(checkpoint)[CONFIG]["model_type"], check_weights(checkpoint)
         size = sum(path.stat().st_size for path in weights) / 1e9
         yield Check("files", True, f"{kind}, {len(weights)} weight file(s), {size:.2f} GB, whole")
         notes: list[str] = []

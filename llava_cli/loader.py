@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli._version import __version__
 from llava_cli.errors import ModelUnusable, UsageError, model_errors
 from llava_cli.models import adapters
-from llava_cli.models.checkpoint_files import is_adapter, pull_command, read_json
+from llava_cli.models.checkpoint_files import CONFIG, Configs, is_adapter, pull_command
 from llava_cli.models.families import Family, family_named, recognize
 from llava_cli.models.fingerprint import fingerprint
 from llava_cli.models.registry import BUILTIN, Checkpoint, default_name, find
@@ -120,7 +120,7 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
     begin = time.perf_counter()
     checkpoint = find_checkpoint(options)
     sandbox = _text_sandbox(checkpoint, options)
-    kind, weights = check_files(checkpoint), check_weights(checkpoint)
+    configs, weights = check_files(checkpoint), check_weights(checkpoint)
     if checkpoint.adapter:
         adapters.check(checkpoint.adapter)
     from llava_cli.engine.generate.generation_config import check_generation_config, load_generation_config
@@ -132,16 +132,16 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
 
     plan = choose_plan(options.device, options.precision)
     with quiet():
-        config = model_weights.load_config(checkpoint)
+        config = model_weights.load_config(checkpoint, configs[CONFIG])
         if not weights.are_quantized and model_weights.without_quantization(config):
             words = "config.json says that bitsandbytes has quantized its weights; they are not, and read as they are"
             tell(f"llava: {checkpoint.name}: {words}")
-        prompter = _prompter(checkpoint, kind, config, options, sandbox)
-        generation_config = load_generation_config(checkpoint)
+        prompter = _prompter(checkpoint, configs, config, options, sandbox)
+        generation_config = load_generation_config(checkpoint, configs)
         if checkpoint.name != BUILTIN:
             empty = model_weights.empty_model(checkpoint, config)
             model_weights.check_size(checkpoint, empty, weights)
-            check_generation_config(checkpoint, generation_config, empty)
+            check_generation_config(checkpoint, configs, generation_config, empty)
             check_image_tokens(checkpoint, prompter, empty)
         plan = model_weights.settle_precision(checkpoint, config, plan, options)
         if cpu := cpu_wing(plan):
@@ -197,9 +197,9 @@ def identify(settings: Settings) -> dict[str, Any]:
 
     options = settings.load
     checkpoint = find_checkpoint(options)
-    kind = check_files(checkpoint)
+    configs = check_files(checkpoint)
     if options.visual_tokens:
-        _check_visual_tokens(checkpoint, kind, options.visual_tokens)
+        _check_visual_tokens(checkpoint, configs[CONFIG], options.visual_tokens)
     plan = choose_plan(options.device, options.precision)
     template = options.template or ""
     if template not in ("", "hub", "native"):  # which the checkpoint decides
@@ -218,11 +218,11 @@ def load_prompter(options: LoadOptions) -> Prompter:
     """Processor, tokenizer and template alone: what `llava prompt` needs."""
     checkpoint = find_checkpoint(options)
     sandbox = _text_sandbox(checkpoint, options)
-    kind = check_files(checkpoint)
+    configs = check_files(checkpoint)
     from llava_cli.models.weights import load_config
 
     with quiet():
-        return _prompter(checkpoint, kind, load_config(checkpoint), options, sandbox)
+        return _prompter(checkpoint, configs, load_config(checkpoint, configs[CONFIG]), options, sandbox)
 
 
 def _text_sandbox(checkpoint: Checkpoint, options: LoadOptions) -> TextSandbox | None:
@@ -236,19 +236,19 @@ def _text_sandbox(checkpoint: Checkpoint, options: LoadOptions) -> TextSandbox |
 
 
 def _prompter(
-    checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptions, sandbox: TextSandbox | None
+    checkpoint: Checkpoint, configs: Configs, config: Any, options: LoadOptions, sandbox: TextSandbox | None
 ) -> Prompter:
     from llava_cli.prompts.processor import load_processor
     from llava_cli.prompts.prompter import Prompter
 
     if options.visual_tokens:
-        _check_visual_tokens(checkpoint, kind, options.visual_tokens)
+        _check_visual_tokens(checkpoint, configs[CONFIG], options.visual_tokens)
     if sandbox:
         try:
             sandbox.check_tokenizer()
         except TextRefused as error:
             raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", pull_command(checkpoint.name)) from None
-    processor = load_processor(checkpoint, kind, config)
+    processor = load_processor(checkpoint, configs, config)
     family = _family(checkpoint, config, processor.tokenizer)
     text = config.get_text_config()
     return Prompter(
@@ -263,9 +263,9 @@ def _prompter(
     )
 
 
-def _check_visual_tokens(checkpoint: Checkpoint, kind: str, count: int) -> None:
+def _check_visual_tokens(checkpoint: Checkpoint, config: dict[str, Any], count: int) -> None:
     """Raises `UsageError` where `count` tokens cannot be chosen: of pictures that are not one list, of one length."""
-    vision = read_json(checkpoint, "config.json").get("vision_config")
+    kind, vision = config["model_type"], config.get("vision_config")
     if isinstance(vision, dict) and vision.get("model_type") == "pixtral":
         kind = "pixtral"  # whose pictures have as many tokens as their shape asks for
     if kind not in ("llava", "vipllava"):

@@ -18,6 +18,8 @@ from llava_cli.untrusted_text import one_line
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+Configs = dict[str, dict[str, Any]]
+"""The contents of a checkpoint's JSON files, by their names."""
 _TEXT_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _NEVER_OPENED = {
     *(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),

@@ -11,7 +11,15 @@ from typing import Any
 from llava_cli.errors import ModelUnusable
 from llava_cli.files import quoted
 from llava_cli.models import incomplete
-from llava_cli.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, file_sizes, pull_command, read_json, suffix_of
+from llava_cli.models.checkpoint_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    Configs,
+    file_sizes,
+    pull_command,
+    read_json,
+    suffix_of,
+)
 from llava_cli.models.original_format import convert_command, is_original
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.untrusted_config import quantization_refusal, refusal
@@ -46,8 +54,11 @@ _REPLACEMENTS = {
 """What may replace a file, by its first bytes: its description, and the next command."""
 
 
-def check_files(checkpoint: Checkpoint) -> str:
-    """Checks config and processor, and returns the model type. Raises `ModelUnusable`."""
+def check_files(checkpoint: Checkpoint) -> Configs:
+    """Checks config and processor, and returns what was read: config.json and the others that are there.
+
+    Raises `ModelUnusable`.
+    """
     name, folder = checkpoint.name, checkpoint.folder
     files = file_sizes(checkpoint)
     if not (folder / CONFIG).exists():
@@ -56,7 +67,8 @@ def check_files(checkpoint: Checkpoint) -> str:
         if suffix_of(file) in _REPLACED_SUFFIXES:
             _check_not_replaced(checkpoint, file)
     config = read_json(checkpoint, CONFIG)
-    model_type = _model_type(checkpoint, config)
+    configs = {CONFIG: config}
+    _check_model_type(checkpoint, config)
     hint = "take the model unquantized: -p 4bit quantizes it here"
     _refuse(checkpoint, CONFIG, quantization_refusal(config), hint)
     _refuse(checkpoint, CONFIG, refusal(config))
@@ -64,13 +76,14 @@ def check_files(checkpoint: Checkpoint) -> str:
         _refuse(checkpoint, file, _REDIRECTING_FILES.get(file))
         _refuse(checkpoint, file, "is part of a training run" if _DISTRIBUTED.fullmatch(file) else None)
         if file in _OTHER_CONFIGS:  # transformers ignores a damaged one, with its end tokens
-            _refuse(checkpoint, file, refusal(read_json(checkpoint, file)))
+            configs[file] = read_json(checkpoint, file)
+            _refuse(checkpoint, file, refusal(configs[file]))
     if not any((folder / file).exists() for file in ("processor_config.json", "preprocessor_config.json")):
         words = "no processor_config.json or preprocessor_config.json"
         raise incomplete.missing_processor(checkpoint, words, pull_command(name))
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise incomplete.missing_processor(checkpoint, "no tokenizer.json", pull_command(name))
-    return model_type
+    return configs
 
 
 def _check_not_replaced(checkpoint: Checkpoint, file: str) -> None:
@@ -86,8 +99,8 @@ def _check_not_replaced(checkpoint: Checkpoint, file: str) -> None:
             raise ModelUnusable(checkpoint.name, f"{one_line(file)} is {words}", hint)
 
 
-def _model_type(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
-    """The config's model type. Raises `ModelUnusable` if transformers has no picture-and-text class for it."""
+def _check_model_type(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Raises `ModelUnusable` if transformers has no picture-and-text class for the config's model type."""
     from transformers.models.auto import modeling_auto
 
     name, model_type, hint = checkpoint.name, config.get("model_type"), "llava models lists others"
@@ -107,7 +120,6 @@ def _model_type(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
     if config.get("is_encoder_decoder"):
         words = f"{model_type} models are encoder-decoders, which are not supported"
         raise ModelUnusable(name, words, "llava models")
-    return model_type
 
 
 def _refuse(checkpoint: Checkpoint, file: str, reason: str | None, hint: str = "llava models lists others") -> None:

@@ -57,11 +57,11 @@ def nothing_is_fetched() -> Iterator[None]:
 
 
 @nothing_is_fetched()
-def load_config(checkpoint: Checkpoint) -> Any:
-    """transformers' config, from what the checkpoint's describes of the model. Raises `ModelUnusable`."""
+def load_config(checkpoint: Checkpoint, content: dict[str, Any]) -> Any:
+    """transformers' config, from what a checkpoint's config.json describes of the model. Raises `ModelUnusable`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    content = without_preferences(read_json(checkpoint, CONFIG))
+    content = without_preferences(content)
     with model_errors(checkpoint.name, "its config cannot be loaded", pull_command(checkpoint.name)):
         config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
         config.get_text_config()  # raises here, not later, where a config has several
@@ -176,7 +176,7 @@ def _read_copy(checkpoint: Checkpoint, plan: Plan, copy: QuantizedCopy) -> Any:
     if (found := quantized_cache.find(checkpoint, copy)) is None:
         return None
     stored, weights = found
-    return _read(stored, load_config(stored), plan, weights)
+    return _read(stored, load_config(stored, read_json(stored, CONFIG)), plan, weights)
 
 
 def _read(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, double_quant: bool = False) -> Any:

@@ -13,12 +13,12 @@ from typing import Any
 
 from llava_cli import limits, regular_files
 from llava_cli.errors import ModelUnusable, model_errors
-from llava_cli.models.checkpoint_files import pull_command, read_json
+from llava_cli.models.checkpoint_files import CONFIG, Configs, pull_command
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.weights import nothing_is_fetched
 from llava_cli.untrusted_text import one_line
 
-_CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 """Files that may name the processor's class, in transformers' order."""
 _ALTERNATIVES = {"llava": ("PixtralProcessor",)}
 """Classes that a checkpoint may name besides that of its model type; all are transformers' or ours."""
@@ -26,11 +26,11 @@ _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Vectors that a vision tower makes besides one per patch."""
 
 
-def load_processor(checkpoint: Checkpoint, model_type: str, config: Any) -> Any:
+def load_processor(checkpoint: Checkpoint, configs: Configs, config: Any) -> Any:
     """The processor of a checkpoint, in agreement with its config. Raises `ModelUnusable`."""
     name, hint = checkpoint.name, pull_command(checkpoint.name)
     with model_errors(name, "its processor cannot be loaded", hint):
-        processor_class, absent = _processor_class(checkpoint, model_type, config)
+        processor_class, absent = _processor_class(checkpoint, configs, config)
         with nothing_is_fetched():
             # PIL's resizing everywhere: torchvision's differs, and pixels must not depend on what is installed.
             processor = processor_class.from_pretrained(
@@ -43,14 +43,14 @@ def load_processor(checkpoint: Checkpoint, model_type: str, config: Any) -> Any:
     raise ModelUnusable(name, "its processor does not take pictures and text")
 
 
-def _processor_class(checkpoint: Checkpoint, model_type: str, config: Any) -> tuple[Any, dict[str, None]]:
+def _processor_class(checkpoint: Checkpoint, configs: Configs, config: Any) -> tuple[Any, dict[str, None]]:
     """The class of a processor, without its video processor, and the arguments to set to None.
 
     We have no videos, and transformers' video processors need torchvision.
     """
     import transformers
 
-    name = _class_name(checkpoint, model_type, config)
+    name = _class_name(checkpoint, configs, config)
     if name == "PixtralProcessor":
         from llava_cli.prompts.pixtral import PixtralProcessor
 
@@ -67,14 +67,14 @@ def _processor_class(checkpoint: Checkpoint, model_type: str, config: Any) -> tu
     return without_video, {"video_processor": None} if takes_video else {}
 
 
-def _class_name(checkpoint: Checkpoint, model_type: str, config: Any) -> str:
+def _class_name(checkpoint: Checkpoint, configs: Configs, config: Any) -> str:
     """The class that the checkpoint names, if it fits its model type or that has none; else its model type's."""
     from transformers.models.auto import processing_auto
 
     known: Any = processing_auto.PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
+    model_type = configs[CONFIG]["model_type"]
     default = known.get(model_type)
-    contents = [read_json(checkpoint, file) for file in _CONFIGS if (checkpoint.folder / file).exists()]
-    name = next((name for content in contents if (name := content.get("processor_class"))), None)
+    name = next((name for file in _NAMING_FILES if (name := configs.get(file, {}).get("processor_class"))), None)
     if name in (_ALTERNATIVES.get(model_type, ()) if default else known.values()):
         return str(name)
     if default is None:

@@ -537,9 +537,9 @@ class Checkpoints(Boundary):
         checkpoint = Checkpoint(str(model), model)
 
         def read() -> None:
-            check_files(checkpoint)
+            configs = check_files(checkpoint)
             check_weights(checkpoint)
-            load_config(checkpoint)
+            load_config(checkpoint, configs["config.json"])
             prompter = load_prompter(LoadOptions(model=str(model)))
             talk = Conversation().ask(QUESTION, [Picture("a.png", _drawing(), "")])
             prompter.render(talk)

@@ -25,6 +25,7 @@ from helpers.tables import for_each
 from llava_cli import Sampling, limits, load, paths
 from llava_cli.errors import ModelUnusable
 from llava_cli.models import digests, quantized_cache
+from llava_cli.models.checkpoint_files import CONFIG, read_json
 from llava_cli.models.fingerprint import fingerprint
 from llava_cli.models.registry import Checkpoint, builtin_folder
 from llava_cli.models.untrusted_config import REFUSED, refusal, without_preferences
@@ -44,6 +45,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def checkpoint_of(folder: Path) -> Checkpoint:
     return Checkpoint(str(folder), folder)
+
+
+def loaded_config(checkpoint: Checkpoint) -> Any:
+    return load_config(checkpoint, read_json(checkpoint, CONFIG))
 
 
 @pytest.fixture(autouse=True)
@@ -236,8 +241,6 @@ def test_json_is_no_longer_deeper_or_fuller_than_it_may_be(
 
 def reader(config: bytes, checked: str) -> Callable[[Checkpoint, str], Any]:
     """Reads as ever, but for a config that is within all limits."""
-    from llava_cli.models.checkpoint_files import read_json
-
     return lambda checkpoint, file: read_json(checkpoint, file) if file == checked else json.loads(config)
 
 
@@ -445,9 +448,9 @@ def test_preferences_of_a_config_fetch_and_run_nothing(
 
 @for_each("key", PREFERENCES, own=(folder, checkpoint_of))
 def test_each_preference_is_left_out(key: str, folder: Path, checkpoint_of: Checkpoint) -> None:
-    plain = load_config(checkpoint_of).to_dict()
+    plain = loaded_config(checkpoint_of).to_dict()
     planted(folder, {key: PREFERENCES[key]})
-    config = load_config(checkpoint_of)
+    config = loaded_config(checkpoint_of)
     for part in (config, config.text_config, config.vision_config):
         assert part._attn_implementation is None and part._experts_implementation is None
         assert KERNEL not in vars(part).values()
@@ -458,7 +461,7 @@ def test_attention_by_sub_config_is_left_out(folder: Path, checkpoint_of: Checkp
     change("config.json", attn_implementation={"": KERNEL, "text_config": KERNEL, "vision_config": KERNEL})(folder)
     text = json.loads((folder / "config.json").read_text())["text_config"]
     change("config.json", text_config={**text, "per_layer_config": {"0": {"attn_implementation": KERNEL}}})(folder)
-    config = load_config(checkpoint_of)
+    config = loaded_config(checkpoint_of)
     assert {part._attn_implementation for part in (config, config.text_config, config.vision_config)} == {None}
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_cli.errors import ModelUnusable, model_errors
-from llava_cli.models.checkpoint_files import CONFIG, pull_command, read_json
+from llava_cli.models.checkpoint_files import CONFIG, Configs, pull_command
 from llava_cli.models.registry import Checkpoint
 from llava_cli.settings import Sampling
 
@@ -59,7 +59,7 @@ WHEN_SAMPLING = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutof
 USERS = ("do_sample", "temperature", "max_length", "max_new_tokens", "max_time")
 
 
-def load_generation_config(checkpoint: Checkpoint) -> Any:
+def load_generation_config(checkpoint: Checkpoint, configs: Configs) -> Any:
     """transformers' config of how a checkpoint's tokens are chosen.
 
     Where it has no file for that, config.json may say it, or in it the language model's part, as transformers once
@@ -67,7 +67,7 @@ def load_generation_config(checkpoint: Checkpoint) -> Any:
     """
     from transformers import GenerationConfig
 
-    file, settings = _settings(checkpoint)
+    file, settings = _settings(configs)
     with model_errors(checkpoint.name, f"{file} is not a generation config", _hint(checkpoint, file)):
         for name, (words, asks) in REFUSED.items():
             if asks(settings.get(name)):
@@ -84,11 +84,11 @@ def load_generation_config(checkpoint: Checkpoint) -> Any:
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def _settings(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
+def _settings(configs: Configs) -> tuple[str, dict[str, Any]]:
     """The file that says how tokens are chosen, and what it says."""
-    if (checkpoint.folder / FILE).is_file():
-        return FILE, read_json(checkpoint, FILE)
-    config = read_json(checkpoint, CONFIG)
+    if FILE in configs:
+        return FILE, dict(configs[FILE])
+    config = configs[CONFIG]
     text = config.get("text_config")
     outer = {key: value for key, value in config.items() if value is not None}
     return CONFIG, {**(text if isinstance(text, dict) else {}), **outer}
@@ -113,7 +113,7 @@ def _hint(checkpoint: Checkpoint, file: str) -> str:
     return pull_command(checkpoint.name) or f"repair {file}" + " or delete it" * (file == FILE)
 
 
-def check_generation_config(checkpoint: Checkpoint, config: Any, empty: Any) -> None:
+def check_generation_config(checkpoint: Checkpoint, configs: Configs, config: Any, empty: Any) -> None:
     """Raises `ModelUnusable` where a generation config cannot be done as it is, by choosing a token once.
 
     `empty` is the model without numbers, which gets it.
@@ -124,7 +124,7 @@ def check_generation_config(checkpoint: Checkpoint, config: Any, empty: Any) -> 
     from llava_cli.engine.generate.sampler import Sampler
 
     empty.generation_config = config
-    ids, (file, _) = torch.ones(1, 8, dtype=torch.long), _settings(checkpoint)
+    ids, (file, _) = torch.ones(1, 8, dtype=torch.long), _settings(configs)
     with model_errors(checkpoint.name, f"{file} is not a generation config", _hint(checkpoint, file)):
         logits = torch.zeros(1, empty.config.get_text_config().vocab_size)
         for sampling in (Sampling(), Sampling(temperature=1.0, seed=0, unset=frozenset({"top_p"}))):
