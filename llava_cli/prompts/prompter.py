@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from llava_cli import limits
 from llava_cli.conversation import Conversation
 from llava_cli.errors import ModelUnusable, PromptTooLong
-from llava_cli.images.resize import limit_size, make_square
 from llava_cli.models.families import Family
 from llava_cli.prompts.chat_template import ChatTemplate, Messages, choose_template, is_shipped, template_hint
-from llava_cli.prompts.image_cache import ProcessedImageCache, same_images
+from llava_cli.prompts.image_processor import ImageProcessor
 from llava_cli.prompts.sandbox import (
     PIECE_CHARACTERS,
     CheckedTokenizer,
@@ -63,15 +62,13 @@ class Prompter:
         self._sandbox, self._context, self._vocab_size = sandbox, context, vocab_size
         if sandbox and sandbox.tokenizer:
             self.processor.tokenizer = CheckedTokenizer(processor.tokenizer, sandbox)
-        self.processor.image_processor = self._image_cache = ProcessedImageCache(processor.image_processor)
+        fit = family.fit if family and family.fit and fit == "auto" else fit
+        self.processor.image_processor = self.image_processor = ImageProcessor(processor.image_processor, fit)
         self._lock = threading.Lock()  # a tokenizer serves one thread at a time
         self._large_lock = threading.Lock()
-        # The last prompt's pictures, before and after `fit_image`.
-        self._fitted: tuple[list[Image], list[Image]] = [], []
         self.family = family
         self.template_origin = "none"
         """Where the chat template is from, in words."""
-        self.fit: Fit = family.fit if family and family.fit and fit == "auto" else fit
         self.visual_tokens = visual_tokens
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
         self._template = self._load_template(template)
@@ -104,15 +101,14 @@ class Prompter:
 
     def encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The model's inputs: `input_ids` [1, tokens] with expanded image tokens, `pixel_values`, …"""
-        pictures = [picture.image for picture in conversation.pictures]
+        images = [picture.image for picture in conversation.pictures]
         # Outside the lock, so that small pictures do not wait for others; large ones take turns because of memory.
-        is_large = sum(image.width * image.height for image in pictures) > LARGE_PIXELS
+        is_large = sum(image.width * image.height for image in images) > LARGE_PIXELS
         with self._large_lock if is_large else nullcontext():
-            images = self._fit_all(pictures)
-            processed = self._image_cache.process(images) if images else None
+            processed = self.image_processor.process(images) if images else None
         with self._lock:
             if processed:
-                self._image_cache.last = processed
+                self.image_processor.last = processed
             return self._encode(conversation, images)
 
     def encode_example(self) -> dict[str, torch.Tensor]:
@@ -120,9 +116,9 @@ class Prompter:
         from PIL import Image
 
         with self._lock:
-            image = self.fit_image(Image.new("RGB", (60, 40)))
-            inputs = dict(self.processor(text=self.image_token, images=[image], return_tensors="pt"))
-            self._image_cache.last = None
+            images = [Image.new("RGB", (60, 40))]
+            inputs = dict(self.processor(text=self.image_token, images=images, return_tensors="pt"))
+            self.image_processor.last = None
             return inputs
 
     def count(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
@@ -148,22 +144,6 @@ class Prompter:
 
     def _image_token_id(self) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
-
-    def _fit_all(self, images: list[Image]) -> list[Image]:
-        """Pictures as the processor gets them; the same objects again if the last prompt had these pictures."""
-        before, after = self._fitted
-        if not same_images(before, images):
-            after = [self.fit_image(image) for image in images]
-            self._fitted = images, after
-        return after
-
-    def fit_image(self, image: Image) -> Image:
-        """A picture as the processor gets it: made square, or only limited in size with `fit` "auto"."""
-        if self.fit == "auto":
-            return limit_size(image)
-        mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
-        red, green, blue = (int(255 * m) for m in mean)
-        return make_square(image, self.fit, (red, green, blue))
 
     def _load_template(self, name: str | None) -> ChatTemplate | None:
         """The template that `name` selects here; None if there is none at all."""

@@ -74,7 +74,7 @@ def test_documented_call_with_the_template_of_the_checkpoint(
     for talk in (TALKS["wide"], TALKS["several"], TALKS["turns"]):
         messages: list[dict[str, Any]] = []
         for turn in talk.turns:
-            shown = [{"type": "image", "image": prompter.fit_image(p.image)} for p in turn.pictures]
+            shown = [{"type": "image", "image": prompter.image_processor.fit(p.image)} for p in turn.pictures]
             messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.question}]})
             if turn.answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})

@@ -79,7 +79,8 @@ class Reference:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
 
     def tokens(self, engine: LocalEngine, talk: Conversation, **options: Any) -> list[int]:
-        images = [[engine.prompter.fit_image(shown.image) for shown in talk.pictures]] if talk.pictures else None
+        fit = engine.prompter.image_processor.fit
+        images = [[fit(shown.image) for shown in talk.pictures]] if talk.pictures else None
         inputs = self.processor(text=[engine.prompter.render(talk)], images=images, return_tensors="pt")
         options = {"max_new_tokens": MOST, "do_sample": False, "tokenizer": self.processor.tokenizer, **options}
         found: list[int] = self.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()

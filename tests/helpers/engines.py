@@ -40,7 +40,8 @@ def reference(engine: LocalEngine, folder: Path, conversation: Conversation, **o
     """The tokens that transformers alone generates from the same prompt string."""
     if folder not in _MODELS:
         _MODELS[folder] = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    images = [[engine.prompter.fit_image(p.image) for p in conversation.pictures]]  # padded if training padded
+    fit = engine.prompter.image_processor.fit  # pads if training padded
+    images = [[fit(picture.image) for picture in conversation.pictures]]
     text = engine.prompter.render(conversation)
     inputs = engine.prompter.processor(text=text, images=images if images[0] else None, return_tensors="pt")
     tokens = _MODELS[folder].generate(**inputs, max_new_tokens=24, **options)

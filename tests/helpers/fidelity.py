@@ -41,7 +41,7 @@ class Reference:
     def inputs(self, engine: LocalEngine, *talks: Conversation) -> dict[str, torch.Tensor]:
         """The processor's own batch of prompts, padded, each with a list of its pictures."""
         texts = [engine.prompter.render(talk) for talk in talks]
-        views = [[engine.prompter.fit_image(p.image) for p in talk.pictures] for talk in talks]
+        views = [[engine.prompter.image_processor.fit(p.image) for p in talk.pictures] for talk in talks]
         return dict(self.processor(text=texts, images=views, padding=True, return_tensors="pt"))
 
     def tokens(self, engine: LocalEngine, *talks: Conversation, **options: Any) -> list[list[int]]:
