@@ -22,7 +22,7 @@ from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Sequence, Token
 from llava_cli.engine.generate.sequential import generate_alone
 from llava_cli.engine.model_patch import ModelPatch
-from llava_cli.errors import LlavaError, PromptTooLong, model_errors
+from llava_cli.errors import LlavaError, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
 from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import Sampling
@@ -53,7 +53,7 @@ class LocalEngine(Engine):
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.network = model
         self._last_prompt = PromptCache(None, getattr(model.config, "image_token_id", None))
-        self._streamed: tuple[Scheduler, Sequence] | None = None
+        self._streamed: Batch | None = None
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
@@ -79,26 +79,24 @@ class LocalEngine(Engine):
 
     def _batch_of_one(self, sequence: Sequence) -> Iterator[Answer | None]:
         """Generates a token at a time, and yields the answer after the last one."""
-        if self._streamed:
-            scheduler, unfinished = self._streamed
-            scheduler.remove(unfinished)
-        scheduler = Scheduler(self.network, 1, self._last_prompt)
-        scheduler.add(sequence)
-        self._streamed = scheduler, sequence
+        if self._streamed and self._streamed.sequences:
+            self._streamed.remove(self._streamed.sequences[0])
+        self._streamed = batch = Batch(self.network, self._last_prompt)
         try:
-            while self._streamed and self._streamed[1] is sequence:
-                outcomes = scheduler.step()
-                if not outcomes:
-                    yield None
-                    continue
-                ((_, outcome),) = outcomes
-                if isinstance(outcome, LlavaError):
-                    raise MemoryError  # the scheduler's only error; `model_errors` says so in the engine's words
-                yield outcome
-                return
-            raise RuntimeError("another answer was begun before this one was complete")
+            batch.join([sequence])
+            while not batch.step():
+                yield None
+                if self._streamed is not batch:
+                    raise RuntimeError("another answer was begun before this one was complete")
+            yield sequence.finish()
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._streamed = None
+                self._last_prompt.clear()
+            raise
         finally:
-            scheduler.remove(sequence)
+            if self._streamed is batch and batch.sequences:  # it was not completed, and may be continued from
+                batch.remove(sequence)
 
     def _alone(self, sequence: Sequence) -> Iterator[Answer | None]:
         for _ in generate_alone(self.network, sequence):

@@ -14,10 +14,11 @@ from helpers.families import FAMILIES
 
 from llava_cli import Conversation, Sampling, load
 from llava_cli.engine import Request
+from llava_cli.engine.forward import Forward
 from llava_cli.engine.generate.prompt_cache import CachedPrompt, shared_prefix
 from llava_cli.engine.kv_cache import RoomyCache, RoomyLayer
 from llava_cli.engine.local import LocalEngine
-from llava_cli.errors import LlavaError
+from llava_cli.errors import LlavaError, OutOfMemory
 
 Get = Callable[[str], Path]
 
@@ -158,6 +159,23 @@ def test_answer_that_another_has_overtaken_says_so(engines: Callable[[str], Loca
     same(engine, engines("llava-llama"), talk)
     with pytest.raises(LlavaError, match="another answer was begun"):
         list(overtaken)
+
+
+def test_an_answer_for_which_memory_runs_out_leaves_nothing_in_it(
+    engines: Callable[[str], LocalEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, talk = engines("llava-llama"), Conversation().ask("what is this?", [picture(60, 60)])
+    before = engine.answer(talk, SAMPLING)
+
+    def none(self: Forward, *args: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "__call__", none)
+        with pytest.raises(OutOfMemory):
+            engine.answer(talk, SAMPLING)
+    after = engine.answer(talk, SAMPLING)
+    assert (after.text, after.cached_tokens) == (before.text, 0)
 
 
 IMAGE = 9
