@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import SequenceMatcher
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llava_cli import files
 from llava_cli.conversation import Conversation
 from llava_cli.engine import Answer, Chunk, Engine
-from llava_cli.errors import LlavaError, OutputError, OutputTaken, os_reason, printable
+from llava_cli.errors import LlavaError, printable
 from llava_cli.models.families import Family
 from llava_cli.models.registry import BUILTIN
 from llava_cli.settings import LoadOptions
 from llava_cli.untrusted_text import TerminalText, for_json_line, for_terminal
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def show(chunks: Iterable[Chunk]) -> Answer:
@@ -119,21 +111,6 @@ def note_picture_count(family: Family | None, conversation: Conversation) -> Non
         note(words)
 
 
-def show_difference(prompts: dict[str, str], as_json: bool) -> None:
-    """Prints two prompts as one text: `[-only in the first-]{+only in the second+}`."""
-    (first, one), (second, two) = prompts.items()
-    if as_json:
-        show_json({**prompts, "same": one == two})
-        return
-    parts = []
-    before, after = (re.findall(r"\w+|\W", text) for text in (one, two))
-    for tag, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        old, new = "".join(before[a:b]), "".join(after[c:d])
-        parts.append(old if tag == "equal" else (f"[-{old}-]" if old else "") + (f"{{+{new}+}}" if new else ""))
-    say("".join(parts))
-    note(f"{first} and {second} are the same" if one == two else f"[-only in {first}-] {{+only in {second}+}}")
-
-
 def show_checks(checks: Iterable[tuple[str, bool, str]], as_json: bool) -> bool:
     """Prints each check (name, good, words) as it is done, colored on a terminal. Returns whether all are good."""
     done, remaining = [], iter(checks)
@@ -159,23 +136,6 @@ def _show_check(name: str, good: bool, words: str) -> None:
 
     mark = Text("ok " if good else "BAD", "green" if good else "bold red")
     Console().print(mark, Text(f"{name:12}"), Text(printable(words)), soft_wrap=True)
-
-
-def save_picture(image: Image, path: Path) -> None:
-    """Writes a picture where the user wants it. Raises `OutputTaken` for a link, `OutputError` for another failure."""
-    from PIL.Image import registered_extensions
-
-    kind = registered_extensions().get(path.suffix.lower())
-    try:
-        if kind is None:
-            raise ValueError(f"unknown file extension: {path.suffix}")
-        image.save(data := io.BytesIO(), kind)
-        files.atomic_write(path, [data.getvalue()])
-    except files.IsLink as error:
-        hint = f"--save-view {files.quoted(error.target)} writes there"
-        raise OutputTaken(printable(str(path)), os_reason(error), hint) from None
-    except (OSError, ValueError, KeyError) as error:  # KeyError: Pillow cannot write the format
-        raise OutputError(printable(str(path)), os_reason(error)) from None
 
 
 def show_error(error: LlavaError) -> None:

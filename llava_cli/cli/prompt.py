@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated
 
@@ -46,15 +48,15 @@ def prompt(
         names = ("hub", "native") if diff else (settings.load.template,)
         prompters = {name: load_prompter(replace(settings.load, template=name)) for name in names}
     if diff:
-        render.show_difference({str(name): prompter.render(conversation) for name, prompter in prompters.items()}, json)
+        show_difference({str(name): prompter.render(conversation) for name, prompter in prompters.items()}, json)
         return
     prompter = prompters[settings.load.template]
     inputs = prompter.encode(conversation)
     text, (tokens, image_tokens) = prompter.render(conversation), prompter.count(inputs)
     if save_view:
-        from llava_cli.prompts.preview import draw_model_view
+        from llava_cli.prompts.preview import draw_model_view, save_picture
 
-        render.save_picture(draw_model_view(inputs, prompter.processor.image_processor), save_view)
+        save_picture(draw_model_view(inputs, prompter.processor.image_processor), save_view)
     if json:
         render.show_json({"prompt": text, "tokens": tokens, "image_tokens": image_tokens})
         return
@@ -62,3 +64,18 @@ def prompt(
     if not quiet:
         render.note_picture_count(prompter.family, conversation)
         render.note(f"{tokens} tokens, {image_tokens} of them for {len(conversation.pictures)} picture(s)")
+
+
+def show_difference(prompts: dict[str, str], as_json: bool) -> None:
+    """Prints two prompts as one text: `[-only in the first-]{+only in the second+}`."""
+    (first, one), (second, two) = prompts.items()
+    if as_json:
+        render.show_json({**prompts, "same": one == two})
+        return
+    parts = []
+    before, after = (re.findall(r"\w+|\W", text) for text in (one, two))
+    for tag, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        old, new = "".join(before[a:b]), "".join(after[c:d])
+        parts.append(old if tag == "equal" else (f"[-{old}-]" if old else "") + (f"{{+{new}+}}" if new else ""))
+    render.say("".join(parts))
+    render.note(f"{first} and {second} are the same" if one == two else f"[-only in {first}-] {{+only in {second}+}}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.errors import ModelUnusable
+from llava_cli import files
+from llava_cli.errors import ModelUnusable, OutputError, OutputTaken, os_reason, printable
 
 if TYPE_CHECKING:
     import torch
@@ -48,3 +51,20 @@ def _tile(pixels: torch.Tensor, image_processor: Any) -> Image:
     if getattr(image_processor, "do_rescale", False):
         pixels = pixels / image_processor.rescale_factor
     return Image.fromarray(pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def save_picture(image: Image, path: Path) -> None:
+    """Writes a picture where the user wants it. Raises `OutputTaken` for a link, `OutputError` for another failure."""
+    from PIL.Image import registered_extensions
+
+    kind = registered_extensions().get(path.suffix.lower())
+    try:
+        if kind is None:
+            raise ValueError(f"unknown file extension: {path.suffix}")
+        image.save(data := io.BytesIO(), kind)
+        files.atomic_write(path, [data.getvalue()])
+    except files.IsLink as error:
+        hint = f"--save-view {files.quoted(error.target)} writes there"
+        raise OutputTaken(printable(str(path)), os_reason(error), hint) from None
+    except (OSError, ValueError, KeyError) as error:  # KeyError: Pillow cannot write the format
+        raise OutputError(printable(str(path)), os_reason(error)) from None

@@ -14,6 +14,7 @@ from helpers.faults import Told
 from helpers.screen import Screen
 
 from llava_cli import render
+from llava_cli.cli.prompt import show_difference
 from llava_cli.engine import Answer, Chunk
 from llava_cli.errors import LlavaError, ModelUnusable
 
@@ -51,7 +52,7 @@ def test_no_line_on_a_terminal_gives_orders(monkeypatch: pytest.MonkeyPatch) -> 
         render.table(["", ""], [[HOSTILE, HOSTILE]])
         render.show_json({HOSTILE: HOSTILE})
         render.show_checks(iter([("weights", True, HOSTILE), ("template", False, HOSTILE)]), as_json=False)
-        render.show_difference({"first": HOSTILE, "second": HOSTILE + HOSTILE}, as_json=False)
+        show_difference({"first": HOSTILE, "second": HOSTILE + HOSTILE}, as_json=False)
     said = screen.getvalue()
     assert not OBEYED.search(said), ascii(said)
     assert "owned" in said  # as text
