@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers import fork_server
 from helpers.command import Run, Shell
-from helpers.homes import home
+from helpers.homes import NOWHERE, home
 from helpers.servers import Serve, Server, begin
+from helpers.terminal import terminal
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner, Result
 
@@ -23,12 +25,21 @@ from llava_cli.images import sandbox
 if TYPE_CHECKING:
     from llava_cli.engine.local import LocalEngine
 
-__all__ = ["home"]
+__all__ = ["home", "terminal"]
 register()
 # Two workers whose torch takes two threads each spend most of their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_ENDPOINT"] = NOWHERE
 # Whoever runs the tests in the background may have had SIGINT ignored, and every process started here would ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+fork_server.install()
+
+
+@pytest.fixture(autouse=True)
+def cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts the processes of tests with the mark `cold` from nothing."""
+    if request.node.get_closest_marker("cold"):
+        monkeypatch.setattr(fork_server.Popen, "cold", True)
 
 
 @pytest.fixture

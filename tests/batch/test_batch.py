@@ -19,12 +19,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import pexpect
 import pytest
 from helpers.command import Run
 from helpers.faults import Told
 from helpers.picture_bytes import BAD_BYTES, encoded, frames, make_names, noise
 from helpers.tables import for_each
+from helpers.terminal import Open
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner, Result
 
@@ -1191,21 +1191,16 @@ def test_sigterm(held: list[str], run: Run, marked: Callable[[], list[str]]) -> 
 
 
 def test_progress_and_ctrl_c_on_a_terminal(
-    held: list[str], run: Run, marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    held: list[str], run: Run, marked: Callable[[], list[str]], terminal: Open
 ) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    words = ["-m", "llava_cli", *held]
-    child = pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(40, 120), timeout=600)
+    child = terminal(*held, size=(40, 120))
     child.expect("8/13")
     child.expect("0 failed · .* pictures/s · .* tokens/s · left")
     child.sendintr()
     child.expect("finishing the answers that were begun; once more stops at once")
     child.expect("8 rows · 0 failed")
     child.expect("stopped; to go on:")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 130
-    assert "Traceback" not in (child.before or "")
+    assert child.leave() == 130
     assert marked() == []
     go_on(run, held)
 

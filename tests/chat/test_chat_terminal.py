@@ -5,42 +5,32 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pexpect
 import pytest
 from helpers.command import Run
+from helpers.terminal import Open, Terminal
 
 from llava_cli.models.registry import builtin_folder
 
-Open = Callable[..., "pexpect.spawn[str]"]
 ENTER, ESCAPE = "\r", "\x1b"
 PROMPT = "(>\x08|Question: )"  # as prompt_toolkit draws it, and as `--plain` does
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """Runs `llava chat ARGS` at a terminal of 100 columns and waits for its prompt."""
-    monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")  # nobody answers where the cursor is
-    monkeypatch.setenv("TERM", "xterm-256color")
-    opened: list[pexpect.spawn[str]] = []
+def chat(terminal: Open) -> Open:
+    """Runs `llava chat ARGS` at a terminal and waits for its prompt."""
 
-    def start(*args: str | Path) -> pexpect.spawn[str]:
-        words = ["-m", "llava_cli", "chat", *map(str, args)]
-        child = pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(40, 100), timeout=600)
-        opened.append(child)
-        if "-q" not in words:
+    def start(*args: str | Path) -> Terminal:
+        child = terminal("chat", *args, PROMPT_TOOLKIT_NO_CPR="1")  # nobody answers where the cursor is
+        if "-q" not in args:
             child.expect("Ctrl-D leaves")
         child.expect(PROMPT)
         return child
 
-    yield start
-    for child in opened:
-        child.kill(signal.SIGKILL)
-        child.wait()
-        child.close()
+    return start
 
 
 @pytest.fixture
@@ -52,16 +42,8 @@ def endless(tmp_path: Path) -> Path:
     return folder
 
 
-def left(child: pexpect.spawn[str]) -> int:
-    """The exit code, once it has ended."""
-    child.expect(pexpect.EOF)
-    child.close()
-    assert "Traceback" not in (child.before or "")
-    return int(child.exitstatus if child.exitstatus is not None else -1)
-
-
-def test_keys(terminal: Open, drawing: Path, run: Run) -> None:
-    child = terminal(drawing)
+def test_keys(chat: Open, drawing: Path, run: Run) -> None:
+    child = chat(drawing)
     child.send(f"what color{ESCAPE}\ris the circle?{ENTER}")  # Alt-Enter, then Enter
     child.expect(r"\[\?2004lred\r\n")
     child.send("unfinished words")
@@ -77,26 +59,26 @@ def test_keys(terminal: Open, drawing: Path, run: Run) -> None:
     child.send(f"/img x{ENTER}")
     child.expect("there is no such command\r\n  /image")
     child.send("\x04")
-    assert left(child) == 0
+    assert child.leave() == 0
     assert run("chats", "show", "1").stdout.endswith("> what color\n> is the circle?\nred\n\n")
 
 
-def test_history_is_there_the_next_time(terminal: Open, drawing: Path) -> None:
-    child = terminal("--no-preview")
+def test_history_is_there_the_next_time(chat: Open, drawing: Path) -> None:
+    child = chat("--no-preview")
     child.send(f"/image {drawing}{ENTER}")
     child.expect("goes with the next question")
     assert "▀" not in (child.before or "")
     child.send(f"what color is the circle?{ENTER}")
     child.expect(r"\[\?2004lred\r\n")
     child.send(f"/exit{ENTER}")
-    assert left(child) == 0
-    child = terminal("--continue")
+    assert child.leave() == 0
+    child = chat("--continue")
     child.send(f"\x1b[A\x1b[A{ENTER}")  # up, over /exit
     child.expect(r"\[\?2004lred\r\n")
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_it(terminal: Open, endless: Path, drawing: Path, run: Run) -> None:
-    child = terminal(drawing, "-m", endless, "--max-tokens", "900", "--no-preview")
+def test_ctrl_c_stops_the_answer_and_keeps_it(chat: Open, endless: Path, drawing: Path, run: Run) -> None:
+    child = chat(drawing, "-m", endless, "--max-tokens", "900", "--no-preview")
     child.send(f"what is this?{ENTER}")
     child.expect("a red circle")
     child.sendintr()
@@ -115,12 +97,12 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(terminal: Open, endless: Path, dra
     child.expect("Ctrl-C again leaves")
     child.expect(PROMPT)
     child.sendintr()
-    assert left(child) == 0
+    assert child.leave() == 0
     assert run("chats", "show", "1").stdout.startswith(f"[{drawing}]\n> what is this?\na red circle")
 
 
-def test_kill_loses_only_the_turn_in_progress(terminal: Open, endless: Path, drawing: Path, run: Run) -> None:
-    child = terminal(drawing, "-m", endless, "--max-tokens", "5", "--no-preview")
+def test_kill_loses_only_the_turn_in_progress(chat: Open, endless: Path, drawing: Path, run: Run) -> None:
+    child = chat(drawing, "-m", endless, "--max-tokens", "5", "--no-preview")
     child.send(f"what color is the circle?{ENTER}")
     child.expect(r"\[\?2004lred")
     child.expect(PROMPT)
@@ -133,8 +115,8 @@ def test_kill_loses_only_the_turn_in_progress(terminal: Open, endless: Path, dra
     assert run("chats", "show", "1").stdout.count("> ") == 1
 
 
-def test_path_is_completed_and_the_picture_shown(terminal: Open, drawing: Path) -> None:
-    child = terminal()
+def test_path_is_completed_and_the_picture_shown(chat: Open, drawing: Path) -> None:
+    child = chat()
     child.send(f"/image {drawing.parent}/draw\t")
     child.expect(re.escape("ing.png"))
     child.send(ENTER)
@@ -142,8 +124,8 @@ def test_path_is_completed_and_the_picture_shown(terminal: Open, drawing: Path) 
     child.expect(re.escape("(300x200) goes with the next question"))
 
 
-def test_model_gives_the_terminal_no_orders(terminal: Open, checkpoint: Callable[[str], Path], drawing: Path) -> None:
-    child = terminal(drawing, "--plain", "-m", checkpoint("vip-llava"), "-p", "fp32", "--no-save", "-q")
+def test_model_gives_the_terminal_no_orders(chat: Open, checkpoint: Callable[[str], Path], drawing: Path) -> None:
+    child = chat(drawing, "--plain", "-m", checkpoint("vip-llava"), "-p", "fp32", "--no-save", "-q")
     child.sendline("what is this?")
     child.expect("Question: ")
     said = (child.before or "").replace("\r\n", "\n")
@@ -151,10 +133,10 @@ def test_model_gives_the_terminal_no_orders(terminal: Open, checkpoint: Callable
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)
 
 
-def test_plain_draws_nothing(terminal: Open, drawing: Path) -> None:
-    child = terminal(drawing, "--plain")
+def test_plain_draws_nothing(chat: Open, drawing: Path) -> None:
+    child = chat(drawing, "--plain")
     child.sendline("what is this?")
     child.expect("background\r\n")
     assert ESCAPE not in (child.before or "")
     child.sendeof()
-    assert left(child) == 0
+    assert child.leave() == 0

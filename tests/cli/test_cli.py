@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pexpect
 import pytest
 from helpers.command import Run, Shell
 from helpers.tables import for_each
+from helpers.terminal import Open
 
 from llava_cli.models.registry import builtin_folder
 
@@ -167,44 +167,31 @@ def test_closed_stderr_sends_nothing_to_stdout(drawing: Path) -> None:
     assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 1, "")
 
 
-@pytest.fixture
-def terminal(drawing: Path, tmp_path: Path) -> pexpect.spawn[str]:
-    """`llava ask` at a terminal of 100 columns, with a model that never ends its answer by itself."""
+def test_terminal_shows_a_spinner_and_ctrl_c_ends_the_answer(terminal: Open, drawing: Path, tmp_path: Path) -> None:
     endless = tmp_path / "endless"
     shutil.copytree(builtin_folder(), endless)
     (endless / "generation_config.json").write_text('{"eos_token_id": []}')
-    words = ["-m", "llava_cli", "ask", str(drawing), "what is this?", "-m", str(endless), "--max-tokens", "1000"]
-    return pexpect.spawn(sys.executable, words, encoding="utf-8", dimensions=(24, 100), timeout=600)
-
-
-def test_terminal_shows_a_spinner_and_ctrl_c_ends_the_answer(terminal: pexpect.spawn[str]) -> None:
-    terminal.expect("loading the model")
-    terminal.expect(r"\x1b\[\?25h")  # the spinner is gone and the cursor back
-    terminal.expect(r"\w{3}")
-    terminal.sendintr()
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 130
-    assert "Traceback" not in (terminal.before or "")
-    assert (terminal.before or "").endswith("\n")
+    child = terminal("ask", drawing, "what is this?", "-m", endless, "--max-tokens", "1000")
+    child.expect("loading the model")
+    child.expect(r"\x1b\[\?25h")  # the spinner is gone and the cursor back
+    child.expect(r"\w{3}")
+    child.sendintr()
+    assert child.leave() == 130
+    assert (child.before or "").endswith("\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_libraries_are_imported_ends_it_with_its_code(
-    number: signal.Signals, drawing: Path, tmp_path: Path
+    number: signal.Signals, terminal: Open, drawing: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HELD)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "hook")}
-    words = ["-m", "llava_cli", "ask", str(drawing), "what is this?"]
-    terminal = pexpect.spawn(sys.executable, words, env=environment, encoding="utf-8", timeout=600)
-    terminal.expect("held")
-    terminal.expect("loading the model")
-    terminal.kill(number)
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 128 + number
-    assert (terminal.before or "").endswith("\x1b[2K\x1b[?25h")  # nothing is said, and the cursor is back
+    child = terminal("ask", drawing, "what is this?", PYTHONPATH=str(tmp_path / "hook"))
+    child.expect("held")
+    child.expect("loading the model")
+    child.kill(number)
+    assert child.leave() == 128 + number
+    assert (child.before or "").endswith("\x1b[2K\x1b[?25h")  # nothing is said, and the cursor is back
 
 
 HELD = """

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pytest
 from helpers.command import Run, Shell
 from helpers.homes import home
 from helpers.hub import Hub, hub_hash, serving, shard
 from helpers.tables import for_each
+from helpers.terminal import Open
 from typer.testing import Result
 
 from llava_cli import limits
@@ -236,11 +236,10 @@ def test_a_part_that_is_longer_than_the_file_is_thrown_away(run: Run, hub: Hub, 
     assert run("models", "pull", NAME).exit_code == 0
 
 
-def test_a_terminal_gets_one_bar(hub: Hub, home: Path) -> None:
-    terminal = pexpect.spawn(sys.executable, ["-m", "llava_cli", "models", "pull", NAME], encoding="utf-8", timeout=60)
-    said = terminal.read()
-    terminal.close()
-    assert terminal.exitstatus == 0
+def test_a_terminal_gets_one_bar(hub: Hub, home: Path, terminal: Open) -> None:
+    child = terminal("models", "pull", NAME)
+    assert child.leave() == 0
+    said = child.before or ""
     assert re.search(r"(\d+\.\d)/\1 MB", said)
     assert "model.safetensors" not in said
 

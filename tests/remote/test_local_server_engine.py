@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pexpect
 import pytest
 from helpers.command import Run, Shell
 from helpers.servers import Serve, Server, begin, end
 from helpers.tables import for_each
+from helpers.terminal import Open
 from PIL import Image
 
 from llava_cli.engine.remote.local_socket import server_info
@@ -193,17 +193,15 @@ def test_a_server_that_is_killed_in_the_midst_of_an_answer(
 
 
 def test_what_is_said_in_the_midst_of_an_answer_has_a_line_of_its_own(
-    serve: Serve, drawing: Path, checkpoint: Callable[[str], Path]
+    serve: Serve, drawing: Path, checkpoint: Callable[[str], Path], terminal: Open
 ) -> None:
     server = serve("-m", checkpoint("llava-llama"))
-    words = ["-m", "llava_cli", "ask", str(drawing), "what is this?", "-m", str(checkpoint("llava-llama"))]
-    child = pexpect.spawn(sys.executable, [*words, "--max-tokens", "500", "-q", *FP32], encoding="utf-8", timeout=600)
+    model = ["-m", checkpoint("llava-llama"), *FP32]
+    child = terminal("ask", drawing, "what is this?", *model, "--max-tokens", "500", "-q")
     child.expect(r"\S")
     server.process.send_signal(signal.SIGKILL)
     child.expect(r"\r\nllava: serve: [^\r\n]*; going on without it\r\n")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+    assert child.leave() == 0
 
 
 def test_a_server_that_is_killed_in_the_midst_of_a_batch(
