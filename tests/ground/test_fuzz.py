@@ -25,7 +25,7 @@ from helpers.fuzzing import (
 from helpers.tables import for_each
 
 COUNTS: dict[type[Boundary], int] = {Checkpoints: 12, Heads: 20, Requests: 30, Rows: 12, Texts: 30}
-USUAL = 60
+USUAL = 30
 
 
 @for_each("kind", BOUNDARIES)

@@ -87,8 +87,8 @@ class Popen(subprocess.Popen[Any]):
         *others: Any,
     ) -> None:
         streams = [own if own != -1 else number for number, own in enumerate((p2cread, c2pwrite, errwrite))]
-        plain = not (executable or preexec_fn or pass_fds or shell or gid or gids or uid) and umask == -1
-        pid = plain and fork(args, os.environ if env is None else env, cwd, streams, start_new_session)
+        plain = not (executable or pass_fds or shell or gid or gids or uid) and umask == -1
+        pid = plain and fork(args, os.environ if env is None else env, cwd, streams, start_new_session, preexec_fn)
         if not pid:
             arguments = (args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell)
             pipes = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
@@ -100,12 +100,17 @@ class Popen(subprocess.Popen[Any]):
         return None
 
 
-def fork(args: Any, env: Any, cwd: Any, streams: list[int], new_session: bool) -> int:
-    """The process that a fork server has begun, 0 if there has to be a new one."""
+def fork(args: Any, env: Any, cwd: Any, streams: list[int], new_session: bool, first: Any = None) -> int:
+    """The process that a fork server has begun, 0 if there has to be a new one.
+
+    `first` is a function of our helpers, which the process calls first.
+    """
+    if Popen.cold or (first and not first.__module__.startswith("helpers.")):
+        return 0
     words = [os.fsdecode(word) for word in ([args] if isinstance(args, (str, bytes, os.PathLike)) else args)]
     variables = {os.fsdecode(name): os.fsdecode(value) for name, value in env.items()}
     found = _main_of(words)
-    if Popen.cold or found is None:
+    if found is None:
         return 0
     module, folders, arguments = found
     if module == _COMMAND and _for_imports(variables) != _at_start:  # workers are isolated, and read none
@@ -116,6 +121,7 @@ def fork(args: Any, env: Any, cwd: Any, streams: list[int], new_session: bool) -
         "environment": variables,
         "cwd": os.fsdecode(cwd or os.getcwd()),
         "new_session": new_session,
+        "first": [first.__module__, first.__name__] if first else None,
     }
     message = json.dumps(request).encode()
     return _server(module).fork(message, streams) if len(message) <= _MESSAGE_BYTES else 0
@@ -229,6 +235,9 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         os.setsid()
         if os.isatty(0):
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    if request["first"]:
+        helper, name = request["first"]
+        getattr(import_module(helper), name)()
     sys.path += [folder for folder in request["folders"] if folder not in sys.path]
     sys.argv[1:] = request["arguments"]
     for number, name in enumerate(("stdin", "stdout", "stderr")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,41 @@ from llava_cli import Sampling, load, paths
 from llava_cli.errors import ModelUnusable
 from llava_cli.models import quantized_cache
 from llava_cli.models.stored_quantization import misfit
+from llava_cli.settings import Precision
 
 Tensors = dict[str, torch.Tensor]
 Edit = Callable[[Tensors], object]
 LAYER = "q_proj"
 
 
-@pytest.fixture
-def stored(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A checkpoint that others have quantized: `stored("4bit", double=True)` -> tensors folder."""
+@pytest.fixture(scope="module")
+def quantized(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Precision, bool], Path]:
+    """A checkpoint as others quantize it, made once."""
 
-    def get(precision: Any, double: bool = False) -> Path:
-        with monkeypatch.context() as patch:
-            patch.setenv("LLAVA_DOUBLE_QUANT", "yes" if double else "no")
-            load(str(checkpoint("llava-llama")), precision=precision, device="cpu")
-        (copy,) = paths.quantized_cache().iterdir()
-        folder = tmp_path / "stored"
-        shutil.copytree(checkpoint("llava-llama"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
-        kept = shutil.ignore_patterns("arranged-*", quantized_cache.LABEL)
-        shutil.copytree(copy, folder, ignore=kept, dirs_exist_ok=True)
-        shutil.rmtree(copy)
+    @cache
+    def get(precision: Precision, double: bool) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LLAVA_CACHE", str(tmp_path_factory.mktemp("cache")))
+            load(str(checkpoint("llava-llama")), precision=precision, double_quant=double, device="cpu")
+            (copy,) = paths.quantized_cache().iterdir()
+        folder = tmp_path_factory.mktemp("quantized")
+        others = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(checkpoint("llava-llama"), folder, ignore=others, dirs_exist_ok=True)
+        ours = shutil.ignore_patterns("arranged-*", quantized_cache.LABEL)
+        shutil.copytree(copy, folder, ignore=ours, dirs_exist_ok=True)
         return folder
+
+    return get
+
+
+@pytest.fixture
+def stored(quantized: Callable[[Precision, bool], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint that others have quantized, to be changed: `stored("4bit", double=True)` -> its folder."""
+
+    def get(precision: Precision, double: bool = False) -> Path:
+        return Path(shutil.copytree(quantized(precision, double), tmp_path / "stored"))
 
     return get
 
@@ -173,13 +188,11 @@ def test_what_others_have_quantized_rightly_is_loaded(
 @pytest.mark.parametrize(
     "precision, name", [("4bit", ".absmax"), ("8bit", "SCB")], ids=["absmax without end", "SCB without end"]
 )
-@pytest.mark.parametrize("fast", ["1", "0"])
 def test_the_command_refuses_it_in_one_line(
-    precision: str, name: str, fast: str, stored: Callable[..., Path], shell: Shell, drawing: Path, monkeypatch: Any
+    precision: str, name: str, stored: Callable[..., Path], shell: Shell, drawing: Path
 ) -> None:
     """As a process of its own, which would end with a signal: without a check one scale is read as 128."""
     change(folder := stored(precision), lambda tensors: tensors.update({name: tensors[name][:1].clone()}))
-    monkeypatch.setenv("LLAVA_FAST", fast)
     done = shell("ask", "-m", folder, drawing, "what is this?")
     first, *hints = done.stderr.decode().splitlines()
     assert (done.returncode, done.stdout, hints) == (69, b"", [])

@@ -453,6 +453,7 @@ def test_told_twice_it_stops_at_once_and_without_noise(serve: Serve, checkpoint:
     assert not server.socket.exists()
 
 
+@pytest.mark.cold
 def test_ctrl_c_is_ignored_where_it_was(serve: Serve, checkpoint: Callable[[str], Path]) -> None:
     """As it is in what a script runs with `&`."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
