@@ -34,6 +34,7 @@ PLACES = (
     paths.quantized_cache,
     paths.digest_cache,
     paths.kernel_cache,
+    paths.speed_file,
     paths.hub_cache,
     paths.socket_path,
 )
@@ -142,6 +143,7 @@ def files() -> str:
         "quantized_cache",
         "digest_cache",
         "kernel_cache",
+        "speed_file",
         "hub_cache",
         "socket_path",
     )

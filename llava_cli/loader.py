@@ -8,9 +8,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from llava_cli import fast_start
 from llava_cli._version import __version__
@@ -114,6 +115,7 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
     from llava_cli.engine.visual_tokens import choose_tokens
     from llava_cli.hardware.device import choose_plan
     from llava_cli.models import weights as model_weights
+    from llava_cli.models.precision import fit_to_memory
     from llava_cli.prompts.image_token_check import check_image_tokens
 
     plan = choose_plan(options.device, options.precision)
@@ -130,6 +132,7 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
             check_generation_config(checkpoint, generation_config, empty)
             check_image_tokens(checkpoint, prompter, empty)
         plan = model_weights.settle_precision(checkpoint, config, plan, options)
+        plan = fit_to_memory(checkpoint, weights, plan, options, tell)
         if cpu := cpu_wing(plan):
             cpu.compile_ahead(config, plan)
         model = model_weights.load_model(checkpoint, config, plan, weights, options)
@@ -141,9 +144,14 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
     return LocalEngine(checkpoint.name, model.network, prompter, plan.precision, seconds, patch)
 
 
+def has_cpu_wing(plan: Plan) -> bool:
+    """Whether there is a `cpu_wing`. Does not import it."""
+    return plan.device == "cpu" and fast_start.is_enabled() and find_spec("llava_cli.engine.cpu") is not None
+
+
 def cpu_wing(plan: Plan) -> ModuleType | None:
     """`engine.cpu.patch`, the only way into that package; None where it is of no use or is not installed."""
-    if plan.device != "cpu" or not fast_start.is_enabled() or find_spec("llava_cli.engine.cpu") is None:
+    if not has_cpu_wing(plan):
         return None
     from llava_cli.engine.cpu import patch
 
@@ -196,6 +204,31 @@ def identify(settings: Settings) -> dict[str, Any]:
         "template": template,
         "fast": fast_start.is_enabled(),
     }
+
+
+def settle_precision(settings: Settings, saved: str | None, tell: Callable[[str], None]) -> Settings:
+    """The settings of a long run, all of whose answers are in one precision: `auto` becomes the one that it stands for.
+
+    That is the precision that a run was `saved` with; else that of the user's own server, where it would answer; else
+    what fits in memory now, about which `tell` gets a line. Raises `OutOfMemory` where nothing fits.
+    """
+    options = settings.load
+    if settings.remote.server or options.precision != "auto":
+        return settings
+    checkpoint = adapters.find(options)
+    if checkpoint.name == BUILTIN or (weights := check_weights(checkpoint)).are_quantized:  # which have only one
+        return settings
+    precision = saved if saved in get_args(Precision) else None
+    if not precision:
+        from llava_cli.engine.remote.local_server_engine import serving_precision
+
+        precision = serving_precision(engine_identity(options), socket_path())
+    if not precision:
+        from llava_cli.hardware.device import choose_plan
+        from llava_cli.models.precision import fit_to_memory
+
+        precision = fit_to_memory(checkpoint, weights, choose_plan(options.device, "auto"), options, tell).precision
+    return replace(settings, load=replace(options, precision=cast(Precision, precision)))
 
 
 def load_prompter(options: LoadOptions) -> Prompter:

@@ -1,14 +1,9 @@
-"""How much memory is free, and how much a model needs."""
+"""How much memory this machine could give, and how much this process has taken."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.15, "4bit": 0.7}
-"""Memory per weight, averaged over a quantized model, parts of which stay in 16 bits."""
-_OVERHEAD = 1.1
-"""For activations and the KV cache, as a factor on the weights."""
 
 
 def free_memory(device: str) -> int:
@@ -48,16 +43,3 @@ def peak_memory() -> int:
         info = psutil.Process().memory_info()
         return int(getattr(info, "peak_wset", info.rss))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def best_fit(parameters: float) -> str:
-    """The best precision at which a model of so many weights fits this machine, or "no".
-
-    Asks about GPU memory only where NVIDIA's driver is present, so that a list of names need not wait for torch.
-    """
-    gpu = Path("/proc/driver/nvidia").exists() and free_memory("cuda")
-    memory = gpu or free_memory("cpu")
-    for precision in ("bf16", "8bit", "4bit"):
-        if parameters * BYTES_PER_WEIGHT[precision] * _OVERHEAD <= memory:
-            return precision
-    return "no"
