@@ -21,7 +21,7 @@ from llava_cli.bounded_json import Bounds, loads
 from llava_cli.hardware import cpu
 from llava_cli.hardware.device import Plan, choose_plan
 from llava_cli.loader import cpu_wing, has_cpu_wing
-from llava_cli.models.footprint import footprint
+from llava_cli.models.footprint import BYTES, footprint
 from llava_cli.models.precision import best_fit, candidates
 from llava_cli.paths import speed_file
 from llava_cli.settings import QUANTIZED
@@ -102,6 +102,22 @@ def wait(
     return prompt * _OTHER_WORK, 1 / (token * _OTHER_WORK)
 
 
+def duration(seconds: float) -> str:
+    return f"{rate(seconds)} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def rate(number: float) -> str:
+    return f"{number:.1f}" if number < 10 else f"{number:.0f}"
+
+
+def describe(speeds: Speeds) -> str:
+    """What was measured, in a line: of a prompt's products how many, and of an answer's weights how much is read."""
+    return "; ".join(
+        f"{name} {2 * speed.prompt / 1e9:.0f} GOP/s, {speed.answer * BYTES[name] / 1e9:.0f} GB/s"
+        for name, speed in speeds.items()
+    )
+
+
 def speeds() -> Speeds:
     """How fast this machine's CPU is, measured now unless that is known. Only measuring imports torch."""
     key = _key()
@@ -154,8 +170,6 @@ def measure() -> Speeds:
 
 def _measure(plan: Plan) -> Speed:
     import torch
-
-    from llava_cli.models.footprint import BYTES
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.compute_precision]
     rows = int(_ANSWER_BYTES / BYTES[plan.precision] / IN_FEATURES) // 64 * 64

@@ -63,21 +63,15 @@ def _cells(entry: Entry) -> list[str]:
 
 
 def _expected(outlook: Outlook) -> list[str]:
+    from llava_cli.speed import duration, rate
+
     seconds, speed = outlook.first_token_seconds, outlook.tokens_per_second
     return [
         outlook.precision or "no",
         _bytes(outlook.memory),
-        "" if seconds is None else _duration(seconds),
-        "" if speed is None else f"~{_number(speed)}",
+        "" if seconds is None else f"~{duration(seconds)}",
+        "" if speed is None else f"~{rate(speed)}",
     ]
-
-
-def _duration(seconds: float) -> str:
-    return f"~{_number(seconds)} s" if seconds < 120 else f"~{seconds / 60:.0f} min"
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 def _bytes(size: float) -> str:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 _VISION = re.compile(r"(^|\.)(vision|visual)")
 """What the names of a vision tower's tensors have in them."""
-_BLOCK = re.compile(r"\.(layers|blocks|h)\.\d+\.")
-"""What those of a block's tensors have."""
+_BLOCK = re.compile(r"\.\d+\.")
+"""What those of a decoder's layers have: a number."""
 _QUANTIZATION = re.compile(r"\.weight\.|\.(SCB|weight_format)$")
 """What those have that bitsandbytes stores beside quantized weights."""
 _HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
