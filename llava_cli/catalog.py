@@ -116,7 +116,7 @@ def entries(options: LoadOptions) -> Iterator[Entry]:
         return Entry(name, name == default, size, is_here, sizes.outlook(machine) if sizes else None, note)
 
     folder = builtin_folder()
-    note = "demonstration: drawings of colored shapes"
+    note = "demonstration: drawings of shapes"
     yield entry(BUILTIN, folder_size(folder), True, sizes_of(Checkpoint(BUILTIN, folder)), note)
     for name, alias in ALIASES.items():
         yield entry(name, alias.bytes, on_disk(name) is not None, sizes_of_alias(name), alias.note)
@@ -138,7 +138,7 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes | None:
     """The sizes of a checkpoint's weights, from their headers; None where they cannot be read."""
     try:
         weights = check_weights(checkpoint)
-        return Sizes(weights.geometry, picture_of(checkpoint), weights.stored_precision)
+        return Sizes(weights.geometry, picture_of(checkpoint, weights.geometry), weights.stored_precision)
     except LlavaError:
         return None
 

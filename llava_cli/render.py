@@ -256,8 +256,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], optional: int =
     from rich.text import Text
 
     console = Console()
-    width = sum(2 + max(map(cell_len, column)) for column in zip(columns, *rows, strict=True))
-    shown = len(columns) - (optional if width > console.width else 0)
+    widths = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
+    shown = len(columns) - (optional if sum(widths) + 2 * len(widths) - 2 > console.width else 0)
     drawn = Table(*columns[:shown], box=None, pad_edge=False, header_style="bold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row[:shown]))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from llava_cli._version import __version__
 from llava_cli.bounded_json import Bounds, loads
 from llava_cli.hardware import cpu
 from llava_cli.hardware.device import Plan, choose_plan
-from llava_cli.loader import cpu_wing, has_cpu_wing
+from llava_cli.loader import cpu_wing, has_cpu_wing, quiet
 from llava_cli.models.footprint import BYTES, footprint
 from llava_cli.models.precision import best_fit, candidates
 from llava_cli.paths import speed_file
@@ -164,7 +165,9 @@ def measure() -> Speeds:
     """Multiplies layers of each precision that `auto` may take on the CPU, by many tokens and by one."""
     import torch
 
-    with torch.inference_mode():
+    from llava_cli.models.weights import nothing_is_fetched
+
+    with torch.inference_mode(), quiet(), nothing_is_fetched():
         return {plan.precision: _measure(plan) for plan in candidates(choose_plan("cpu", "auto"))}
 
 
@@ -172,13 +175,19 @@ def _measure(plan: Plan) -> Speed:
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.compute_precision]
-    rows = int(_ANSWER_BYTES / BYTES[plan.precision] / IN_FEATURES) // 64 * 64
-    prompt, answer = _layer(plan, dtype, _PROMPT_ROWS), _layer(plan, dtype, rows)
     many, one = (torch.ones(tokens, IN_FEATURES, dtype=dtype) for tokens in (_TOKENS, 1))
+    rows = int(_ANSWER_BYTES / BYTES[plan.precision] / IN_FEATURES) // 64 * 64
+    prompt = _layer(plan, dtype, _PROMPT_ROWS)
+    # bitsandbytes spends its time on turning weights into numbers, wherever they are, and as much on making them.
+    answer, rows = (prompt, _PROMPT_ROWS) if _is_slow_to_make(prompt) else (_layer(plan, dtype, rows), rows)
     return Speed(
         _PROMPT_ROWS * IN_FEATURES * _TOKENS / min(_seconds(prompt, many)),
         rows * IN_FEATURES / min(_seconds(answer, one)),
     )
+
+
+def _is_slow_to_make(layer: object) -> bool:
+    return type(layer).__module__.startswith("bitsandbytes")
 
 
 def _layer(plan: Plan, dtype: torch.dtype, out_features: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -187,9 +196,9 @@ def _layer(plan: Plan, dtype: torch.dtype, out_features: int) -> Callable[[torch
 
     if (wing := cpu_wing(plan)) and (layer := wing.sample_layer(plan.precision, dtype, out_features, IN_FEATURES)):
         return layer  # type: ignore[no-any-return]
-    dense = torch.nn.Linear(IN_FEATURES, out_features, bias=False, dtype=dtype)
+    weight = torch.full((out_features, IN_FEATURES), 0.01, dtype=dtype)
     if plan.precision not in QUANTIZED:
-        return dense
+        return partial(torch.nn.functional.linear, weight=weight)
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     options: dict[str, Any] = {"bias": False, "device": "cpu"}
@@ -197,7 +206,7 @@ def _layer(plan: Plan, dtype: torch.dtype, out_features: int) -> Callable[[torch
         quantized: Any = Linear8bitLt(IN_FEATURES, out_features, has_fp16_weights=False, **options)
     else:
         quantized = Linear4bit(IN_FEATURES, out_features, compute_dtype=dtype, quant_type="nf4", **options)
-    quantized.load_state_dict(dense.state_dict())
+    quantized.load_state_dict({"weight": weight})
     return quantized.to("cpu")  # type: ignore[no-any-return]
 
 

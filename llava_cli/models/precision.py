@@ -9,7 +9,7 @@ from llava_cli.errors import OutOfMemory
 from llava_cli.hardware import memory
 from llava_cli.hardware.device import INSTALL_BITSANDBYTES, Plan, can_quantize, native_precision
 from llava_cli.models.checkpoint_files import CONFIG, read_json
-from llava_cli.models.families import PictureCost, family_named, picture_cost
+from llava_cli.models.families import PictureCost, picture_cost
 from llava_cli.models.footprint import footprint
 from llava_cli.models.geometry import Geometry
 from llava_cli.models.registry import BUILTIN, Checkpoint
@@ -44,7 +44,7 @@ def fit_to_memory(
     """
     if options.precision != "auto" or weights.are_quantized or checkpoint.name == BUILTIN:
         return plan
-    picture, free = picture_of(checkpoint), memory.free_memory(plan.device)
+    picture, free = picture_of(checkpoint, weights.geometry), memory.free_memory(plan.device)
     best = footprint(weights.geometry, plan, picture).total
     needs = f"{plan.precision} takes {gigabytes(best)} and {gigabytes(free)} are free"
     if fitting := best_fit(weights.geometry, candidates(plan), picture, free):
@@ -61,13 +61,13 @@ def fit_to_memory(
     raise OutOfMemory(checkpoint.name, reason, OTHER_MODELS)
 
 
-def picture_of(checkpoint: Checkpoint) -> PictureCost | None:
+def picture_of(checkpoint: Checkpoint, geometry: Geometry) -> PictureCost | None:
     """What a photo is for a checkpoint; None where its config names no known family."""
-    if checkpoint.name == BUILTIN:
-        return family_named(BUILTIN).picture
     config = read_json(checkpoint, CONFIG)
     text = config.get("text_config")
-    return picture_cost(str(config.get("model_type")), str(text.get("model_type") if isinstance(text, dict) else ""))
+    picture = picture_cost(str(config.get("model_type")), str(text.get("model_type") if isinstance(text, dict) else ""))
+    # A family that sees one image has as many tokens as its tower has patches, which tuned checkpoints may change.
+    return picture._replace(tokens=geometry.patches) if picture and picture.crops == 1 else picture
 
 
 def gigabytes(size: float) -> str:

@@ -197,7 +197,7 @@ def leave(monkeypatch: pytest.MonkeyPatch, folder: Path, precision: str, spare: 
     """Leaves as much memory as a checkpoint takes in a precision, and `spare` bytes more."""
     geometry: Geometry = check_weights(Checkpoint("", folder)).geometry
     plan = Plan("cpu", precision, "sdpa", "")
-    free = footprint(geometry, plan, picture_of(Checkpoint("", folder))).total + spare
+    free = footprint(geometry, plan, picture_of(Checkpoint("", folder), geometry)).total + spare
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
 
 
