@@ -82,11 +82,9 @@ def outlook(
     """What to expect of a model for which `auto` takes the first of `plans` that fits into `free` bytes."""
     fitting = best_fit(geometry, plans, picture, free)
     memory = footprint(geometry, fitting or plans[-1], picture).total
-    return (
-        Outlook(fitting.precision, memory, *wait(geometry, picture, fitting, speeds))
-        if fitting
-        else Outlook(None, memory)
-    )
+    if fitting is None:
+        return Outlook(None, memory)
+    return Outlook(fitting.precision, memory, *wait(geometry, picture, fitting, speeds))
 
 
 def wait(
@@ -98,9 +96,8 @@ def wait(
         return None, None
     vision = speeds["8bit"] if plan.precision in QUANTIZED and has_cpu_wing(plan) else rest
     tokens = picture.tokens + _TEXT_TOKENS
-    prompt = (
-        geometry.vision * geometry.patches * picture.crops / vision.prompt + geometry.inner * tokens / layers.prompt
-    )
+    prompt = geometry.inner * tokens / layers.prompt
+    prompt += geometry.vision * geometry.patches * picture.crops / vision.prompt
     # A token also reads the keys and values of all before it.
     token = (geometry.inner + geometry.head) / layers.answer + geometry.cache * tokens / rest.answer
     return _PREPARATION_SECONDS + prompt * _OTHER_WORK, 1 / (_STEP_SECONDS + token * _OTHER_WORK)
@@ -123,14 +120,23 @@ def describe(speeds: Speeds) -> str:
 
 
 def speeds() -> Speeds:
-    """How fast this machine's CPU is, measured now unless that is known. Only measuring imports torch."""
+    """How fast this machine's CPU is, measured now unless that is known. Only measuring imports torch.
+
+    What is measured beside much other work is not kept.
+    """
     key = _key()
     if (kept := _read(key)) is None:
         kept = measure()
-        content = {"key": key, "speeds": {name: asdict(speed) for name, speed in kept.items()}}
-        with suppress(OSError):  # without space for it the next command measures again
-            cache_files.atomic_write(speed_file(), [json.dumps(content).encode()])
+        if not _is_busy():
+            content = {"key": key, "speeds": {name: asdict(speed) for name, speed in kept.items()}}
+            with suppress(OSError):  # without space for it the next command measures again
+                cache_files.atomic_write(speed_file(), [json.dumps(content).encode()])
     return kept
+
+
+def _is_busy() -> bool:
+    """Whether other work has kept this machine from measuring itself, which a later command does instead."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def _key() -> list[Any]:

@@ -51,7 +51,7 @@ def _own_cgroup(hierarchy: str) -> str:
 
 
 def _left_of_addresses() -> Iterator[int]:
-    """What `ulimit -v` leaves of this process's addresses."""
+    """What `ulimit -v` leaves of this process's addresses: half, for files are mapped beside what becomes of them."""
     try:
         import resource
     except ImportError:  # Windows
@@ -60,7 +60,7 @@ def _left_of_addresses() -> Iterator[int]:
     if limit != resource.RLIM_INFINITY:
         import psutil
 
-        yield limit - int(psutil.Process().memory_info().vms)
+        yield (limit - int(psutil.Process().memory_info().vms)) // 2
 
 
 def peak_memory() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from llava_cli.errors import OutOfMemory
+from llava_cli.files import quoted
 from llava_cli.hardware import memory
 from llava_cli.hardware.device import INSTALL_BITSANDBYTES, Plan, can_quantize, native_precision
 from llava_cli.models.checkpoint_files import CONFIG, read_json
@@ -56,9 +57,11 @@ def fit_to_memory(
     if not can_quantize():
         reason = f"{needs}; 8 and 4 bits take less, and bitsandbytes is missing"
         raise OutOfMemory(checkpoint.name, reason, INSTALL_BITSANDBYTES)
-    least = footprint(weights.geometry, candidates(plan)[-1], picture).total
-    reason = f"needs {gigabytes(least)} even in 4 bits, {gigabytes(free)} are free"
-    raise OutOfMemory(checkpoint.name, reason, OTHER_MODELS)
+    smallest = candidates(plan)[-1]
+    least = footprint(weights.geometry, smallest, picture)
+    reason = f"needs {gigabytes(least.total)} even in 4 bits, {gigabytes(free)} are free"
+    tried = f"llava ask -m {quoted(checkpoint.name)} -p {smallest.precision} tries it; {OTHER_MODELS}"
+    raise OutOfMemory(checkpoint.name, reason, tried if least.weights <= free else OTHER_MODELS)
 
 
 def picture_of(checkpoint: Checkpoint, geometry: Geometry) -> PictureCost | None:
