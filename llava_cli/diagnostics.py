@@ -115,7 +115,7 @@ def checkup(options: LoadOptions) -> Iterator[Check]:
         size = sum(path.stat().st_size for path in weights) / 1e9
         yield Check("files", True, f"{kind}, {len(weights)} weight file(s), {size:.2f} GB, whole")
         notes: list[str] = []
-        engine = load_engine(options, notes.append)
+        engine = load_engine(options, notes.append, notes.append)
         about_checkpoint = f"llava: {checkpoint.name}: "
         for note in notes:
             if note.startswith(about_checkpoint):

@@ -55,11 +55,18 @@ def load(
     return load_engine(Settings.resolve(**locals()).load)
 
 
-def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
+Tell = Callable[[str], None]
+
+
+def _ignore(line: str) -> None:
+    """Tells nobody."""
+
+
+def open_engine(settings: Settings, tell: Tell, hint: Tell = _ignore) -> Engine:
     """The server that the settings name; else the user's own, where it holds the model that they ask for; else that
     model, loaded here.
 
-    `tell` gets one line where a server is gone before all is answered, and what `load_engine` has to say.
+    `tell` gets one line where a server is gone before all is answered; `tell` and `hint` what `load_engine` has to say.
     """
     remote = settings.remote
     if remote.server:
@@ -71,10 +78,12 @@ def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
 
     path = socket_path()
     if local_socket.is_trusted_socket(path) and (
-        engine := matching_server(engine_identity(settings.load), lambda: load_engine(settings.load, tell), tell, path)
+        engine := matching_server(
+            engine_identity(settings.load), lambda: load_engine(settings.load, tell, hint), tell, path
+        )
     ):
         return engine
-    return load_engine(settings.load, tell)
+    return load_engine(settings.load, tell, hint)
 
 
 def engine_identity(options: LoadOptions) -> dict[str, Any]:
@@ -103,8 +112,11 @@ def _gc_paused() -> Iterator[None]:
 
 
 @_gc_paused()
-def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line: None) -> LocalEngine:
-    """The engine that the options ask for; `tell` gets a line for each thing that is not done as one would expect."""
+def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore) -> LocalEngine:
+    """The engine that the options ask for; `tell` gets a line for each thing that is not done as one would expect.
+
+    `hint` gets one where `auto` has taken fewer bits than are best here, which a user may not want to hear of.
+    """
     begin = time.perf_counter()
     checkpoint = adapters.find(options)
     sandbox = _text_sandbox(checkpoint)
@@ -132,7 +144,7 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
             check_generation_config(checkpoint, generation_config, empty)
             check_image_tokens(checkpoint, prompter, empty)
         plan = model_weights.settle_precision(checkpoint, config, plan, options)
-        plan = fit_to_memory(checkpoint, weights, plan, options, tell)
+        plan = fit_to_memory(checkpoint, weights, plan, options, hint)
         if cpu := cpu_wing(plan):
             cpu.compile_ahead(config, plan)
         model = model_weights.load_model(checkpoint, config, plan, weights, options)
@@ -158,9 +170,7 @@ def cpu_wing(plan: Plan) -> ModuleType | None:
     return patch
 
 
-def _speed_up(
-    checkpoint: Checkpoint, model: LoadedModel, cpu: ModuleType | None, tell: Callable[[str], None]
-) -> ModelPatch:
+def _speed_up(checkpoint: Checkpoint, model: LoadedModel, cpu: ModuleType | None, tell: Tell) -> ModelPatch:
     """Replaces what can be computed faster; `LLAVA_FAST=0` leaves the model as transformers wrote it."""
     from llava_cli.engine.model_patch import ModelPatch
     from llava_cli.engine.unused_layers import simplify_vision_tower
@@ -184,7 +194,7 @@ def _speed_up(
 def identify(settings: Settings) -> dict[str, Any]:
     """What answers will depend on besides what is asked: the very model, and how it is run. Loads no weights."""
     if settings.remote.server:
-        engine = open_engine(settings, lambda line: None)
+        engine = open_engine(settings, _ignore)
         return {"model": engine.model, "server": engine.where}
     from llava_cli.hardware.device import choose_plan
     from llava_cli.prompts.chat_template import read_template
@@ -206,11 +216,11 @@ def identify(settings: Settings) -> dict[str, Any]:
     }
 
 
-def settle_precision(settings: Settings, saved: str | None, tell: Callable[[str], None]) -> Settings:
+def settle_precision(settings: Settings, saved: str | None, hint: Tell) -> Settings:
     """The settings of a long run, all of whose answers are in one precision: `auto` becomes the one that it stands for.
 
     That is the precision that a run was `saved` with; else that of the user's own server, where it would answer; else
-    what fits in memory now, about which `tell` gets a line. Raises `OutOfMemory` where nothing fits.
+    what fits in memory now, about which `hint` gets a line. Raises `OutOfMemory` where nothing fits.
     """
     options = settings.load
     if settings.remote.server or options.precision != "auto":
@@ -227,7 +237,7 @@ def settle_precision(settings: Settings, saved: str | None, tell: Callable[[str]
         from llava_cli.hardware.device import choose_plan
         from llava_cli.models.precision import fit_to_memory
 
-        precision = fit_to_memory(checkpoint, weights, choose_plan(options.device, "auto"), options, tell).precision
+        precision = fit_to_memory(checkpoint, weights, choose_plan(options.device, "auto"), options, hint).precision
     return replace(settings, load=replace(options, precision=cast(Precision, precision)))
 
 

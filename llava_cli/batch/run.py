@@ -67,7 +67,7 @@ def run(job: Job) -> int:
         loader = PictureLoader(job.source.locate, job.allow_truncated, job.allow_urls)
         stack.callback(loader.close)
         with render.spinner("loading the model", job.quiet):
-            engine = open_engine(job.settings, render.notes(job.quiet))
+            engine = open_engine(job.settings, render.note, render.notes(job.quiet))
         if not job.quiet:
             render.note_demo_model(job.settings.load, engine)
         stack.enter_context(stop)

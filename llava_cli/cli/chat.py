@@ -85,7 +85,7 @@ def chat(
     with render.spinner("loading the model", quiet or plain):
         from llava_cli.loader import open_engine
 
-        engine = open_engine(settings, render.notes(quiet))
+        engine = open_engine(settings, render.note, render.notes(quiet))
     if not quiet:
         render.note_demo_model(settings.load, engine)
     preview = draw_thumbnail if has_thumbnails else lambda picture: None

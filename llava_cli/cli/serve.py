@@ -93,8 +93,8 @@ def serve(
         render.say(_line(info))
         return
     limit_caches(primitives=128)
-    tell = render.notes(quiet)
-    run_server(settings, address, policy, lambda info: tell(_line(info)), tell)
+    note = render.notes(quiet)
+    run_server(settings, address, policy, lambda info: note(_line(info)), note)
 
 
 def _line(info: dict[str, object]) -> str:

@@ -37,9 +37,9 @@ def best_fit(geometry: Geometry, plans: Iterable[Plan], picture: PictureCost | N
 
 
 def fit_to_memory(
-    checkpoint: Checkpoint, weights: Weights, plan: Plan, options: LoadOptions, tell: Callable[[str], None]
+    checkpoint: Checkpoint, weights: Weights, plan: Plan, options: LoadOptions, hint: Callable[[str], None]
 ) -> Plan:
-    """The plan, with a smaller precision where `auto` has chosen one that does not fit; `tell` gets a line about it.
+    """The plan, with a smaller precision where `auto` has chosen one that does not fit; `hint` gets a line about it.
 
     Raises `OutOfMemory` where none fits. What is stored quantized has only one precision, and the built-in model fits.
     """
@@ -52,7 +52,7 @@ def fit_to_memory(
         if fitting.precision != plan.precision:
             size = gigabytes(footprint(weights.geometry, fitting, picture).total)
             words = f"in {_WORDS[fitting.precision]} ({size}), for {needs}"
-            tell(f"llava: {checkpoint.name}: {words}; -p {plan.precision} asks for it all the same")
+            hint(f"llava: {checkpoint.name}: {words}; -p {plan.precision} asks for it all the same")
         return fitting
     if not can_quantize():
         reason = f"{needs}; 8 and 4 bits take less, and bitsandbytes is missing"

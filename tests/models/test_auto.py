@@ -13,8 +13,9 @@ from helpers.command import Run
 from helpers.tables import for_each
 from PIL import Image
 
-from llava_cli.hardware import cpu, device, memory
+from llava_cli.hardware import cpu, memory
 from llava_cli.hardware.device import Plan, choose_plan
+from llava_cli.models import precision
 from llava_cli.models.aliases import ALIASES
 from llava_cli.models.families import family_named
 from llava_cli.models.footprint import footprint
@@ -44,29 +45,8 @@ def test_bf16_is_for_cpus_that_multiply_in_it(
 ) -> None:
     monkeypatch.setattr(cpu, "cpu_features", lambda: frozenset(features))
     assert choose_plan("cpu", "auto").precision == expected
-    for precision in ("8bit", "4bit"):
-        assert Plan("cpu", precision, "sdpa", "").compute_precision == expected
-
-
-@for_each(
-    "text, expected",
-    [
-        (
-            "processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n",
-            {"fpu", "avx2", "avx512_bf16"},
-        ),
-        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
-        ("processor\t: 0\n", set()),
-    ],
-    ids=["x86", "Arm", "neither"],
-)
-def test_features_are_read_where_linux_shows_them(
-    text: str, expected: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(cpu, "_cpuinfo", cpu._cpuinfo.__wrapped__)
-    assert cpu.cpu_features.__wrapped__() == expected
+    for quantized in ("8bit", "4bit"):
+        assert Plan("cpu", quantized, "sdpa", "").compute_precision == expected
 
 
 @for_each(
@@ -101,7 +81,7 @@ def test_the_best_precision_that_fits(
 ) -> None:
     monkeypatch.setattr(cpu, "cpu_features", lambda: features)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: has_bitsandbytes or None)
+    monkeypatch.setattr(precision, "can_quantize", lambda: has_bitsandbytes)
     plan = Plan(machine, "", "sdpa", "")
     picture = family_named(ALIASES[name].family).picture
     fitting = best_fit(ALIASES[name].geometry, candidates(plan), picture, int(gigabytes * 1e9))
@@ -205,12 +185,12 @@ def test_auto_takes_fewer_bits_where_memory_is_short_and_says_so(
     folder: Path, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask = ("ask", "-m", folder, drawing, "what?", "--max-tokens", "1", "--json")
-    for precision, words in (("8bit", "in 8 bits"), ("4bit", "in 4 bits")):
-        leave(monkeypatch, folder, precision, 0)
+    for bits in ("8", "4"):
+        leave(monkeypatch, folder, f"{bits}bit", 0)
         done = run(*ask)
-        assert json.loads(done.stdout)["precision"] == precision
+        assert json.loads(done.stdout)["precision"] == f"{bits}bit"
         (line,) = done.stderr.splitlines()
-        assert line.startswith(f"llava: {folder}: {words} (0.5 GB), for fp32 takes 0.5 GB and ")
+        assert line.startswith(f"llava: {folder}: in {bits} bits (0.5 GB), for fp32 takes 0.5 GB and ")
         assert line.endswith("; -p fp32 asks for it all the same")
         assert run(*ask, "-q").stderr == ""
     done = run(*ask, "-p", "fp32")
@@ -221,16 +201,14 @@ def test_auto_takes_fewer_bits_where_memory_is_short_and_says_so(
     done = run(*ask)
     assert (done.exit_code, done.stdout) == (71, "")
     assert done.stderr.startswith(f"llava: {folder}: needs 0.5 GB even in 4 bits, ")
+    assert f"\n  llava ask -m {folder} -p 4bit tries it; llava models lists" in done.stderr
 
 
 def test_what_could_be_quantized_is_named_where_nothing_quantizes(
     folder: Path, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_cli.models import precision
-
     leave(monkeypatch, folder, "fp32", -1)
-    for module in (precision, device):
-        monkeypatch.setattr(module, "can_quantize", lambda: False)
+    monkeypatch.setattr(precision, "can_quantize", lambda: False)
     done = run("ask", "-m", folder, drawing, "what?")
     assert done.exit_code == 71
     assert "; 8 and 4 bits take less, and bitsandbytes is missing\n  pip install bitsandbytes\n" in done.stderr
@@ -243,23 +221,23 @@ def test_a_batch_goes_on_in_the_precision_that_it_began_with(
     rows = tmp_path / "rows.jsonl"
     batch = ("batch", tmp_path, "what?", "-m", folder, "--max-tokens", "1", "-o", rows)
 
-    def precision() -> Any:
+    def saved() -> Any:
         return json.loads((tmp_path / "rows.jsonl.run/settings.json").read_text())["precision"]
 
     leave(monkeypatch, folder, "4bit", 0)
     assert "in 4 bits" in run(*batch).stderr
-    assert precision() == "4bit"
+    assert saved() == "4bit"
     leave(monkeypatch, folder, "fp32", 0)
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "b.png")
     done = run(*batch, "--extend")
-    assert (done.exit_code, precision(), len(rows.read_text().splitlines())) == (0, "4bit", 2)
+    assert (done.exit_code, saved(), len(rows.read_text().splitlines())) == (0, "4bit", 2)
     assert run(*batch, "-p", "fp32").exit_code == 65
 
     rows.unlink()
     (tmp_path / "rows.jsonl.run/settings.json").unlink()
     assert run(*batch).exit_code == 0
-    assert precision() == "fp32"
+    assert saved() == "fp32"
     leave(monkeypatch, folder, "8bit", 0)
     (tmp_path / "a.png").rename(tmp_path / "c.png")
     done = run(*batch, "--extend")
-    assert (done.exit_code, precision()) == (0, "fp32"), done.stderr
+    assert (done.exit_code, saved()) == (0, "fp32"), done.stderr
