@@ -170,14 +170,15 @@ def _read(key: list[Any]) -> Speeds | None:
     return kept if all(0 < rate < math.inf for speed in kept.values() for rate in asdict(speed).values()) else None
 
 
-def measure() -> Speeds:
-    """Multiplies layers of each precision that `auto` may take on the CPU, by many tokens and by one."""
+def measure(plan: Plan | None = None) -> Speeds:
+    """Multiplies layers by many tokens and by one: of each precision that `auto` may take on the CPU, and of `plan`."""
     import torch
 
     from llava_cli.models.weights import nothing_is_fetched
 
+    plans = [*candidates(choose_plan("cpu", "auto")), *([plan] if plan else [])]
     with torch.inference_mode(), quiet(), nothing_is_fetched():
-        return {plan.precision: _measure(plan) for plan in candidates(choose_plan("cpu", "auto"))}
+        return {one.precision: _measure(one) for one in plans}
 
 
 def _measure(plan: Plan) -> Speed:

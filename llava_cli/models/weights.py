@@ -202,7 +202,7 @@ def _read(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, dou
         options: dict[str, Any] = {
             "config": config,
             "dtype": dtype,
-            "device_map": "auto" if _check_memory(name, plan, weights, bool(stored)) else {"": plan.device},
+            "device_map": "auto" if _check_memory(checkpoint, plan, weights, bool(stored)) else {"": plan.device},
             "use_safetensors": True,
             "local_files_only": True,
             "trust_remote_code": False,
@@ -270,7 +270,7 @@ def _recipe(plan: Plan, double_quant: bool) -> str:
     return f"{plan.precision}{'-double' * (double_quant and plan.precision == '4bit')}-{plan.device}"
 
 
-def _check_memory(name: str, plan: Plan, weights: Weights, stored: bool) -> bool:
+def _check_memory(checkpoint: Checkpoint, plan: Plan, weights: Weights, stored: bool) -> bool:
     """Whether a model must be spread over several GPUs. Raises `OutOfMemory` where its weights fit nowhere."""
     import torch
 
@@ -278,10 +278,12 @@ def _check_memory(name: str, plan: Plan, weights: Weights, stored: bool) -> bool
     size = sum(path.stat().st_size for path in weights) if stored else need.weights
     if size > free:
         total = size + need.cache + need.workspace
-        smaller = None if stored else best_fit(weights.geometry, candidates(plan), None, free)
-        hint = f"llava ask -m {quoted(name)} -p {smaller.precision}" if smaller else OTHER_MODELS
-        reason = f"needs {gigabytes(total)}, {gigabytes(free)} are free"
-        raise OutOfMemory(name, reason, hint)
+        # An adapter is merged in 16 or 32 bits, whatever is made of them then.
+        is_fixed = stored or checkpoint.adapter
+        smaller = None if is_fixed else best_fit(weights.geometry, candidates(plan), None, free)
+        hint = f"llava ask -m {quoted(checkpoint.name)} -p {smaller.precision}" if smaller else OTHER_MODELS
+        needs = "needs" if not checkpoint.adapter else "with its adapter to merge, needs"
+        raise OutOfMemory(checkpoint.name, f"{needs} {gigabytes(total)}, {gigabytes(free)} are free", hint)
     return plan.device == "cuda" and torch.cuda.device_count() > 1 and size * 1.2 > torch.cuda.mem_get_info()[0]
 
 
