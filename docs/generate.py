@@ -23,9 +23,11 @@ import llava_cli
 from llava_cli import errors, limits, paths, settings
 from llava_cli.chat.commands import COMMANDS
 from llava_cli.cli import app, register
-from llava_cli.hardware.memory import BYTES_PER_WEIGHT
-from llava_cli.models.aliases import ALIASES
-from llava_cli.models.families import FAMILIES
+from llava_cli.hardware import cpu
+from llava_cli.hardware.device import Plan
+from llava_cli.models.aliases import ALIASES, Alias
+from llava_cli.models.families import FAMILIES, family_named
+from llava_cli.models.footprint import footprint
 
 DOCS = Path(__file__).parent
 PLACES = (
@@ -34,6 +36,7 @@ PLACES = (
     paths.quantized_cache,
     paths.digest_cache,
     paths.kernel_cache,
+    paths.speed_file,
     paths.hub_cache,
     paths.socket_path,
 )
@@ -142,6 +145,7 @@ def files() -> str:
         "quantized_cache",
         "digest_cache",
         "kernel_cache",
+        "speed_file",
         "hub_cache",
         "socket_path",
     )
@@ -165,13 +169,19 @@ def exit_codes() -> str:
 
 
 def models() -> str:
-    """The models that have a short name."""
+    """The models that have a short name, and their memory on a CPU with bf16 instructions."""
+
+    def memory(alias: Alias, precision: str) -> str:
+        with mock.patch.object(cpu, "cpu_features", lambda: cpu.BF16_FEATURES):
+            plan = Plan("cpu", precision, attention="", why="")
+            return f"{footprint(alias.geometry, plan, family_named(alias.family).picture).total / 1e9:.1f} GB"
+
     rows = (
         (
             code(name),
             alias.repo,
             f"{alias.bytes / 1e9:.1f} GB",
-            *(f"{alias.parameters * BYTES_PER_WEIGHT[precision]:.1f} GB" for precision in ("bf16", "8bit", "4bit")),
+            *(memory(alias, precision) for precision in ("bf16", "8bit", "4bit")),
             "; ".join(filter(None, (alias.language_model, alias.note))),
         )
         for name, alias in ALIASES.items()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_cli.catalog import Sizes, sizes_of
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.generate.generation_config import summary
 from llava_cli.errors import LlavaError, model_errors
@@ -14,11 +17,14 @@ from llava_cli.hardware.device import Plan
 from llava_cli.images.sandbox import Sandbox
 from llava_cli.loader import cpu_wing, find_checkpoint, load_engine
 from llava_cli.models.checkpoint_files import CONFIG, read_json
+from llava_cli.models.footprint import footprint
+from llava_cli.models.precision import candidates, gigabytes
 from llava_cli.models.registry import BUILTIN
 from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
 from llava_cli.sandbox.confine import LAYERS
 from llava_cli.settings import LoadOptions, Sampling, is_fast
+from llava_cli.speed import describe, duration, rate, speeds, wait
 from llava_cli.untrusted_text import one_line
 
 if TYPE_CHECKING:
@@ -53,8 +59,13 @@ def machine_facts(options: LoadOptions) -> dict[str, str]:
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
         facts[f"gpu {i}"] = f"{torch.cuda.get_device_name(i)}, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
+    if options.precision == "auto":
+        others = " or ".join(one.precision for one in candidates(plan)[1:])
+        plan = replace(plan, why=f"{plan.why}; {others} where that does not fit" if others else plan.why)
     facts |= {"device": plan.device, "precision": f"{plan.precision} ({plan.why})", "attention": plan.attention}
     facts["cpu kernels"] = _cpu_kernels(plan, load_config(builtin, read_json(builtin, CONFIG)))
+    if plan.device == "cpu":
+        facts["speed"] = describe(speeds())
     facts["picture sandbox"] = _sandbox()
     facts["default model"] = default_name(options)
     for package in ("torch", "transformers", "bitsandbytes", "accelerate", "llvmlite", "pillow"):
@@ -104,11 +115,11 @@ def checkup(options: LoadOptions) -> Iterator[Check]:
         size = sum(path.stat().st_size for path in weights) / 1e9
         yield Check("files", True, f"{kind}, {len(weights)} weight file(s), {size:.2f} GB, whole")
         notes: list[str] = []
-        engine = load_engine(options, notes.append)
+        engine = load_engine(options, notes.append, notes.append)
         about_checkpoint = f"llava: {checkpoint.name}: "
         for note in notes:
             if note.startswith(about_checkpoint):
-                yield Check("stored", True, note.removeprefix(about_checkpoint))
+                yield Check("note", True, note.removeprefix(about_checkpoint))
         yield Check(
             "family", True, engine.family.name if engine.family else "not known; what it was trained with neither"
         )
@@ -122,6 +133,7 @@ def checkup(options: LoadOptions) -> Iterator[Check]:
         ("end tokens", _end_tokens),
         ("image tokens", _image_tokens),
         ("precision", precision),
+        ("memory", partial(_memory, sizes=sizes_of(checkpoint))),
         ("cpu kernels", _kernels),
         ("forward pass", _forward),
         ("answer", _answer),
@@ -217,10 +229,25 @@ def _precision(engine: LocalEngine) -> tuple[bool, str]:
     return bool(quantised) and right, words
 
 
+def _memory(engine: LocalEngine, sizes: Sizes | None) -> tuple[bool, str]:
+    """What a model takes here and how long an answer should take; the line `answer` says how long one took."""
+    if sizes is None:
+        return True, "not known"
+    plan = _plan(engine)
+    words = f"takes {gigabytes(footprint(sizes.geometry, plan, sizes.picture).total)} beside a photo"
+    seconds, per_second = wait(sizes.geometry, sizes.picture, plan, speeds() if plan.device == "cpu" else {})
+    if seconds is not None and per_second is not None:
+        words += f"; about {duration(seconds)} to the first token of an answer, then {rate(per_second)} tokens/s"
+    return True, words
+
+
 def _kernels(engine: LocalEngine) -> tuple[bool, str]:
     """Without kernels a model is slower, not wrong."""
-    plan = Plan(engine.device, engine.precision, attention="", why="")
-    return True, _cpu_kernels(plan, engine.network.config)
+    return True, _cpu_kernels(_plan(engine), engine.network.config)
+
+
+def _plan(engine: LocalEngine) -> Plan:
+    return Plan(engine.device, engine.precision, attention="", why="")
 
 
 def _forward(engine: LocalEngine) -> tuple[bool, str]:

@@ -99,10 +99,14 @@ def os_reason(error: BaseException) -> str:
     return words[:1].lower() + words[1:] or plain_message(error)
 
 
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+"""What torch says where memory has run out, or what the system says through it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch raises a bare RuntimeError on a CPU, a file ENOMEM."""
     if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one too
-        return "out of memory" in str(error) or "can't allocate memory" in str(error)
+        return any(words in str(error).lower() for words in _MEMORY_WORDS)
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 

@@ -9,10 +9,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from llava_cli._version import __version__
 from llava_cli.errors import ModelUnusable, UsageError, model_errors
@@ -55,11 +56,18 @@ def load(
     return load_engine(Settings.resolve(**locals()).load)
 
 
-def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
+Tell = Callable[[str], None]
+
+
+def _ignore(line: str) -> None:
+    """Tells nobody."""
+
+
+def open_engine(settings: Settings, tell: Tell, hint: Tell = _ignore) -> Engine:
     """The server that the settings name; else the user's own, where it holds the model that they ask for; else that
     model, loaded here.
 
-    `tell` gets one line where a server is gone before all is answered, and what `load_engine` has to say.
+    `tell` gets one line where a server is gone before all is answered; `tell` and `hint` what `load_engine` has to say.
     """
     remote = settings.remote
     if remote.server:
@@ -67,18 +75,18 @@ def open_engine(settings: Settings, tell: Callable[[str], None]) -> Engine:
 
         return RemoteEngine(remote.server, remote.api_key, settings.load.model, remote.concurrency, tell)
     path = socket_path()
-    engine = _server_at(path, settings.load, tell) if os.path.lexists(path) else None
-    return engine or load_engine(settings.load, tell)
+    engine = _server_at(path, settings.load, tell, hint) if os.path.lexists(path) else None
+    return engine or load_engine(settings.load, tell, hint)
 
 
-def _server_at(path: Path, options: LoadOptions, tell: Callable[[str], None]) -> Engine | None:
+def _server_at(path: Path, options: LoadOptions, tell: Tell, hint: Tell) -> Engine | None:
     """The user's own server at a socket, where it holds the model that the options ask for."""
     from llava_cli.engine.remote import local_socket
     from llava_cli.engine.remote.local_server_engine import matching_server
 
     if not local_socket.is_trusted_socket(path):
         return None
-    return matching_server(engine_identity(options), lambda: load_engine(options, tell), tell, path)
+    return matching_server(engine_identity(options), lambda: load_engine(options, tell, hint), tell, path)
 
 
 def find_checkpoint(options: LoadOptions) -> Checkpoint:
@@ -115,8 +123,11 @@ def _gc_paused() -> Iterator[None]:
 
 
 @_gc_paused()
-def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line: None) -> LocalEngine:
-    """The engine that the options ask for; `tell` gets a line for each thing that is not done as one would expect."""
+def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore) -> LocalEngine:
+    """The engine that the options ask for; `tell` gets a line for each thing that is not done as one would expect.
+
+    `hint` gets one where `auto` has taken fewer bits than are best here, which a user may not want to hear of.
+    """
     begin = time.perf_counter()
     checkpoint = find_checkpoint(options)
     sandbox = _text_sandbox(checkpoint, options)
@@ -128,6 +139,7 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
     from llava_cli.engine.visual_tokens import choose_tokens
     from llava_cli.hardware.device import choose_plan
     from llava_cli.models import weights as model_weights
+    from llava_cli.models.precision import fit_to_memory
     from llava_cli.prompts.image_token_check import check_image_tokens
 
     plan = choose_plan(options.device, options.precision)
@@ -144,6 +156,7 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
             check_generation_config(checkpoint, configs, generation_config, empty)
             check_image_tokens(checkpoint, prompter, empty)
         plan = model_weights.settle_precision(checkpoint, config, plan, options)
+        plan = fit_to_memory(checkpoint, weights, plan, options, hint)
         if cpu := cpu_wing(plan):
             cpu.compile_ahead(config, plan)
         model = model_weights.load_model(checkpoint, config, plan, weights, options)
@@ -155,18 +168,21 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
     return LocalEngine(checkpoint.name, model.network, prompter, plan.precision, seconds, patch)
 
 
+def has_cpu_wing(plan: Plan) -> bool:
+    """Whether there is a `cpu_wing`. Does not import it."""
+    return plan.device == "cpu" and is_fast() and find_spec("llava_cli.engine.cpu") is not None
+
+
 def cpu_wing(plan: Plan) -> ModuleType | None:
     """`engine.cpu.patch`, the only way into that package; None where it is of no use or is not installed."""
-    if plan.device != "cpu" or not is_fast() or find_spec("llava_cli.engine.cpu") is None:
+    if not has_cpu_wing(plan):
         return None
     from llava_cli.engine.cpu import patch
 
     return patch
 
 
-def _speed_up(
-    checkpoint: Checkpoint, model: LoadedModel, cpu: ModuleType | None, tell: Callable[[str], None]
-) -> ModelPatch:
+def _speed_up(checkpoint: Checkpoint, model: LoadedModel, cpu: ModuleType | None, tell: Tell) -> ModelPatch:
     """Replaces what can be computed faster; `LLAVA_FAST=0` leaves the model as transformers wrote it."""
     from llava_cli.engine.model_patch import ModelPatch
     from llava_cli.engine.unused_layers import simplify_vision_tower
@@ -190,7 +206,7 @@ def _speed_up(
 def identify(settings: Settings) -> dict[str, Any]:
     """What answers will depend on besides what is asked: the very model, and how it is run. Loads no weights."""
     if settings.remote.server:
-        engine = open_engine(settings, lambda line: None)
+        engine = open_engine(settings, _ignore)
         return {"model": engine.model, "server": engine.where}
     from llava_cli.hardware.device import choose_plan
     from llava_cli.prompts.chat_template import read_template
@@ -212,6 +228,31 @@ def identify(settings: Settings) -> dict[str, Any]:
         "template": template,
         "fast": is_fast(),
     }
+
+
+def settle_precision(settings: Settings, saved: str | None, hint: Tell) -> Settings:
+    """The settings of a long run, all of whose answers are in one precision: `auto` becomes the one that it stands for.
+
+    That is the precision that a run was `saved` with; else that of the user's own server, where it would answer; else
+    what fits in memory now, about which `hint` gets a line. Raises `OutOfMemory` where nothing fits.
+    """
+    options = settings.load
+    if settings.remote.server or options.precision != "auto":
+        return settings
+    checkpoint = find_checkpoint(options)
+    if checkpoint.name == BUILTIN or (weights := check_weights(checkpoint)).are_quantized:  # which have only one
+        return settings
+    precision = saved if saved in get_args(Precision) else None
+    if not precision:
+        from llava_cli.engine.remote.local_server_engine import serving_precision
+
+        precision = serving_precision(engine_identity(options), socket_path())
+    if not precision:
+        from llava_cli.hardware.device import choose_plan
+        from llava_cli.models.precision import fit_to_memory
+
+        precision = fit_to_memory(checkpoint, weights, choose_plan(options.device, "auto"), options, hint).precision
+    return replace(settings, load=replace(options, precision=cast(Precision, precision)))
 
 
 def load_prompter(options: LoadOptions) -> Prompter:

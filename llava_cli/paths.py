@@ -40,6 +40,11 @@ def kernel_cache() -> Path:
     return _cache_folder() / "kernels"
 
 
+def speed_file() -> Path:
+    """Holds how fast this machine multiplies, as `llava models` and `llava doctor` have measured."""
+    return _cache_folder() / "speed.json"
+
+
 def socket_path() -> Path:
     """The socket of the server that answers this user's own commands."""
     if path := _named("LLAVA_SOCKET"):

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +97,11 @@ _mid_line = False
 def note(text: str) -> None:
     """Prints lines for a person to stderr, safe on a terminal also when stderr is a log that is read there."""
     print("\n" * (_mid_line and sys.stderr.isatty()) + for_terminal(text), file=sys.stderr, flush=True)
+
+
+def notes(quiet: bool) -> Callable[[str], None]:
+    """`note`, or with `-q` a function that prints nothing."""
+    return (lambda text: None) if quiet else note
 
 
 def note_demo_model(options: LoadOptions, engine: Engine) -> None:
@@ -195,21 +200,28 @@ def counting(total: int | None, quiet: bool = False) -> Iterator[Any]:
         yield show
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table: drawn on a terminal, tab-separated in a pipe. No cell can add a column or a row."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], optional: int = 0) -> None:
+    """Prints a table: drawn on a terminal, tab-separated in a pipe. No cell can add a column or a row.
+
+    The last `optional` columns are left out where a terminal is too narrow for them.
+    """
     rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in rows:
             print("\t".join(row))
         return
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    console = Console()
+    widths = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
+    shown = len(columns) - (optional if sum(widths) + 2 * len(widths) - 2 > console.width else 0)
+    drawn = Table(*columns[:shown], box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
-    Console().print(drawn)
+        drawn.add_row(*(Text(cell) for cell in row[:shown]))
+    console.print(drawn)
 
 
 def plain_streams() -> None:

@@ -32,7 +32,7 @@ Fit = Literal["auto", "pad", "crop"]
 VARIABLES = {
     "LLAVA_CONFIG": "The config file.",
     "LLAVA_DATA": "The folder of chats, typed history and the list of pulled models.",
-    "LLAVA_CACHE": "The folder of quantized copies, compiled kernels and digests; it may be deleted at any time.",
+    "LLAVA_CACHE": "The folder of quantized copies, kernels, digests and a measurement; it may be deleted at any time.",
     "LLAVA_SOCKET": "The socket of the server that answers this user's own commands.",
     "LLAVA_FAST": "0 turns off our kernels and everything else that only saves time.",
     "LLAVA_DEBUG": "Any value shows tracebacks and the warnings of libraries.",

@@ -90,13 +90,22 @@ class Journal:
                 os.close(descriptor)
             self._file = self._lock = -1
 
+    def _is_begun(self) -> bool:
+        return self._settings.exists() and self._manifest.exists() and self._manifest.stat().st_size > 0
+
+    def saved_precision(self) -> str | None:
+        """The precision of the run that is resumed; None of a new one. Raises `BadData`."""
+        if not self._is_begun():
+            return None
+        return str(run_settings.read(self._settings).get("precision")).partition(",")[0]
+
     def begin(self, settings: dict[str, Any], tasks: Iterable[Task], extend: bool = False) -> tuple[int, int]:
         """Starts or resumes the run; returns how many tasks its source has gained and lost since it was started.
 
         With `extend` the new ones become part of the run. Raises `BadData` if the output has rows that are not this
         run's, or that other settings made.
         """
-        if not self._settings.exists() or not self._manifest.exists() or not self._manifest.stat().st_size:
+        if not self._is_begun():
             if os.fstat(self._file).st_size:
                 reason = "it has rows already, and no folder .run beside it that says what made them"
                 raise BadData(self._name, reason, "give another file to -o")

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
 from llava_cli.errors import InputMissing, LlavaError
-from llava_cli.loader import identify, open_engine
+from llava_cli.loader import identify, open_engine, settle_precision
 from llava_cli.settings import Sampling, Settings
 from llava_cli.untrusted_text import printable
 
@@ -56,7 +56,7 @@ def run(job: Job) -> int:
         else:
             journal = Journal(job.output)
             stack.callback(journal.close)
-            _open_journal(job, journal, tally)
+            job = _open_journal(job, journal, tally)
             if journal.done < journal.total or journal.to_redo or job.verify:
                 tasks = journal.tasks()
         source_is_read = journal is not None or not job.source.is_stream
@@ -67,7 +67,7 @@ def run(job: Job) -> int:
         loader = PictureLoader(job.source.locate, job.allow_truncated, job.allow_urls)
         stack.callback(loader.close)
         with render.spinner("loading the model", job.quiet):
-            engine = open_engine(job.settings, render.note)
+            engine = open_engine(job.settings, render.note, render.notes(job.quiet))
         if not job.quiet:
             render.note_demo_model(job.settings.load, engine)
         stack.enter_context(stop)
@@ -87,9 +87,11 @@ def _note_what_is_left_out(job: Job) -> None:
         render.note(line)
 
 
-def _open_journal(job: Job, journal: Journal, tally: Tally) -> None:
-    """Locks the output, checks that its rows are this job's, and counts them."""
+def _open_journal(job: Job, journal: Journal, tally: Tally) -> Job:
+    """Locks the output, checks that its rows are this job's, and counts them; returns the job with its precision."""
     journal.lock()
+    settings = settle_precision(job.settings, journal.saved_precision(), render.notes(job.quiet))
+    job = replace(job, settings=settings)
     added, removed = journal.begin(_run_settings(job), job.source.tasks(), job.extend)
     if not job.quiet and (added or removed):
         action = "are taken in" if job.extend else "are left out; --extend takes them in"
@@ -97,6 +99,7 @@ def _open_journal(job: Job, journal: Journal, tally: Tally) -> None:
         changes += [f"{removed} rows are about what is no longer in it"] if removed else []
         render.note("; ".join(changes))
     journal.check(tally.add, job.retry, job.repair)
+    return job
 
 
 def _run_settings(job: Job) -> dict[str, Any]:

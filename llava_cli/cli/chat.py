@@ -85,11 +85,11 @@ def chat(
     with render.spinner("loading the model", quiet or plain):
         from llava_cli.loader import open_engine
 
-        engine = open_engine(settings, render.note)
+        engine = open_engine(settings, render.note, render.notes(quiet))
     if not quiet:
         render.note_demo_model(settings.load, engine)
     preview = draw_thumbnail if has_thumbnails else lambda picture: None
-    session = Chat(engine, settings, (lambda line: None) if quiet else render.note, preview, store)
+    session = Chat(engine, settings, render.notes(quiet), preview, store)
     if number is not None and conversation is not None:
         session.resume(number, conversation)
         if context.params["system"] is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,10 +12,14 @@ from llava_cli.cli import Group, app
 from llava_cli.cli.options import JsonOpt
 from llava_cli.files import quoted
 from llava_cli.models.aliases import ALIASES
-from llava_cli.models.registry import BUILTIN, builtin_folder, default_name, is_folder, on_disk, pulled
-from llava_cli.paths import data_folder, expand_user
+from llava_cli.models.registry import default_name, is_folder, on_disk, pulled
+from llava_cli.paths import data_folder
 from llava_cli.settings import LoadOptions, Settings, set_default_model
 from llava_cli.untrusted_text import printable
+
+if TYPE_CHECKING:
+    from llava_cli.catalog import Entry, Sizes
+    from llava_cli.speed import Outlook
 
 models = typer.Typer(cls=Group, help="List, pull and choose models.", rich_markup_mode=None)
 app.add_typer(models, name="models")
@@ -25,36 +28,50 @@ NameArg = Annotated[str, typer.Argument(metavar="NAME|REPO|FOLDER", help="An ali
 
 
 @models.callback(invoke_without_command=True)
-def _models(context: typer.Context) -> None:
+def _models(context: typer.Context, json: JsonOpt = False) -> None:
     if context.invoked_subcommand is None:
-        list_models()
+        list_models(json)
 
 
 @models.command("list")
-def list_models() -> None:
-    """List the models that have a name: size, whether on disk, at which precision they fit here."""
-    from llava_cli.hardware.memory import best_fit
+def list_models(json: JsonOpt = False) -> None:
+    """List the models that have a name: size, whether on disk, and what to expect of them on this machine.
 
-    default = default_name(Settings.resolve().load)
-    size = _size(builtin_folder())
-    rows = [_row(BUILTIN, default, size, "yes", "yes", "demonstration: drawings of colored shapes")]
-    for name, alias in ALIASES.items():
-        is_here = "yes" if on_disk(name) else "-"
-        rows.append(_row(name, default, _gigabytes(alias.bytes), is_here, best_fit(alias.parameters * 1e9), alias.note))
-    for name in dict.fromkeys([*pulled(), default]):
-        if name not in ALIASES and name != BUILTIN:
-            folder = expand_user(name) if is_folder(name) else on_disk(name)
-            cells = [_size(folder), "yes"] if folder and os.path.isdir(folder) else ["", "-"]
-            rows.append(_row(name, default, *cells, "", ""))
-    render.table(["", "model", "size", "on disk", "fits", ""], rows)
+    That is the precision that auto takes here, the memory that it needs, and a guess of how long the first word of an
+    answer about a photo takes, and how many tokens follow in a second. The guess is from half a second of measuring,
+    which is done once.
+    """
+    from llava_cli.catalog import entries
 
-
-def _row(name: str, default: str, *cells: str) -> list[str]:
-    return ["*" if name == default else " ", printable(name), *cells]
+    with render.spinner("looking at this machine", json):
+        found = list(entries(Settings.resolve().load))
+    if json:
+        render.show_json([entry.as_object() for entry in found])
+    else:
+        render.table(_COLUMNS, [_cells(entry) for entry in found], optional=1)
 
 
-def _size(folder: Path) -> str:
-    return _bytes(sum(file.stat().st_size for file in folder.iterdir() if file.exists()))
+_COLUMNS = ("", "model", "size", "here", "auto", "memory", "first token", "tokens/s", "")
+
+
+def _cells(entry: Entry) -> list[str]:
+    """A row of the list; "no" stands for a precision where not even 4 bits fit, which need the memory beside it."""
+    size = "" if entry.bytes is None else _bytes(entry.bytes)
+    row = ["*" if entry.is_default else " ", printable(entry.name), size, "yes" if entry.on_disk else "-"]
+    expected = entry.outlook
+    return [*row, *(_expected(expected) if expected else [""] * 4), entry.note]
+
+
+def _expected(outlook: Outlook) -> list[str]:
+    from llava_cli.speed import duration, rate
+
+    seconds, speed = outlook.first_token_seconds, outlook.tokens_per_second
+    return [
+        outlook.precision or "no",
+        _bytes(outlook.memory),
+        "" if seconds is None else f"~{duration(seconds)}",
+        "" if speed is None else f"~{rate(speed)}",
+    ]
 
 
 def _bytes(size: float) -> str:
@@ -67,30 +84,36 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
 
     llava models show llava-1.5-7b
     """
-    from llava_cli.hardware.memory import BYTES_PER_WEIGHT
+    from llava_cli.catalog import Machine, folder_size, sizes_of, sizes_of_alias
     from llava_cli.models.families import Family, family_named
 
+    family: Family | None
+    sizes: Sizes | None
     facts: dict[str, str] = {"model": name}
     if name in ALIASES:
         alias = ALIASES[name]
-        family: Family | None = family_named(alias.family)
+        sizes, family = sizes_of_alias(name), family_named(alias.family)
         facts |= {
             "repository": alias.repo,
             "weights": f"{alias.parameters} billion",
             "download": _gigabytes(alias.bytes),
+            "language model": alias.language_model,
+            "note": alias.note,
         }
-        facts |= {
-            f"memory in {precision}": _gigabytes(alias.parameters * 1e9 * BYTES_PER_WEIGHT[precision])
-            for precision in ("bf16", "8bit", "4bit")
-        }
-        facts |= {"language model": alias.language_model, "note": alias.note}
     else:
         from llava_cli.loader import find_checkpoint, load_prompter
 
         checkpoint = find_checkpoint(LoadOptions(model=name))
-        facts |= {"folder": str(checkpoint.folder), "on disk": _size(checkpoint.folder)}
+        facts |= {"folder": str(checkpoint.folder), "on disk": _bytes(folder_size(checkpoint.folder))}
         with render.spinner("reading the checkpoint"):
             family = load_prompter(LoadOptions(model=name)).family
+        sizes = sizes_of(checkpoint)
+    if sizes:
+        with render.spinner("looking at this machine", json):
+            machine = Machine.here()
+        facts |= {f"memory in {precision}": _bytes(size) for precision, size in sizes.memory(machine).items()}
+        auto, _, wait, speed = _expected(sizes.outlook(machine))
+        facts |= {"auto here": auto, "first token": wait, "tokens/s": speed}
     if family:
         facts |= {
             "family": family.name,

@@ -93,7 +93,8 @@ def serve(
         render.say(_line(info))
         return
     limit_caches(primitives=128)
-    run_server(settings, address, policy, lambda info: None if quiet else render.note(_line(info)))
+    note = render.notes(quiet)
+    run_server(settings, address, policy, lambda info: note(_line(info)), note)
 
 
 def _line(info: dict[str, object]) -> str:

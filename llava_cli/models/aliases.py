@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llava_cli.models.geometry import Decoder, Geometry, VisionTower, geometry_of
+
 
 @dataclass(frozen=True)
 class Alias:
@@ -17,51 +19,125 @@ class Alias:
     language_model: str
     """The language model that it was made from."""
     note: str = ""
+    parts: tuple[Decoder, VisionTower] | None = None
+    """Their sizes, from their configs; None where they are not known."""
 
     @property
     def bytes(self) -> int:
         """The size of its download: these repos hold 16-bit weights."""
         return round(self.parameters * 2e9)
 
+    @property
+    def geometry(self) -> Geometry:
+        if self.parts:
+            return geometry_of(*self.parts)
+        inner = round(self.parameters * 1e9 * _INNER_SHARE)
+        return Geometry(inner, other=round(self.parameters * 1e9) - inner)
+
+
+_INNER_SHARE = 0.9
+"""How much of a 7B is in the layers that are quantized, for models whose parts are not known."""
+
+_CLIP_L = VisionTower(1024, 24, 4096, 577)
+_SIGLIP_SO400M = VisionTower(1152, 26, 4304, 729)
+"""Without its last layer."""
+_VICUNA_7B = Decoder(4096, 32, 11008, 4096, 4096, 32064), _CLIP_L
+_VICUNA_13B = Decoder(5120, 40, 13824, 5120, 5120, 32064), _CLIP_L
+_MISTRAL_7B = Decoder(4096, 32, 14336, 4096, 1024, 32064), _CLIP_L
+_YI_34B = Decoder(7168, 60, 20480, 7168, 1024, 64064), _CLIP_L
+_LLAMA3_8B = Decoder(4096, 32, 14336, 4096, 1024, 128320), _CLIP_L
+_QWEN15_72B = Decoder(8192, 80, 24576, 8192, 8192, 152064), _CLIP_L
+_QWEN15_110B = Decoder(8192, 80, 49152, 8192, 1024, 152064), _CLIP_L
+_QWEN15_05B = Decoder(1024, 24, 2816, 1024, 1024, 152000, is_tied=True), _SIGLIP_SO400M
+_QWEN15_7B = Decoder(4096, 32, 11008, 4096, 4096, 152064), _SIGLIP_SO400M
+_QWEN2_05B = Decoder(896, 24, 4864, 896, 128, 152000, is_tied=True), _SIGLIP_SO400M
+_QWEN2_7B = Decoder(3584, 28, 18944, 3584, 512, 152128), _SIGLIP_SO400M
+_QWEN2_72B = Decoder(8192, 80, 29568, 8192, 1024, 152064), _SIGLIP_SO400M
+_SMOLLM2_135M = Decoder(576, 30, 1536, 576, 192, 49280), VisionTower(768, 12, 3072, 1024)
+_SMOLLM2_360M = Decoder(960, 32, 2560, 960, 320, 49280), VisionTower(768, 12, 3072, 1024)
+_SMOLLM2_17B = Decoder(2048, 24, 8192, 2048, 2048, 49280), VisionTower(1152, 27, 4304, 729)
 
 ALIASES: dict[str, Alias] = {
-    "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", 7.06, "llava-1.5", "Vicuna 1.5", "the classic"),
-    "llava-1.5-13b": Alias("llava-hf/llava-1.5-13b-hf", 13.35, "llava-1.5", "Vicuna 1.5"),
+    "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", 7.06, "llava-1.5", "Vicuna 1.5", "the classic", parts=_VICUNA_7B),
+    "llava-1.5-13b": Alias("llava-hf/llava-1.5-13b-hf", 13.35, "llava-1.5", "Vicuna 1.5", parts=_VICUNA_13B),
     "llava-1.6-mistral-7b": Alias(
         "llava-hf/llava-v1.6-mistral-7b-hf",
         7.57,
         "llava-1.6-mistral",
         "Mistral 0.2",
         "tiles: small text, wide pictures",
+        parts=_MISTRAL_7B,
     ),
-    "llava-1.6-vicuna-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", 7.06, "llava-1.6-vicuna", "Vicuna 1.5"),
-    "llava-1.6-vicuna-13b": Alias("llava-hf/llava-v1.6-vicuna-13b-hf", 13.35, "llava-1.6-vicuna", "Vicuna 1.5"),
-    "llava-1.6-34b": Alias("llava-hf/llava-v1.6-34b-hf", 34.75, "llava-1.6-34b", "Nous Hermes 2 Yi"),
-    "llava-next-llama3-8b": Alias("llava-hf/llama3-llava-next-8b-hf", 8.36, "llava-next-llama3", "Llama 3"),
-    "llava-next-72b": Alias("llava-hf/llava-next-72b-hf", 72.67, "llava-next-qwen", "Qwen 1.5"),
-    "llava-next-110b": Alias("llava-hf/llava-next-110b-hf", 111.6, "llava-next-qwen", "Qwen 1.5"),
+    "llava-1.6-vicuna-7b": Alias(
+        "llava-hf/llava-v1.6-vicuna-7b-hf", 7.06, "llava-1.6-vicuna", "Vicuna 1.5", parts=_VICUNA_7B
+    ),
+    "llava-1.6-vicuna-13b": Alias(
+        "llava-hf/llava-v1.6-vicuna-13b-hf", 13.35, "llava-1.6-vicuna", "Vicuna 1.5", parts=_VICUNA_13B
+    ),
+    "llava-1.6-34b": Alias("llava-hf/llava-v1.6-34b-hf", 34.75, "llava-1.6-34b", "Nous Hermes 2 Yi", parts=_YI_34B),
+    "llava-next-llama3-8b": Alias(
+        "llava-hf/llama3-llava-next-8b-hf", 8.36, "llava-next-llama3", "Llama 3", parts=_LLAMA3_8B
+    ),
+    "llava-next-72b": Alias("llava-hf/llava-next-72b-hf", 72.67, "llava-next-qwen", "Qwen 1.5", parts=_QWEN15_72B),
+    "llava-next-110b": Alias("llava-hf/llava-next-110b-hf", 111.6, "llava-next-qwen", "Qwen 1.5", parts=_QWEN15_110B),
     "llava-onevision-0.5b": Alias(
-        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 0.89, "llava-onevision", "Qwen 2", "small, several pictures"
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+        0.89,
+        "llava-onevision",
+        "Qwen 2",
+        "small, several pictures",
+        parts=_QWEN2_05B,
     ),
     "llava-onevision-7b": Alias(
-        "llava-hf/llava-onevision-qwen2-7b-ov-hf", 8.03, "llava-onevision", "Qwen 2", "several pictures"
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        8.03,
+        "llava-onevision",
+        "Qwen 2",
+        "several pictures",
+        parts=_QWEN2_7B,
     ),
-    "llava-onevision-72b": Alias("llava-hf/llava-onevision-qwen2-72b-ov-hf", 73.2, "llava-onevision", "Qwen 2"),
+    "llava-onevision-72b": Alias(
+        "llava-hf/llava-onevision-qwen2-72b-ov-hf", 73.2, "llava-onevision", "Qwen 2", parts=_QWEN2_72B
+    ),
     "llava-interleave-0.5b": Alias(
-        "llava-hf/llava-interleave-qwen-0.5b-hf", 0.86, "llava-interleave", "Qwen 1.5", "several pictures"
+        "llava-hf/llava-interleave-qwen-0.5b-hf",
+        0.86,
+        "llava-interleave",
+        "Qwen 1.5",
+        "several pictures",
+        parts=_QWEN15_05B,
     ),
     "llava-interleave-7b": Alias(
-        "llava-hf/llava-interleave-qwen-7b-hf", 8.17, "llava-interleave", "Qwen 1.5", "several pictures"
+        "llava-hf/llava-interleave-qwen-7b-hf",
+        8.17,
+        "llava-interleave",
+        "Qwen 1.5",
+        "several pictures",
+        parts=_QWEN15_7B,
     ),
     "vip-llava-7b": Alias(
-        "llava-hf/vip-llava-7b-hf", 7.06, "vip-llava", "Vicuna 1.5", "arrows and circles drawn on pictures"
+        "llava-hf/vip-llava-7b-hf",
+        7.06,
+        "vip-llava",
+        "Vicuna 1.5",
+        "arrows and circles drawn on pictures",
+        parts=_VICUNA_7B,
     ),
-    "vip-llava-13b": Alias("llava-hf/vip-llava-13b-hf", 13.35, "vip-llava", "Vicuna 1.5"),
-    "bakllava": Alias("llava-hf/bakLlava-v1-hf", 7.57, "bakllava", "Mistral 0.1"),
-    "smolvlm-256m": Alias("HuggingFaceTB/SmolVLM-256M-Instruct", 0.26, "smolvlm", "SmolLM2", "the smallest"),
-    "smolvlm-500m": Alias("HuggingFaceTB/SmolVLM-500M-Instruct", 0.51, "smolvlm", "SmolLM2", "small, quick on a CPU"),
+    "vip-llava-13b": Alias("llava-hf/vip-llava-13b-hf", 13.35, "vip-llava", "Vicuna 1.5", parts=_VICUNA_13B),
+    "bakllava": Alias("llava-hf/bakLlava-v1-hf", 7.57, "bakllava", "Mistral 0.1", parts=_MISTRAL_7B),
+    "smolvlm-256m": Alias(
+        "HuggingFaceTB/SmolVLM-256M-Instruct", 0.26, "smolvlm", "SmolLM2", "the smallest", parts=_SMOLLM2_135M
+    ),
+    "smolvlm-500m": Alias(
+        "HuggingFaceTB/SmolVLM-500M-Instruct", 0.51, "smolvlm", "SmolLM2", "small, quick on a CPU", parts=_SMOLLM2_360M
+    ),
     "smolvlm2-2.2b": Alias(
-        "HuggingFaceTB/SmolVLM2-2.2B-Instruct", 2.25, "smolvlm2", "SmolLM2", "several pictures, quick on a CPU"
+        "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+        2.25,
+        "smolvlm2",
+        "SmolLM2",
+        "several pictures, quick on a CPU",
+        parts=_SMOLLM2_17B,
     ),
 }
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+
+class PictureCost(NamedTuple):
+    """What a photo of 1024 x 768 is for a model."""
+
+    crops: int
+    """Images of the vision tower's size that it becomes."""
+    tokens: int
+    """In the prompt."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class Family:
     """What the model sees of a picture, in words."""
     pictures: Literal["one", "several"] = "one"
     """The number of pictures in a prompt in training."""
+    picture: PictureCost | None = None
+    """None where it is not known."""
 
     def warning(self, pictures: int) -> str | None:
         """What to tell somebody who asks about this many pictures in one prompt."""
@@ -44,26 +55,84 @@ class Family:
 
 
 _PADDED, _TILES = "padded to a square with the mean color", "whole, and in tiles of its own shape"
+_CLIP_336, _SIGLIP_384 = PictureCost(1, 576), PictureCost(1, 729)
+_NEXT, _ONEVISION, _SMOLVLM, _SMOLVLM2 = (
+    PictureCost(5, 2340),
+    PictureCost(7, 4725),
+    PictureCost(13, 863),
+    PictureCost(13, 1084),
+)
 
 FAMILIES = (
-    Family("builtin", "", "", None, 1024, image_layout="padded to a square with grey", pictures="several"),
     Family(
-        "llava-llama3", "llava", "llama", "llama3", 8192, token="<|start_header_id|>", fit="pad", image_layout=_PADDED
+        "builtin",
+        "",
+        "",
+        None,
+        1024,
+        image_layout="padded to a square with grey",
+        pictures="several",
+        picture=PictureCost(1, 64),
     ),
-    Family("llava-1.5", "llava", "llama", "llava-1.5", 4096, fit="pad", image_layout=_PADDED),
-    Family("bakllava", "llava", "mistral", "llava-1.5", 32768, fit="pad", image_layout=_PADDED),
-    Family("llava-interleave", "llava", "qwen2", "qwen", 32768, image_layout="resized to a square", pictures="several"),
-    Family("vip-llava", "vipllava", "llama", "vip-llava", 4096, fit="pad", image_layout=_PADDED),
-    Family("llava-1.6-34b", "llava_next", "llama", "llava-1.6-34b", 4096, token="<|im_start|>", image_layout=_TILES),
     Family(
-        "llava-next-llama3", "llava_next", "llama", "llama3", 8192, token="<|start_header_id|>", image_layout=_TILES
+        "llava-llama3",
+        "llava",
+        "llama",
+        "llama3",
+        8192,
+        token="<|start_header_id|>",
+        fit="pad",
+        image_layout=_PADDED,
+        picture=_CLIP_336,
     ),
-    Family("llava-1.6-vicuna", "llava_next", "llama", "llava-1.5", 4096, image_layout=_TILES),
-    Family("llava-1.6-mistral", "llava_next", "mistral", "mistral", 32768, image_layout=_TILES),
-    Family("llava-next-qwen", "llava_next", "qwen2", "qwen", 32768, image_layout=_TILES),
-    Family("llava-onevision", "llava_onevision", "qwen2", "qwen", 32768, image_layout=_TILES, pictures="several"),
-    Family("smolvlm", "idefics3", "llama", None, 8192, image_layout=_TILES, pictures="several"),
-    Family("smolvlm2", "smolvlm", "llama", None, 8192, image_layout=_TILES, pictures="several"),
+    Family("llava-1.5", "llava", "llama", "llava-1.5", 4096, fit="pad", image_layout=_PADDED, picture=_CLIP_336),
+    Family("bakllava", "llava", "mistral", "llava-1.5", 32768, fit="pad", image_layout=_PADDED, picture=_CLIP_336),
+    Family(
+        "llava-interleave",
+        "llava",
+        "qwen2",
+        "qwen",
+        32768,
+        image_layout="resized to a square",
+        pictures="several",
+        picture=_SIGLIP_384,
+    ),
+    Family("vip-llava", "vipllava", "llama", "vip-llava", 4096, fit="pad", image_layout=_PADDED, picture=_CLIP_336),
+    Family(
+        "llava-1.6-34b",
+        "llava_next",
+        "llama",
+        "llava-1.6-34b",
+        4096,
+        token="<|im_start|>",
+        image_layout=_TILES,
+        picture=_NEXT,
+    ),
+    Family(
+        "llava-next-llama3",
+        "llava_next",
+        "llama",
+        "llama3",
+        8192,
+        token="<|start_header_id|>",
+        image_layout=_TILES,
+        picture=_NEXT,
+    ),
+    Family("llava-1.6-vicuna", "llava_next", "llama", "llava-1.5", 4096, image_layout=_TILES, picture=_NEXT),
+    Family("llava-1.6-mistral", "llava_next", "mistral", "mistral", 32768, image_layout=_TILES, picture=_NEXT),
+    Family("llava-next-qwen", "llava_next", "qwen2", "qwen", 32768, image_layout=_TILES, picture=_NEXT),
+    Family(
+        "llava-onevision",
+        "llava_onevision",
+        "qwen2",
+        "qwen",
+        32768,
+        image_layout=_TILES,
+        pictures="several",
+        picture=_ONEVISION,
+    ),
+    Family("smolvlm", "idefics3", "llama", None, 8192, image_layout=_TILES, pictures="several", picture=_SMOLVLM),
+    Family("smolvlm2", "smolvlm", "llama", None, 8192, image_layout=_TILES, pictures="several", picture=_SMOLVLM2),
 )
 
 
@@ -105,6 +174,12 @@ def _fits(family: Family, vocabulary: Collection[str]) -> bool:
         return family.token in vocabulary or not family.token
     template = template_for(vocabulary)
     return template == family.template or (template is None and _END_OF_SEQUENCE in vocabulary)
+
+
+def picture_cost(model_type: str, backbone: str) -> PictureCost | None:
+    """What a photo is for a model of these types; families of one architecture do not differ in it."""
+    kinds = [family for family in FAMILIES if (family.model_type, family.backbone) == (model_type, backbone)]
+    return kinds[0].picture if kinds else None
 
 
 def family_named(name: str) -> Family:

@@ -11,6 +11,7 @@ from llava_cli import limits
 from llava_cli.errors import ModelUnusable
 from llava_cli.models import incomplete, other_formats
 from llava_cli.models.checkpoint_files import pull_command, read_json, unreadable
+from llava_cli.models.geometry import geometry_of_tensors
 from llava_cli.models.registry import Checkpoint
 from llava_cli.regular_files import NotRegular
 from llava_cli.safetensors_header import BadHeader, Header, read_header
@@ -40,13 +41,17 @@ class Weights(list[Path]):
         self.are_of_mlx = any(header.metadata.get("format") == "mlx" for header in headers)
         """Whether MLX wrote them: it has some axes in another order."""
         packed = {name.removesuffix(_SCALES[0]) for name in tensors if name.endswith(_SCALES[0])}
-        self.numbers = sum(
-            2 * (tensor.end - tensor.begin)
+        self.stored_precision = ("4bit" if packed else "8bit") if self.are_quantized else None
+        """In which bitsandbytes has stored them."""
+        counts = {
+            name: 2 * (tensor.end - tensor.begin)
             if name in packed
             else tensor.numbers * _WEIGHTS_PER_VALUE.get(tensor.dtype, 1)
             for name, tensor in tensors.items()
-        )
+        }
+        self.numbers = sum(counts.values())
         """The number of weights."""
+        self.geometry = geometry_of_tensors(tensors, counts)
 
 
 def check_weights(checkpoint: Checkpoint) -> Weights:

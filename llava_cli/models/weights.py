@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cli.errors import ModelUnusable, OutOfMemory, UsageError, model_errors
 from llava_cli.files import quoted
+from llava_cli.hardware import memory
 from llava_cli.models import adapter_merge
 from llava_cli.models.checkpoint_files import CONFIG, pull_command, read_json
+from llava_cli.models.footprint import footprint
+from llava_cli.models.precision import OTHER_MODELS, best_fit, candidates, gigabytes
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.untrusted_config import without_preferences
 from llava_cli.models.weight_files import Weights
@@ -199,7 +202,7 @@ def _read(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, dou
         options: dict[str, Any] = {
             "config": config,
             "dtype": dtype,
-            "device_map": "auto" if _check_memory(name, plan, weights, bool(stored)) else {"": plan.device},
+            "device_map": "auto" if _check_memory(checkpoint, plan, weights, bool(stored)) else {"": plan.device},
             "use_safetensors": True,
             "local_files_only": True,
             "trust_remote_code": False,
@@ -267,20 +270,21 @@ def _recipe(plan: Plan, double_quant: bool) -> str:
     return f"{plan.precision}{'-double' * (double_quant and plan.precision == '4bit')}-{plan.device}"
 
 
-def _check_memory(name: str, plan: Plan, weights: Weights, stored: bool) -> bool:
-    """Whether a model must be spread over several GPUs. Raises `OutOfMemory` where it fits nowhere."""
+def _check_memory(checkpoint: Checkpoint, plan: Plan, weights: Weights, stored: bool) -> bool:
+    """Whether a model must be spread over several GPUs. Raises `OutOfMemory` where its weights fit nowhere."""
     import torch
 
-    from llava_cli.hardware.memory import BYTES_PER_WEIGHT, free_memory
-
-    size, free = sum(path.stat().st_size for path in weights), free_memory(plan.device)
-    parameters = size / weights.bytes_per_weight
-    needed = size if stored else parameters * BYTES_PER_WEIGHT.get(plan.precision, 2.0)
-    if needed > free:
-        smaller = next((p for p in ("bf16", "8bit", "4bit") if parameters * BYTES_PER_WEIGHT[p] <= free), None)
-        hint = f"llava ask -m {name} -p {smaller}" if smaller else "llava models lists what fits this machine"
-        raise OutOfMemory(name, f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", hint)
-    return plan.device == "cuda" and torch.cuda.device_count() > 1 and needed * 1.2 > torch.cuda.mem_get_info()[0]
+    free, need = memory.free_memory(plan.device), footprint(weights.geometry, plan, None)
+    size = sum(path.stat().st_size for path in weights) if stored else need.weights
+    if size > free:
+        total = size + need.cache + need.workspace
+        # An adapter is merged in 16 or 32 bits, whatever is made of them then.
+        is_fixed = stored or checkpoint.adapter
+        smaller = None if is_fixed else best_fit(weights.geometry, candidates(plan), None, free)
+        hint = f"llava ask -m {quoted(checkpoint.name)} -p {smaller.precision}" if smaller else OTHER_MODELS
+        needs = "needs" if not checkpoint.adapter else "with its adapter to merge, needs"
+        raise OutOfMemory(checkpoint.name, f"{needs} {gigabytes(total)}, {gigabytes(free)} are free", hint)
+    return plan.device == "cuda" and torch.cuda.device_count() > 1 and size * 1.2 > torch.cuda.mem_get_info()[0]
 
 
 def _stored_quantization(config: Any) -> Any:

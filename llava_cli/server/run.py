@@ -48,9 +48,15 @@ class ServePolicy:
 
 
 def serve(
-    settings: Settings, address: Address, policy: ServePolicy, on_ready: Callable[[dict[str, Any]], None]
+    settings: Settings,
+    address: Address,
+    policy: ServePolicy,
+    on_ready: Callable[[dict[str, Any]], None],
+    hint: Callable[[str], None],
 ) -> None:
     """Loads the model and serves it until a signal or idleness stops it; `on_ready` gets the `server_info`.
+
+    `hint` gets a line where `auto` takes fewer bits than are best here.
 
     Raises `UsageError`, `OutputTaken`, and what loading a model raises.
     """
@@ -65,7 +71,7 @@ def serve(
         from llava_cli.server.service import Service
 
         identity = engine_identity(settings.load)  # before loading: files that change later are not what is served
-        generation = GenerationService(load_engine(settings.load))
+        generation = GenerationService(load_engine(settings.load, hint=hint))
         service = Service(generation, settings, policy.max_requests, policy.allow_urls)
         server_info = partial(_server_info, service, address, settings.load, identity)
         hosts = {"localhost", address.host.strip("[]"), socket.gethostname(), *address.hosts}

@@ -27,6 +27,7 @@ CHECKS = [
     "end tokens",
     "image tokens",
     "precision",
+    "memory",
     "cpu kernels",
     "forward pass",
     "answer",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from helpers.tables import for_each
 
+from llava_cli.hardware import memory
 from llava_cli.hardware.allocator import read_once
 
 SIZE = 4 << 20
@@ -41,3 +45,42 @@ def test_a_file_that_is_read_once_does_not_stay_in_memory(tmp_path: Path, monkey
         assert resident(path) >= SIZE // 2
     assert resident(path) <= SIZE // 8
     assert int(numbers.sum()) == SIZE + 4
+
+
+def group(folder: Path, files: tuple[str, str, tuple[str, ...]], limit: str, used: int, cached: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in ((files[0], limit), (files[1], str(used)), ("memory.stat", f"{files[2][0]} {cached}\n")):
+        (folder / name).write_text(text)
+
+
+@for_each(
+    "version, limits, expected",
+    [
+        ("", {"": "max", "user": "5000"}, 5000 - 300 + 100),
+        ("", {"": "900", "user": "5000"}, 900 - 300 + 100),
+        ("", {"": "max", "user": "max", "user/own": "200"}, 0),
+        ("", {"": "max"}, None),
+        ("", {}, None),
+        ("memory", {"": "9000", "user/own": "2000"}, 2000 - 300 + 100),
+    ],
+)
+def test_limits_of_all_groups_around_a_process_count(
+    version: str, limits: dict[str, str], expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, limit in limits.items():
+        group(tmp_path / "root" / version / path, memory._CGROUP_FILES[version], limit, 300, 100)
+    (tmp_path / "own").write_text("1:cpu:/elsewhere\n4:memory:/user/own\n0::/user/own\n")
+    monkeypatch.setattr(memory, "_CGROUP_ROOT", tmp_path / "root")
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
+    available = psutil.virtual_memory().available
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": available}))
+    assert memory.free_memory("cpu") == (available if expected is None else expected)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limits")
+def test_a_limit_on_addresses_counts() -> None:
+    command = "from llava_cli.hardware.memory import free_memory; print(free_memory('cpu'))"
+    done = subprocess.run(
+        ["sh", "-c", f'ulimit -v 1000000; exec "$0" -c "{command}"', sys.executable], capture_output=True, check=True
+    )
+    assert 0 < int(done.stdout) < 1_000_000 << 10

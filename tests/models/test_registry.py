@@ -16,6 +16,7 @@ from helpers.tables import for_each
 from llava_cli import files, limits
 from llava_cli.models.aliases import ALIASES
 from llava_cli.models.registry import builtin_folder, find, record_pulled
+from llava_cli.speed import Speed
 
 
 def on_disk(cache: Path, repo: str, weights: str = "model.safetensors") -> Path:
@@ -27,6 +28,13 @@ def on_disk(cache: Path, repo: str, weights: str = "model.safetensors") -> Path:
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0" * 40)
     return snapshot
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second of measuring is for tests of it alone."""
+    speeds = dict.fromkeys(("fp32", "bf16", "8bit", "4bit"), Speed(1e11, 1e10))
+    monkeypatch.setattr("llava_cli.catalog.speeds", lambda: speeds)
 
 
 SIZE = f"{sum(f.stat().st_size for f in builtin_folder().iterdir()) / 1e6:.0f} MB"
@@ -43,12 +51,13 @@ def rows(run: Run) -> dict[str, list[str]]:
 def test_the_list_has_the_built_in_model_and_every_alias(run: Run) -> None:
     found = rows(run)
     assert list(found) == ["builtin", *ALIASES]
-    assert {len(row) for row in found.values()} == {6}
+    assert {len(row) for row in found.values()} == {9}
     assert found["builtin"][0] == "*"
     assert found["builtin"][2:4] == [SIZE, "yes"]
     assert found["llava-1.5-7b"][2:4] == ["14.1 GB", "-"]
-    assert all(row[2].endswith(" GB") for name, row in found.items() if name != "builtin")
-    assert all(row[4] in ("bf16", "8bit", "4bit", "no") for name, row in found.items() if name != "builtin")
+    assert all(row[2].endswith((" GB", " MB")) for name, row in found.items() if name != "builtin")
+    assert {row[4] for row in found.values()} <= {"bf16", "fp32", "8bit", "4bit", "no"}
+    assert all(bool(row[6]) == bool(row[7]) == (row[4] != "no") for row in found.values())
     assert run("models", "list").stdout == run("models").stdout
 
 
@@ -70,7 +79,8 @@ def test_a_folder_is_itself(run: Run, home: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(home)
     chosen = run("models", "default").stdout.strip()
     assert chosen == str(folder), "a default folder is the same one from everywhere"
-    assert rows(run)[chosen] == ["*", chosen, SIZE, "yes", "", ""]
+    assert rows(run)[chosen][:4] == ["*", chosen, SIZE, "yes"]
+    assert rows(run)[chosen][5:] == [*rows(run)["builtin"][5:-1], ""], "the same weights"
 
 
 def test_a_folder_does_not_hide_an_alias(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

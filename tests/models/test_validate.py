@@ -275,20 +275,23 @@ def test_damaged_shards(folder: Path, refused: Refused, damage: Damage, reason: 
 
 
 def of_size(size: int) -> Damage:
-    return header({"a": {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}}, data=size)
+    name, shape = "language_model.model.layers.0.mlp.up_proj.weight", [size // 2000, 1000]
+    return header({name: {"dtype": "F16", "shape": shape, "data_offsets": [0, size]}}, data=size)
 
 
 def test_too_large_for_this_machine(folder: Path, refused: Refused) -> None:
     of_size(8 * 10**12)(folder)
     said = refused(71).stderr
-    assert ", " in said and " GB are free\n  " in said
-    assert "4bit" not in said, "that does not fit either"
+    assert "needs 2250." in said and " GB even in 4 bits, " in said and " GB are free\n  " in said
 
 
 def test_too_large_at_this_precision(folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava_cli.hardware.memory.free_memory", lambda device: 10**10)
+    monkeypatch.setenv("LLAVA_PRECISION", "bf16")
     of_size(2 * 10**10)(folder)
-    assert f"\n  llava ask -m {folder} -p 4bit\n" in refused(71).stderr
+    said = refused(71).stderr
+    assert "needs 20." in said and ", 10.0 GB are free\n" in said
+    assert f"\n  llava ask -m {folder} -p 4bit\n" in said
 
 
 # ---------------------------------------------------------------- templates and code

@@ -20,12 +20,13 @@ from llava_cli.engine.cpu.lm_head import LmHead
 from llava_cli.engine.cpu.packed_weights import PackedWeightStore
 from llava_cli.engine.cpu.projection import Linear
 from llava_cli.engine.cpu.quantized_linear import gemm_kernel
+from llava_cli.engine.cpu.sample_layers import sample_layer
 
 if TYPE_CHECKING:
     from llava_cli.engine.model_patch import ModelPatch
     from llava_cli.hardware.device import Plan
 
-__all__ = ["PackedWeightStore", "accelerate", "compile_ahead", "describe_kernels"]
+__all__ = ["PackedWeightStore", "accelerate", "compile_ahead", "describe_kernels", "sample_layer"]
 
 _BITS = {"4bit": (4, 8), "8bit": (8,)}
 """Bits of the quantized weights that a model of a precision has: the vision tower's get 8."""

@@ -19,7 +19,7 @@ from llava_cli.bounded_http import Deadline, Response, send_request
 from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.remote.image_urls import original_file_url
-from llava_cli.engine.remote.local_socket import UnixHTTPConnection, server_info
+from llava_cli.engine.remote.local_socket import UnixHTTPConnection, is_trusted_socket, server_info
 from llava_cli.engine.remote.openai_client import OpenAIClient, skip_shown
 from llava_cli.engine.remote.openai_messages import messages
 from llava_cli.engine.remote.openai_response import RetryableError, as_text, connection_errors, token_count
@@ -143,6 +143,18 @@ def matching_server(
     identity: dict[str, Any], load: Callable[[], Engine], notify: Callable[[str], None], path: Path
 ) -> LocalServerEngine | None:
     """The engine of the user's own server, if its answers are those of a model with this identity; otherwise None."""
+    info = _matching_info(identity, path)
+    return None if info is None else LocalServerEngine(path, info, load, notify)
+
+
+def serving_precision(identity: dict[str, Any], path: Path) -> str | None:
+    """The precision in which the user's own server answers for a model with this identity; None if it does not."""
+    info = _matching_info(identity, path) if is_trusted_socket(path) else None
+    return None if info is None else str(info["precision"])
+
+
+def _matching_info(identity: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """What the user's own server says of itself, where its answers are those of a model with this identity."""
     info = server_info(path)
     if info is None:
         return None
@@ -150,6 +162,4 @@ def matching_server(
     for name in ("precision", "device"):  # the server lists what it was asked for, what it uses, and perhaps "auto"
         if identity.pop(name) not in info[f"{name}s"]:
             return None
-    if any(info.get(name) != value for name, value in identity.items()):
-        return None
-    return LocalServerEngine(path, info, load, notify)
+    return info if all(info.get(name) == value for name, value in identity.items()) else None

@@ -30,7 +30,7 @@ class IsaTier:
 
     name: str
     required_features: tuple[str, ...]
-    """LLVM's names of the CPU features it takes."""
+    """The CPU features it takes, by Linux's names."""
     lanes: int
     """32-bit elements in a vector register."""
     token_block_sizes: tuple[int, ...]
@@ -41,8 +41,8 @@ class IsaTier:
 
 
 ISA_TIERS = (
-    IsaTier("avx512vnni", ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), 16, (10, 8, 4, 2, 1), True, 127),
-    IsaTier("avxvnni", ("avx2", "fma", "f16c", "avxvnni"), 8, (8, 4, 2, 1), True, 127),
+    IsaTier("avx512vnni", ("avx512f", "avx512bw", "avx512vl", "avx512_vnni"), 16, (10, 8, 4, 2, 1), True, 127),
+    IsaTier("avxvnni", ("avx2", "fma", "f16c", "avx_vnni"), 8, (8, 4, 2, 1), True, 127),
     IsaTier("avx2", ("avx2", "fma", "f16c"), 8, (8, 4, 2, 1), False, 63),
 )
 """The best first."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cli import cache_files, limits, processes
 from llava_cli._version import __version__
+from llava_cli.hardware.cpu import cpu_features
 from llava_cli.paths import kernel_cache
 
 if TYPE_CHECKING:
@@ -166,8 +167,7 @@ def _host_isas() -> tuple[tuple[IsaTier, ...], str]:
         return (), "no llvmlite"
     except OSError:
         return (), "this system does not run code that was compiled here"
-    features = binding.get_host_cpu_features()
-    isas = tuple(isa for isa in ISA_TIERS if all(features.get(need) for need in isa.required_features))
+    isas = tuple(isa for isa in ISA_TIERS if cpu_features().issuperset(isa.required_features))
     return isas, "" if isas else "this CPU has no AVX2"
 
 

@@ -1,0 +1,147 @@
+"""What `llava models` lists: the models that have a name or were pulled, and what to expect of each here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llava_cli.errors import LlavaError
+from llava_cli.hardware.device import Plan, choose_plan, likely_device
+from llava_cli.hardware.memory import free_memory
+from llava_cli.models.aliases import ALIASES
+from llava_cli.models.families import PictureCost, family_named
+from llava_cli.models.footprint import footprint
+from llava_cli.models.geometry import Geometry
+from llava_cli.models.precision import candidates, picture_of
+from llava_cli.models.registry import (
+    BUILTIN,
+    Checkpoint,
+    builtin_folder,
+    default_name,
+    is_folder,
+    on_disk,
+    pulled,
+)
+from llava_cli.models.weight_files import check_weights
+from llava_cli.paths import expand_user
+from llava_cli.settings import QUANTIZED, LoadOptions
+from llava_cli.speed import Outlook, Speeds, outlook, speeds
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What models run on here."""
+
+    plan: Plan
+    """The best one, for a model that fits."""
+    free: int
+    """Bytes of its memory."""
+    speeds: Speeds
+    """Of its CPU, if models run on that."""
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Measures the CPU unless it has been measured. Imports torch for that, or where there may be a GPU."""
+        plan = choose_plan(likely_device(), "auto")
+        return cls(plan, free_memory(plan.device), speeds() if plan.device == "cpu" else {})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory and speed of a model follow from."""
+
+    geometry: Geometry
+    picture: PictureCost | None
+    stored: str | None = None
+    """The precision of weights that are stored quantized, and have no other."""
+
+    def plans(self, plan: Plan) -> list[Plan]:
+        """Those that `auto` may take, the best first."""
+        return [replace(plan, precision=self.stored)] if self.stored else candidates(plan)
+
+    def outlook(self, machine: Machine) -> Outlook:
+        return outlook(self.geometry, self.picture, self.plans(machine.plan), machine.free, machine.speeds)
+
+    def memory(self, machine: Machine) -> dict[str, int]:
+        """Bytes by precision, in 16 bits or fewer."""
+        if self.stored:
+            plans = self.plans(machine.plan)
+        else:
+            half = "fp16" if machine.plan.precision == "fp16" else "bf16"
+            plans = [replace(machine.plan, precision=precision) for precision in (half, *QUANTIZED)]
+        return {plan.precision: footprint(self.geometry, plan, self.picture).total for plan in plans}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model in the list."""
+
+    name: str
+    is_default: bool
+    bytes: int | None
+    """On disk, or of its download; None where neither is known."""
+    on_disk: bool
+    outlook: Outlook | None
+    """None where a checkpoint's weights cannot be read."""
+    note: str = ""
+
+    def as_object(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        expected = self.outlook
+        return {
+            "model": self.name,
+            "default": self.is_default,
+            "bytes": self.bytes,
+            "on_disk": self.on_disk,
+            "auto": expected and expected.precision,
+            "memory": expected and expected.memory,
+            "first_token_seconds": expected and _rounded(expected.first_token_seconds),
+            "tokens_per_second": expected and _rounded(expected.tokens_per_second),
+            "note": self.note,
+        }
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else float(f"{number:.3g}")
+
+
+def entries(options: LoadOptions) -> Iterator[Entry]:
+    """The built-in model, those that have a name, and others that were pulled or are the default."""
+    machine, default = Machine.here(), default_name(options)
+
+    def entry(name: str, size: int | None, is_here: bool, sizes: Sizes | None, note: str = "") -> Entry:
+        return Entry(name, name == default, size, is_here, sizes.outlook(machine) if sizes else None, note)
+
+    folder = builtin_folder()
+    note = "demonstration: drawings of shapes"
+    yield entry(BUILTIN, folder_size(folder), True, sizes_of(Checkpoint(BUILTIN, folder)), note)
+    for name, alias in ALIASES.items():
+        yield entry(name, alias.bytes, on_disk(name) is not None, sizes_of_alias(name), alias.note)
+    for name in dict.fromkeys([*pulled(), default]):
+        if name not in ALIASES and name != BUILTIN:
+            here = expand_user(name) if is_folder(name) else on_disk(name)
+            if here and os.path.isdir(here):
+                yield entry(name, folder_size(here), True, sizes_of(Checkpoint(name, here)))
+            else:
+                yield entry(name, None, False, None)
+
+
+def sizes_of_alias(name: str) -> Sizes:
+    alias = ALIASES[name]
+    return Sizes(alias.geometry, family_named(alias.family).picture)
+
+
+def sizes_of(checkpoint: Checkpoint) -> Sizes | None:
+    """The sizes of a checkpoint's weights, from their headers; None where they cannot be read."""
+    try:
+        weights = check_weights(checkpoint)
+        return Sizes(weights.geometry, picture_of(checkpoint, weights.geometry), weights.stored_precision)
+    except LlavaError:
+        return None
+
+
+def folder_size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.exists())

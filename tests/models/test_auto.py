@@ -1,0 +1,243 @@
+"""What `auto` takes on machines of all kinds, what is said about it, and that a run stays with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.command import Run
+from helpers.tables import for_each
+from PIL import Image
+
+from llava_cli.hardware import cpu, memory
+from llava_cli.hardware.device import Plan, choose_plan
+from llava_cli.models import precision
+from llava_cli.models.aliases import ALIASES
+from llava_cli.models.families import family_named
+from llava_cli.models.footprint import footprint
+from llava_cli.models.geometry import Geometry
+from llava_cli.models.precision import best_fit, candidates, picture_of
+from llava_cli.models.registry import Checkpoint
+from llava_cli.models.weight_files import check_weights
+
+ZEN4, ZEN3, SAPPHIRE_RAPIDS, GRAVITON3, GRAVITON2 = (
+    frozenset(names.split())
+    for names in (
+        "avx2 fma avx512f avx512_vnni avx512_bf16",
+        "avx2 fma f16c",
+        "avx2 avx512f avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8",
+        "asimd bf16 i8mm",
+        "asimd asimddp",
+    )
+)
+
+
+@for_each(
+    "features, expected",
+    [(ZEN4, "bf16"), (SAPPHIRE_RAPIDS, "bf16"), (GRAVITON3, "bf16"), (ZEN3, "fp32"), (GRAVITON2, "fp32"), ((), "fp32")],
+)
+def test_bf16_is_for_cpus_that_multiply_in_it(
+    features: frozenset[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "cpu_features", lambda: frozenset(features))
+    assert choose_plan("cpu", "auto").precision == expected
+    for quantized in ("8bit", "4bit"):
+        assert Plan("cpu", quantized, "sdpa", "").compute_precision == expected
+
+
+@for_each(
+    "name, machine, features, has_bitsandbytes, gigabytes, expected",
+    [
+        ("llava-1.5-7b", "cpu", ZEN4, True, 20, "bf16"),
+        ("llava-1.5-7b", "cpu", ZEN4, True, 12, "8bit"),
+        ("llava-1.5-7b", "cpu", ZEN4, True, 7, "4bit"),
+        ("llava-1.5-7b", "cpu", ZEN4, True, 4, None),
+        ("llava-1.5-7b", "cpu", ZEN4, False, 20, "bf16"),
+        ("llava-1.5-7b", "cpu", ZEN4, False, 12, None),
+        ("llava-1.5-7b", "cpu", ZEN3, True, 40, "fp32"),
+        ("llava-1.5-7b", "cpu", ZEN3, True, 20, "8bit"),
+        ("llava-1.5-7b", "cpu", ZEN3, True, 9, "4bit"),
+        ("llava-1.5-7b", "cpu", ZEN3, False, 20, None),
+        ("llava-1.5-7b", "cuda", ZEN3, True, 24, "bf16"),
+        ("llava-1.5-7b", "cuda", ZEN3, True, 12, "8bit"),
+        ("llava-1.5-7b", "cuda", ZEN3, True, 8, "4bit"),
+        ("llava-1.6-34b", "cpu", SAPPHIRE_RAPIDS, True, 64, "8bit"),
+        ("llava-1.6-34b", "cpu", SAPPHIRE_RAPIDS, True, 32, "4bit"),
+        ("smolvlm-256m", "cpu", ZEN3, True, 4, "fp32"),
+    ],
+)
+def test_the_best_precision_that_fits(
+    name: str,
+    machine: str,
+    features: frozenset[str],
+    has_bitsandbytes: bool,
+    gigabytes: float,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "cpu_features", lambda: features)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    monkeypatch.setattr(precision, "can_quantize", lambda: has_bitsandbytes)
+    plan = Plan(machine, "", "sdpa", "")
+    picture = family_named(ALIASES[name].family).picture
+    fitting = best_fit(ALIASES[name].geometry, candidates(plan), picture, int(gigabytes * 1e9))
+    assert (fitting.precision if fitting else None) == expected
+
+
+def test_geometry_of_files_is_that_of_a_model(checkpoint: Callable[[str], Path]) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    for family in ("llava-llama", "llava-next-mistral", "llava-onevision", "smolvlm"):
+        model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint(family))
+        text = model.config.get_text_config()
+        decoder, head = model.get_decoder(), model.get_output_embeddings()
+        linear = [layer for layer in decoder.modules() if type(layer) is torch.nn.Linear and layer is not head]
+        weights = check_weights(Checkpoint(family, checkpoint(family)))
+        found = weights.geometry
+        assert found.inner == sum(layer.weight.numel() for layer in linear), family
+        assert found.head == head.weight.numel(), family
+        assert found.total == weights.numbers, family
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        assert found.cache == 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim, family
+        assert found.patches >= (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
+
+
+def test_facts_of_named_models_agree_with_their_numbers_of_weights() -> None:
+    """Less than 5 % is in projectors and norms, which are left out."""
+    for name, alias in ALIASES.items():
+        if alias.parts:
+            assert alias.geometry.total == pytest.approx(alias.parameters * 1e9, rel=0.05), name
+
+
+def test_a_photo_is_as_many_tokens_as_processors_make_of_it() -> None:
+    from helpers import families
+    from transformers import Idefics3Processor, LlavaNextProcessor, LlavaOnevisionProcessor, SmolVLMProcessor
+
+    next_grid = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    onevision_grid = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+    words = families.tokenizer()
+    next_pixels = families.LlavaNextImageProcessorPil(
+        image_grid_pinpoints=next_grid, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    )
+    onevision_pixels = families.LlavaOnevisionImageProcessorPil(
+        image_grid_pinpoints=onevision_grid, size={"height": 384, "width": 384}
+    )
+    smol = families._smol()
+    processors = {
+        "llava-1.6-mistral": LlavaNextProcessor(
+            next_pixels,
+            words,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        ),
+        "llava-onevision": families._still(LlavaOnevisionProcessor)(
+            image_processor=onevision_pixels,
+            tokenizer=families._qwen(),
+            num_image_tokens=729,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_9",
+        ),
+        "smolvlm": Idefics3Processor(
+            families.Idefics3ImageProcessorPil(size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}),
+            tokenizer=smol,
+            image_seq_len=64,
+        ),
+        "smolvlm2": families._still(SmolVLMProcessor)(
+            families.SmolVLMImageProcessorPil(size={"longest_edge": 1536}, max_image_size={"longest_edge": 384}),
+            video_processor=None,
+            tokenizer=smol,
+            image_seq_len=81,
+        ),
+    }
+    photo = Image.new("RGB", (1024, 768))
+    for name, processor in processors.items():
+        inputs = processor(images=[photo], text=["<image>"], return_tensors="pt")
+        picture = family_named(name).picture
+        assert picture is not None
+        assert inputs["pixel_values"].shape[1] == picture.crops, name
+        assert inputs["input_ids"].shape[1] == pytest.approx(picture.tokens, abs=2), name
+
+
+# ---------------------------------------------------------------- through the command
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny checkpoint, on a CPU whose best precision is fp32."""
+    monkeypatch.setattr(cpu, "cpu_features", lambda: ZEN3)
+    return checkpoint("llava-llama")
+
+
+def leave(monkeypatch: pytest.MonkeyPatch, folder: Path, precision: str, spare: int) -> None:
+    """Leaves as much memory as a checkpoint takes in a precision, and `spare` bytes more."""
+    geometry: Geometry = check_weights(Checkpoint("", folder)).geometry
+    plan = Plan("cpu", precision, "sdpa", "")
+    free = footprint(geometry, plan, picture_of(Checkpoint("", folder), geometry)).total + spare
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+
+
+def test_auto_takes_fewer_bits_where_memory_is_short_and_says_so(
+    folder: Path, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = ("ask", "-m", folder, drawing, "what?", "--max-tokens", "1", "--json")
+    for bits in ("8", "4"):
+        leave(monkeypatch, folder, f"{bits}bit", 0)
+        done = run(*ask)
+        assert json.loads(done.stdout)["precision"] == f"{bits}bit"
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"llava: {folder}: in {bits} bits (0.5 GB), for fp32 takes 0.5 GB and ")
+        assert line.endswith("; -p fp32 asks for it all the same")
+        assert run(*ask, "-q").stderr == ""
+    done = run(*ask, "-p", "fp32")
+    assert (json.loads(done.stdout)["precision"], done.stderr) == ("fp32", "")
+    leave(monkeypatch, folder, "fp32", 0)
+    assert json.loads(run(*ask).stdout)["precision"] == "fp32"
+    leave(monkeypatch, folder, "4bit", -1)
+    done = run(*ask)
+    assert (done.exit_code, done.stdout) == (71, "")
+    assert done.stderr.startswith(f"llava: {folder}: needs 0.5 GB even in 4 bits, ")
+    assert f"\n  llava ask -m {folder} -p 4bit tries it; llava models lists" in done.stderr
+
+
+def test_what_could_be_quantized_is_named_where_nothing_quantizes(
+    folder: Path, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(monkeypatch, folder, "fp32", -1)
+    monkeypatch.setattr(precision, "can_quantize", lambda: False)
+    done = run("ask", "-m", folder, drawing, "what?")
+    assert done.exit_code == 71
+    assert "; 8 and 4 bits take less, and bitsandbytes is missing\n  pip install bitsandbytes\n" in done.stderr
+
+
+def test_a_batch_goes_on_in_the_precision_that_it_began_with(
+    folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    rows = tmp_path / "rows.jsonl"
+    batch = ("batch", tmp_path, "what?", "-m", folder, "--max-tokens", "1", "-o", rows)
+
+    def saved() -> Any:
+        return json.loads((tmp_path / "rows.jsonl.run/settings.json").read_text())["precision"]
+
+    leave(monkeypatch, folder, "4bit", 0)
+    assert "in 4 bits" in run(*batch).stderr
+    assert saved() == "4bit"
+    leave(monkeypatch, folder, "fp32", 0)
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "b.png")
+    done = run(*batch, "--extend")
+    assert (done.exit_code, saved(), len(rows.read_text().splitlines())) == (0, "4bit", 2)
+    assert run(*batch, "-p", "fp32").exit_code == 65
+
+    rows.unlink()
+    (tmp_path / "rows.jsonl.run/settings.json").unlink()
+    assert run(*batch).exit_code == 0
+    assert saved() == "fp32"
+    leave(monkeypatch, folder, "8bit", 0)
+    (tmp_path / "a.png").rename(tmp_path / "c.png")
+    done = run(*batch, "--extend")
+    assert (done.exit_code, saved()) == (0, "fp32"), done.stderr
