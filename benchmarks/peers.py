@@ -102,6 +102,12 @@ def gguf(cache: Path, size: str) -> Path:
     return made(cache / f"{size}.gguf", lambda part: subprocess.run([*command, part], check=True))
 
 
+def gguf_here(cache: Path, size: str) -> Path:
+    """The same, written by this environment."""
+    command = [sys.executable, WORKERS / "llama_write.py", checkpoint(cache, size) / "config.json"]
+    return made(cache / f"{size}.gguf", lambda part: subprocess.run([*command, part], check=True))
+
+
 def exported(cache: Path, size: str) -> Path:
     command = [export_python(cache), WORKERS / "ov_export.py", checkpoint(cache, size)]
     # It has a lot to say.

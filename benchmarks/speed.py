@@ -190,9 +190,14 @@ def machine() -> Figures:
     return limits
 
 
+def processor() -> str:
+    """Its name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
+
+
 def about(limits: list[Figures], contenders: list[Contender], cache: Path) -> str:
     """What it ran on, and what of."""
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
     packages = {package: one.python(cache) for one in contenders for package in one.packages}
     ask = "import sys, importlib.metadata as m; print(m.version(sys.argv[1]))"
     versions = [
@@ -201,7 +206,7 @@ def about(limits: list[Figures], contenders: list[Contender], cache: Path) -> st
     ]
     most = [f"{' to '.join(f'{one[name]:.0f}' for one in limits)} {name}" for name in limits[0] if name != "memory"]
     return (
-        f"{cpu.partition(': ')[2]}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
+        f"{processor()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
         f"Python {platform.python_version()}, {', '.join(versions)}. At most {', '.join(most)} (before to after)."
     )
 

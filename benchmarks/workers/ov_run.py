@@ -15,6 +15,7 @@ from work import (
     CHAT_TOKENS,
     LATER,
     QUESTION,
+    TALK_PICTURES,
     THREADS,
     Figures,
     batch_of,
@@ -67,6 +68,13 @@ class OpenVino:
         self._generate(LATER[1], 2, clock=clock)
         self.pipeline.finish_chat()
         return {"chat": clock.times[0] - begin}
+
+    def talk(self) -> Figures:
+        self.pipeline.start_chat()
+        for has_picture in TALK_PICTURES:
+            told = self._generate(QUESTION, CHAT_TOKENS, [self._picture()] if has_picture else [])
+        self.pipeline.finish_chat()
+        return {"talk tokens": told.get_num_input_tokens()}
 
     def batch(self) -> Figures:
         return batch_of(self.path, self._answer_all)

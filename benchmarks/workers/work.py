@@ -27,6 +27,8 @@ CHAT_TOKENS = 24
 """How long a chat's answers are."""
 BATCH, BATCH_TOKENS = 4, 32
 """How many pictures a batch has, and how long its answers are."""
+TALK_PICTURES = (True, False, True, False, False)
+"""Which turns of the talk whose memory is measured bring a picture."""
 THREADS = 2
 
 Figures = dict[str, float]

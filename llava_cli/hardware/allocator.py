@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 import threading
@@ -10,6 +11,10 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 TRIM_EVERY = 200
 """Answers after which a long run calls `trim_heap`."""
@@ -48,19 +53,33 @@ def trim_heap() -> None:
         _libc().malloc_trim(0)
 
 
+def mapped_memory(size: int) -> torch.Tensor:
+    """Bytes outside the heap, on this CPU: they are taken as they are written, and given back with the tensor.
+
+    Large tensors that outlive many others belong here. In the heap each leaves a hole that a larger one does not fit.
+    """
+    import torch
+
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)
+
+
 @contextmanager
 def read_once(files: Iterable[Path]) -> Iterator[None]:
     """Meanwhile pages of these files leave memory soon after they are read through a mapping (on Linux).
 
-    Quantizing needs each tensor of a checkpoint once; without this a 7B's 14 GB end up beside its 4-bit weights.
+    So does what is free between blocks of the heap. Quantizing needs each tensor of a checkpoint once, and packing one
+    layer at a time; without this a 7B's 14 GB end up beside its 4-bit weights.
     """
     names, ended = {os.path.realpath(file) for file in files}, threading.Event()
 
     def page_out_repeatedly() -> None:
         with suppress(AttributeError, OSError):  # another system
-            while not ended.wait(_PAGE_OUT_SECONDS):
+            is_last = False
+            while not is_last:
+                is_last = ended.wait(_PAGE_OUT_SECONDS)
                 _page_out(names)
-            _page_out(names)
+                trim_heap()
 
     thread = threading.Thread(target=page_out_repeatedly, daemon=True)
     thread.start()

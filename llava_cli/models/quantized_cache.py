@@ -15,20 +15,24 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_cli import cache_files, files, limits
 from llava_cli.bounded_json import Bounds, loads
 from llava_cli.errors import ModelUnusable
+from llava_cli.hardware.allocator import read_once
 from llava_cli.models.fingerprint import fingerprint
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.weight_files import Weights, check_weights
 from llava_cli.paths import quantized_cache
 
+if TYPE_CHECKING:
+    import torch
+
 FORMAT = 1
 """Changes with which layers are quantized, or how."""
-SHARD = "500MB"
-"""No file is larger, because each is in memory once more while it is written."""
+SHARD = "250MB"
+"""No file is larger before its weights get more bits, for which they are in memory twice."""
 LABEL = "made_of.json"
 
 
@@ -87,14 +91,14 @@ def claim(copy: QuantizedCopy) -> bool:
     return True
 
 
-def keep(model: Any, copy: QuantizedCopy) -> bool:
+def keep(model: Any, copy: QuantizedCopy, dtype: torch.dtype) -> bool:
     """Writes the copy, all of it or nothing, and says whether it exists. Without space the next start quantizes again.
 
-    Call it before the model's first forward pass, in which bitsandbytes rearranges weights for the CPU and rounds
-    scales.
+    Weights that are not quantized are in `dtype` there, or in more bits, so that they are mapped as they are. Call it
+    before the model's first forward pass, in which bitsandbytes rearranges weights for the CPU and rounds scales.
     """
     new = copy.path.with_name(f".{copy.path.name}-{os.getpid()}")
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    size = sum(tensor.numel() * _itemsize(tensor, dtype) for tensor in model.state_dict().values())
     try:
         cache_files.make_folder(new.parent)
         if shutil.disk_usage(new.parent).free < size + cache_files.DISK_RESERVE:
@@ -102,6 +106,9 @@ def keep(model: Any, copy: QuantizedCopy) -> bool:
         shutil.rmtree(new, ignore_errors=True)  # left by an earlier process with this number
         files.make_new_folder(new, 0o700)
         model.save_pretrained(new, max_shard_size=SHARD)
+        with read_once(shards := list(new.glob("*.safetensors"))):
+            for path in shards:
+                _widen(path, dtype)
         _write_label(new, copy.recipe)
         for file in new.iterdir():
             file.chmod(0o600)  # whatever the umask is
@@ -113,6 +120,23 @@ def keep(model: Any, copy: QuantizedCopy) -> bool:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return True
+
+
+def _itemsize(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    """Bytes of one of a tensor's values where those in floating point have at least as many as `dtype`."""
+    return max(tensor.itemsize, dtype.itemsize) if tensor.is_floating_point() else tensor.itemsize
+
+
+def _widen(path: Path, dtype: torch.dtype) -> None:
+    """Rewrites a file whose weights in floating point have fewer bits than `dtype`."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)  # mapped
+    wide = {name: t.to(dtype) if _itemsize(t, dtype) > t.itemsize else t for name, t in tensors.items()}
+    if any(wide[name] is not tensors[name] for name in tensors):
+        new = path.with_suffix(".wide")
+        save_file(wide, new, {"format": "pt"})
+        new.replace(path)
 
 
 def _write_label(folder: Path, recipe: Recipe) -> None:

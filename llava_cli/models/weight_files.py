@@ -33,7 +33,8 @@ class Weights(list[Path]):
         super().__init__(paths)
         headers = list(headers)
         tensors = {name: tensor for header in headers for name, tensor in header.items()}
-        dtypes = {tensor.dtype for tensor in tensors.values()}
+        self.dtypes = dtypes = {tensor.dtype for tensor in tensors.values()}
+        """By their names in safetensors."""
         self.bytes_per_weight = 4.0 if dtypes == {"F32"} else 2.0
         """In the files."""
         self.are_quantized = bool(dtypes & {"U8", "I8"}) and any(name.endswith(_SCALES) for name in tensors)

@@ -158,10 +158,15 @@ def _quantize(
     from llava_cli.hardware.allocator import read_once, trim_heap
     from llava_cli.models import quantized_cache
 
+    stored_dtype = _mappable_dtype(plan, weights)
     with read_once(weights):
-        model = _read(checkpoint, config, plan, weights, options.double_quant)
-    spans_gpus = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-    if spans_gpus or not quantized_cache.keep(model, copy):
+        model = _read(checkpoint, config, plan, weights, options.double_quant, stored_dtype)
+        spans_gpus = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        is_kept = not spans_gpus and quantized_cache.keep(model, copy, _compute_dtype(plan))
+    if not is_kept:
+        if stored_dtype:
+            del model
+            model = _read(checkpoint, config, plan, weights, options.double_quant)
         return LoadedModel(model, None)
     del model
     gc.collect()
@@ -182,9 +187,37 @@ def _read_copy(checkpoint: Checkpoint, plan: Plan, copy: QuantizedCopy) -> Any:
     return _read(stored, load_config(stored, read_json(stored, CONFIG)), plan, weights)
 
 
-def _read(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, double_quant: bool = False) -> Any:
-    """The model with its weights; quantized on the way where the plan says so and they are not stored like that."""
+def _compute_dtype(plan: Plan) -> torch.dtype:
     import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.compute_precision]
+
+
+def _mappable_dtype(plan: Plan, weights: Weights) -> torch.dtype | None:
+    """The 16 bits that all weights are stored in, where a model that is to be quantized computes in 32; else None.
+
+    Read in these, the weights that are not quantized stay in the mapped file: in 32 bits a 1B has 1.7 GB of them. What
+    is quantized has the same bits either way.
+    """
+    import torch
+
+    mappable = {"BF16": torch.bfloat16, "F16": torch.float16}
+    widens = plan.compute_precision == "fp32" and len(weights.dtypes) == 1
+    return mappable.get(next(iter(weights.dtypes))) if widens else None
+
+
+def _read(
+    checkpoint: Checkpoint,
+    config: Any,
+    plan: Plan,
+    weights: Weights,
+    double_quant: bool = False,
+    stored_dtype: torch.dtype | None = None,
+) -> Any:
+    """The model with its weights; quantized on the way where the plan says so and they are not stored like that.
+
+    With `stored_dtype` those that are not quantized are in it, else in the plan's.
+    """
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
     from llava_cli.models.stored_quantization import leave_unpacked, misfit
@@ -196,8 +229,8 @@ def _read(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, dou
     merged = None  # before quantization: quantized weights cannot be changed exactly
     if checkpoint.adapter and quantized:
         merged = _read(checkpoint, config, replace(plan, precision=plan.compute_precision, device="cpu"), weights)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes[plan.compute_precision]
+    compute_dtype = _compute_dtype(plan)
+    dtype = stored_dtype or compute_dtype
     with model_errors(name, "its weights cannot be loaded", pull_command(name)):
         options: dict[str, Any] = {
             "config": config,
@@ -213,7 +246,7 @@ def _read(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, dou
         if plan.attention == "flash_attention_2":  # torch's own is the default, for the models that can use it
             options["attn_implementation"] = plan.attention
         if quantized and not stored:
-            options["quantization_config"] = _quantization_config(name, plan, config, dtype, double_quant)
+            options["quantization_config"] = _quantization_config(name, plan, config, compute_dtype, double_quant)
         loaded: Any
         if merged:
             options["config"] = merged.config  # in which embeddings and head may have been untied by the adapter
@@ -231,6 +264,10 @@ def _read(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, dou
     if quantized:
         leave_unpacked(model)
         _cast_unquantized(model, dtype)
+    if stored_dtype:
+        for weight in model.parameters():
+            if state := getattr(weight, "quant_state", None):
+                state.dtype = compute_dtype
     return model.eval()
 
 
@@ -266,8 +303,12 @@ def _check_fit(name: str, info: Any, weights: Weights) -> None:
 
 
 def _recipe(plan: Plan, double_quant: bool) -> str:
-    """What quantized weights depend on besides those that they are made of."""
-    return f"{plan.precision}{'-double' * (double_quant and plan.precision == '4bit')}-{plan.device}"
+    """What a copy depends on besides the weights that it is made of.
+
+    A copy in other bits than those that a CPU computes in would be in memory, not mapped.
+    """
+    wide = "-fp32" if plan.compute_precision == "fp32" else ""
+    return f"{plan.precision}{'-double' * (double_quant and plan.precision == '4bit')}-{plan.device}{wide}"
 
 
 def _check_memory(checkpoint: Checkpoint, plan: Plan, weights: Weights, stored: bool) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.command import Run
 from helpers.engines import CONVERSATIONS
 from helpers.tables import for_each
@@ -29,9 +30,9 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     keep = quantized_cache.keep
 
-    def told(model: object, copy: QuantizedCopy) -> bool:
+    def told(model: object, copy: QuantizedCopy, dtype: torch.dtype) -> bool:
         made.append(copy.path.name)
-        return keep(model, copy)
+        return keep(model, copy, dtype)
 
     monkeypatch.setattr(quantized_cache, "keep", told)
     return made
@@ -59,7 +60,7 @@ def test_a_copy_answers_like_what_it_was_made_of(
 
     list(quantized_cache.prune())
     with monkeypatch.context() as without:
-        without.setattr(quantized_cache, "keep", lambda model, copy: False)
+        without.setattr(quantized_cache, "keep", lambda model, copy, dtype: False)
         itself = answer()
     assert not kept()
     assert answer() == itself
