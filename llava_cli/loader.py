@@ -218,7 +218,7 @@ def _text_sandbox(checkpoint: Checkpoint) -> TextSandbox:
 
 
 def _prompter(checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptions, sandbox: TextSandbox) -> Prompter:
-    from llava_cli.prompts.processor import load_processor
+    from llava_cli.prompts.processor import embedded_tokens, load_processor
     from llava_cli.prompts.prompter import Prompter
 
     _check_visual_tokens(checkpoint, kind, options)
@@ -228,7 +228,6 @@ def _prompter(checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptio
         raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", pull_command(checkpoint.name)) from None
     processor = load_processor(checkpoint, kind, config)
     family = _family(checkpoint, config, processor.tokenizer)
-    text = config.get_text_config()
     return Prompter(
         processor,
         options.template,
@@ -236,8 +235,8 @@ def _prompter(checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptio
         family,
         options.visual_tokens,
         sandbox,
-        context=getattr(text, "max_position_embeddings", None),
-        vocab_size=getattr(text, "vocab_size", None),
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        vocab_size=embedded_tokens(config),
     )
 
 

@@ -66,6 +66,22 @@ FAMILIES = (
     Family("smolvlm2", "smolvlm", "llama", None, 8192, image_layout=_TILES, pictures="several"),
 )
 
+READS_PARTS = frozenset(
+    {
+        "aya_vision",
+        "idefics2",
+        "idefics3",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "mistral3",
+        "smolvlm",
+        "vipllava",
+    }
+)
+"""Model types whose prompts were found to be read right in parts and beside others, with padding on their left."""
+
 
 _TEMPLATE_TOKENS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),

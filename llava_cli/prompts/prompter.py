@@ -15,6 +15,7 @@ from llava_cli.images.resize import limit_size, make_square
 from llava_cli.models.families import Family
 from llava_cli.prompts.chat_template import ChatTemplate, Messages, choose_template, is_shipped, template_hint
 from llava_cli.prompts.image_cache import ProcessedImageCache, same_images
+from llava_cli.prompts.processor import image_token_id
 from llava_cli.prompts.sandbox import (
     PIECE_CHARACTERS,
     CheckedTokenizer,
@@ -147,7 +148,7 @@ class Prompter:
         return inputs
 
     def _image_token_id(self) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+        return image_token_id(self.processor)
 
     def _fit_all(self, images: list[Image]) -> list[Image]:
         """Pictures as the processor gets them; the same objects again if the last prompt had these pictures."""
