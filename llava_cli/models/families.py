@@ -25,25 +25,26 @@ class Family:
     """`model_type` of the config's `text_config`."""
     template: str | None
     """The prompt format of training, a file in `templates/`; None if the checkpoint's own template is that format."""
-    context: int
-    """The most tokens of prompt and answer together."""
+    context: int | None = None
+    """The most tokens of prompt and answer together; None if its checkpoints differ in that."""
     token: str = ""
     """A token in its vocabulary that other families of the same architecture lack."""
     fit: Literal["pad"] | None = None
     """How pictures are made square before the processor sees them; None leaves that to the processor."""
     image_layout: str = ""
     """What the model sees of a picture, in words."""
-    pictures: Literal["one", "several"] = "one"
-    """The number of pictures in a prompt in training."""
+    pictures: Literal["one", "several", ""] = "one"
+    """The number of pictures in a prompt in training; empty if that is not known."""
 
     def warning(self, pictures: int) -> str | None:
         """What to tell somebody who asks about this many pictures in one prompt."""
-        if pictures < 2 or self.pictures == "several":
+        if pictures < 2 or self.pictures != "one":
             return None
         return f"llava: {self.name} models were trained with one picture; about several they may be wrong"
 
 
 _PADDED, _TILES = "padded to a square with the mean color", "whole, and in tiles of its own shape"
+_SQUARE, _OWN_SHAPE = "resized to a square", "in their own shape"
 
 FAMILIES = (
     Family("builtin", "", "", None, 1024, image_layout="padded to a square with grey", pictures="several"),
@@ -51,8 +52,9 @@ FAMILIES = (
         "llava-llama3", "llava", "llama", "llama3", 8192, token="<|start_header_id|>", fit="pad", image_layout=_PADDED
     ),
     Family("llava-1.5", "llava", "llama", "llava-1.5", 4096, fit="pad", image_layout=_PADDED),
+    Family("pixtral", "llava", "mistral", None, token="[IMG_BREAK]", image_layout=_OWN_SHAPE, pictures="several"),
     Family("bakllava", "llava", "mistral", "llava-1.5", 32768, fit="pad", image_layout=_PADDED),
-    Family("llava-interleave", "llava", "qwen2", "qwen", 32768, image_layout="resized to a square", pictures="several"),
+    Family("llava-interleave", "llava", "qwen2", "qwen", 32768, image_layout=_SQUARE, pictures="several"),
     Family("vip-llava", "vipllava", "llama", "vip-llava", 4096, fit="pad", image_layout=_PADDED),
     Family("llava-1.6-34b", "llava_next", "llama", "llava-1.6-34b", 4096, token="<|im_start|>", image_layout=_TILES),
     Family(
@@ -64,6 +66,19 @@ FAMILIES = (
     Family("llava-onevision", "llava_onevision", "qwen2", "qwen", 32768, image_layout=_TILES, pictures="several"),
     Family("smolvlm", "idefics3", "llama", None, 8192, image_layout=_TILES, pictures="several"),
     Family("smolvlm2", "smolvlm", "llama", None, 8192, image_layout=_TILES, pictures="several"),
+    Family("qwen2-vl", "qwen2_vl", "qwen2_vl_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("qwen2.5-vl", "qwen2_5_vl", "qwen2_5_vl_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("qwen3-vl", "qwen3_vl", "qwen3_vl_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("gemma-3", "gemma3", "gemma3_text", None, image_layout=_SQUARE, pictures="several"),
+    Family("internvl3", "internvl", "qwen2", None, image_layout=_TILES, pictures="several"),
+    Family("internvl3.5", "internvl", "qwen3", None, image_layout=_TILES, pictures="several"),
+    Family("paligemma", "paligemma", "gemma", "paligemma", token="<image>", image_layout=_SQUARE, pictures=""),
+    Family("paligemma2", "paligemma", "gemma2", "paligemma", token="<image>", image_layout=_SQUARE, pictures=""),
+    Family("mistral-3", "mistral3", "mistral", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("aya-vision", "aya_vision", "cohere2", None, image_layout=_TILES, pictures="several"),
+    Family("llama-3.2-vision", "mllama", "mllama_text_model", None, image_layout="in tiles", pictures=""),
+    Family("idefics2", "idefics2", "mistral", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("glm-4v", "glm4v", "glm4v_text", None, image_layout=_OWN_SHAPE, pictures="several"),
 )
 
 READS_PARTS = frozenset(

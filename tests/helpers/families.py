@@ -160,7 +160,7 @@ _smol = partial(
 )
 
 
-def text(words: PreTrainedTokenizerFast, kind: Callable[..., Any] = LlamaConfig, **more: Any) -> Any:
+def language_config(words: PreTrainedTokenizerFast, kind: Callable[..., Any] = LlamaConfig, **more: Any) -> Any:
     return kind(
         vocab_size=len(words),
         hidden_size=64,
@@ -211,7 +211,7 @@ def _llava(
     strategy, cls = config["vision_feature_select_strategy"], int(not siglip)
     made = LlavaConfig(
         vision_config=siglip() if siglip else _clip(),
-        text_config=text(made_words, text),
+        text_config=language_config(made_words, text),
         image_token_index=made_words.convert_tokens_to_ids("<image>"),
         image_seq_length=(SIDE // PATCH) ** 2 + (cls if strategy == "full" else cls - 1),
         **config,
@@ -237,7 +237,7 @@ def _vip(**config: Any) -> tuple[Any, Any]:
     config = {"vision_feature_layers": [-2, -3, 1], **config}
     made = VipLlavaConfig(
         vision_config=_clip(),
-        text_config=text(processor.tokenizer),
+        text_config=language_config(processor.tokenizer),
         image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(SIDE // PATCH) ** 2,
         **config,
@@ -249,7 +249,7 @@ def _next(text: Callable[..., Any], template: str, words: Words = tokenizer, **c
     made_words = words()
     made = LlavaNextConfig(
         vision_config=_clip(),
-        text_config=text(made_words, text),
+        text_config=language_config(made_words, text),
         image_token_index=made_words.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=GRID,
         **config,
@@ -280,7 +280,7 @@ def _onevision(**config: Any) -> tuple[Any, Any]:
     words = _qwen()
     made = LlavaOnevisionConfig(
         vision_config=siglip(),
-        text_config=text(words, Qwen2Config),
+        text_config=language_config(words, Qwen2Config),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         video_token_index=words.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=GRID,
@@ -310,7 +310,7 @@ def _pixtral(**config: Any) -> tuple[Any, Any]:
     )
     made = LlavaConfig(
         vision_config=vision,
-        text_config=text(words, MistralConfig),
+        text_config=language_config(words, MistralConfig),
         image_token_index=words.convert_tokens_to_ids("[IMG]"),
         image_seq_length=1,
         **{**_FULL, **config},
@@ -324,7 +324,7 @@ def _smolvlm(kind: Any = Idefics3Config, **config: Any) -> tuple[Any, Any]:
     vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
     made = kind(
         vision_config={**vision, "image_size": SIDE, "patch_size": PATCH},
-        text_config=text(words),
+        text_config=language_config(words),
         image_token_id=words.convert_tokens_to_ids("<image>"),
         pad_token_id=words.pad_token_id,
         **config,

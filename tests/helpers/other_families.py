@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from helpers.families import PATCH, SIDE, named_tokenizer, siglip, still, text
+from helpers.families import PATCH, SIDE, language_config, named_tokenizer, siglip, still
 from transformers import (
     AyaVisionConfig,
     AyaVisionProcessor,
@@ -93,7 +93,7 @@ def _qwen_vl(config: Any, processor: Any, vision: dict[str, Any], **more: Any) -
     to_id = words.convert_tokens_to_ids
     made = config(
         text_config={
-            **text(words, Qwen2Config).to_dict(),
+            **language_config(words, Qwen2Config).to_dict(),
             "model_type": f"{config.model_type}_text",
             "num_attention_heads": 2,  # so that a head has 32 dimensions, by either of their configs
             "num_key_value_heads": 1,
@@ -148,7 +148,9 @@ def _gemma3(**more: Any) -> Made:
         boi_token="<start_of_image>",
         eoi_token="<end_of_image>",
     )
-    language = text(words, Gemma3TextConfig, query_pre_attn_scalar=32, sliding_window=24, sliding_window_pattern=2)
+    language = language_config(
+        words, Gemma3TextConfig, query_pre_attn_scalar=32, sliding_window=24, sliding_window_pattern=2
+    )
     language.layer_types = ["sliding_attention", "full_attention"]
     made = Gemma3Config(
         text_config=language,
@@ -172,7 +174,7 @@ def _paligemma(language: Any = GemmaConfig, **more: Any) -> Made:
     pixels.image_seq_length = (SIDE // PATCH) ** 2
     processor = PaliGemmaProcessor(pixels, words)
     made = PaliGemmaConfig(
-        text_config=text(words, language),
+        text_config=language_config(words, language),
         vision_config=siglip(projection_dim=64),
         image_token_index=words.image_token_id,
         projection_dim=64,
@@ -194,7 +196,7 @@ def _internvl(language: Any = Qwen2Config, **more: Any) -> Made:
     )
     vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     made = InternVLConfig(
-        text_config=text(words, language),
+        text_config=language_config(words, language),
         vision_config={**vision, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]},
         image_token_id=words.context_image_token_id,
         image_seq_length=(SIDE // PATCH // 2) ** 2,
@@ -221,7 +223,7 @@ def _aya(**more: Any) -> Made:
         *tiles,
         image_token="<image>",
     )
-    language = text(words, Cohere2Config, sliding_window=24)
+    language = language_config(words, Cohere2Config, sliding_window=24)
     language.layer_types = ["sliding_attention", "full_attention"]
     made = AyaVisionConfig(
         text_config=language,
@@ -239,8 +241,6 @@ def _aya(**more: Any) -> Made:
     return made, processor
 
 
-
-
 def _mistral3(**more: Any) -> Made:
     words = _words("<s>", "</s>", "<unk>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
     vision = PixtralVisionConfig(
@@ -254,7 +254,7 @@ def _mistral3(**more: Any) -> Made:
     )
     made = Mistral3Config(
         vision_config=vision,
-        text_config=text(words, MistralConfig),
+        text_config=language_config(words, MistralConfig),
         image_token_index=words.convert_tokens_to_ids("[IMG]"),
         spatial_merge_size=2,
         **more,
@@ -307,22 +307,17 @@ def _mllama(**more: Any) -> Made:
         "intermediate_layers_indices": [0, 1],
         "vision_output_dim": 192,
     }
-    made = MllamaConfig(
-        text_config=language, vision_config=vision, image_token_index=words.image_token_id, **more
-    )
+    made = MllamaConfig(text_config=language, vision_config=vision, image_token_index=words.image_token_id, **more)
     pixels = MllamaImageProcessorPil(size={"height": SIDE, "width": SIDE}, max_image_tiles=4)
-    template = _template(
-        "<|start_header_id|>ROLE<|end_header_id|>\\n\\n", "<|eot_id|>", "<|image|>", "{{ bos_token }}"
-    )
+    template = _template("<|start_header_id|>ROLE<|end_header_id|>\\n\\n", "<|eot_id|>", "<|image|>", "{{ bos_token }}")
     return made, MllamaProcessor(pixels, words, chat_template=template)
 
 
 def _idefics2(**more: Any) -> Made:
     words = _words(
         "<s>",
-        "</s>",
-        "<unk>",
         "<end_of_utterance>",
+        "<unk>",
         image_token="<image>",
         image_boundary_token="<fake_token_around_image>",
     )
@@ -336,7 +331,7 @@ def _idefics2(**more: Any) -> Made:
         "num_key_value_heads": 1,
     }
     made = Idefics2Config(
-        text_config=text(words, MistralConfig),
+        text_config=language_config(words, MistralConfig),
         vision_config={**vision, "image_size": 2 * SIDE, "patch_size": PATCH},
         perceiver_config=perceiver,
         image_token_id=words.image_token_id,
@@ -365,7 +360,7 @@ def _glm4v(**more: Any) -> Made:
     to_id = words.convert_tokens_to_ids
     made = Glm4vConfig(
         text_config={
-            **text(words, Qwen2Config).to_dict(),
+            **language_config(words, Qwen2Config).to_dict(),
             "model_type": "glm4v_text",
             "rope_parameters": {
                 "rope_type": "default",
