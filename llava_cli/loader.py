@@ -17,7 +17,7 @@ from llava_cli._version import __version__
 from llava_cli.errors import ModelUnusable, UsageError, model_errors
 from llava_cli.models import adapters
 from llava_cli.models.checkpoint_files import pull_command, read_json
-from llava_cli.models.families import Family, family_named, recognize
+from llava_cli.models.families import TESTED, Family, family_named, recognize
 from llava_cli.models.fingerprint import fingerprint
 from llava_cli.models.registry import BUILTIN, Checkpoint
 from llava_cli.models.validate import check_files
@@ -109,6 +109,8 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
     sandbox = _text_sandbox(checkpoint)
     kind, weights = check_files(checkpoint), check_weights(checkpoint)
     adapters.check(checkpoint)
+    if kind not in TESTED:
+        tell(f"llava: {kind} models are untested; llava doctor {checkpoint.name} checks this one")
     from llava_cli.engine.generate.generation_config import check_generation_config, load_generation_config
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.visual_tokens import choose_tokens

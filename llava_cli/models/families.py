@@ -36,6 +36,9 @@ class Family:
     pictures: Literal["one", "several", ""] = "one"
     """The number of pictures in a prompt in training; empty if that is not known."""
 
+    turns: Literal["one", "several"] = "several"
+    """How many questions a prompt may have."""
+
     def warning(self, pictures: int) -> str | None:
         """What to tell somebody who asks about this many pictures in one prompt."""
         if pictures < 2 or self.pictures != "one":
@@ -72,8 +75,19 @@ FAMILIES = (
     Family("gemma-3", "gemma3", "gemma3_text", None, image_layout=_SQUARE, pictures="several"),
     Family("internvl3", "internvl", "qwen2", None, image_layout=_TILES, pictures="several"),
     Family("internvl3.5", "internvl", "qwen3", None, image_layout=_TILES, pictures="several"),
-    Family("paligemma", "paligemma", "gemma", "paligemma", token="<image>", image_layout=_SQUARE, pictures=""),
-    Family("paligemma2", "paligemma", "gemma2", "paligemma", token="<image>", image_layout=_SQUARE, pictures=""),
+    Family(
+        "paligemma", "paligemma", "gemma", "paligemma", token="<image>", image_layout=_SQUARE, pictures="", turns="one"
+    ),
+    Family(
+        "paligemma2",
+        "paligemma",
+        "gemma2",
+        "paligemma",
+        token="<image>",
+        image_layout=_SQUARE,
+        pictures="",
+        turns="one",
+    ),
     Family("mistral-3", "mistral3", "mistral", None, image_layout=_OWN_SHAPE, pictures="several"),
     Family("aya-vision", "aya_vision", "cohere2", None, image_layout=_TILES, pictures="several"),
     Family("llama-3.2-vision", "mllama", "mllama_text_model", None, image_layout="in tiles", pictures=""),
@@ -96,6 +110,43 @@ READS_PARTS = frozenset(
     }
 )
 """Model types whose prompts were found to be read right in parts and beside others, with padding on their left."""
+
+
+TESTED = frozenset(family.model_type for family in FAMILIES)
+"""Model types whose answers were compared with those of transformers."""
+UNSUPPORTED: dict[str, str] = {
+    **dict.fromkeys(
+        ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
+        "are encoder-decoders, which are not supported",
+    ),
+    **dict.fromkeys(
+        (
+            "cohere2_vision",
+            "gemma4_unified",
+            "inkling2",
+            "inkling_mm_model",
+            "kimi_k25",
+            "lfm2_vl",
+            "llama4",
+            "minicpm_ocr",
+            "minimax_m3_vl",
+            "molmo2",
+            "muse_glimmer",
+            "muse_spark",
+            "nemotron_h_omni",
+            "perception_lm",
+            "step3p7",
+            "unlimited_ocr",
+        ),
+        "need torchvision for their pictures, which is not used here: pixels must not depend on what is installed",
+    ),
+    "diffusion_gemma": "write by diffusion, which is not supported",
+    "evolla": "read proteins, not pictures",
+    "instructblipvideo": "read videos, which are not supported",
+    "pi0": "move robots, and write no text",
+    "shieldgemma2": "judge pictures, and write no text",
+}
+"""Model types that transformers counts among those of pictures and text, and why they are refused."""
 
 
 _TEMPLATE_TOKENS = {

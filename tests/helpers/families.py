@@ -190,7 +190,7 @@ def _clip() -> CLIPVisionConfig:
     )
 
 
-def siglip(**more: Any) -> SiglipVisionConfig:
+def siglip_config(**more: Any) -> SiglipVisionConfig:
     return SiglipVisionConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -210,7 +210,7 @@ def _llava(
     config = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **config}
     strategy, cls = config["vision_feature_select_strategy"], int(not siglip)
     made = LlavaConfig(
-        vision_config=siglip() if siglip else _clip(),
+        vision_config=siglip_config() if siglip else _clip(),
         text_config=language_config(made_words, text),
         image_token_index=made_words.convert_tokens_to_ids("<image>"),
         image_seq_length=(SIDE // PATCH) ** 2 + (cls if strategy == "full" else cls - 1),
@@ -279,7 +279,7 @@ def still(kind: Any) -> Any:
 def _onevision(**config: Any) -> tuple[Any, Any]:
     words = _qwen()
     made = LlavaOnevisionConfig(
-        vision_config=siglip(),
+        vision_config=siglip_config(),
         text_config=language_config(words, Qwen2Config),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         video_token_index=words.convert_tokens_to_ids("<video>"),

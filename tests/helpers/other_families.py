@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from helpers.families import PATCH, SIDE, language_config, named_tokenizer, siglip, still
+from helpers.families import PATCH, SIDE, language_config, named_tokenizer, siglip_config, still
 from transformers import (
     AyaVisionConfig,
     AyaVisionProcessor,
@@ -154,7 +154,7 @@ def _gemma3(**more: Any) -> Made:
     language.layer_types = ["sliding_attention", "full_attention"]
     made = Gemma3Config(
         text_config=language,
-        vision_config=siglip(),
+        vision_config=siglip_config(),
         mm_tokens_per_image=4,
         image_token_index=words.image_token_id,
         boi_token_index=words.boi_token_id,
@@ -175,7 +175,7 @@ def _paligemma(language: Any = GemmaConfig, **more: Any) -> Made:
     processor = PaliGemmaProcessor(pixels, words)
     made = PaliGemmaConfig(
         text_config=language_config(words, language),
-        vision_config=siglip(projection_dim=64),
+        vision_config=siglip_config(projection_dim=64),
         image_token_index=words.image_token_id,
         projection_dim=64,
         hidden_size=64,
@@ -227,7 +227,7 @@ def _aya(**more: Any) -> Made:
     language.layer_types = ["sliding_attention", "full_attention"]
     made = AyaVisionConfig(
         text_config=language,
-        vision_config=siglip(),
+        vision_config=siglip_config(),
         image_token_index=words.convert_tokens_to_ids("<|IMG_PATCH|>"),
         **more,
     )
