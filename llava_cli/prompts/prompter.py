@@ -138,6 +138,7 @@ class Prompter:
         # A template that begins with BOS has added it already.
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
+        inputs.pop("labels", None)  # PaliGemma's, for training
         if stand_ins:
             inputs = self._spell_out(inputs, stand_ins)
         if self._vocab_size and (highest := int(inputs["input_ids"].max())) >= self._vocab_size:

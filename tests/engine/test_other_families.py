@@ -75,8 +75,8 @@ def test_inputs_and_greedy_tokens_alone_and_in_a_batch(name: str, family: Callab
     for talk in talks:
         inputs = by.inputs(engine, talk) if talk.pictures else engine.inputs(talk)
         mine = engine.inputs(talk)
-        assert mine.keys() == inputs.keys()
-        assert all(torch.equal(mine[key], inputs[key]) for key in inputs)
+        assert mine.keys() == inputs.keys() - {"labels"}
+        assert all(torch.equal(mine[key], inputs[key]) for key in mine)
         expected = made.expected(talk)[0] if talk.pictures else text_alone(made, talk)
         assert ours(engine, talk, SAMPLING, MOST) == expected
         alone.append(expected)
