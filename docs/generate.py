@@ -197,9 +197,9 @@ def families() -> str:
             code(family.model_type),
             code(family.backbone),
             code(family.template) or "the checkpoint's own",
-            f"{family.context:,} tokens",
+            f"{family.context:,} tokens" if family.context else "as its config says",
             family.image_layout,
-            family.pictures,
+            family.pictures or "not known",
         )
         for family in FAMILIES
     )

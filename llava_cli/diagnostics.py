@@ -22,6 +22,7 @@ from llava_cli.models.precision import candidates, gigabytes
 from llava_cli.models.registry import BUILTIN
 from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
+from llava_cli.prompts.processor import image_token_id
 from llava_cli.sandbox.confine import LAYERS
 from llava_cli.settings import LoadOptions, Sampling, is_fast
 from llava_cli.speed import describe, duration, rate, speeds, wait
@@ -157,7 +158,10 @@ def _talk() -> Conversation:
 
 def _template(engine: LocalEngine) -> tuple[bool, str]:
     talk = _talk()
-    first, later = engine.prompt(talk), engine.prompt(talk.answered("a square").ask("what color?"))
+    first = engine.prompt(talk)
+    if engine.family and engine.family.turns == "one":
+        return "what is this?" in first, f"its one turn renders: {engine.prompter.template_origin}"
+    later = engine.prompt(talk.answered("a square").ask("what color?"))
     words = f"one turn and two render: {engine.prompter.template_origin}"
     return first != later and "what is this?" in first and "what color?" in later, words
 
@@ -165,10 +169,12 @@ def _template(engine: LocalEngine) -> tuple[bool, str]:
 def _image_tokens(engine: LocalEngine) -> tuple[bool, str]:
     inputs = engine.inputs(_talk())
     _, tokens = engine.prompter.count(inputs)
+    known, image = image_token_id(engine.prompter.processor), getattr(engine.network.config, "image_token_id", None)
+    word = engine.prompter.tokenizer.convert_ids_to_tokens(known)
+    if not hasattr(engine.network, "get_image_features"):  # of Mllama, whose decoder attends to pictures elsewhere
+        return tokens > 0 and image == known, f"{tokens} in the prompt; {word!r} is token {known}"
     features = _features(engine.network, inputs)
-    word, image = engine.prompter.image_token, getattr(engine.network.config, "image_token_id", None)
     words = f"{tokens} in the prompt, {features} features from the vision tower"
-    known = engine.prompter.tokenizer.convert_tokens_to_ids(word)
     if image is not None:
         words += f"; {word!r} is token {known}"
     if image not in (None, known):

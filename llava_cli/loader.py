@@ -19,7 +19,7 @@ from llava_cli._version import __version__
 from llava_cli.errors import ModelUnusable, UsageError, model_errors
 from llava_cli.models import adapters
 from llava_cli.models.checkpoint_files import CONFIG, Configs, is_adapter, pull_command
-from llava_cli.models.families import Family, family_named, recognize
+from llava_cli.models.families import TESTED, Family, family_named, recognize
 from llava_cli.models.fingerprint import fingerprint
 from llava_cli.models.registry import BUILTIN, Checkpoint, default_name, find
 from llava_cli.models.validate import check_files
@@ -134,6 +134,8 @@ def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore
     configs, weights = check_files(checkpoint), check_weights(checkpoint)
     if checkpoint.adapter:
         adapters.check(checkpoint.adapter)
+    if (kind := configs[CONFIG]["model_type"]) not in TESTED and checkpoint.name != BUILTIN:
+        tell(f"llava: {kind} models are untested; llava doctor {checkpoint.name} checks this one")
     from llava_cli.engine.generate.generation_config import check_generation_config, load_generation_config
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.visual_tokens import choose_tokens
@@ -279,7 +281,7 @@ def _text_sandbox(checkpoint: Checkpoint, options: LoadOptions) -> TextSandbox |
 def _prompter(
     checkpoint: Checkpoint, configs: Configs, config: Any, options: LoadOptions, sandbox: TextSandbox | None
 ) -> Prompter:
-    from llava_cli.prompts.processor import load_processor
+    from llava_cli.prompts.processor import embedded_tokens, load_processor
     from llava_cli.prompts.prompter import Prompter
 
     if options.visual_tokens:
@@ -291,7 +293,6 @@ def _prompter(
             raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", pull_command(checkpoint.name)) from None
     processor = load_processor(checkpoint, configs, config)
     family = _family(checkpoint, config, processor.tokenizer)
-    text = config.get_text_config()
     return Prompter(
         processor,
         options.template,
@@ -299,8 +300,8 @@ def _prompter(
         family,
         options.visual_tokens,
         sandbox,
-        context=getattr(text, "max_position_embeddings", None),
-        vocab_size=getattr(text, "vocab_size", None),
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        vocab_size=embedded_tokens(config),
     )
 
 

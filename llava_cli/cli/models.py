@@ -117,8 +117,8 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
     if family:
         facts |= {
             "family": family.name,
-            "context": f"{family.context} tokens",
-            "pictures": f"{family.pictures} in a prompt, {family.image_layout}",
+            "context": f"{family.context} tokens" if family.context else "",
+            "pictures": f"{family.pictures} in a prompt, {family.image_layout}".removeprefix(" in a prompt, "),
             "trained format": family.template or "the checkpoint's own",
         }
     facts["here"] = "yes" if name not in ALIASES or on_disk(name) else f"no; llava models pull {name}"

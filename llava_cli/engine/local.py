@@ -11,7 +11,6 @@ from uuid import uuid4
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
-from llava_cli.engine.forward import Forward
 from llava_cli.engine.generate.batch import Batch, can_batch
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.end_tokens import all_end_tokens
@@ -20,7 +19,7 @@ from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.sampler import Sampler
 from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Sequence, Token
-from llava_cli.engine.generate.sequential import generate_alone
+from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
 from llava_cli.engine.model_patch import ModelPatch
 from llava_cli.errors import LlavaError, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
@@ -203,10 +202,8 @@ class LocalEngine(Engine):
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits [1, vocabulary] after a prompt, which is read as for an answer."""
-        from transformers import DynamicCache
-
         if not can_batch(self.network, inputs):
-            return Forward(self.network)(inputs, DynamicCache(config=self.network.config))
+            return LonePrompt(self.network, inputs)()
         sequence, batch = self._sequence_of(0, inputs, Sampling(), 0.0), Batch(self.network, self._last_prompt)
         sequence.images = tuple(uuid4().hex for _ in inputs.get("pixel_values", ()))  # whose pictures is not known
         batch.join([sequence])

@@ -139,6 +139,15 @@ ALIASES: dict[str, Alias] = {
         "several pictures, quick on a CPU",
         parts=_SMOLLM2_17B,
     ),
+    "qwen2-vl-2b": Alias("Qwen/Qwen2-VL-2B-Instruct", 2.21, "qwen2-vl", "Qwen 2", "pictures in their own shape"),
+    "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", 8.29, "qwen2-vl", "Qwen 2", "pictures in their own shape"),
+    "qwen2.5-vl-3b": Alias(
+        "Qwen/Qwen2.5-VL-3B-Instruct", 3.75, "qwen2.5-vl", "Qwen 2.5", "pictures in their own shape"
+    ),
+    "qwen2.5-vl-7b": Alias(
+        "Qwen/Qwen2.5-VL-7B-Instruct", 8.29, "qwen2.5-vl", "Qwen 2.5", "pictures in their own shape"
+    ),
+    "gemma-3-4b": Alias("google/gemma-3-4b-it", 4.30, "gemma-3", "Gemma 3", "several pictures, 256 tokens each"),
 }
 
 

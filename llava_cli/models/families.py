@@ -34,106 +34,141 @@ class Family:
     """`model_type` of the config's `text_config`."""
     template: str | None
     """The prompt format of training, a file in `templates/`; None if the checkpoint's own template is that format."""
-    context: int
-    """The most tokens of prompt and answer together."""
+    context: int | None = None
+    """The most tokens of prompt and answer together; None if its checkpoints differ in that."""
     token: str = ""
     """A token in its vocabulary that other families of the same architecture lack."""
     fit: Literal["pad"] | None = None
     """How pictures are made square before the processor sees them; None leaves that to the processor."""
     image_layout: str = ""
     """What the model sees of a picture, in words."""
-    pictures: Literal["one", "several"] = "one"
-    """The number of pictures in a prompt in training."""
-    picture: PictureCost | None = None
-    """None where it is not known."""
+    pictures: Literal["one", "several", ""] = "one"
+    """The number of pictures in a prompt in training; empty if that is not known."""
+    turns: Literal["one", "several"] = "several"
+    """How many questions a prompt may have."""
+
+    @property
+    def picture(self) -> PictureCost | None:
+        """None where it is not known."""
+        return _PICTURE_COSTS.get(self.name)
 
     def warning(self, pictures: int) -> str | None:
         """What to tell somebody who asks about this many pictures in one prompt."""
-        if pictures < 2 or self.pictures == "several":
+        if pictures < 2 or self.pictures != "one":
             return None
         return f"llava: {self.name} models were trained with one picture; about several they may be wrong"
 
 
 _PADDED, _TILES = "padded to a square with the mean color", "whole, and in tiles of its own shape"
-_CLIP_336, _SIGLIP_384 = PictureCost(1, 576), PictureCost(1, 729)
-_NEXT, _ONEVISION, _SMOLVLM, _SMOLVLM2 = (
-    PictureCost(5, 2340),
-    PictureCost(7, 4725),
-    PictureCost(13, 863),
-    PictureCost(13, 1084),
-)
+_SQUARE, _OWN_SHAPE = "resized to a square", "in their own shape"
 
 FAMILIES = (
+    Family("builtin", "", "", None, 1024, image_layout="padded to a square with grey", pictures="several"),
     Family(
-        "builtin",
-        "",
-        "",
-        None,
-        1024,
-        image_layout="padded to a square with grey",
-        pictures="several",
-        picture=PictureCost(1, 64),
+        "llava-llama3", "llava", "llama", "llama3", 8192, token="<|start_header_id|>", fit="pad", image_layout=_PADDED
+    ),
+    Family("llava-1.5", "llava", "llama", "llava-1.5", 4096, fit="pad", image_layout=_PADDED),
+    Family("pixtral", "llava", "mistral", None, token="[IMG_BREAK]", image_layout=_OWN_SHAPE, pictures="several"),
+    Family("bakllava", "llava", "mistral", "llava-1.5", 32768, fit="pad", image_layout=_PADDED),
+    Family("llava-interleave", "llava", "qwen2", "qwen", 32768, image_layout=_SQUARE, pictures="several"),
+    Family("vip-llava", "vipllava", "llama", "vip-llava", 4096, fit="pad", image_layout=_PADDED),
+    Family("llava-1.6-34b", "llava_next", "llama", "llava-1.6-34b", 4096, token="<|im_start|>", image_layout=_TILES),
+    Family(
+        "llava-next-llama3", "llava_next", "llama", "llama3", 8192, token="<|start_header_id|>", image_layout=_TILES
+    ),
+    Family("llava-1.6-vicuna", "llava_next", "llama", "llava-1.5", 4096, image_layout=_TILES),
+    Family("llava-1.6-mistral", "llava_next", "mistral", "mistral", 32768, image_layout=_TILES),
+    Family("llava-next-qwen", "llava_next", "qwen2", "qwen", 32768, image_layout=_TILES),
+    Family("llava-onevision", "llava_onevision", "qwen2", "qwen", 32768, image_layout=_TILES, pictures="several"),
+    Family("smolvlm", "idefics3", "llama", None, 8192, image_layout=_TILES, pictures="several"),
+    Family("smolvlm2", "smolvlm", "llama", None, 8192, image_layout=_TILES, pictures="several"),
+    Family("qwen2-vl", "qwen2_vl", "qwen2_vl_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("qwen2.5-vl", "qwen2_5_vl", "qwen2_5_vl_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("qwen3-vl", "qwen3_vl", "qwen3_vl_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("gemma-3", "gemma3", "gemma3_text", None, image_layout=_SQUARE, pictures="several"),
+    Family("internvl3", "internvl", "qwen2", None, image_layout=_TILES, pictures="several"),
+    Family("internvl3.5", "internvl", "qwen3", None, image_layout=_TILES, pictures="several"),
+    Family(
+        "paligemma", "paligemma", "gemma", "paligemma", token="<image>", image_layout=_SQUARE, pictures="", turns="one"
     ),
     Family(
-        "llava-llama3",
-        "llava",
-        "llama",
-        "llama3",
-        8192,
-        token="<|start_header_id|>",
-        fit="pad",
-        image_layout=_PADDED,
-        picture=_CLIP_336,
+        "paligemma2",
+        "paligemma",
+        "gemma2",
+        "paligemma",
+        token="<image>",
+        image_layout=_SQUARE,
+        pictures="",
+        turns="one",
     ),
-    Family("llava-1.5", "llava", "llama", "llava-1.5", 4096, fit="pad", image_layout=_PADDED, picture=_CLIP_336),
-    Family("bakllava", "llava", "mistral", "llava-1.5", 32768, fit="pad", image_layout=_PADDED, picture=_CLIP_336),
-    Family(
-        "llava-interleave",
-        "llava",
-        "qwen2",
-        "qwen",
-        32768,
-        image_layout="resized to a square",
-        pictures="several",
-        picture=_SIGLIP_384,
-    ),
-    Family("vip-llava", "vipllava", "llama", "vip-llava", 4096, fit="pad", image_layout=_PADDED, picture=_CLIP_336),
-    Family(
-        "llava-1.6-34b",
-        "llava_next",
-        "llama",
-        "llava-1.6-34b",
-        4096,
-        token="<|im_start|>",
-        image_layout=_TILES,
-        picture=_NEXT,
-    ),
-    Family(
-        "llava-next-llama3",
-        "llava_next",
-        "llama",
-        "llama3",
-        8192,
-        token="<|start_header_id|>",
-        image_layout=_TILES,
-        picture=_NEXT,
-    ),
-    Family("llava-1.6-vicuna", "llava_next", "llama", "llava-1.5", 4096, image_layout=_TILES, picture=_NEXT),
-    Family("llava-1.6-mistral", "llava_next", "mistral", "mistral", 32768, image_layout=_TILES, picture=_NEXT),
-    Family("llava-next-qwen", "llava_next", "qwen2", "qwen", 32768, image_layout=_TILES, picture=_NEXT),
-    Family(
-        "llava-onevision",
-        "llava_onevision",
-        "qwen2",
-        "qwen",
-        32768,
-        image_layout=_TILES,
-        pictures="several",
-        picture=_ONEVISION,
-    ),
-    Family("smolvlm", "idefics3", "llama", None, 8192, image_layout=_TILES, pictures="several", picture=_SMOLVLM),
-    Family("smolvlm2", "smolvlm", "llama", None, 8192, image_layout=_TILES, pictures="several", picture=_SMOLVLM2),
+    Family("mistral-3", "mistral3", "mistral", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("aya-vision", "aya_vision", "cohere2", None, image_layout=_TILES, pictures="several"),
+    Family("llama-3.2-vision", "mllama", "mllama_text_model", None, image_layout="in tiles", pictures=""),
+    Family("idefics2", "idefics2", "mistral", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("glm-4v", "glm4v", "glm4v_text", None, image_layout=_OWN_SHAPE, pictures="several"),
 )
+
+_PICTURE_COSTS = {
+    "builtin": PictureCost(1, 64),
+    **dict.fromkeys(("llava-1.5", "llava-llama3", "bakllava", "vip-llava"), PictureCost(1, 576)),
+    "llava-interleave": PictureCost(1, 729),
+    **{family.name: PictureCost(5, 2340) for family in FAMILIES if family.model_type == "llava_next"},
+    "llava-onevision": PictureCost(7, 4725),
+    "smolvlm": PictureCost(13, 863),
+    "smolvlm2": PictureCost(13, 1084),
+}
+READS_PARTS = frozenset(
+    {
+        "aya_vision",
+        "idefics2",
+        "idefics3",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "mistral3",
+        "smolvlm",
+        "vipllava",
+    }
+)
+"""Model types whose prompts were found to be read right in parts and beside others, with padding on their left."""
+
+
+TESTED = frozenset(family.model_type for family in FAMILIES)
+"""Model types whose answers were compared with those of transformers."""
+UNSUPPORTED: dict[str, str] = {
+    **dict.fromkeys(
+        ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
+        "are encoder-decoders, which are not supported",
+    ),
+    **dict.fromkeys(
+        (
+            "cohere2_vision",
+            "gemma4_unified",
+            "inkling2",
+            "inkling_mm_model",
+            "kimi_k25",
+            "lfm2_vl",
+            "llama4",
+            "minicpm_ocr",
+            "minimax_m3_vl",
+            "molmo2",
+            "muse_glimmer",
+            "muse_spark",
+            "nemotron_h_omni",
+            "perception_lm",
+            "step3p7",
+            "unlimited_ocr",
+        ),
+        "need torchvision for their pictures, which is not used here: pixels must not depend on what is installed",
+    ),
+    "diffusion_gemma": "write by diffusion, which is not supported",
+    "evolla": "read proteins, not pictures",
+    "instructblipvideo": "read videos, which are not supported",
+    "pi0": "move robots, and write no text",
+    "shieldgemma2": "judge pictures, and write no text",
+}
+"""Model types that transformers counts among those of pictures and text, and why they are refused."""
 
 
 _TEMPLATE_TOKENS = {

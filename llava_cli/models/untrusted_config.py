@@ -34,11 +34,14 @@ _PREFERENCES = (
     "name_or_path",
 )
 """Keys that choose how, or by whose code, a model runs: that is our choice."""
+_AREA_PROCESSORS = ("Qwen2VLImageProcessor", "Glm4vImageProcessor")
+"""Image processors whose smallest and largest sizes are in pixels of area."""
 _MODULE = re.compile(r"[\w.-]*")
 
 
 def refusal(content: dict[str, Any]) -> str | None:
     """What a JSON file asks for that we refuse, in words that follow the file's name; None if there is nothing."""
+    areas = [part.get("size") for part in _objects(content) if _counts_pixels(part)]
     for part in _objects(content):
         for key, what in REFUSED.items():
             if part.get(key) is not None:
@@ -47,7 +50,7 @@ def refusal(content: dict[str, Any]) -> str | None:
             return f"sets {min(reserved)}, which is transformers' own"
         if str(part.get("model_type")).startswith("timm_"):
             return "asks for a model of timm's, which may be anything"
-        if reason := _too_large(part):
+        if reason := _too_large(part, is_area=any(part is area for area in areas)):
             return reason
     return quantization_refusal(content)
 
@@ -62,10 +65,16 @@ def quantization_refusal(content: dict[str, Any]) -> str | None:
     return None
 
 
-def _too_large(part: dict[str, Any]) -> str | None:
+def _counts_pixels(part: dict[str, Any]) -> bool:
+    """Whether an image processor's `size` is of areas, whatever its keys say, as Qwen2-VL's and GLM-4V's."""
+    return str(part.get("image_processor_type")).startswith(_AREA_PROCESSORS)
+
+
+def _too_large(part: dict[str, Any], is_area: bool) -> str | None:
     """A number with which transformers would compute for long, or take much memory, before it looks at weights."""
+    limits_by_key = {**({"shortest_edge": limits.PICTURE_PIXELS} if is_area else {}), **_maxima()}
     for key, value in part.items():
-        maxima = (most for pattern, most in _maxima().items() if re.fullmatch(pattern, key))
+        maxima = (most for pattern, most in limits_by_key.items() if re.fullmatch(pattern, key))
         if (most := next(maxima, None)) is not None and any(number > most for number in _numbers(value)):
             return f"has a {one_line(key)} of more than {most:,}"
     return None

@@ -20,6 +20,7 @@ from llava_cli.models.checkpoint_files import (
     read_json,
     suffix_of,
 )
+from llava_cli.models.families import UNSUPPORTED
 from llava_cli.models.original_format import convert_command, is_original
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.untrusted_config import quantization_refusal, refusal
@@ -117,6 +118,8 @@ def _check_model_type(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
         elif model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
             words += ": they write no text"
         raise ModelUnusable(name, words, hint)
+    if reason := UNSUPPORTED.get(model_type):
+        raise ModelUnusable(name, f"{model_type} models {reason}", hint)
     if config.get("is_encoder_decoder"):
         words = f"{model_type} models are encoder-decoders, which are not supported"
         raise ModelUnusable(name, words, "llava models")

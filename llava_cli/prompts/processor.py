@@ -24,6 +24,8 @@ _ALTERNATIVES = {"llava": ("PixtralProcessor",)}
 """Classes that a checkpoint may name besides that of its model type; all are transformers' or ours."""
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Vectors that a vision tower makes besides one per patch."""
+_EXTRA_EMBEDDINGS = {"mllama_text_model": 8}
+"""Tokens that a language model reads and never writes, by its model type."""
 
 
 def load_processor(checkpoint: Checkpoint, configs: Configs, config: Any) -> Any:
@@ -112,7 +114,8 @@ def _model_values(config: Any) -> dict[str, Any]:
     patches = (image_size // patch_size) ** 2 if isinstance(image_size, int) and isinstance(patch_size, int) else None
     pixel_shuffle = getattr(config, "scale_factor", None)  # Idefics3 joins scale_factor x scale_factor patches
     return {
-        "patch_size": patch_size if isinstance(patch_size, int) else None,
+        # Aya Vision's counts tokens in squares of downsample_factor x downsample_factor patches.
+        "patch_size": patch_size * getattr(config, "downsample_factor", 1) if isinstance(patch_size, int) else None,
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
         "num_additional_image_tokens": _class_tokens(vision, patches),
         "num_image_tokens": patches,
@@ -161,6 +164,18 @@ def _sync_image_size(image_processor: Any, vision: Any) -> None:
         image_processor.size = type(final)(**square)
 
 
+def image_token_id(processor: Any) -> int:
+    """The token whose embedding is replaced by a feature of a picture.
+
+    In some families the prompt has another token for the whole picture (`processor.image_token`): Gemma 3 writes
+    "<start_of_image>", and 256 of "<image_soft_token>" follow it.
+    """
+    ids = getattr(processor, "image_token_ids", None)
+    if ids and isinstance(ids[0], int):
+        return ids[0]
+    return int(processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", None) or "<image>"))
+
+
 def _check_image_token(checkpoint: Checkpoint, processor: Any, config: Any) -> None:
     """Raises `ModelUnusable` if config and tokenizer disagree on the image token, or it has no embedding."""
     image_id, image_token = getattr(config, "image_token_id", None), getattr(processor, "image_token", None)
@@ -168,13 +183,25 @@ def _check_image_token(checkpoint: Checkpoint, processor: Any, config: Any) -> N
         return
     tokenizer = processor.tokenizer
     hint = pull_command(checkpoint.name) or "take config.json and tokenizer.json of one model"
-    if (tokenizer_id := tokenizer.convert_tokens_to_ids(image_token)) != image_id:
+    if (tokenizer_id := image_token_id(processor)) != image_id:
         token = tokenizer.convert_ids_to_tokens(image_id) if 0 <= image_id < len(tokenizer) else None
         theirs = "has none" if tokenizer_id in (None, tokenizer.unk_token_id) else f"has {tokenizer_id}"
         words = f"config.json has {image_id} for the image token"
         words += f" ({one_line(token)!r} in the tokenizer)" if token else " (which the tokenizer does not have)"
         raise ModelUnusable(checkpoint.name, f"{words}, tokenizer.json {theirs} for {one_line(image_token)}", hint)
-    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
-    if isinstance(vocab_size, int) and image_id >= vocab_size:
+    vocab_size = embedded_tokens(config)
+    if vocab_size is not None and image_id >= vocab_size:
         words = f"config.json has {vocab_size} tokens (vocab_size), and {image_id} for the image token"
         raise ModelUnusable(checkpoint.name, words, hint)
+
+
+def embedded_tokens(config: Any) -> int | None:
+    """The number of tokens that a model has embeddings of; None if unknown.
+
+    Mllama's has 8 more than its head knows, the image token among them.
+    """
+    text = config.get_text_config()
+    vocab_size = getattr(text, "vocab_size", None)
+    if not isinstance(vocab_size, int):
+        return None
+    return vocab_size + _EXTRA_EMBEDDINGS.get(text.model_type, 0)

@@ -14,6 +14,7 @@ from llava_cli.errors import ModelUnusable, PromptTooLong
 from llava_cli.models.families import Family
 from llava_cli.prompts.chat_template import ChatTemplate, Messages, choose_template, is_shipped, template_hint
 from llava_cli.prompts.image_processor import ImageProcessor
+from llava_cli.prompts.processor import image_token_id
 from llava_cli.prompts.sandbox import (
     PIECE_CHARACTERS,
     CheckedTokenizer,
@@ -133,6 +134,7 @@ class Prompter:
         # A template that begins with BOS has added it already.
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
+        inputs.pop("labels", None)  # PaliGemma's, for training
         if stand_ins:
             inputs = self._spell_out(inputs, stand_ins)
         if self._vocab_size and (highest := int(inputs["input_ids"].max())) >= self._vocab_size:
@@ -143,7 +145,7 @@ class Prompter:
         return inputs
 
     def _image_token_id(self) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+        return image_token_id(self.processor)
 
     def _load_template(self, name: str | None) -> ChatTemplate | None:
         """The template that `name` selects here; None if there is none at all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from helpers.kernels import TOLERANCE, needs_kernels, use_isas
 from helpers.linear_layers import AttentionModule
 
 from llava_cli.engine.cpu import attention
-from llava_cli.engine.cpu.attention import attend
+from llava_cli.engine.cpu.attention import attend, kernels
+from llava_cli.engine.cpu.jit import compiler
 from llava_cli.engine.cpu.jit.builder import IsaTier
 from llava_cli.engine.cpu.jit.compiler import Misfit
 from llava_cli.engine.cpu.jit.prefill_attention import prefill_attention, reference
@@ -84,6 +86,16 @@ def test_one_query_with_strides() -> None:
     wide = torch.randn(3, 4, 9, 32)
     out, _ = attend(AttentionModule(True), query, key, wide, None)
     assert torch.allclose(out, reference(query, key, wide, None, 0.25, True), atol=1e-5)
+
+
+@needs_kernels
+def test_kernels_of_heads_whose_halves_are_no_whole_registers() -> None:
+    """A kernel that rotates halves of 8 or 40 would write behind its buffers, in its own check already."""
+    for head_dim in (16, 80):
+        config = SimpleNamespace(hidden_size=4 * head_dim, num_attention_heads=4, head_dim=head_dim)
+        made = kernels(config, bf16=False, decodes=True)
+        assert len(made) == 2
+        assert compiler.find_problem(made) is None
 
 
 @needs_kernels

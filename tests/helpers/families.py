@@ -113,12 +113,19 @@ def tokenizer(
     bos: str | None = "<s>", eos: str = "</s>", pad: str = "<pad>", extra: tuple[str, ...] = ("<unk>",)
 ) -> PreTrainedTokenizerFast:
     """Byte-level: every byte is a token, and the special ones of the family besides."""
+    return named_tokenizer(bos, eos, pad, ("<image>", *extra), {"image_token": "<image>"})
+
+
+def named_tokenizer(
+    bos: str | None, eos: str, pad: str, special: tuple[str, ...], names: dict[str, str]
+) -> PreTrainedTokenizerFast:
+    """As `tokenizer`, with other special tokens, some of which are attributes with these names."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    special = [t for t in (pad, bos, eos, "<image>", *extra) if t]
-    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokens = [t for t in (pad, bos, eos, *special) if t]
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
     if bos:
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, core.token_to_id(bos))]
@@ -128,9 +135,9 @@ def tokenizer(
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
-        unk_token="<unk>" if "<unk>" in extra else None,
+        unk_token="<unk>" if "<unk>" in special else None,
         padding_side="left",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=names,
     )
 
 
@@ -153,7 +160,7 @@ _smol = partial(
 )
 
 
-def _text(words: PreTrainedTokenizerFast, kind: Callable[..., Any] = LlamaConfig, **more: Any) -> Any:
+def language_config(words: PreTrainedTokenizerFast, kind: Callable[..., Any] = LlamaConfig, **more: Any) -> Any:
     return kind(
         vocab_size=len(words),
         hidden_size=64,
@@ -183,7 +190,7 @@ def _clip() -> CLIPVisionConfig:
     )
 
 
-def _siglip() -> SiglipVisionConfig:
+def siglip_config(**more: Any) -> SiglipVisionConfig:
     return SiglipVisionConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -192,6 +199,7 @@ def _siglip() -> SiglipVisionConfig:
         image_size=SIDE,
         patch_size=PATCH,
         vision_use_head=False,
+        **more,
     )
 
 
@@ -202,8 +210,8 @@ def _llava(
     config = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **config}
     strategy, cls = config["vision_feature_select_strategy"], int(not siglip)
     made = LlavaConfig(
-        vision_config=_siglip() if siglip else _clip(),
-        text_config=_text(made_words, text),
+        vision_config=siglip_config() if siglip else _clip(),
+        text_config=language_config(made_words, text),
         image_token_index=made_words.convert_tokens_to_ids("<image>"),
         image_seq_length=(SIDE // PATCH) ** 2 + (cls if strategy == "full" else cls - 1),
         **config,
@@ -229,7 +237,7 @@ def _vip(**config: Any) -> tuple[Any, Any]:
     config = {"vision_feature_layers": [-2, -3, 1], **config}
     made = VipLlavaConfig(
         vision_config=_clip(),
-        text_config=_text(processor.tokenizer),
+        text_config=language_config(processor.tokenizer),
         image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(SIDE // PATCH) ** 2,
         **config,
@@ -241,7 +249,7 @@ def _next(text: Callable[..., Any], template: str, words: Words = tokenizer, **c
     made_words = words()
     made = LlavaNextConfig(
         vision_config=_clip(),
-        text_config=_text(made_words, text),
+        text_config=language_config(made_words, text),
         image_token_index=made_words.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=GRID,
         **config,
@@ -260,7 +268,7 @@ def _next(text: Callable[..., Any], template: str, words: Words = tokenizer, **c
     return made, processor
 
 
-def _still(kind: Any) -> Any:
+def still(kind: Any) -> Any:
     """A processor class less its part for videos, which needs torchvision."""
     parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
     # SmolVLM's asks its part for videos how many frames it takes, also where there are none.
@@ -271,15 +279,15 @@ def _still(kind: Any) -> Any:
 def _onevision(**config: Any) -> tuple[Any, Any]:
     words = _qwen()
     made = LlavaOnevisionConfig(
-        vision_config=_siglip(),
-        text_config=_text(words, Qwen2Config),
+        vision_config=siglip_config(),
+        text_config=language_config(words, Qwen2Config),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         video_token_index=words.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=GRID,
         **config,
     )
     pixels = LlavaOnevisionImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=GRID)
-    processor = _still(LlavaOnevisionProcessor)(
+    processor = still(LlavaOnevisionProcessor)(
         image_processor=pixels,
         tokenizer=words,
         num_image_tokens=(SIDE // PATCH) ** 2,
@@ -302,7 +310,7 @@ def _pixtral(**config: Any) -> tuple[Any, Any]:
     )
     made = LlavaConfig(
         vision_config=vision,
-        text_config=_text(words, MistralConfig),
+        text_config=language_config(words, MistralConfig),
         image_token_index=words.convert_tokens_to_ids("[IMG]"),
         image_seq_length=1,
         **{**_FULL, **config},
@@ -316,7 +324,7 @@ def _smolvlm(kind: Any = Idefics3Config, **config: Any) -> tuple[Any, Any]:
     vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
     made = kind(
         vision_config={**vision, "image_size": SIDE, "patch_size": PATCH},
-        text_config=_text(words),
+        text_config=language_config(words),
         image_token_id=words.convert_tokens_to_ids("<image>"),
         pad_token_id=words.pad_token_id,
         **config,
@@ -326,7 +334,7 @@ def _smolvlm(kind: Any = Idefics3Config, **config: Any) -> tuple[Any, Any]:
     options = {"tokenizer": words, "image_seq_len": tokens, "chat_template": SMOL}
     if kind is Idefics3Config:
         return made, Idefics3Processor(Idefics3ImageProcessorPil(**size), **options)
-    return made, _still(SmolVLMProcessor)(SmolVLMImageProcessorPil(**size), video_processor=None, **options)
+    return made, still(SmolVLMProcessor)(SmolVLMImageProcessorPil(**size), video_processor=None, **options)
 
 
 FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
@@ -355,12 +363,20 @@ def save(family: str, folder: Path, tied: bool = False, shard: str = "5GB", **co
     `tied` makes one tensor of embeddings and head, `shard` is the largest that a file may be, and `config` changes
     options of the family's config.
     """
+    return save_made(FAMILIES[family], folder, tied, shard, **config)
+
+
+def save_made(
+    make: Callable[..., tuple[Any, Any]], folder: Path, tied: bool = False, shard: str = "5GB", **config: Any
+) -> Path:
+    """As `save`, of what `make` makes."""
     torch.manual_seed(0)
-    made, processor = FAMILIES[family](**config)
+    made, processor = make(**config)
     made.tie_word_embeddings = made.text_config.tie_word_embeddings = tied
     model = AutoModelForImageTextToText.from_config(made)
     with torch.no_grad():  # so that its answers do not soon end, and show no pictures
-        model.get_output_embeddings().weight[[made.text_config.eos_token_id, made.image_token_id]] = 0
+        head = model.get_output_embeddings().weight
+        head[[token for token in (made.text_config.eos_token_id, made.image_token_id) if token < len(head)]] = 0
     model.save_pretrained(folder, max_shard_size=shard)
     processor.save_pretrained(folder)
     return folder
@@ -368,6 +384,10 @@ def save(family: str, folder: Path, tied: bool = False, shard: str = "5GB", **co
 
 def processor_of(family: str, folder: Path) -> Any:
     """The family's processor as transformers itself reads it from a folder."""
-    made = FAMILIES[family]()[1]
+    return processor_like(FAMILIES[family]()[1], folder)
+
+
+def processor_like(made: Any, folder: Path) -> Any:
+    """A processor of the same class as another, as transformers itself reads it from a folder."""
     videos = {"video_processor": None} if hasattr(type(made), "replace_video_token") else {}
     return type(made).from_pretrained(folder, backend="pil", **videos)

@@ -42,7 +42,10 @@ class Reference:
         """The processor's own batch of prompts, padded, each with a list of its pictures."""
         texts = [engine.prompter.render(talk) for talk in talks]
         views = [[engine.prompter.image_processor.fit(p.image) for p in talk.pictures] for talk in talks]
-        return dict(self.processor(text=texts, images=views, padding=True, return_tensors="pt"))
+        # As `apply_chat_template` has it: a template that begins with BOS has added it already.
+        has_bos = texts[0].startswith(self.processor.tokenizer.bos_token or "\0")
+        options = {"add_special_tokens": False} if has_bos else {}
+        return dict(self.processor(text=texts, images=views, padding=True, return_tensors="pt", **options))
 
     def tokens(self, engine: LocalEngine, *talks: Conversation, **options: Any) -> list[list[int]]:
         """Each answer of one `generate`, with its end token and without what pads it."""

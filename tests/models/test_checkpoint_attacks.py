@@ -577,6 +577,18 @@ def test_numbers_that_would_take_all_time_or_memory(
     assert f"{file} has a {words}" in refused()
 
 
+def test_sizes_that_are_areas_may_be_as_large_as_pictures() -> None:
+    size = {"shortest_edge": 65_536, "longest_edge": 16_777_216}  # Qwen3-VL's
+    for kind, most in (
+        ("Qwen2VLImageProcessorFast", limits.PICTURE_PIXELS),
+        ("CLIPImageProcessor", limits.CONFIG_SIDE),
+    ):
+        one = {"image_processor_type": kind, "size": {**size, "shortest_edge": most}}
+        assert refusal(one) is None
+        one["size"]["shortest_edge"] += 1
+        assert f"shortest_edge of more than {most:,}" in str(refusal({"image_processor": one}))
+
+
 def test_what_bitsandbytes_itself_writes_is_known() -> None:
     from transformers import BitsAndBytesConfig
 

@@ -16,8 +16,11 @@ from helpers.damage import Damage, change, put
 from helpers.hub import shard
 from helpers.tables import for_each
 from safetensors.torch import load_file, save_file
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from typer.testing import Result
 
+from llava_cli.models.families import TESTED, UNSUPPORTED
 from llava_cli.models.registry import builtin_folder
 
 Refused = Callable[..., Result]
@@ -90,6 +93,19 @@ INDEX = "model.safetensors.index.json"
 CODE = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForImageTextToText": "evil.Model"}
 
 
+REFUSED_TYPES = ("llama4", "florence2", "diffusion_gemma")
+
+
+def test_model_types_that_need_torchvision_are_refused_by_name() -> None:
+    """As transformers' own list has it, which may grow."""
+    kinds: Any = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    processors: Any = IMAGE_PROCESSOR_MAPPING_NAMES
+    for kind in kinds:
+        backends = processors.get(kind) or {}
+        assert "torchvision" not in backends or "pil" in backends or kind in UNSUPPORTED, kind
+    assert not UNSUPPORTED.keys() & TESTED
+
+
 def test_the_folder_itself_is_fine(run: Run, folder: Path, drawing: Path) -> None:
     result = run("ask", "-m", folder, drawing, "what is this?", "--max-tokens", "1")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -107,6 +123,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
         change("config.json", model_type="llama"),
         "llama models do not load as picture-and-text models",
     ),
+    **{kind: (change("config.json", model_type=kind), f"{kind} models {UNSUPPORTED[kind]}") for kind in REFUSED_TYPES},
     "new model": (change("config.json", model_type="brandnew"), "brandnew models do not load"),
     "type is a list": (change("config.json", model_type=["llava"]), "config.json"),
     "type is an object": (change("config.json", model_type={"llava": 1}), "config.json"),

@@ -35,7 +35,10 @@ def kernels(config: Any, bf16: bool, decodes: bool = False) -> list[Kernel]:
 
     scaling = head_dim**-0.5
     prefill = [] if bf16 and has_amx() else [prefill_attention.kernel(bf16, head_dim, scaling)]
-    return prefill + [decode_attention.kernel(bf16, head_dim, scaling, rope) for rope in (True, False) if decodes]
+    if not decodes:
+        return prefill
+    ropes = (True, False) if head_dim % (2 * HEAD_DIM_STEP) == 0 else (False,)  # RoPE's halves are whole registers
+    return prefill + [decode_attention.kernel(bf16, head_dim, scaling, rope) for rope in ropes]
 
 
 def _head_dim(config: Any) -> int:

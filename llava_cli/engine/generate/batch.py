@@ -15,6 +15,7 @@ from llava_cli.engine.forward import Forward
 from llava_cli.engine.generate.prompt_cache import CachedPrefix, PromptCache, common_prefix_length
 from llava_cli.engine.generate.sequence import PER_IMAGE_INPUTS, SHARED_INPUTS, Sequence
 from llava_cli.engine.kv_cache import RoomyCache, plain_cache
+from llava_cli.models.families import READS_PARTS
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ def can_batch(model: Any, inputs: Collection[str]) -> bool:
 
     Other inputs say something about every token or bring positions of their own; other caches cannot be cut.
     """
-    return _BATCHABLE_INPUTS.issuperset(inputs) and plain_cache(model)
+    return model.config.model_type in READS_PARTS and _BATCHABLE_INPUTS.issuperset(inputs) and plain_cache(model)
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,63 @@
-"""Generation for models that cannot batch: each prompt is read whole, into transformers' own cache."""
+"""Generation for models that cannot batch: each prompt is read whole, into transformers' own cache.
+
+What a model wants besides its tokens, such as positions in three dimensions, types of tokens or masks over pictures,
+is prepared by the model itself, in the steps in which its `generate` does it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.forward import Forward
 from llava_cli.engine.generate.sequence import Sequence
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LonePrompt:
+    """One prompt, read by a model as its `generate` reads it; a call reads what is new and returns logits."""
+
+    def __init__(self, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+        import torch
+        from transformers import DynamicCache
+
+        self._model, self._ids = model, inputs["input_ids"]
+        options: dict[str, Any] = {name: value for name, value in inputs.items() if name != "input_ids"}
+        options = {"attention_mask": torch.ones_like(self._ids), **options}
+        options["position_ids"] = model._prepare_position_ids_for_generation(self._ids, dict(options))
+        options["past_key_values"] = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self._options: dict[str, Any] = {**options, "use_cache": True, "logits_to_keep": 1}
+
+    def __call__(self, token: torch.Tensor | None = None) -> torch.Tensor:
+        """Reads the prompt, or the next token [1, 1] of its answer -> logits [1, vocabulary] after it."""
+        import torch
+
+        with torch.inference_mode():
+            if token is not None:
+                self._ids = torch.cat([self._ids, token], dim=1)
+            inputs = self._model.prepare_inputs_for_generation(
+                self._ids,
+                next_sequence_length=None if token is None else 1,
+                is_first_iteration=token is None,
+                **self._options,
+            )
+            output = self._model(**inputs, return_dict=True)
+            self._options = self._model._update_model_kwargs_for_generation(
+                output, self._options, is_encoder_decoder=False
+            )
+            logits: torch.Tensor = output.logits[:, -1]
+            return logits
 
 
 def generate_alone(model: Any, sequence: Sequence) -> Iterator[None]:
     """Appends a token to the sequence each time it is advanced, until the answer is complete."""
-    import torch
-    from transformers import DynamicCache
-
-    forward, cache = Forward(model), DynamicCache(config=model.config)
-    inputs = sequence.inputs
+    read = LonePrompt(model, sequence.inputs)
+    token = None
     while True:
-        logits = forward(inputs, cache)
-        token = int(sequence.sampler(logits))
-        sequence.append(token, logits[0])
+        logits = read(token)
+        token = sequence.sampler(logits).view(1, 1)
+        sequence.append(int(token), logits[0])
         yield
         if sequence.is_complete:
             return
-        inputs = {"input_ids": torch.tensor([[token]], device=model.device)}

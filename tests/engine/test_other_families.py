@@ -1,0 +1,122 @@
+"""Families other than LLaVA's: what transformers alone makes of a prompt, processor and `generate`, is what we make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import zip_longest
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import families
+from helpers.engines import ours, picture
+from helpers.fidelity import Reference
+from helpers.other_families import OTHERS
+from helpers.tables import for_each
+from transformers import AutoModelForImageTextToText
+
+from llava_cli import Answer, Conversation, Sampling, load
+from llava_cli.engine import Request
+from llava_cli.engine.generate.sequential import generate_alone
+from llava_cli.engine.local import LocalEngine
+
+MOST = 8
+SAMPLING = Sampling(max_tokens=MOST)
+SAME, WIDE = picture(60, 60, 1), picture(200, 50, 2)
+ONE_TURN = [
+    Conversation().ask("what is this?", [SAME]),
+    Conversation().ask("what color is the thing on the left?", [SAME]),
+    Conversation().ask("what changed?", [WIDE, SAME, picture(50, 90, 3)]),
+]
+TURNS = (
+    Conversation()
+    .ask("what is this?", [SAME])
+    .answered("a cat")
+    .ask("and this?", [WIDE])
+    .answered("a dog")
+    .ask("which is larger?")
+)
+NO_PICTURE = Conversation().ask("who are you?")
+
+
+class Family(NamedTuple):
+    """A tiny checkpoint as we and as transformers alone read it."""
+
+    engine: LocalEngine
+    by: Reference
+    talks: list[Conversation]
+    """Those that its format has."""
+
+    def expected(self, *talks: Conversation) -> list[list[int]]:
+        return self.by.tokens(self.engine, *talks, max_new_tokens=MOST)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    """A family by name, made once."""
+    made: dict[str, Family] = {}
+
+    def get(name: str) -> Family:
+        if name not in made:
+            folder = families.save_made(OTHERS[name], tmp_path_factory.mktemp(name))
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+            by = Reference(families.processor_like(OTHERS[name]()[1], folder), model)
+            talks = ONE_TURN if name.startswith("paligemma") else [*ONE_TURN, TURNS, NO_PICTURE]
+            made[name] = Family(load(str(folder), precision="fp32", device="cpu"), by, talks)
+        return made[name]
+
+    return get
+
+
+@for_each("name", OTHERS)
+def test_inputs_and_greedy_tokens_alone_and_in_a_batch(name: str, family: Callable[[str], Family]) -> None:
+    engine, by, talks = made = family(name)
+    alone = []
+    for talk in talks:
+        inputs = by.inputs(engine, talk) if talk.pictures else engine.inputs(talk)
+        mine = engine.inputs(talk)
+        assert mine.keys() == inputs.keys() - {"labels"}
+        assert all(torch.equal(mine[key], inputs[key]) for key in mine)
+        expected = made.expected(talk)[0] if talk.pictures else text_alone(made, talk)
+        assert ours(engine, talk, SAMPLING, MOST) == expected
+        alone.append(expected)
+    assert made.expected(*talks[:2]) == alone[:2]  # padded on the left
+    found = dict(engine.answer_many([Request(talk, SAMPLING) for talk in talks], size=3))
+    for number, expected in enumerate(alone):
+        answer = found[number]
+        assert isinstance(answer, Answer)
+        assert (answer.text, answer.answer_tokens) == (by.text(expected), len(expected))
+
+
+def text_alone(made: Family, talk: Conversation) -> list[int]:
+    """What `generate` makes of a prompt without pictures."""
+    text = made.engine.prompter.render(talk)
+    has_bos = text.startswith(made.by.processor.tokenizer.bos_token or "\0")
+    options = {"add_special_tokens": False} if has_bos else {}
+    inputs = made.by.processor(text=[text], return_tensors="pt", **options)
+    row = made.by.model.generate(**inputs, do_sample=False, max_new_tokens=MOST)[0].tolist()
+    return list(row[inputs["input_ids"].shape[1] :])
+
+
+@for_each("name", [name for name in OTHERS if not name.startswith("paligemma")])
+def test_chat_of_three_turns(name: str, family: Callable[[str], Family]) -> None:
+    """By one engine, which keeps what it has read where the model's cache can be cut."""
+    engine, by, _ = made = family(name)
+    talk = Conversation().ask("what is this?", [SAME])
+    for question, pictures in (("and this?", [WIDE]), ("which is larger?", []), ("", [])):
+        answer = engine.answer(talk, SAMPLING)
+        (expected,) = made.expected(talk)
+        assert (answer.text, answer.answer_tokens) == (by.text(expected), len(expected))
+        talk = talk.answered(answer.text).ask(question, pictures)
+
+
+@for_each("name", [name for name in OTHERS if name.startswith(("qwen", "glm", "mllama", "gemma"))])
+def test_two_answers_at_the_same_time(name: str, family: Callable[[str], Family]) -> None:
+    """Models that keep something about a prompt outside of its cache do not mix two of them up."""
+    engine, _, _ = made = family(name)
+    talks = [ONE_TURN[0], ONE_TURN[2]]
+    sequences = [engine.prepare(number, Request(talk, SAMPLING)) for number, talk in enumerate(talks)]
+    for _ in zip_longest(*(generate_alone(engine.network, sequence) for sequence in sequences)):
+        pass
+    answers = [sequence.ids[len(sequence.prompt) :] for sequence in sequences]
+    assert answers == [made.expected(talk)[0] for talk in talks]
