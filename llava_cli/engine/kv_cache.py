@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-from llava_cli.hardware import allocator
 
 if TYPE_CHECKING:
     import torch
 
 ROOM = 32
 """How many tokens of spare space are allocated at a time."""
-MAPPED_BYTES = 1 << 20
-"""Buffers from which on they are not in the heap: a prompt's in a layer of a 1B has 10 MB in fp32."""
 _BOTH = "keys", "values"
 
 
@@ -107,19 +102,11 @@ class RoomyLayer(DynamicLayer):
 
     def _move(self, name: str, old: torch.Tensor, rows: int, tokens: int, end: int) -> None:
         """Moves the last `tokens` tokens to the beginning of a new buffer for `rows` rows of `end` tokens and more."""
-        self._buffers[name] = buffer = _empty_like(old, (rows, old.shape[1], end + ROOM, old.shape[3]))
+        self._buffers[name] = buffer = old.new_empty(rows, old.shape[1], end + ROOM, old.shape[3])
         _align_right(buffer[: len(old), :, :tokens], old)
 
     def _set_size(self, name: str, rows: int, tokens: int) -> None:
         setattr(self, name, self._buffers[name][:rows, :, :tokens])
-
-
-def _empty_like(old: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of this shape, of `old`'s dtype and device. On a CPU a large one is not in the heap."""
-    size = math.prod(shape) * old.itemsize
-    if old.device.type != "cpu" or size < MAPPED_BYTES:
-        return old.new_empty(shape)
-    return allocator.mapped_memory(size).view(old.dtype).view(shape)
 
 
 def _align_right(target: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import sys
 import threading
@@ -11,10 +10,6 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 TRIM_EVERY = 200
 """Answers after which a long run calls `trim_heap`."""
@@ -51,17 +46,6 @@ def trim_heap() -> None:
     """Returns to the system the free memory that glibc keeps between blocks in use; in a long run that adds up."""
     with suppress(*_NOT_GLIBC):
         _libc().malloc_trim(0)
-
-
-def mapped_memory(size: int) -> torch.Tensor:
-    """Bytes outside the heap, on this CPU: they are taken as they are written, and given back with the tensor.
-
-    Large tensors that outlive many others belong here. In the heap each leaves a hole that a larger one does not fit.
-    """
-    import torch
-
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
-    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)
 
 
 @contextmanager

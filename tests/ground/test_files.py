@@ -53,6 +53,7 @@ ALLOWED = {
     ("models/download.py", "WeakFileLock"): "the lock that huggingface_hub takes, too; links are refused before",
     ("start.py", "open"): "a stream of this process, by its number",
     ("models/quantized_cache.py", "save_pretrained"): "into a new folder of mode 0700, in one that is the user's own",
+    ("models/quantized_cache.py", "save_file"): "into the same new folder",
 }
 
 
