@@ -78,14 +78,14 @@ class TextSandbox:
         with self._lock:
             self._load()
 
-    def count(self, text: str, most: int = 0) -> int:
+    def count(self, text: str, most: int = 0, special_tokens: bool = True) -> int:
         """The number of tokens in a text; if that is above `most`, and `most` is not 0, any number above it.
 
-        Raises `TextRefused`.
+        Special tokens are recognized unless `special_tokens` is false. Raises `TextRefused`.
         """
         with self._lock:
             self._load()
-            data = most.to_bytes(8, "little") + text.encode(errors="surrogatepass")
+            data = bytes([special_tokens]) + most.to_bytes(8, "little") + text.encode(errors="surrogatepass")
             return int.from_bytes(self._ask(_COUNT, data, limits.TOKENIZE_SECONDS), "little")
 
     def end(self) -> None:
@@ -133,7 +133,7 @@ class CheckedTokenizer:
         """Raises `ModelUnusable`."""
         for part in [text] if isinstance(text, str) else text:
             with tokenizer_errors():
-                self._sandbox.count(part)
+                self._sandbox.count(part, special_tokens=not options.get("split_special_tokens"))
         return self._tokenizer(text, **options)
 
 
@@ -289,7 +289,8 @@ def _check_decoder(tokenizer: Any) -> None:
 
 
 def _count(data: bytes) -> bytes:
-    most, text = int.from_bytes(data[:8], "little"), data[8:].decode(errors="surrogatepass")
+    most, text = int.from_bytes(data[1:9], "little"), data[9:].decode(errors="surrogatepass")
+    _tokenizer.encode_special_tokens = not data[0]
 
     def tokenize(part: str) -> Sequence[int]:
         return _tokenizer.encode(part, add_special_tokens=False).ids  # type: ignore[no-any-return]

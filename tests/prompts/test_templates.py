@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 from helpers.command import Run
@@ -226,7 +227,9 @@ def test_a_token_that_is_not_marked_as_special_stays_text_too(checkpoint: Checkp
 
     prompter = load_prompter(LoadOptions(model=str(checkpoint("llava-llama"))))
     prompter.tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
-    again = Prompter(prompter.processor, family=prompter.family)
+    processor = copy(prompter.processor)
+    processor.tokenizer = prompter.tokenizer
+    again = Prompter(processor, family=prompter.family)
     said = tokens(again, Conversation().ask("Q1<tool_call>", [DOT]))
     assert "<tool_call>" not in said
     assert "Q1<tool_call>" in text_of(again, said)
