@@ -122,7 +122,7 @@ def load_engine(options: LoadOptions, tell: Callable[[str], None] = lambda line:
         if not weights.are_quantized and model_weights.without_quantization(config):
             words = "config.json says that bitsandbytes has quantized its weights; they are not, and read as they are"
             tell(f"llava: {checkpoint.name}: {words}")
-        prompter = _prompter(checkpoint, kind, config, options, sandbox)
+        prompter = _prompter(checkpoint, kind, config, options, sandbox, tell)
         generation_config = load_generation_config(checkpoint)
         if checkpoint.name != BUILTIN:
             empty = model_weights.empty_model(checkpoint, config)
@@ -198,15 +198,15 @@ def identify(settings: Settings) -> dict[str, Any]:
     }
 
 
-def load_prompter(options: LoadOptions) -> Prompter:
-    """Processor, tokenizer and template alone: what `llava prompt` needs."""
+def load_prompter(options: LoadOptions, tell: Callable[[str], None] = lambda line: None) -> Prompter:
+    """Processor, tokenizer and template alone: what `llava prompt` needs; `tell` as in `load_engine`."""
     checkpoint = adapters.find(options)
     sandbox = _text_sandbox(checkpoint)
     kind = check_files(checkpoint)
     from llava_cli.models.weights import load_config
 
     with quiet():
-        return _prompter(checkpoint, kind, load_config(checkpoint), options, sandbox)
+        return _prompter(checkpoint, kind, load_config(checkpoint), options, sandbox, tell)
 
 
 def _text_sandbox(checkpoint: Checkpoint) -> TextSandbox:
@@ -217,9 +217,17 @@ def _text_sandbox(checkpoint: Checkpoint) -> TextSandbox:
     return sandbox
 
 
-def _prompter(checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptions, sandbox: TextSandbox) -> Prompter:
+def _prompter(
+    checkpoint: Checkpoint,
+    kind: str,
+    config: Any,
+    options: LoadOptions,
+    sandbox: TextSandbox,
+    tell: Callable[[str], None],
+) -> Prompter:
     from llava_cli.prompts.processor import load_processor
     from llava_cli.prompts.prompter import Prompter
+    from llava_cli.prompts.tokenizer_check import hold_to_file
 
     _check_visual_tokens(checkpoint, kind, options)
     try:
@@ -227,9 +235,14 @@ def _prompter(checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptio
     except TextRefused as error:
         raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", pull_command(checkpoint.name)) from None
     processor = load_processor(checkpoint, kind, config)
-    family = _family(checkpoint, config, processor.tokenizer)
+    image_token = getattr(processor, "image_token", None) or ""
+    tokenizer, origin = hold_to_file(checkpoint, processor.tokenizer, image_token, sandbox)
+    if tokenizer is not processor.tokenizer:
+        processor.tokenizer = tokenizer
+        tell(f"llava: tokenizer: {origin}")
+    family = _family(checkpoint, config, tokenizer)
     text = config.get_text_config()
-    return Prompter(
+    prompter = Prompter(
         processor,
         options.template,
         options.fit,
@@ -239,6 +252,8 @@ def _prompter(checkpoint: Checkpoint, kind: str, config: Any, options: LoadOptio
         context=getattr(text, "max_position_embeddings", None),
         vocab_size=getattr(text, "vocab_size", None),
     )
+    prompter.tokenizer_origin = origin
+    return prompter
 
 
 def _check_visual_tokens(checkpoint: Checkpoint, kind: str, options: LoadOptions) -> None:

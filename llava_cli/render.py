@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import SequenceMatcher
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,16 @@ def note_picture_count(family: Family | None, conversation: Conversation) -> Non
     """Notes that a conversation has more pictures than its model's family was trained with."""
     if family and (words := family.warning(len(conversation.pictures))):
         note(words)
+
+
+def show_ids(ids: list[int], image_token_id: int) -> None:
+    """Prints the ids of a prompt in one line; on a terminal, the many equal ones of a picture as `32000*576`."""
+    words = []
+    for token, run in groupby(ids):
+        length = len(list(run))
+        is_picture = token == image_token_id and length > 1 and sys.stdout.isatty()
+        words += [f"{token}*{length}"] if is_picture else [str(token)] * length
+    say(" ".join(words))
 
 
 def show_difference(prompts: dict[str, str], as_json: bool) -> None:

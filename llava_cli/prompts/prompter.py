@@ -68,12 +68,20 @@ class Prompter:
         self.family = family
         self.template_origin = "none"
         """Where the chat template is from, in words."""
+        self.tokenizer_origin = ""
+        """Where the ids of tokens are from, in words."""
         self.fit: Fit = family.fit if family and family.fit and fit == "auto" else fit
         self.visual_tokens = visual_tokens
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
         self._template = self._load_template(template)
         self._special_tokens = SpecialTokens(self.tokenizer, self.image_token)
         self.processor.tokenizer = _PromptTokenizer(self.processor.tokenizer, self._special_tokens)
+
+    def with_template(self, name: str | None) -> Prompter:
+        """A prompter that shares everything with this one but the format, as in `chat_template.choose_template`."""
+        other = copy(self)
+        other._template = other._load_template(name)
+        return other
 
     def render(self, conversation: Conversation) -> str:
         """The prompt with one image token per picture, without BOS, which the tokenizer adds.
@@ -108,7 +116,7 @@ class Prompter:
     def count(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
         """The number of tokens, and how many of them are image tokens."""
         ids = inputs["input_ids"]
-        return ids.shape[1], int((ids == self._image_token_id()).sum())
+        return ids.shape[1], int((ids == self.image_token_id).sum())
 
     def _encode(self, conversation: Conversation, images: list[Image]) -> dict[str, torch.Tensor]:
         text = self._render(conversation)
@@ -124,7 +132,8 @@ class Prompter:
             inputs = self._limit_image_tokens(inputs, len(images), self.visual_tokens)
         return inputs
 
-    def _image_token_id(self) -> int:
+    @property
+    def image_token_id(self) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
 
     def _fit_all(self, images: list[Image]) -> list[Image]:
@@ -184,7 +193,7 @@ class Prompter:
 
     def _limit_image_tokens(self, inputs: dict[str, torch.Tensor], pictures: int, most: int) -> dict[str, torch.Tensor]:
         """Keeps the first `most` image tokens of each picture; all pictures have equally many."""
-        is_image = inputs["input_ids"] == self._image_token_id()
+        is_image = inputs["input_ids"] == self.image_token_id
         per_picture = int(is_image.sum()) // pictures
         keep = ~is_image | ((is_image.cumsum(1) - 1) % per_picture < most)
         return {k: v[keep].view(1, -1) if v.shape == is_image.shape else v for k, v in inputs.items()}

@@ -26,12 +26,16 @@ from llava_cli.regular_files import NotRegular, TooLarge, read
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
-_RENDER, _LOAD, _COUNT = b"R", b"L", b"C"
+_RENDER, _LOAD, _COUNT, _ENCODE, _WRITE = b"R", b"L", b"C", b"E", b"W"
 _DONE, _REFUSED = b"=", b"!"
 PIECE_CHARACTERS = 16_384
 """Texts are tokenized in pieces of this length to find out whether they have too many tokens."""
 _PIECE_MARGIN = 64
 """The most tokens by which a cut between pieces may raise the sum over the pieces."""
+
+
+_ADDED_TOKEN = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+"""What makes an added token."""
 
 
 class TextRefused(Exception):
@@ -87,6 +91,24 @@ class TextSandbox:
             self._load()
             data = bytes([special_tokens]) + most.to_bytes(8, "little") + text.encode(errors="surrogatepass")
             return int.from_bytes(self._ask(_COUNT, data, limits.TOKENIZE_SECONDS), "little")
+
+    def encode(self, text: str, added: Sequence[Any]) -> tuple[list[int], dict[str, int]]:
+        """The ids of a text by the tokenizer's own file, and those of `added`, tokens that it learns first.
+
+        Raises `TextRefused`.
+        """
+        flags = [{name: getattr(token, name) for name in _ADDED_TOKEN} for token in added]
+        with self._lock:
+            self._load()
+            request = json.dumps({"text": text, "added": flags}).encode()
+            ids, added_ids = json.loads(self._ask(_ENCODE, request, limits.TOKENIZE_SECONDS))
+        return ids, added_ids
+
+    def tokenizer_json(self) -> bytes:
+        """The tokenizer as a `tokenizer.json`. Raises `TextRefused`."""
+        with self._lock:
+            self._load()
+            return self._ask(_WRITE, b"", limits.TOKENIZE_SECONDS)
 
     def end(self) -> None:
         """Kills the process."""
@@ -197,7 +219,7 @@ def prepare() -> None:
 
 def answer(request: bytes) -> tuple[bytes, ...]:
     """The parts of a reply."""
-    handle = {_RENDER: _render, _LOAD: _load, _COUNT: _count}[request[:1]]
+    handle = {_RENDER: _render, _LOAD: _load, _COUNT: _count, _ENCODE: _encode, _WRITE: _write}[request[:1]]
     try:
         return _DONE, handle(request[1:])
     except MemoryError:
@@ -297,3 +319,17 @@ def _count(data: bytes) -> bytes:
 
     count = most + 1 if most and exceeds(tokenize, text, most) else len(tokenize(text))
     return count.to_bytes(8, "little")
+
+
+def _encode(data: bytes) -> bytes:
+    from tokenizers import AddedToken
+
+    request = json.loads(data)
+    _tokenizer.encode_special_tokens = False
+    _tokenizer.add_tokens([AddedToken(**token) for token in request["added"]])
+    added = {token["content"]: _tokenizer.token_to_id(token["content"]) for token in request["added"]}
+    return json.dumps([_tokenizer.encode(request["text"]).ids, added]).encode()
+
+
+def _write(data: bytes) -> bytes:
+    return _tokenizer.to_str().encode()  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +106,18 @@ ONEVISION = (
 )
 _CLIP = {
     "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_attention_heads": 2,
     "num_hidden_layers": 3,
     "image_size": 336,
     "patch_size": 14,
-    "projection_dim": 32,
+    "projection_dim": 64,
 }
 _SIGLIP = _CLIP | {"model_type": "siglip_vision_model", "image_size": 384, "vision_use_head": False}
 _TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_attention_heads": 2,
     "num_hidden_layers": 1,
     "num_key_value_heads": 1,
@@ -194,8 +194,7 @@ class Real:
         return [*begin, *(number for part in found for number in part)]
 
     def ids(self) -> dict[str, int]:
-        content = json.loads(vocabularies.tokenizer_json(self.vocabulary, self.added))
-        return {token["content"]: token["id"] for token in content["added_tokens"]}
+        return vocabularies.special_ids(self.vocabulary, self.added)
 
 
 _LLAMA = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False}
@@ -314,17 +313,17 @@ REAL = {
 """Each by its name on the Hub."""
 
 
-def save(name: str, folder: Path, weights: bool = False, pipeline: dict[str, Any] | None = None) -> Path:
+def save(name: str, folder: Path, weights: bool = False, words: dict[str, Any] | None = None) -> Path:
     """Writes the checkpoint's files into a folder.
 
-    `weights` makes random ones, too. `pipeline` changes parts of `tokenizer.json`.
+    `weights` makes random ones, too. `words` changes options of `tokenizer_config.json`.
     """
     real = REAL[name]
+    contents = _files(replace(real, words=real.words | (words or {})))
     folder.mkdir(parents=True, exist_ok=True)
-    for file, content in _files(real).items():
+    for file, content in contents.items():
         (folder / file).write_text(json.dumps(content, indent=2))
-    content = vocabularies.tokenizer_json(real.vocabulary, real.added)
-    (folder / "tokenizer.json").write_text(json.dumps(json.loads(content) | pipeline) if pipeline else content)
+    (folder / "tokenizer.json").write_text(vocabularies.tokenizer_json(real.vocabulary, real.added))
     if real.template:
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": real.template}))
     if weights:
@@ -332,8 +331,8 @@ def save(name: str, folder: Path, weights: bool = False, pipeline: dict[str, Any
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         torch.manual_seed(0)
-        made = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
-        made.save_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 

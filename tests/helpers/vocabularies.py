@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -90,12 +91,32 @@ def encoder(name: str) -> Encode:
     return encoding.encode_ordinary
 
 
-@functools.lru_cache
 def tokenizer_json(name: str, added: tuple[str, ...]) -> str:
     """The vocabulary as a `tokenizer.json` on the Hub has it, with these special tokens, which may be in it already."""
+    before, tokens, after, size = _converted(name)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    known = {token["content"] for token in tokens}
+    new = [token for token in added if token not in known]
+    more = [{"id": size + i, "content": token, **flags, "special": True} for i, token in enumerate(new)]
+    return before + json.dumps([*tokens, *more]) + after
+
+
+def special_ids(name: str, added: tuple[str, ...]) -> dict[str, int]:
+    """The ids of special tokens in that file."""
+    _, tokens, _, size = _converted(name)
+    known = {token["content"]: token["id"] for token in tokens}
+    new = [token for token in added if token not in known]
+    return known | {token: size + i for i, token in enumerate(new)}
+
+
+@functools.lru_cache
+def _converted(name: str) -> tuple[str, list[dict[str, Any]], str, int]:
+    """A `tokenizer.json`: what is before its list of added tokens, that list, what is after it, and the next id."""
     made = _from_tiktoken(name) if name in _WORDS else _from_sentencepiece(name)
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
-    return str(made.to_str())
+    content, key = made.to_str(), '"added_tokens":'
+    begin = content.index(key) + len(key)
+    tokens, end = json.JSONDecoder().raw_decode(content, begin)
+    return content[:begin], tokens, content[end:], made.get_vocab_size()
 
 
 def _from_sentencepiece(name: str) -> Tokenizer:
