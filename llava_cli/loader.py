@@ -211,8 +211,9 @@ def load_prompter(options: LoadOptions, tell: Callable[[str], None] = lambda lin
 
 def _text_sandbox(checkpoint: Checkpoint) -> TextSandbox:
     """Where a checkpoint's template and tokenizer run; it gets ready while libraries are imported."""
-    file = checkpoint.folder / "tokenizer.json"
-    sandbox = TextSandbox(file if checkpoint.name != BUILTIN and file.exists() else None)
+    files = [checkpoint.folder / name for name in ("tokenizer.json", "tokenizer.model")]
+    present = [file for file in files if file.exists()]
+    sandbox = TextSandbox(present[0] if present and checkpoint.name != BUILTIN else None)
     sandbox.start_loading()
     return sandbox
 
@@ -233,7 +234,8 @@ def _prompter(
     try:
         sandbox.check_tokenizer()
     except TextRefused as error:
-        raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", pull_command(checkpoint.name)) from None
+        file = sandbox.tokenizer.name if sandbox.tokenizer else "tokenizer"
+        raise ModelUnusable(checkpoint.name, f"its {file} {error}", pull_command(checkpoint.name)) from None
     processor = load_processor(checkpoint, kind, config)
     image_token = getattr(processor, "image_token", None) or ""
     tokenizer, origin = hold_to_file(checkpoint, processor.tokenizer, image_token, sandbox)

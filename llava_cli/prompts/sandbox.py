@@ -46,7 +46,7 @@ class TextSandbox:
     """A process that renders and tokenizes for one checkpoint; threads take turns."""
 
     def __init__(self, tokenizer: Path | None) -> None:
-        """`tokenizer` is the checkpoint's `tokenizer.json`; None if it has none, or one that we ship."""
+        """`tokenizer` is the checkpoint's `tokenizer.json` or `tokenizer.model`; None if it has none, or ours."""
         self._worker = Worker("llava_cli.prompts.sandbox", limits.TEXT_MEMORY)
         self.tokenizer = tokenizer
         self._loaded_in = 0  # the number of the worker's process that has loaded the tokenizer
@@ -92,15 +92,17 @@ class TextSandbox:
             data = bytes([special_tokens]) + most.to_bytes(8, "little") + text.encode(errors="surrogatepass")
             return int.from_bytes(self._ask(_COUNT, data, limits.TOKENIZE_SECONDS), "little")
 
-    def encode(self, text: str, added: Sequence[Any]) -> tuple[list[int], dict[str, int]]:
+    def encode(self, text: str, added: Sequence[Any], special_tokens: bool) -> tuple[list[int], dict[str, int]]:
         """The ids of a text by the tokenizer's own file, and those of `added`, tokens that it learns first.
+
+        With `special_tokens` it begins with BOS, if the file says so.
 
         Raises `TextRefused`.
         """
         flags = [{name: getattr(token, name) for name in _ADDED_TOKEN} for token in added]
         with self._lock:
             self._load()
-            request = json.dumps({"text": text, "added": flags}).encode()
+            request = json.dumps({"text": text, "added": flags, "special_tokens": special_tokens}).encode()
             ids, added_ids = json.loads(self._ask(_ENCODE, request, limits.TOKENIZE_SECONDS))
         return ids, added_ids
 
@@ -210,6 +212,7 @@ _LATE_IMPORTS_OF_JINJA = (
 def prepare() -> None:
     """Imports everything that may be needed: after this no file can be opened."""
     import_module("tokenizers")
+    import_module("llava_cli.prompts.sentencepiece_model")
     for name in _LATE_IMPORTS_OF_JINJA:
         import_module(name)
     time.localtime()  # reads the time zone, which templates may ask for
@@ -286,12 +289,19 @@ def _load(data: bytes) -> bytes:
     from tokenizers import Tokenizer
 
     _tokenizer = None
-    tokenizer = Tokenizer.from_buffer(data)
+    is_json = data.lstrip()[:1] == b"{"
+    tokenizer = Tokenizer.from_buffer(data) if is_json else _from_sentencepiece(data)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _check_decoder(tokenizer)
     _tokenizer = tokenizer
     return b""
+
+
+def _from_sentencepiece(data: bytes) -> Any:
+    from llava_cli.prompts.sentencepiece_model import to_tokenizer
+
+    return to_tokenizer(data)
 
 
 def _check_decoder(tokenizer: Any) -> None:
@@ -328,7 +338,8 @@ def _encode(data: bytes) -> bytes:
     _tokenizer.encode_special_tokens = False
     _tokenizer.add_tokens([AddedToken(**token) for token in request["added"]])
     added = {token["content"]: _tokenizer.token_to_id(token["content"]) for token in request["added"]}
-    return json.dumps([_tokenizer.encode(request["text"]).ids, added]).encode()
+    ids = _tokenizer.encode(request["text"], add_special_tokens=request["special_tokens"]).ids
+    return json.dumps([ids, added]).encode()
 
 
 def _write(data: bytes) -> bytes:

@@ -46,11 +46,15 @@ def hold_to_file(checkpoint: Checkpoint, tokenizer: Any, image_token: str, sandb
 
 def _is_as_in_file(tokenizer: Any, probe: str, image_token: str, sandbox: TextSandbox) -> bool:
     """Whether the probe's ids are those by the file; special tokens may be from other files."""
+    assert sandbox.tokenizer
+    has_bos = sandbox.tokenizer.suffix == ".json"  # otherwise tokenizer_config.json says whether there is one
     special = {image_token, tokenizer.eos_token}
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.content in special]
-    ids, added_ids = sandbox.encode(probe, added)
+    ids, added_ids = sandbox.encode(probe, added, special_tokens=has_bos)
     own = {number: int(tokenizer.convert_tokens_to_ids(word)) for word, number in added_ids.items()}
-    return bool([own.get(number, number) for number in ids] == tokenizer(probe)["input_ids"])
+    return bool(
+        [own.get(number, number) for number in ids] == tokenizer(probe, add_special_tokens=has_bos)["input_ids"]
+    )
 
 
 def _from_file(tokenizer: Any, sandbox: TextSandbox) -> Any:

@@ -66,7 +66,6 @@ def joined(ids: list[int], image: int) -> list[int]:
 
 @for_each("name", REAL)
 def test_ids_are_those_of_the_vocabularys_own_library(name: str, real: Callable[[str], Path]) -> None:
-    path_of(REAL[name].vocabulary)  # outside `raises`: a vocabulary that is not here skips
     hub = load_prompter(LoadOptions(model=str(real(name))), pytest.fail)
     prompters = {"native": hub.with_template("native"), **({"hub": hub} if REAL[name].hub else {})}
     for form, prompter in prompters.items():
@@ -169,6 +168,34 @@ def test_what_cannot_be_repaired_is_refused(
     done = run("prompt", "-m", folder, drawing, "Q")
     assert (done.exit_code, done.stdout) == (69, "")
     assert "transformers builds its tokenizer otherwise than tokenizer.json, which cannot be taken" in done.stderr
+
+
+SENTENCEPIECE = ["llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-34b-hf", MISTRAL, "a fine-tuned Mistral 0.3"]
+
+
+@for_each("name", SENTENCEPIECE)
+def test_a_sentencepiece_model_alone(name: str, tmp_path: Path) -> None:
+    """transformers orders its merges by id, not by score, and puts no space before a text."""
+    real = REAL[name]
+    folder = save(name, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    shutil.copy(path_of(real.vocabulary), folder / "tokenizer.model")
+    prompter = load_prompter(LoadOptions(model=str(folder), template="native"))
+    assert "tokenizer.model" in prompter.tokenizer_origin
+    for label, turns in TALKS.items():
+        ids = prompter.encode(conversation(turns))["input_ids"][0].tolist()
+        image = prompter.image_token_id
+        assert joined(ids, image) == joined(real.expected(turns, native=True), image), label
+
+
+@for_each("data", [b"", b"\n", b"\n\x05abc", b"\xff" * 100, b"IQ== 0\n", b"\n\x04\n\x02ab", b"\x0a\x03\x0a\x01\xff"])
+def test_what_is_no_sentencepiece_model(data: bytes, real: Callable[[str], Path], tmp_path: Path, run: Run) -> None:
+    folder = shutil.copytree(real(MISTRAL), tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(data)
+    done = run("prompt", "-m", folder, "Q")
+    assert (done.exit_code, done.stdout) == (69, "")
+    assert done.stderr.startswith(f"llava: {folder}: its tokenizer.model ")
 
 
 def test_doctor_has_a_line_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
