@@ -35,8 +35,8 @@ def hold_to_file(checkpoint: Checkpoint, tokenizer: Any, image_token: str, sandb
             return tokenizer, f"its ids are those of {file}"
         rebuilt = _from_file(tokenizer, sandbox)
         if _is_as_in_file(rebuilt, probe, image_token, sandbox):
-            return rebuilt, f"transformers builds it otherwise than {file} has it, which is used instead"
-        reason = f"transformers builds its tokenizer otherwise than {file}, which cannot be taken as it is"
+            return rebuilt, f"transformers' differs from {file}, so the file's is used"
+        reason = f"transformers' tokenizer differs from its {file}, and the file's cannot be used either"
     except TextRefused as error:
         reason = f"its {file} {error}"
     except Exception as error:

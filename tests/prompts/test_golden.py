@@ -20,6 +20,7 @@ from llava_cli import Conversation
 from llava_cli.conversation import Picture
 from llava_cli.diagnostics import checkup
 from llava_cli.loader import load_prompter
+from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import LoadOptions
 
 DOT = Picture("dot.png", Image.new("RGB", (64, 48), "red"), sha256="")
@@ -64,20 +65,29 @@ def joined(ids: list[int], image: int) -> list[int]:
     return [token for number, run in groupby(ids) for token in ([image] if number == image else list(run))]
 
 
-@for_each("name", REAL)
-def test_ids_are_those_of_the_vocabularys_own_library(name: str, real: Callable[[str], Path]) -> None:
-    hub = load_prompter(LoadOptions(model=str(real(name))), pytest.fail)
-    prompters = {"native": hub.with_template("native"), **({"hub": hub} if REAL[name].hub else {})}
-    for form, prompter in prompters.items():
-        for label, turns in TALKS.items():
-            ids = prompter.encode(conversation(turns))["input_ids"][0].tolist()
-            image = prompter.image_token_id
-            expected = REAL[name].expected(turns, native=form == "native")
-            assert joined(ids, image) == joined(expected, image), (form, label)
+@pytest.mark.parametrize("vocabulary", sorted({real.vocabulary for real in REAL.values()}))
+def test_ids_are_those_of_the_vocabularys_own_library(
+    vocabulary: str, real: Callable[[str], Path], subtests: pytest.Subtests
+) -> None:
+    path_of(vocabulary)  # skips
+    for name, facts in REAL.items():
+        if facts.vocabulary == vocabulary:
+            with subtests.test(name):
+                hub = load_prompter(LoadOptions(model=str(real(name))), pytest.fail)
+                check_ids(name, hub.with_template("native"), native=True)
+                if facts.hub:
+                    check_ids(name, hub, native=False)
 
 
-def test_prompts_of_llava_15(real: Callable[[str], Path], run: Run, drawing: Path) -> None:
-    """The ids that LLaVA's own code gives for two turns, typed out, with one for the picture."""
+def check_ids(name: str, prompter: Prompter, native: bool) -> None:
+    image = prompter.image_token_id
+    for label, turns in TALKS.items():
+        ids = prompter.encode(conversation(turns))["input_ids"][0].tolist()
+        assert joined(ids, image) == joined(REAL[name].expected(turns, native), image), (label, native)
+
+
+def test_a_prompt_of_llava_15(real: Callable[[str], Path], run: Run, drawing: Path) -> None:
+    """The ids that LLaVA's own code gives for one turn, typed out."""
     assert run("prompt", "-m", real(LLAVA), drawing, "what is this?", "--ids", "--template", "native").stdout == (
         "1 319 13563 1546 263 12758 1404 322 385 23116 21082 20255 29889 450 20255 4076 8444 29892 13173 29892 322 "
         "1248 568 6089 304 278 1404 29915 29879 5155 29889 3148 1001 29901 29871 "
@@ -87,7 +97,7 @@ def test_prompts_of_llava_15(real: Callable[[str], Path], run: Run, drawing: Pat
 
 
 def test_a_picture_of_llava_next_has_as_many_tokens_as_published(real: Callable[[str], Path]) -> None:
-    """`input_ids` [1, 2369] and five tiles for a picture of 808 x 1100, in transformers' own test of the processor."""
+    """`input_ids` [1, 2369] and five tiles for a picture of 1100 x 808, printed by code that uses this checkpoint."""
     prompter = load_prompter(LoadOptions(model=str(real("llava-hf/llava-v1.6-mistral-7b-hf"))))
     picture = Picture("art.png", Image.new("RGB", (1100, 808)), sha256="")
     question = "Is this artwork created by linard, jacques? Please answer yes or no."
@@ -124,7 +134,7 @@ def changed(folder: Path, copy: Path, file: str, **parts: Any) -> Path:
     return copy
 
 
-@for_each("name", [MISTRAL, LLAVA])
+@pytest.mark.parametrize("name", [MISTRAL, LLAVA])
 def test_another_release_of_transformers_is_caught(
     name: str, real: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, drawing: Path
 ) -> None:
@@ -132,12 +142,8 @@ def test_another_release_of_transformers_is_caught(
     another_release(monkeypatch)
     told: list[str] = []
     prompter = load_prompter(LoadOptions(model=str(folder), template="native"), told.append)
-    assert told == [
-        "llava: tokenizer: transformers builds it otherwise than tokenizer.json has it, which is used instead"
-    ]
-    for label, turns in TALKS.items():
-        ids = prompter.encode(conversation(turns))["input_ids"][0].tolist()
-        assert joined(ids, 32000) == joined(REAL[name].expected(turns, native=True), 32000), label
+    assert told == ["llava: tokenizer: transformers' differs from tokenizer.json, so the file's is used"]
+    check_ids(name, prompter, native=True)
     tokenizer = prompter.tokenizer
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 32001)
     assert tokenizer.decode([1, 3148, 2], skip_special_tokens=True) == tokenizer.decode([3148])
@@ -167,13 +173,13 @@ def test_what_cannot_be_repaired_is_refused(
     monkeypatch.setattr("llava_cli.prompts.tokenizer_check._from_file", lambda tokenizer, sandbox: tokenizer)
     done = run("prompt", "-m", folder, drawing, "Q")
     assert (done.exit_code, done.stdout) == (69, "")
-    assert "transformers builds its tokenizer otherwise than tokenizer.json, which cannot be taken" in done.stderr
+    assert f"{folder}: transformers' tokenizer differs from its tokenizer.json, and the file's cannot" in done.stderr
 
 
 SENTENCEPIECE = ["llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-34b-hf", MISTRAL, "a fine-tuned Mistral 0.3"]
 
 
-@for_each("name", SENTENCEPIECE)
+@pytest.mark.parametrize("name", SENTENCEPIECE)
 def test_a_sentencepiece_model_alone(name: str, tmp_path: Path) -> None:
     """transformers orders its merges by id, not by score, and puts no space before a text."""
     real = REAL[name]
@@ -182,10 +188,7 @@ def test_a_sentencepiece_model_alone(name: str, tmp_path: Path) -> None:
     shutil.copy(path_of(real.vocabulary), folder / "tokenizer.model")
     prompter = load_prompter(LoadOptions(model=str(folder), template="native"))
     assert "tokenizer.model" in prompter.tokenizer_origin
-    for label, turns in TALKS.items():
-        ids = prompter.encode(conversation(turns))["input_ids"][0].tolist()
-        image = prompter.image_token_id
-        assert joined(ids, image) == joined(real.expected(turns, native=True), image), label
+    check_ids(name, prompter, native=True)
 
 
 @for_each("data", [b"", b"\n", b"\n\x05abc", b"\xff" * 100, b"IQ== 0\n", b"\n\x04\n\x02ab", b"\x0a\x03\x0a\x01\xff"])
@@ -203,8 +206,7 @@ def test_doctor_has_a_line_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     options = LoadOptions(model=str(folder), precision="fp32", device="cpu")
     assert tokenizer_line(options) == (True, "its ids are those of tokenizer.json")
     another_release(monkeypatch)
-    words = "transformers builds it otherwise than tokenizer.json has it, which is used instead"
-    assert tokenizer_line(options) == (True, words)
+    assert tokenizer_line(options) == (True, "transformers' differs from tokenizer.json, so the file's is used")
 
 
 def tokenizer_line(options: LoadOptions) -> tuple[bool, str]:
