@@ -124,7 +124,6 @@ class Prompter:
         # A template that begins with BOS has added it already.
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
-        inputs = self._special_tokens.spell_out(inputs)
         if self._vocab_size and (highest := int(inputs["input_ids"].max())) >= self._vocab_size:
             reason = f"makes token {highest} of a prompt, and the model has {self._vocab_size}"
             raise ModelUnusable("the checkpoint's tokenizer", reason, "take tokenizer and config of one model")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AddedToken, BatchEncoding
 
@@ -18,11 +18,10 @@ from llava_cli import limits
 from llava_cli.errors import ModelUnusable
 from llava_cli.prompts.trie_regex import any_of
 
-if TYPE_CHECKING:
-    import torch
-
 _FIRST_STAND_IN = "\U000f0000"
 """The first character of a Unicode plane for private use (15), in which no tokenizer has words."""
+_BREAK = "\U000ffffd"
+"""The last one, which breaks up a word that would be recognized as it is."""
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 """How an added token is found in a text; its stand-in is found in the same way."""
 
@@ -47,9 +46,11 @@ class SpecialTokens:
             raise ModelUnusable("the checkpoint's tokenizer", reason, "llava models lists others")
         self._stand_ins = {word: chr(ord(_FIRST_STAND_IN) + i) for i, word in enumerate(words)}
         self._words = {stand_in: word for word, stand_in in self._stand_ins.items()}
-        # Only tokens that are marked as special can be kept from being recognized.
-        self._trading = {word for word in words if word in added and added[word].special}
-        tokenizer.add_tokens([_like(added.get(word), stand_in) for word, stand_in in self._stand_ins.items()])
+        # Only tokens that are marked as special can be kept from being recognized; others are broken up.
+        self._special = {word for word in words if word in added and added[word].special}
+        self._whole = {*self._special}  # those that a user's text has in one piece
+        stand_ins = [_like(added.get(word), stand_in) for word, stand_in in self._stand_ins.items()]
+        tokenizer.add_tokens([*stand_ins, _like(None, _BREAK)])
         try:
             self._pattern = re.compile(any_of(words))
         except RecursionError:
@@ -65,44 +66,35 @@ class SpecialTokens:
         """The text again, for a person."""
         return text.translate({ord(stand_in): word for stand_in, word in self._words.items()})
 
-    def tokenize(self, tokenizer: Any, text: str, **options: Any) -> BatchEncoding:
-        """The ids of a prompt that has stand-ins. Those that `spell_out` has to replace are still in it."""
-        swapped, places = self._trade(text)
-        encoding = tokenizer([swapped], **{**options, "split_special_tokens": True})
-        ids = {self._id(self._stand_ins[word]): self._id(word) for word in self._trading}
-        for ours, is_added in zip(encoding.encodings[0].ids, encoding.encodings[0].special_tokens_mask, strict=True):
-            if not is_added and ours in ids.values():  # ordinary tokens have merged to a special one
-                self._trading.discard(self._tokenizer.convert_ids_to_tokens(ours))
-                return self.tokenize(tokenizer, text, **options)
-        traded = [[ids.get(number, number) for number in encoding.encodings[0].ids]]
-        return _Traded({**encoding, "input_ids": traded}, encoding.encodings, options.get("return_tensors"), places)
-
-    def spell_out(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Replaces the ids of stand-ins, of `input_ids` [1, tokens], by the ids of their special tokens' text."""
-        import torch
-
-        spelling = {self._id(stand_in): word for stand_in, word in self._words.items()}
-        before = inputs["input_ids"][0].tolist()
-        if not spelling.keys() & set(before):
-            return inputs
-        parts = [self._spell(spelling[token]) if token in spelling else [token] for token in before]
-        lengths = torch.tensor([len(part) for part in parts])
-        shape = inputs["input_ids"].shape
-        grown = {k: v.repeat_interleave(lengths, dim=1) for k, v in inputs.items() if v.shape == shape}
-        return {**inputs, **grown, "input_ids": torch.tensor([[token for part in parts for token in part]])}
-
     def are_in(self, text: str) -> bool:
         """Whether a prompt has stand-ins."""
         return not self._words.keys().isdisjoint(text)
+
+    def tokenize(self, tokenizer: Any, text: str, **options: Any) -> BatchEncoding:
+        """The ids of a prompt that has stand-ins."""
+        swapped, places = self._trade(text)
+        encoding = tokenizer([swapped], **{**options, "split_special_tokens": True})
+        words = {self._id(word): word for word in self._special}
+        found, from_template = encoding.encodings[0].ids, encoding.encodings[0].special_tokens_mask
+        for number, is_bos in zip(found, from_template, strict=True):
+            if not is_bos and words.get(number) in self._whole:  # ordinary tokens have merged to a special one
+                self._whole.remove(words[number])
+                return self.tokenize(tokenizer, text, **options)
+        ids = {self._id(self._stand_ins[word]): number for number, word in words.items()}
+        seam = self._id(_BREAK)
+        kept = [i for i, number in enumerate(found) if number != seam]
+        data = {name: [[int(values[0][i]) for i in kept]] for name, values in encoding.items()}
+        data["input_ids"] = [[ids.get(found[i], found[i]) for i in kept]]
+        return _Traded(data, encoding.encodings, options.get("return_tensors"), places)
 
     def _trade(self, text: str) -> tuple[str, list[tuple[int, int]]]:
         """A prompt whose stand-ins and special tokens have traded places, and where its parts were and are."""
         parts, places, end, length = [], [(0, 0)], 0, 0
         for match in self._either.finditer(text):
-            found = match[0]
-            word = self._words.get(found, found)
-            if word in self._trading:
-                found = word if match[0] in self._words else self._stand_ins[word]
+            if word := self._words.get(match[0]):
+                found = word if word in self._whole else word[0] + _BREAK + word[1:]
+            else:
+                found = self._stand_ins[match[0]] if match[0] in self._special else match[0]
             parts += [text[end : match.start()], found]
             length += match.start() - end
             places.append((match.start(), length))
@@ -110,17 +102,6 @@ class SpecialTokens:
             end = match.end()
             places.append((end, length))
         return "".join([*parts, text[end:]]), places
-
-    def _spell(self, word: str) -> list[int]:
-        """A special token's text as ids of ordinary tokens."""
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-            return ids
-
-        ids = encode(word)
-        # Added tokens that are not marked as special are matched all the same: then split off the first letter.
-        return ids if self._id(word) not in ids else encode(word[0]) + encode(word[1:])
 
     def _id(self, token: str) -> int:
         return int(self._tokenizer.convert_tokens_to_ids(token))
