@@ -119,4 +119,5 @@ def _take_pipeline(folder: Path) -> None:
     content = json.loads((folder / FILE).read_bytes())
     content["model"]["merges"] = own["model"]["merges"]
     content |= {part: own[part] for part in ("normalizer", "pre_tokenizer", "decoder")}
-    (folder / FILE).write_text(json.dumps(content))
+    (folder / FILE).unlink()
+    files.write_new(folder / FILE, json.dumps(content).encode())
