@@ -129,6 +129,7 @@ def checkup(options: LoadOptions) -> Iterator[Check]:
         return
     precision = _stored_precision if weights.are_quantized else _precision
     for name, look in (
+        ("tokenizer", _tokenizer),
         ("template", _template),
         ("generation", _generation),
         ("end tokens", _end_tokens),
@@ -154,6 +155,11 @@ def _talk() -> Conversation:
     image = Image.linear_gradient("L").resize((320, 200)).convert("RGB")
     image.paste("red", (20, 60, 120, 160))
     return Conversation().ask("what is this?", [Picture("a red square", image, sha256="")])
+
+
+def _tokenizer(engine: LocalEngine) -> tuple[bool, str]:
+    """What was found when it was loaded; one that is wrong is refused there."""
+    return True, engine.prompter.tokenizer_origin
 
 
 def _template(engine: LocalEngine) -> tuple[bool, str]:

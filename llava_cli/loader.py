@@ -150,7 +150,7 @@ def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore
         if not weights.are_quantized and model_weights.without_quantization(config):
             words = "config.json says that bitsandbytes has quantized its weights; they are not, and read as they are"
             tell(f"llava: {checkpoint.name}: {words}")
-        prompter = _prompter(checkpoint, configs, config, options, sandbox)
+        prompter = _prompter(checkpoint, configs, config, options, sandbox, tell)
         generation_config = load_generation_config(checkpoint, configs)
         if checkpoint.name != BUILTIN:
             empty = model_weights.empty_model(checkpoint, config)
@@ -257,32 +257,38 @@ def settle_precision(settings: Settings, saved: str | None, hint: Tell) -> Setti
     return replace(settings, load=replace(options, precision=cast(Precision, precision)))
 
 
-def load_prompter(options: LoadOptions) -> Prompter:
-    """Processor, tokenizer and template alone: what `llava prompt` needs."""
+def load_prompter(options: LoadOptions, tell: Tell = _ignore) -> Prompter:
+    """Processor, tokenizer and template alone: what `llava prompt` needs; `tell` as in `load_engine`."""
     checkpoint = find_checkpoint(options)
     sandbox = _text_sandbox(checkpoint, options)
     configs = check_files(checkpoint)
     from llava_cli.models.weights import load_config
 
     with quiet():
-        return _prompter(checkpoint, configs, load_config(checkpoint, configs[CONFIG]), options, sandbox)
+        return _prompter(checkpoint, configs, load_config(checkpoint, configs[CONFIG]), options, sandbox, tell)
 
 
 def _text_sandbox(checkpoint: Checkpoint, options: LoadOptions) -> TextSandbox | None:
     """Where a stranger's template and tokenizer run; it gets ready while libraries are imported."""
     if checkpoint.name == BUILTIN:
         return TextSandbox(None) if options.template else None
-    file = checkpoint.folder / "tokenizer.json"
-    sandbox = TextSandbox(file if file.exists() else None)
+    files = [checkpoint.folder / name for name in ("tokenizer.json", "tokenizer.model")]
+    sandbox = TextSandbox(next((file for file in files if file.exists()), None))
     sandbox.start_loading()
     return sandbox
 
 
 def _prompter(
-    checkpoint: Checkpoint, configs: Configs, config: Any, options: LoadOptions, sandbox: TextSandbox | None
+    checkpoint: Checkpoint,
+    configs: Configs,
+    config: Any,
+    options: LoadOptions,
+    sandbox: TextSandbox | None,
+    tell: Tell,
 ) -> Prompter:
     from llava_cli.prompts.processor import embedded_tokens, load_processor
     from llava_cli.prompts.prompter import Prompter
+    from llava_cli.prompts.tokenizer_check import hold_to_file
 
     if options.visual_tokens:
         _check_visual_tokens(checkpoint, configs[CONFIG], options.visual_tokens)
@@ -290,10 +296,18 @@ def _prompter(
         try:
             sandbox.check_tokenizer()
         except TextRefused as error:
-            raise ModelUnusable(checkpoint.name, f"its tokenizer.json {error}", pull_command(checkpoint.name)) from None
+            file = sandbox.tokenizer.name if sandbox.tokenizer else "tokenizer"
+            raise ModelUnusable(checkpoint.name, f"its {file} {error}", pull_command(checkpoint.name)) from None
     processor = load_processor(checkpoint, configs, config)
+    origin = "ours"
+    if sandbox:
+        image_token = getattr(processor, "image_token", None) or ""
+        tokenizer, origin = hold_to_file(checkpoint, processor.tokenizer, image_token, sandbox)
+        if tokenizer is not processor.tokenizer:
+            processor.tokenizer = tokenizer
+            tell(f"llava: tokenizer: {origin}")
     family = _family(checkpoint, config, processor.tokenizer)
-    return Prompter(
+    prompter = Prompter(
         processor,
         options.template,
         options.fit,
@@ -303,6 +317,8 @@ def _prompter(
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
         vocab_size=embedded_tokens(config),
     )
+    prompter.tokenizer_origin = origin
+    return prompter
 
 
 def _check_visual_tokens(checkpoint: Checkpoint, config: dict[str, Any], count: int) -> None:

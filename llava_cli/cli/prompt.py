@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from difflib import SequenceMatcher
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +16,10 @@ from llava_cli import render
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import JsonOpt, PicturesAndQuestion, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.errors import UsageError
 
 DiffOpt = Annotated[bool, typer.Option("--diff", help="Compare the checkpoint's own format with that of its training.")]
+IdsOpt = Annotated[bool, typer.Option("--ids", help="Print the tokens' ids instead of the text.")]
 ViewOpt = Annotated[
     Path | None, typer.Option("--save-view", metavar="FILE", help="Write the pictures there as the model sees them.")
 ]
@@ -28,6 +32,7 @@ def prompt(
     args: PicturesAndQuestion = None,
     allow_truncated: TruncatedOpt = False,
     diff: DiffOpt = False,
+    ids: IdsOpt = False,
     save_view: ViewOpt = None,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -39,18 +44,22 @@ def prompt(
     llava prompt img.jpg "what is this?" --save-view view.png
 
     llava prompt "what is this?" --diff -m llava-1.5-7b
+
+    llava prompt img.jpg "what is this?" --ids
     """
+    if diff and ids:
+        raise UsageError("--ids", "--diff compares texts", "llava prompt --ids --template native prints one format's")
     settings = settings_of(context)
     conversation = conversation_from(args, settings, allow_truncated, quiet)
     with render.spinner("loading the tokenizer", quiet):
         from llava_cli.loader import load_prompter
 
-        names = ("hub", "native") if diff else (settings.load.template,)
-        prompters = {name: load_prompter(replace(settings.load, template=name)) for name in names}
+        options = replace(settings.load, template="hub") if diff else settings.load
+        prompter = load_prompter(options, lambda line: None if quiet else render.note(line))
     if diff:
-        show_difference({str(name): prompter.render(conversation) for name, prompter in prompters.items()}, json)
+        prompts = {name: prompter.with_template(name).render(conversation) for name in ("hub", "native")}
+        show_difference(prompts, json)
         return
-    prompter = prompters[settings.load.template]
     inputs = prompter.encode(conversation)
     text, (tokens, image_tokens) = prompter.render(conversation), prompter.count(inputs)
     if save_view:
@@ -58,12 +67,26 @@ def prompt(
 
         save_picture(draw_model_view(inputs, prompter.processor.image_processor), save_view)
     if json:
-        render.show_json({"prompt": text, "tokens": tokens, "image_tokens": image_tokens})
+        found = {"prompt": text, "tokens": tokens, "image_tokens": image_tokens}
+        render.show_json(found | {"ids": inputs["input_ids"][0].tolist()})
         return
-    render.say(text)
+    if ids:
+        show_ids(inputs["input_ids"][0].tolist(), prompter.image_token_id)
+    else:
+        render.say(text)
     if not quiet:
         render.note_picture_count(prompter.family, conversation)
         render.note(f"{tokens} tokens, {image_tokens} of them for {len(conversation.pictures)} picture(s)")
+
+
+def show_ids(ids: list[int], image_token_id: int) -> None:
+    """Prints the ids of a prompt in one line; on a terminal, the many equal ones of a picture as `32000*576`."""
+    words = []
+    for token, run in groupby(ids):
+        length = len(list(run))
+        is_picture = token == image_token_id and length > 1 and sys.stdout.isatty()
+        words += [f"{token}*{length}"] if is_picture else [str(token)] * length
+    render.say(" ".join(words))
 
 
 def show_difference(prompts: dict[str, str], as_json: bool) -> None:

@@ -13,6 +13,7 @@ from llava_cli.errors import ModelUnusable, message_line, model_errors
 from llava_cli.models.checkpoint_files import read_json
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.untrusted_config import refusal
+from llava_cli.prompts.sandbox import TextSandbox
 from llava_cli.regular_files import read
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -100,4 +101,23 @@ def _convert(checkpoint: Checkpoint, config: dict[str, Any], scratch: Path) -> d
     with model_errors(checkpoint.name, "its tokenizer cannot be translated", "copy that of its language model into it"):
         tokenizer: Any = AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
         tokenizer.save_pretrained(scratch)
+        if "tokenizer.model" in present:
+            _take_pipeline(scratch)
     return dict(json.loads((scratch / CONFIG).read_text()))
+
+
+def _take_pipeline(folder: Path) -> None:
+    """Gives `tokenizer.json` the merges of `tokenizer.model` in their order, and its way of splitting text.
+
+    transformers orders merges by id, not by score, and puts no space before a text that follows a special token.
+    """
+    sandbox = TextSandbox(folder / "tokenizer.model")
+    try:
+        own = json.loads(sandbox.tokenizer_json())
+    finally:
+        sandbox.end()
+    content = json.loads((folder / FILE).read_bytes())
+    content["model"]["merges"] = own["model"]["merges"]
+    content |= {part: own[part] for part in ("normalizer", "pre_tokenizer", "decoder")}
+    (folder / FILE).unlink()
+    files.write_new(folder / FILE, json.dumps(content).encode())

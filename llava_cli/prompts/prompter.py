@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from contextlib import nullcontext
 from copy import copy
@@ -23,15 +22,13 @@ from llava_cli.prompts.sandbox import (
     exceeds,
     tokenizer_errors,
 )
-from llava_cli.prompts.trie_regex import any_of
+from llava_cli.prompts.special_tokens import SpecialTokens
 from llava_cli.settings import Fit
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-_FIRST_STAND_IN = "\U000f0000"
-"""The first character of a Unicode plane for private use (15), in which no tokenizer has words."""
 LARGE_PIXELS = 16_000_000
 """Prompts with more pixels in their pictures than this are processed one at a time: each pixel takes 10 bytes."""
 
@@ -70,35 +67,26 @@ class Prompter:
         self.family = family
         self.template_origin = "none"
         """Where the chat template is from, in words."""
+        self.tokenizer_origin = ""
+        """Where the ids of tokens are from, in words."""
         self.visual_tokens = visual_tokens
         self.image_token: str = getattr(processor, "image_token", None) or "<image>"
         self._template = self._load_template(template)
-        # Added tokens that are not marked as special are control tokens too, except runs of spaces.
-        added = {
-            token.content
-            for token in self.tokenizer.added_tokens_decoder.values()
-            if token.content.strip() and token.content < _FIRST_STAND_IN
-        }
-        special = sorted(added | {self.image_token})
-        if len(special) > limits.ADDED_TOKENS:
-            reason = f"it has more than {limits.ADDED_TOKENS:,} added tokens"
-            raise ModelUnusable("the checkpoint's tokenizer", reason, "llava models lists others")
-        # Each special token has a stand-in, a private-use character, for where it is mere text. The tokenizer learns
-        # them here, because later other threads use it.
-        self._stand_ins = {token: chr(ord(_FIRST_STAND_IN) + i) for i, token in enumerate(special)}
-        self.tokenizer.add_tokens(list(self._stand_ins.values()))
-        try:
-            self._special_tokens = re.compile(any_of(special))
-        except RecursionError:
-            reason = "too many of its special tokens are beginnings of each other"
-            raise ModelUnusable("the checkpoint's tokenizer", reason) from None
+        self._special_tokens = SpecialTokens(self.tokenizer, self.image_token)
+        self.processor.tokenizer = _PromptTokenizer(self.processor.tokenizer, self._special_tokens)
+
+    def with_template(self, name: str | None) -> Prompter:
+        """A prompter that shares everything with this one but the format, as in `chat_template.choose_template`."""
+        other = copy(self)
+        other._template = other._load_template(name)
+        return other
 
     def render(self, conversation: Conversation) -> str:
         """The prompt with one image token per picture, without BOS, which the tokenizer adds.
 
         Raises `UsageError` if the template cannot render the conversation.
         """
-        return self._replace_stand_ins(self._render(conversation))
+        return self._special_tokens.show(self._render(conversation))
 
     def encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The model's inputs: `input_ids` [1, tokens] with expanded image tokens, `pixel_values`, …"""
@@ -125,18 +113,15 @@ class Prompter:
     def count(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
         """The number of tokens, and how many of them are image tokens."""
         ids = inputs["input_ids"]
-        return ids.shape[1], int((ids == self._image_token_id()).sum())
+        return ids.shape[1], int((ids == self.image_token_id).sum())
 
     def _encode(self, conversation: Conversation, images: list[Image]) -> dict[str, torch.Tensor]:
         text = self._render(conversation)
         self._check_length(text)
-        stand_ins = set(self._stand_ins.values()) & set(text)
         # A template that begins with BOS has added it already.
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
         inputs.pop("labels", None)  # PaliGemma's, for training
-        if stand_ins:
-            inputs = self._spell_out(inputs, stand_ins)
         if self._vocab_size and (highest := int(inputs["input_ids"].max())) >= self._vocab_size:
             reason = f"makes token {highest} of a prompt, and the model has {self._vocab_size}"
             raise ModelUnusable("the checkpoint's tokenizer", reason, "take tokenizer and config of one model")
@@ -144,7 +129,8 @@ class Prompter:
             inputs = self._limit_image_tokens(inputs, len(images), self.visual_tokens)
         return inputs
 
-    def _image_token_id(self) -> int:
+    @property
+    def image_token_id(self) -> int:
         return image_token_id(self.processor)
 
     def _load_template(self, name: str | None) -> ChatTemplate | None:
@@ -165,7 +151,7 @@ class Prompter:
             options: dict[str, Any] = {"chat_template": choice.text, "add_generation_prompt": add_generation_prompt}
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
-        return ChatTemplate(render, choice.name, self.image_token, self._hide_special_tokens)
+        return ChatTemplate(render, choice.name, self.image_token, lambda text: self._special_tokens.hide(text))
 
     def _render(self, conversation: Conversation) -> str:
         """The prompt, with stand-ins for special tokens that are mere text."""
@@ -186,39 +172,25 @@ class Prompter:
             reason = f"more than {self._context} tokens, which is all that the model reads"
             raise PromptTooLong("prompt", reason, "llava prompt prints it and counts its tokens")
 
-    def _hide_special_tokens(self, text: str) -> str:
-        return self._special_tokens.sub(lambda match: self._stand_ins[match[0]], text)
-
-    def _replace_stand_ins(self, text: str) -> str:
-        return text.translate({ord(stand_in): token for token, stand_in in self._stand_ins.items()})
-
-    def _spell_out(self, inputs: dict[str, torch.Tensor], stand_ins: set[str]) -> dict[str, torch.Tensor]:
-        """Replaces the id of each stand-in by the ids of its special token's text."""
-        import torch
-
-        to_id = self.tokenizer.convert_tokens_to_ids
-        spelling = {to_id(char): self._text_ids(token) for token, char in self._stand_ins.items() if char in stand_ins}
-        before = inputs["input_ids"][0].tolist()
-        parts = [spelling.get(token, [token]) for token in before]
-        lengths = torch.tensor([len(part) for part in parts])
-        shape = inputs["input_ids"].shape
-        grown = {k: v.repeat_interleave(lengths, dim=1) for k, v in inputs.items() if v.shape == shape}
-        return {**inputs, **grown, "input_ids": torch.tensor([[token for part in parts for token in part]])}
-
-    def _text_ids(self, token: str) -> list[int]:
-        """A special token's text as ids of ordinary tokens."""
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-            return ids
-
-        ids = encode(token)
-        # Added tokens that are not marked as special are matched all the same: then split off the first letter.
-        return ids if self.tokenizer.convert_tokens_to_ids(token) not in ids else encode(token[0]) + encode(token[1:])
-
     def _limit_image_tokens(self, inputs: dict[str, torch.Tensor], pictures: int, most: int) -> dict[str, torch.Tensor]:
         """Keeps the first `most` image tokens of each picture; all pictures have equally many."""
-        is_image = inputs["input_ids"] == self._image_token_id()
+        is_image = inputs["input_ids"] == self.image_token_id
         per_picture = int(is_image.sum()) // pictures
         keep = ~is_image | ((is_image.cumsum(1) - 1) % per_picture < most)
         return {k: v[keep].view(1, -1) if v.shape == is_image.shape else v for k, v in inputs.items()}
+
+
+class _PromptTokenizer:
+    """A tokenizer as a processor calls it, for prompts in which some special tokens are mere text."""
+
+    def __init__(self, tokenizer: Any, special_tokens: SpecialTokens) -> None:
+        self._tokenizer, self._special_tokens = tokenizer, special_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: str | list[str], **options: Any) -> Any:
+        texts = [text] if isinstance(text, str) else text
+        if len(texts) == 1 and self._special_tokens.are_in(texts[0]):
+            return self._special_tokens.tokenize(self._tokenizer, texts[0], **options)
+        return self._tokenizer(text, **options)

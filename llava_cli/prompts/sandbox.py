@@ -26,12 +26,16 @@ from llava_cli.regular_files import NotRegular, TooLarge, read
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
-_RENDER, _LOAD, _COUNT = b"R", b"L", b"C"
+_RENDER, _LOAD, _COUNT, _ENCODE, _WRITE = b"R", b"L", b"C", b"E", b"W"
 _DONE, _REFUSED = b"=", b"!"
 PIECE_CHARACTERS = 16_384
 """Texts are tokenized in pieces of this length to find out whether they have too many tokens."""
 _PIECE_MARGIN = 64
 """The most tokens by which a cut between pieces may raise the sum over the pieces."""
+
+
+_ADDED_TOKEN = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+"""What makes an added token."""
 
 
 class TextRefused(Exception):
@@ -42,7 +46,7 @@ class TextSandbox:
     """A process that renders and tokenizes for one checkpoint; threads take turns."""
 
     def __init__(self, tokenizer: Path | None) -> None:
-        """`tokenizer` is the checkpoint's `tokenizer.json`; None if it has none, or one that we ship."""
+        """`tokenizer` is the checkpoint's `tokenizer.json` or `tokenizer.model`; None if it has none, or ours."""
         self._worker = Worker("llava_cli.prompts.sandbox", limits.TEXT_MEMORY)
         self.tokenizer = tokenizer
         self._loaded_in = 0  # the number of the worker's process that has loaded the tokenizer
@@ -78,15 +82,35 @@ class TextSandbox:
         with self._lock:
             self._load()
 
-    def count(self, text: str, most: int = 0) -> int:
+    def count(self, text: str, most: int = 0, special_tokens: bool = True) -> int:
         """The number of tokens in a text; if that is above `most`, and `most` is not 0, any number above it.
 
-        Raises `TextRefused`.
+        Special tokens are recognized unless `special_tokens` is false. Raises `TextRefused`.
         """
         with self._lock:
             self._load()
-            data = most.to_bytes(8, "little") + text.encode(errors="surrogatepass")
+            data = bytes([special_tokens]) + most.to_bytes(8, "little") + text.encode(errors="surrogatepass")
             return int.from_bytes(self._ask(_COUNT, data, limits.TOKENIZE_SECONDS), "little")
+
+    def encode(self, text: str, added: Sequence[Any], special_tokens: bool) -> tuple[list[int], dict[str, int]]:
+        """The ids of a text by the tokenizer's own file, and those of `added`, tokens that it learns first.
+
+        With `special_tokens` it begins with BOS, if the file says so.
+
+        Raises `TextRefused`.
+        """
+        flags = [{name: getattr(token, name) for name in _ADDED_TOKEN} for token in added]
+        with self._lock:
+            self._load()
+            request = json.dumps({"text": text, "added": flags, "special_tokens": special_tokens}).encode()
+            ids, added_ids = json.loads(self._ask(_ENCODE, request, limits.TOKENIZE_SECONDS))
+        return ids, added_ids
+
+    def tokenizer_json(self) -> bytes:
+        """The tokenizer as a `tokenizer.json`. Raises `TextRefused`."""
+        with self._lock:
+            self._load()
+            return self._ask(_WRITE, b"", limits.TOKENIZE_SECONDS)
 
     def end(self) -> None:
         """Kills the process."""
@@ -133,7 +157,7 @@ class CheckedTokenizer:
         """Raises `ModelUnusable`."""
         for part in [text] if isinstance(text, str) else text:
             with tokenizer_errors():
-                self._sandbox.count(part)
+                self._sandbox.count(part, special_tokens=not options.get("split_special_tokens"))
         return self._tokenizer(text, **options)
 
 
@@ -188,6 +212,7 @@ _LATE_IMPORTS_OF_JINJA = (
 def prepare() -> None:
     """Imports everything that may be needed: after this no file can be opened."""
     import_module("tokenizers")
+    import_module("llava_cli.prompts.sentencepiece_model")
     for name in _LATE_IMPORTS_OF_JINJA:
         import_module(name)
     time.localtime()  # reads the time zone, which templates may ask for
@@ -197,7 +222,7 @@ def prepare() -> None:
 
 def answer(request: bytes) -> tuple[bytes, ...]:
     """The parts of a reply."""
-    handle = {_RENDER: _render, _LOAD: _load, _COUNT: _count}[request[:1]]
+    handle = {_RENDER: _render, _LOAD: _load, _COUNT: _count, _ENCODE: _encode, _WRITE: _write}[request[:1]]
     try:
         return _DONE, handle(request[1:])
     except MemoryError:
@@ -264,12 +289,19 @@ def _load(data: bytes) -> bytes:
     from tokenizers import Tokenizer
 
     _tokenizer = None
-    tokenizer = Tokenizer.from_buffer(data)
+    is_json = data.lstrip()[:1] == b"{"
+    tokenizer = Tokenizer.from_buffer(data) if is_json else _from_sentencepiece(data)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _check_decoder(tokenizer)
     _tokenizer = tokenizer
     return b""
+
+
+def _from_sentencepiece(data: bytes) -> Any:
+    from llava_cli.prompts.sentencepiece_model import to_tokenizer
+
+    return to_tokenizer(data)
 
 
 def _check_decoder(tokenizer: Any) -> None:
@@ -289,10 +321,26 @@ def _check_decoder(tokenizer: Any) -> None:
 
 
 def _count(data: bytes) -> bytes:
-    most, text = int.from_bytes(data[:8], "little"), data[8:].decode(errors="surrogatepass")
+    most, text = int.from_bytes(data[1:9], "little"), data[9:].decode(errors="surrogatepass")
+    _tokenizer.encode_special_tokens = not data[0]
 
     def tokenize(part: str) -> Sequence[int]:
         return _tokenizer.encode(part, add_special_tokens=False).ids  # type: ignore[no-any-return]
 
     count = most + 1 if most and exceeds(tokenize, text, most) else len(tokenize(text))
     return count.to_bytes(8, "little")
+
+
+def _encode(data: bytes) -> bytes:
+    from tokenizers import AddedToken
+
+    request = json.loads(data)
+    _tokenizer.encode_special_tokens = False
+    _tokenizer.add_tokens([AddedToken(**token) for token in request["added"]])
+    added = {token["content"]: _tokenizer.token_to_id(token["content"]) for token in request["added"]}
+    ids = _tokenizer.encode(request["text"], add_special_tokens=request["special_tokens"]).ids
+    return json.dumps([ids, added]).encode()
+
+
+def _write(data: bytes) -> bytes:
+    return _tokenizer.to_str().encode()  # type: ignore[no-any-return]

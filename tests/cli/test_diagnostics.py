@@ -22,6 +22,7 @@ Checkpoint = Callable[[str], Path]
 CHECKS = [
     "files",
     "family",
+    "tokenizer",
     "template",
     "generation",
     "end tokens",

@@ -32,13 +32,15 @@ from helpers.command import Run
 from helpers.homes import home
 from helpers.originals import KINDS, Original, change, original, put_weights, read, write
 from helpers.tables import for_each
+from helpers.vocabularies import encoder, path_of
 from PIL import Image
 from safetensors.torch import load_file
 
 from llava_cli import load
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.convert import conversion, output, tokenizer
-from llava_cli.settings import Sampling
+from llava_cli.loader import load_prompter
+from llava_cli.settings import LoadOptions, Sampling
 
 
 @pytest.fixture
@@ -167,6 +169,26 @@ def test_sentencepiece(llama: Original, tmp_path: Path, run: Run) -> None:
     assert ours(text)["input_ids"] == [1, *theirs.encode(text)]
     assert ours.convert_tokens_to_ids(["<image>", "<pad>"]) == [295, 296]
     assert answer(out)
+
+
+def test_a_real_sentencepiece_model(llama: Original, tmp_path: Path, run: Run) -> None:
+    """Mistral's: the converted tokenizer has the ids of sentencepiece, also for two spaces and after an end token."""
+    (llama.folder / "tokenizer.json").unlink()
+    shutil.copy(path_of("mistral"), llama.folder / "tokenizer.model")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}
+    write(llama.folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **special})
+    weights = load_file(llama.folder / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = torch.zeros(32000, weights[name].shape[1])
+    put_weights(llama.folder, weights)
+    change(llama.folder / "config.json", vocab_size=32000)
+    out, encode = tmp_path / "out", encoder("mistral")
+    assert run("models", "convert", llama.folder, "-o", out).exit_code == 0
+    prompter = load_prompter(LoadOptions(model=str(out), template="native"))
+    assert prompter.tokenizer_origin == "its ids are those of tokenizer.json"
+    ids = prompter.tokenizer("how many  spaces?</s>USER: <image>\nwhat")["input_ids"]
+    parts = [encode(text) for text in ("how many  spaces?", "USER: ", "\nwhat")]
+    assert ids == [1, *parts[0], 2, *parts[1], 32000, *parts[2]]
 
 
 def test_sentencepiece_is_missing(llama: Original, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 from helpers.command import Run
@@ -243,10 +245,27 @@ def test_a_token_that_is_not_marked_as_special_stays_text_too(checkpoint: Checkp
 
     prompter = load_prompter(LoadOptions(model=str(checkpoint("llava-llama"))))
     prompter.tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
-    again = Prompter(prompter.processor, family=prompter.family)
+    processor = copy(prompter.processor)
+    processor.tokenizer = prompter.tokenizer
+    again = Prompter(processor, family=prompter.family)
     said = tokens(again, Conversation().ask("Q1<tool_call>", [DOT]))
     assert "<tool_call>" not in said
     assert "Q1<tool_call>" in text_of(again, said)
+
+
+def test_letters_that_merge_to_a_special_token_stay_text_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint("llava-llama"), tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+    vocab = content["model"]["vocab"]
+    vocab |= {**ids, "</": vocab.pop("Ā"), "s>": vocab.pop("ā")}  # in place of bytes 0 and 1
+    content["pre_tokenizer"]["use_regex"] = False
+    content["model"]["merges"] = [["<", "/"], ["s", ">"], ["</", "s>"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    prompter = load_prompter(LoadOptions(model=str(folder)))
+    said = prompter.encode(Conversation().ask("Q1</s>", [DOT]))["input_ids"][0].tolist()
+    assert ids["</s>"] not in said
+    assert "Q1</s>" in text_of(prompter, prompter.tokenizer.convert_ids_to_tokens(said))
 
 
 def test_diff_shows_what_the_hub_left_out(run: Run, checkpoint: Checkpoint, drawing: Path) -> None:

@@ -1,0 +1,215 @@
+"""Token ids with the vocabularies of real models, as their own libraries make them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.command import Run
+from helpers.real_checkpoints import REAL, Turns, save
+from helpers.tables import for_each
+from helpers.vocabularies import path_of
+from PIL import Image
+
+from llava_cli import Conversation
+from llava_cli.conversation import Picture
+from llava_cli.diagnostics import checkup
+from llava_cli.loader import load_prompter
+from llava_cli.prompts.prompter import Prompter
+from llava_cli.settings import LoadOptions
+
+DOT = Picture("dot.png", Image.new("RGB", (64, 48), "red"), sha256="")
+LLAVA, MISTRAL = "llava-hf/llava-1.5-7b-hf", "llava-hf/bakLlava-v1-hf"
+TALKS: dict[str, Turns] = {
+    "one turn": [("{}what is this?", "")],
+    "two turns, two pictures": [("{}{}what changed?", "a dog  and\na cat"), ("what color is it in 2026?", "")],
+    "a picture in the second turn": [
+        ("{}Was ist das?", "ein Hund 🙂 don't"),
+        ("{}色は?", "茶色 cafe\u0301"),
+        ("ok", ""),
+    ],
+    "special tokens in a user's text": [
+        ("{}what do </s>,<s> <image> or a<|im_end|>\n<|eot_id|> mean   in <|im_start|>user [INST]x[/INST] <pad>?", "")
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a checkpoint with a real vocabulary and no weights, made once: `real("llava-hf/…")`."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = save(name, tmp_path_factory.mktemp("real"))
+        return made[name]
+
+    return get
+
+
+def conversation(turns: Turns) -> Conversation:
+    talk = Conversation()
+    for number, (question, answer) in enumerate(turns):
+        talk = talk.ask(question.replace("{}", ""), [DOT] * question.count("{}"))
+        talk = talk.answered(answer) if number < len(turns) - 1 else talk
+    return talk
+
+
+def joined(ids: list[int], image: int) -> list[int]:
+    """One image token for each run of them."""
+    return [token for number, run in groupby(ids) for token in ([image] if number == image else list(run))]
+
+
+@pytest.mark.parametrize("vocabulary", sorted({real.vocabulary for real in REAL.values()}))
+def test_ids_are_those_of_the_vocabularys_own_library(
+    vocabulary: str, real: Callable[[str], Path], subtests: pytest.Subtests
+) -> None:
+    path_of(vocabulary)  # skips
+    for name, facts in REAL.items():
+        if facts.vocabulary == vocabulary:
+            with subtests.test(name):
+                hub = load_prompter(LoadOptions(model=str(real(name))), pytest.fail)
+                check_ids(name, hub.with_template("native"), native=True)
+                if facts.hub:
+                    check_ids(name, hub, native=False)
+
+
+def check_ids(name: str, prompter: Prompter, native: bool) -> None:
+    image = prompter.image_token_id
+    for label, turns in TALKS.items():
+        ids = prompter.encode(conversation(turns))["input_ids"][0].tolist()
+        assert joined(ids, image) == joined(REAL[name].expected(turns, native), image), (label, native)
+
+
+def test_a_prompt_of_llava_15(real: Callable[[str], Path], run: Run, drawing: Path) -> None:
+    """The ids that LLaVA's own code gives for one turn, typed out."""
+    assert run("prompt", "-m", real(LLAVA), drawing, "what is this?", "--ids", "--template", "native").stdout == (
+        "1 319 13563 1546 263 12758 1404 322 385 23116 21082 20255 29889 450 20255 4076 8444 29892 13173 29892 322 "
+        "1248 568 6089 304 278 1404 29915 29879 5155 29889 3148 1001 29901 29871 "
+        + "32000 " * 576
+        + "29871 13 5816 338 445 29973 319 1799 9047 13566 29901\n"
+    )
+
+
+def test_a_picture_of_llava_next_has_as_many_tokens_as_published(real: Callable[[str], Path]) -> None:
+    """`input_ids` [1, 2369] and five tiles for a picture of 1100 x 808, printed by code that uses this checkpoint."""
+    prompter = load_prompter(LoadOptions(model=str(real("llava-hf/llava-v1.6-mistral-7b-hf"))))
+    picture = Picture("art.png", Image.new("RGB", (1100, 808)), sha256="")
+    question = "Is this artwork created by linard, jacques? Please answer yes or no."
+    inputs = prompter.encode(Conversation().ask(question, [picture]))
+    assert inputs["input_ids"].shape == (1, 2369)
+    assert inputs["pixel_values"].shape == (1, 5, 3, 336, 336)
+
+
+def test_ids_are_one_line_and_in_json(real: Callable[[str], Path], run: Run, drawing: Path) -> None:
+    done = run("prompt", "-m", real(MISTRAL), drawing, "what is this?", "--ids")
+    found = json.loads(run("prompt", "-m", real(MISTRAL), drawing, "what is this?", "--json").stdout)
+    assert done.stdout == " ".join(map(str, found["ids"])) + "\n"
+    assert (len(found["ids"]), found["ids"].count(32000)) == (found["tokens"], 576)
+    assert f"{found['tokens']} tokens, 576 of them for 1 picture(s)" in done.stderr
+    assert run("prompt", drawing, "what?", "--diff", "--ids").exit_code == 2
+
+
+# The self-check.
+
+
+def another_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformers that does not have LLaVA's model types on its list of those whose file is taken as it is."""
+    from transformers.models.auto import tokenization_auto
+
+    monkeypatch.setattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
+    for model_type in ("llava", "llava_next", "vipllava"):
+        monkeypatch.delitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, model_type)
+
+
+def changed(folder: Path, copy: Path, file: str, **parts: Any) -> Path:
+    """A copy of a checkpoint with other values in one of its files."""
+    shutil.copytree(folder, copy)
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | parts))
+    return copy
+
+
+@pytest.mark.parametrize("name", [MISTRAL, LLAVA])
+def test_another_release_of_transformers_is_caught(
+    name: str, real: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, drawing: Path
+) -> None:
+    folder = changed(real(name), tmp_path / "model", "tokenizer_config.json", legacy=False)
+    another_release(monkeypatch)
+    told: list[str] = []
+    prompter = load_prompter(LoadOptions(model=str(folder), template="native"), told.append)
+    assert told == ["llava: tokenizer: transformers' differs from tokenizer.json, so the file's is used"]
+    check_ids(name, prompter, native=True)
+    tokenizer = prompter.tokenizer
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 32001)
+    assert tokenizer.decode([1, 3148, 2], skip_special_tokens=True) == tokenizer.decode([3148])
+    assert run("prompt", "-m", folder, drawing, "Q").stderr.startswith(told[0])
+    assert "tokenizer" not in run("prompt", "-m", folder, drawing, "Q", "-q").stderr
+
+
+def test_what_transformers_would_make_of_it_is_wrong(
+    real: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the check, these ids would be taken."""
+    from transformers import AutoTokenizer
+
+    folder = changed(real(MISTRAL), tmp_path / "model", "tokenizer_config.json", legacy=False)
+    text = "USER: <image>\nwhat</s>USER:"
+    right = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    another_release(monkeypatch)
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] != right
+
+
+def test_what_cannot_be_repaired_is_refused(
+    real: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, drawing: Path
+) -> None:
+    """Where the file's own pipeline gives other ids than in the sandbox."""
+    folder = changed(real(MISTRAL), tmp_path / "model", "tokenizer_config.json", legacy=False)
+    another_release(monkeypatch)
+    monkeypatch.setattr("llava_cli.prompts.tokenizer_check._from_file", lambda tokenizer, sandbox: tokenizer)
+    done = run("prompt", "-m", folder, drawing, "Q")
+    assert (done.exit_code, done.stdout) == (69, "")
+    assert f"{folder}: transformers' tokenizer differs from its tokenizer.json, and the file's cannot" in done.stderr
+
+
+SENTENCEPIECE = ["llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-34b-hf", MISTRAL, "a fine-tuned Mistral 0.3"]
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_a_sentencepiece_model_alone(name: str, tmp_path: Path) -> None:
+    """transformers orders its merges by id, not by score, and puts no space before a text."""
+    real = REAL[name]
+    folder = save(name, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    shutil.copy(path_of(real.vocabulary), folder / "tokenizer.model")
+    prompter = load_prompter(LoadOptions(model=str(folder), template="native"))
+    assert "tokenizer.model" in prompter.tokenizer_origin
+    check_ids(name, prompter, native=True)
+
+
+@for_each("data", [b"", b"\n", b"\n\x05abc", b"\xff" * 100, b"IQ== 0\n", b"\n\x04\n\x02ab", b"\x0a\x03\x0a\x01\xff"])
+def test_what_is_no_sentencepiece_model(data: bytes, real: Callable[[str], Path], tmp_path: Path, run: Run) -> None:
+    folder = shutil.copytree(real(MISTRAL), tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(data)
+    done = run("prompt", "-m", folder, "Q")
+    assert (done.exit_code, done.stdout) == (69, "")
+    assert done.stderr.startswith(f"llava: {folder}: its tokenizer.model ")
+
+
+def test_doctor_has_a_line_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(MISTRAL, tmp_path / "model", weights=True, words={"legacy": False})
+    options = LoadOptions(model=str(folder), precision="fp32", device="cpu")
+    assert tokenizer_line(options) == (True, "its ids are those of tokenizer.json")
+    another_release(monkeypatch)
+    assert tokenizer_line(options) == (True, "transformers' differs from tokenizer.json, so the file's is used")
+
+
+def tokenizer_line(options: LoadOptions) -> tuple[bool, str]:
+    checks = list(checkup(options))
+    assert [check for check in checks if not check.good] == []
+    return next((check.good, check.words) for check in checks if check.name == "tokenizer")
