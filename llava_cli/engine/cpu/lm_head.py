@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class LmHead:
-    """A head in 8 bits, half to read of one in bf16, whose largest logits are computed again from the checkpoint's weights.
+    """A head in 8 bits, half to read of one in bf16; the largest logits are computed again from the original weights.
 
-    In 4 bits it would be a quarter to read, but the many small logits sum up: with a real decoder (SmolLM2-135M) that alone
-    raises perplexity by 2.5 %, and by 0.05 % in 8 bits.
+    In 4 bits it would be a quarter to read, but the many small logits sum up: with a real decoder (SmolLM2-135M) that
+    alone raises perplexity by 2.5 %, and by 0.05 % in 8 bits.
     """
 
     EXACT_LOGITS = 64

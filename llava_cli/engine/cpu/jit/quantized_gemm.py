@@ -233,7 +233,7 @@ class _QuantizedGemm(KernelBuilder):
 
 
 def round_codebook(codebook: torch.Tensor, qmax: int) -> tuple[torch.Tensor, float]:
-    """Whole numbers [16] of at most `qmax`, and the step between them, whose products are closest to a codebook in fp32.
+    """Whole numbers [16] of at most `qmax` and the step between them: the closest to a codebook in fp32.
 
     Of all steps the one whose errors are the least, with their mean counted four times: it does not cancel out over a
     block of inputs that have a mean. With qmax as the largest code's level NF4 would be off by a third more.
