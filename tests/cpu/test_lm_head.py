@@ -11,17 +11,16 @@ from llava_cli.engine.cpu.packed_weights import PackedWeightStore
 
 
 @needs_kernels
-@pytest.mark.parametrize("bound, in_8_bits", [(0.15, False), (0.03, True)])
-def test_the_largest_logits_are_exact(bound: float, in_8_bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_logits_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LmHead, "MIN_WEIGHTS", 0)
     torch.manual_seed(0)
     linear = torch.nn.Linear(128, 9600, bias=False, dtype=torch.bfloat16)
-    head = LmHead.for_head(linear, PackedWeightStore(), in_8_bits)
+    head = LmHead.for_head(linear, PackedWeightStore())
     assert head
     with torch.inference_mode():
         one, many = (torch.randn(1, n, 128, dtype=torch.bfloat16) for n in (1, 3))
         logits, exact = head(one)[0, 0], torch.nn.functional.linear(one.float(), linear.weight.float())[0, 0]
-        assert (logits - exact).norm() < bound * exact.norm()
+        assert (logits - exact).norm() < 0.02 * exact.norm()
         largest, ids = exact.topk(10)
         assert torch.equal(logits.topk(10).indices, ids)
         assert torch.allclose(logits[ids], largest)
@@ -36,4 +35,4 @@ def test_other_heads_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.nn.Linear(128, 512, dtype=torch.bfloat16),
         torch.nn.Identity(),
     ):
-        assert LmHead.for_head(other, PackedWeightStore(), in_8_bits=False) is None
+        assert LmHead.for_head(other, PackedWeightStore()) is None

@@ -45,16 +45,32 @@ def test_it_equals_the_reference(make: Any, dtype: torch.dtype, isa: IsaTier) ->
                 x.view(-1, 128)[1:2] = 0
                 out = product(x)
                 assert out.dtype == dtype
-                expected = by_reference(x, packed, bias=bias, weight_qmax=isa.weight_qmax).float()
+                expected = by_reference(x, packed, bias=bias, isa=isa).float()
                 assert (out.float() - expected).norm() <= 2 * TOLERANCE[dtype] * expected.norm()
                 exact = linear(x.float(), weights, None if bias is None else bias.float())
                 error = (out.float() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_(min=1e-6)
-                assert error.max() < (0.012 if isa.vnni else 0.02)
+                assert error.max() < (0.012 if isa.vnni else 0.015)
                 bound_out = torch.empty_like(out)
                 for launch in product.bind(x.view(-1, 128), bound_out.view(-1, out.shape[-1]), Workspace()):
                     launch()
                 assert torch.equal(bound_out, out)
                 assert torch.equal(product(x.mT.contiguous().mT), out)
+
+
+@pytest.mark.parametrize("make", [four_bits, eight_bits])
+def test_products_are_as_exact_as_their_weights(make: Any, isa: IsaTier) -> None:
+    """Of inputs like those of real models, which have a mean, and a few channels that are 50 times as large as others.
+
+    NF4 itself is off by 0.09. Held with a real decoder by `benchmarks/fidelity.py`.
+    """
+    torch.manual_seed(0)
+    layer, noise = make(512, False), torch.randn(64, 128)
+    with torch.inference_mode():
+        product, weights = QuantizedLinear(**pack_weights([layer])), torch.cat(list(dequantized_rows([layer])))
+        large = torch.ones(128).index_fill_(0, torch.tensor([5, 70]), 50)
+        for x, bound in ((noise, 0.0095), (noise * large, 0.019), (1 + noise / 4, 0.0095)):
+            exact = linear(x, weights)
+            assert (product(x) - exact).norm() < bound * exact.norm()
 
 
 @pytest.mark.parametrize("make", [four_bits, eight_bits])
@@ -64,7 +80,7 @@ def test_sums_do_not_overflow(make: Any, isa: IsaTier) -> None:
         weight = torch.ones(32, 128).copysign(torch.arange(-16, 16)[:, None])
         product = QuantizedLinear(**pack_weights([make(32, False, weight)]))
         for x in (torch.ones(1, 128), torch.ones(3, 128), -torch.ones(10, 128)):
-            assert torch.allclose(product(x), x @ weight.t(), rtol=1e-3)
+            assert torch.allclose(product(x), x @ weight.t(), rtol=0.01)
 
 
 @pytest.mark.parametrize("make", [four_bits, eight_bits])
@@ -122,13 +138,7 @@ def test_weights_and_buffers_are_checked(make: Any) -> None:
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()} == layout_of([layer])
     QuantizedLinear(**packed)
     for name, tensor in packed.items():
-        # A codebook is rounded to 8 bits, whatever it was.
-        for wrong in (
-            tensor[:-1],
-            tensor[:0],
-            tensor.flatten()[1:],
-            *([] if name == "codebook" else [tensor.double()]),
-        ):
+        for wrong in (tensor[:-1], tensor[:0], tensor.flatten()[1:], tensor.double()):
             with pytest.raises(ValueError):
                 QuantizedLinear(**{**packed, name: wrong})
     with pytest.raises(Misfit):

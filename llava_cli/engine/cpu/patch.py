@@ -97,7 +97,7 @@ def accelerate(model: Any, store: PackedWeightStore, patch: ModelPatch) -> str |
             patch.replace_forward(layer, vision_layer.VisionLayer(layer, fuse_vision))
         for layer in wide_layers if not vision_layers else ():
             _replace(layer, fuse_vision([layer]), patch)
-        lm_head = LmHead.for_head(head, store, in_8_bits) if layers else None
+        lm_head = LmHead.for_head(head, store) if layers else None
         _replace(head, lm_head or DenseGemv.for_layer(head), patch)
     return problem
 

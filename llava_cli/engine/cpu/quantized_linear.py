@@ -176,19 +176,28 @@ class QuantizedLinear:
         self._tiles, self._blocks = weights.shape[:2]
         self._bits, self._out_features = 4 if scales is not None else 8, TILE_ROWS * self._tiles
         self._padded_in_features: int = BLOCK * self._blocks
-        if codebook is not None:
-            qmax = best_isa().weight_qmax
-            codebook = (codebook * qmax).round_().add_(qmax + 1).to(torch.uint8)
-            row_scale = _zeros(self._out_features) + 1 / qmax
         bias = _zeros(self._out_features) if bias is None else bias.float()
+        layout = packed_layout(self._out_features, self._padded_in_features, self._bits)
+        layout["bias"] = (torch.float32, (self._out_features,))
         tensors = {"weights": weights, "scales": scales, "codebook": codebook, "row_scale": row_scale, "bias": bias}
         self._tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        self._layout: Layout = {
-            **packed_layout(self._out_features, self._padded_in_features, self._bits),
-            **({} if codebook is None else {"codebook": (torch.uint8, (CODEBOOK_SIZE,))}),
-            **dict.fromkeys(("row_scale", "bias"), (torch.float32, (self._out_features,))),
-        }
-        addresses(self._tensors, self._layout)
+        addresses(self._tensors, layout)
+        if codebook is not None:
+            self._round_codebook(codebook)
+            layout["codebook"] = (torch.uint8, (CODEBOOK_SIZE,))
+            layout["row_scale"] = layout["bias"]
+        self._layout: Layout = layout
+
+    def _round_codebook(self, codebook: torch.Tensor) -> None:
+        """For the kernel: levels with the zero point added, and their step as every row's scale."""
+        import torch
+
+        from llava_cli.engine.cpu.jit.quantized_gemm import round_codebook
+
+        qmax = best_isa().weight_qmax
+        levels, step = round_codebook(codebook, qmax)
+        self._tensors["codebook"] = levels.add(qmax + 1).to(torch.uint8)
+        self._tensors["row_scale"] = _zeros(self._out_features) + step
 
     def bind(self, x: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> list[Launch]:
         """What computes x [..., in_features] -> out [..., out_features], both contiguous, in bf16 or both in fp32.
@@ -290,4 +299,4 @@ def _self_test(kernel: Kernel, run: Run) -> Iterator[tuple[torch.Tensor, torch.T
     x, bias = kernel.sample(tokens, columns), kernel.sample(rows).float()
     out = torch.empty(tokens, rows, dtype=x.dtype, device="cpu")
     QuantizedLinear(**packed, bias=bias)._launch(x, out, Workspace()).run_as(run)
-    yield out, reference(x, **packed, bias=bias, weight_qmax=best_isa().weight_qmax)
+    yield out, reference(x, **packed, bias=bias, isa=best_isa())

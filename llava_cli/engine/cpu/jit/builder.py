@@ -37,13 +37,21 @@ class IsaTier:
     """Tokens that a quantized product computes at once, the largest first: as many as there are registers for."""
     vnni: bool
     weight_qmax: int
-    """What a 4-bit weight of 1.0 is rounded to. AVX2 adds two products in 16 bits, where only 7-bit weights fit."""
+    """The largest level that a codebook of 4-bit weights is rounded to."""
+
+    @property
+    def act_pair_qmax(self) -> int | None:
+        """What the magnitudes of two neighboring activations may add up to, rounding included, beside 4-bit weights.
+
+        Without VNNI the products of two neighbors are added in 16 bits, of weights up to twice `weight_qmax` and one.
+        """
+        return None if self.vnni else (2**15 - 1) // (2 * self.weight_qmax + 1) - 1
 
 
 ISA_TIERS = (
     IsaTier("avx512vnni", ("avx512f", "avx512bw", "avx512vl", "avx512_vnni"), 16, (10, 8, 4, 2, 1), True, 127),
     IsaTier("avxvnni", ("avx2", "fma", "f16c", "avx_vnni"), 8, (8, 4, 2, 1), True, 127),
-    IsaTier("avx2", ("avx2", "fma", "f16c"), 8, (8, 4, 2, 1), False, 63),
+    IsaTier("avx2", ("avx2", "fma", "f16c"), 8, (8, 4, 2, 1), False, 112),
 )
 """The best first."""
 

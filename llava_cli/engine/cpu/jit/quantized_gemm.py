@@ -6,9 +6,11 @@
 for x [tokens, columns] and weights [rows, columns] in blocks of 64 columns. The inner sum is exact, in int32.
 
 - Weights in 4 bits are codes of a codebook of 16 values, times the block's largest magnitude `scales`: NF4 and FP4 of
-  bitsandbytes (QLoRA, Dettmers et al. 2023). Here q_weight = round(codebook * weight_qmax), and row_scale undoes that.
+  bitsandbytes (QLoRA, Dettmers et al. 2023). Here q_weight are `round_codebook`'s levels, and row_scale is their step.
 - Weights in 8 bits have one scale a row: absmax / 127 (LLM.int8(), Dettmers et al. 2022). There are no `scales`.
 - Activations get 8 bits a block, as in ggml's Q8_0: act_scale = max |x| / 127, q_act = round(x / act_scale).
+  Beside weights in 4 bits AVX2 takes a larger act_scale where two neighbors are so large that their products' sum would
+  not fit in 16 bits (`act_pair_qmax`). That rounds activations a little more, and spares weights from 7 bits.
 
 The dot product instructions multiply unsigned bytes by signed ones. With VNNI (`vpdpbusd`, 64 products in 512 bits) the
 weights are the unsigned ones: q_weight plus a zero point, for which `zero_point_correction`, -zero_point times the sum
@@ -84,6 +86,7 @@ class _QuantizedGemm(KernelBuilder):
         super().__init__(KernelArgs, isa, bf16)
         self._bits = bits
         self._signs_to_activations = bits == 8 and not isa.vnni
+        self._act_pair_qmax = isa.act_pair_qmax if bits == 4 else None
         self._zero_point = 0 if self._signs_to_activations else isa.weight_qmax + 1
         quantize, multiply = self._quantize_activations(), self._multiply()
         with self.function("run") as run:
@@ -114,7 +117,7 @@ class _QuantizedGemm(KernelBuilder):
                     source = self.at(x, b.mul(b.add(b.mul(token, blocks), block), I64(BLOCK)))
                     parts = [self.load_fp32(self.at(source, I64(column)), 16) for column in range(0, BLOCK, 16)]
                     # maximum, and not maxnum: a NaN makes the whole block NaN.
-                    magnitudes = [self.call("llvm.fabs.v16f32", vector, part) for part in parts]
+                    magnitudes = [self._act_magnitudes(part) for part in parts]
                     absmax = reduce(partial(self.call, "llvm.maximum.v16f32", vector), magnitudes)
                     absmax = self.call("llvm.vector.reduce.fmaximum.v16f32", F32, absmax)
                     divisor = b.select(b.fcmp_ordered(">", absmax, F32(_MIN_ABSMAX)), absmax, F32(_MIN_ABSMAX))
@@ -129,6 +132,17 @@ class _QuantizedGemm(KernelBuilder):
                     total = self.call("llvm.vector.reduce.add.v16i32", I32, reduce(b.add, integers))
                     b.store(b.mul(total, I32(-self._zero_point)), self.at(correction, target))
         return function
+
+    def _act_magnitudes(self, x: Value) -> Value:
+        """|x|, or more where a pair of neighbors asks for a larger scale; 16 lanes."""
+        b, vector = self.b, x.type
+        magnitudes = self.call("llvm.fabs.v16f32", vector, x)
+        if not self._act_pair_qmax:
+            return magnitudes
+        neighbors = ir.Constant(ir.VectorType(I32, 16), [lane ^ 1 for lane in range(16)])
+        pairs = b.fadd(magnitudes, b.shuffle_vector(magnitudes, ir.Constant(vector, ir.Undefined), neighbors))
+        scaled = b.fmul(pairs, splat_const(127 / self._act_pair_qmax, F32, 16))
+        return self.call("llvm.maximum.v16f32", vector, magnitudes, scaled)
 
     def _multiply(self) -> ir.Function:
         """Each thread multiplies all tokens by the tiles that it claims."""
@@ -218,6 +232,22 @@ class _QuantizedGemm(KernelBuilder):
         return b.add(dot, fours)
 
 
+def round_codebook(codebook: torch.Tensor, qmax: int) -> tuple[torch.Tensor, float]:
+    """Whole numbers [16] of at most `qmax` and the step between them: the closest to a codebook in fp32.
+
+    Of all steps the one whose errors are the least, with their mean counted four times: it does not cancel out over a
+    block of inputs that have a mean. With qmax as the largest code's level NF4 would be off by a third more.
+    """
+    import torch
+
+    scales = torch.arange(0.75 * qmax, qmax + 0.49, 0.01)[:, None] / codebook.abs().max().clamp(min=1e-30)
+    levels = (codebook * scales).round()
+    steps = (codebook * levels).sum(1, keepdim=True) / levels.square().sum(1, keepdim=True).clamp(min=1)
+    errors = levels * steps - codebook
+    best = int((errors.square().mean(1) + 4 * errors.mean(1).square()).argmin())
+    return levels[best], float(steps[best])
+
+
 def reference(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -225,17 +255,19 @@ def reference(
     scales: torch.Tensor | None = None,
     codebook: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    weight_qmax: int = 127,
+    *,
+    isa: IsaTier,
 ) -> torch.Tensor:
     """The same in plain torch, with packed weights: x [tokens, columns] -> [tokens, rows].
 
-    In 4 bits `codebook` [16] is in fp32, and is rounded to multiples of 1 / weight_qmax as it is for the kernel.
+    In 4 bits `codebook` [16] is in fp32. Codebook and activations are rounded as they are for kernels of `isa`.
     """
     import torch
 
     tokens, (tiles, blocks) = len(x), weights.shape[:2]
     if codebook is not None and scales is not None:
-        values = (codebook * weight_qmax).round() / weight_qmax
+        levels, step = round_codebook(codebook, isa.weight_qmax)
+        values = levels * step
         codes = torch.stack((weights & 15, weights >> 4), 3).flatten(2, 3)
         weight = values[codes.long()] * scales.float()[:, :, None, :, None]
     else:
@@ -243,6 +275,9 @@ def reference(
     weight = weight.permute(0, 3, 1, 2, 4).reshape(tiles * TILE_ROWS, blocks * BLOCK)
     act = x.float().view(tokens, blocks, BLOCK)
     act_scale = act.abs().amax(-1, keepdim=True).clamp(min=_MIN_ABSMAX) / 127
+    if codebook is not None and isa.act_pair_qmax:
+        pairs = act.abs().unflatten(-1, (-1, 2)).sum(-1)
+        act_scale = act_scale.maximum(pairs.amax(-1, keepdim=True) / isa.act_pair_qmax)
     out = ((act / act_scale).round() * act_scale).view(tokens, -1) @ weight.mT
     out = out if row_scale is None else out * row_scale
     return (out if bias is None else out + bias.float()).to(x.dtype)
