@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -281,12 +282,15 @@ def run_llama(cache: Path, case: Case, tokens: torch.Tensor, new_score: Callable
     params.embedding, params.embd_normalize = True, -1
     params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
     params.n_ctx = params.n_batch = params.n_ubatch = WINDOW
-    params.n_parallel = 1
+    params.n_parallel, params.verbosity = 1, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     server, score, head = xllamacpp.Server(params), new_score(), torch.from_numpy(np.load(cache / "head.npy"))
     for i, row in enumerate(tokens):
-        answer = server.handle_embeddings({"input": row.tolist(), "embd_normalize": -1})
-        states = torch.tensor(answer["data"][0]["embedding"] if "data" in answer else answer[0]["embedding"])
+        # Not `handle_embeddings`, which answers in OpenAI's format, where a text has one vector.
+        body = json.dumps({"content": row.tolist(), "embd_normalize": -1}).encode()
+        request = Request(f"{server.listening_address}/embedding", body, {"Content-Type": "application/json"})
+        with urlopen(request) as answer:
+            states = torch.tensor(json.load(answer)[0]["embedding"])
         score.add(slice(i, i + 1), slice(None), (states[STEPS] @ head.t())[None])
     return {"": score}
 

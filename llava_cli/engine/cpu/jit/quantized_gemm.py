@@ -276,7 +276,7 @@ def reference(
     act = x.float().view(tokens, blocks, BLOCK)
     act_scale = act.abs().amax(-1, keepdim=True).clamp(min=_MIN_ABSMAX) / 127
     if codebook is not None and isa.act_pair_qmax:
-        pairs = act.abs().unflatten(-1, (-1, 2)).sum(-1)
+        pairs = act.abs().view(tokens, blocks, -1, 2).sum(-1)
         act_scale = act_scale.maximum(pairs.amax(-1, keepdim=True) / isa.act_pair_qmax)
     out = ((act / act_scale).round() * act_scale).view(tokens, -1) @ weight.mT
     out = out if row_scale is None else out * row_scale
