@@ -148,18 +148,18 @@ def test_what_is_pasted_behind_a_picture(term: str, terminal: Open, drawing: Pat
     assert drawing.name in shown
 
 
-CLOSED = {"stdout": ">&-", "a full disk": ">/dev/full", "all": ">&- 2>&- <&-"}
-OTHERS_CLOSED = {"stderr and stdin": "2>&- <&-"}
-SAYS = {"ask": DESCRIBED, "--version": "llava", "models": "builtin", "doctor": "machine", "batch": DESCRIBED}
+SAYS = {"ask": DESCRIBED, "--version": "llava", "batch": DESCRIBED}
 
 
 @for_each(
     "command, redirection, code, answers",
     [
-        *(("ask", redirection, 74, False) for redirection in CLOSED.values()),
-        *(("ask", redirection, 0, True) for redirection in OTHERS_CLOSED.values()),
-        *((command, ">&-", 74, False) for command in ("--version", "models", "doctor", "batch")),
-        *((command, "2>&-", 0, True) for command in ("--version", "models", "doctor", "batch")),
+        ("ask", ">/dev/full", 74, False),
+        ("ask", ">&- 2>&- <&-", 74, False),
+        ("ask", "2>&- <&-", 0, True),
+        ("batch", ">&-", 74, False),
+        ("--version", ">&-", 74, False),
+        ("--version", "2>&-", 0, True),
     ],
 )
 def test_closed_streams(command: str, redirection: str, code: int, answers: bool, drawing: Path) -> None:

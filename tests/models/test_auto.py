@@ -135,7 +135,7 @@ def test_a_photo_is_as_many_tokens_as_processors_make_of_it() -> None:
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
         ),
-        "llava-onevision": families._still(LlavaOnevisionProcessor)(
+        "llava-onevision": families.still(LlavaOnevisionProcessor)(
             image_processor=onevision_pixels,
             tokenizer=families._qwen(),
             num_image_tokens=729,
@@ -147,7 +147,7 @@ def test_a_photo_is_as_many_tokens_as_processors_make_of_it() -> None:
             tokenizer=smol,
             image_seq_len=64,
         ),
-        "smolvlm2": families._still(SmolVLMProcessor)(
+        "smolvlm2": families.still(SmolVLMProcessor)(
             families.SmolVLMImageProcessorPil(size={"longest_edge": 1536}, max_image_size={"longest_edge": 384}),
             video_processor=None,
             tokenizer=smol,

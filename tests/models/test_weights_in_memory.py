@@ -66,7 +66,7 @@ def bytes_outside_of_files(before: set[int]) -> int:
 
 @for_each(
     "compute, precision",
-    [(compute, precision) for compute in ("fp32", "bf16") for precision in ("4bit", "8bit")],
+    [("fp32", "4bit"), ("bf16", "8bit")],
     own=(compute_in,),
 )
 def test_weights_stand_in_mapped_files_and_nowhere_else(

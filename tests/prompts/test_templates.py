@@ -8,6 +8,7 @@ from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 
+import pytest
 from helpers.command import Run
 from helpers.tables import for_each
 from PIL import Image
@@ -289,7 +290,8 @@ def test_several_pictures_where_one_was_trained(run: Run, checkpoint: Checkpoint
     assert chat.stderr.count("trained with one picture") == 1
 
 
-def test_models_show(run: Run, checkpoint: Checkpoint) -> None:
+def test_models_show(run: Run, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_cli.catalog.speeds", dict)  # measures where the machine is busy, each time
     found = json.loads(run("models", "show", "llava-1.6-34b", "--json").stdout)
     assert found["repository"] == "llava-hf/llava-v1.6-34b-hf"
     assert (found["family"], found["trained format"], found["context"]) == ("llava-1.6-34b",) * 2 + ("4096 tokens",)
