@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -189,8 +190,8 @@ def _serve() -> None:
         os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
         fast_start.start()
     for name in _MODULES[module]:
-        imported = import_module(name)
-        getattr(imported, "prepare", int)()
+        with suppress(ImportError):  # a fork needs it in vain, too, and says so
+            getattr(import_module(name), "prepare", int)()
     while True:
         message, streams, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 3)
         if not message:
