@@ -57,7 +57,7 @@ def test_a_measurement_is_kept_until_what_it_depends_on_changes(
     changes = [
         lambda: monkeypatch.setattr(cpu, "cpu_model", lambda: "another"),
         lambda: monkeypatch.setenv("OMP_NUM_THREADS", "7"),
-        lambda: monkeypatch.setenv("LLAVA_FAST", "0"),
+        lambda: monkeypatch.setattr(speed, "has_cpu_wing", lambda plan, before=speed.has_cpu_wing: not before(plan)),
         lambda: monkeypatch.setattr(speed, "version", lambda package: "another"),
         lambda: (home / "cache/speed.json").write_text("{"),
         lambda: (home / "cache/speed.json").write_text('{"key": [], "speeds": 1}'),
