@@ -51,8 +51,8 @@ def fit_to_memory(
     if fitting := best_fit(weights.geometry, candidates(plan), picture, free):
         if fitting.precision != plan.precision:
             size = gigabytes(footprint(weights.geometry, fitting, picture).total)
-            words = f"in {_WORDS[fitting.precision]} ({size}), for {needs}"
-            hint(f"llava: {checkpoint.name}: {words}; -p {plan.precision} asks for it all the same")
+            words = f"in {_WORDS[fitting.precision]} ({size}): {needs}"
+            hint(f"llava: {checkpoint.name}: {words}; -p {plan.precision} overrides this")
         return fitting
     if not can_quantize():
         reason = f"{needs}; 8 and 4 bits take less, and bitsandbytes is missing"

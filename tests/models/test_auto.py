@@ -190,8 +190,8 @@ def test_auto_takes_fewer_bits_where_memory_is_short_and_says_so(
         done = run(*ask)
         assert json.loads(done.stdout)["precision"] == f"{bits}bit"
         (line,) = done.stderr.splitlines()
-        assert line.startswith(f"llava: {folder}: in {bits} bits (0.5 GB), for fp32 takes 0.5 GB and ")
-        assert line.endswith("; -p fp32 asks for it all the same")
+        assert line.startswith(f"llava: {folder}: in {bits} bits (0.5 GB): fp32 takes 0.5 GB and ")
+        assert line.endswith("; -p fp32 overrides this")
         assert run(*ask, "-q").stderr == ""
     done = run(*ask, "-p", "fp32")
     assert (json.loads(done.stdout)["precision"], done.stderr) == ("fp32", "")
