@@ -297,19 +297,22 @@ def _onevision(**config: Any) -> tuple[Any, Any]:
     return made, processor
 
 
-def _pixtral(**config: Any) -> tuple[Any, Any]:
-    words = tokenizer(extra=("<unk>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"))
-    vision = PixtralVisionConfig(
+def pixtral_config(image_size: int) -> PixtralVisionConfig:
+    return PixtralVisionConfig(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=2,
         head_dim=32,
-        image_size=2 * SIDE,
+        image_size=image_size,
         patch_size=PATCH,
     )
+
+
+def _pixtral(**config: Any) -> tuple[Any, Any]:
+    words = tokenizer(extra=("<unk>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"))
     made = LlavaConfig(
-        vision_config=vision,
+        vision_config=pixtral_config(2 * SIDE),
         text_config=language_config(words, MistralConfig),
         image_token_index=words.convert_tokens_to_ids("[IMG]"),
         image_seq_length=1,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from helpers.families import PATCH, SIDE, language_config, named_tokenizer, siglip_config, still
+from helpers.families import PATCH, SIDE, language_config, named_tokenizer, pixtral_config, siglip_config, still
 from transformers import (
     AyaVisionConfig,
     AyaVisionProcessor,
@@ -31,7 +31,6 @@ from transformers import (
     MllamaProcessor,
     PaliGemmaConfig,
     PaliGemmaProcessor,
-    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
@@ -243,17 +242,8 @@ def _aya(**more: Any) -> Made:
 
 def _mistral3(**more: Any) -> Made:
     words = _words("<s>", "</s>", "<unk>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    vision = PixtralVisionConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        head_dim=32,
-        image_size=4 * SIDE,
-        patch_size=PATCH,
-    )
     made = Mistral3Config(
-        vision_config=vision,
+        vision_config=pixtral_config(4 * SIDE),
         text_config=language_config(words, MistralConfig),
         image_token_index=words.convert_tokens_to_ids("[IMG]"),
         spatial_merge_size=2,
