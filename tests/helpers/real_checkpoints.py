@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import vocabularies
-from helpers.families import CHATML, MISTRAL, VICUNA, VIP, YI
+from helpers.families import CHATML, MISTRAL, SMOL, VICUNA, VIP, YI
 
 Part = str | tuple[str]
 """Of a prompt: text, or a special token, which is a tuple of one."""
@@ -36,13 +36,16 @@ class Format:
     picture: tuple[Part, ...] = (("<image>",), "\n")
     lead: str = ""
     """Before the text of a question."""
+    lead_alone: str | None = None
+    """Where it has no picture; None: the same."""
 
     def parts(self, turns: Turns) -> list[Part]:
         """The prompt of a conversation, with neighboring texts joined."""
         found: list[Part] = [*self.before]
         for number, (question, answer) in enumerate(turns):
             found += self.after if number else ()
-            found += [*self.picture * question.count("{}"), self.lead + question.replace("{}", ""), *self.middle]
+            lead = self.lead if "{}" in question or self.lead_alone is None else self.lead_alone
+            found += [*self.picture * question.count("{}"), lead + question.replace("{}", ""), *self.middle]
             found += [self.answer + answer] if number < len(turns) - 1 else []
         joined: list[Part] = []
         for part in found:
@@ -72,6 +75,33 @@ def _llama3(system: str) -> Format:
     return Format((*head("system"), system, eot, *head("user")), (eot, *head("assistant")), (eot, *head("user")))
 
 
+def _tiles(rows: int, columns: int, has_tokens: bool) -> tuple[Part, ...]:
+    """A picture of SmolVLM's: each tile behind its place, which is a token in the smaller models, and all of it."""
+    fake, image = ("<fake_token_around_image>",), ("<image>",)
+
+    def place(name: str) -> Part:
+        return (name,) if has_tokens else name
+
+    found: list[Part] = []
+    for row in range(1, rows + 1):
+        for column in range(1, columns + 1):
+            found += [fake, place(f"<row_{row}_col_{column}>"), image]
+        found.append("\n")
+    return (*found, "\n", fake, place("<global-img>"), image, fake)
+
+
+def _smolvlm(has_tokens: bool) -> Format:
+    end = ("<end_of_utterance>",)
+    return Format(
+        (("<|im_start|>",), "User:"),
+        (end, "\nAssistant:"),
+        (end, "\nUser:"),
+        answer=" ",
+        picture=_tiles(3, 4, has_tokens),
+        lead_alone=" ",
+    )
+
+
 V1 = _vicuna(
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -94,6 +124,20 @@ LLAMA_3 = _llama3(
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
+_ROW = ("[IMG]",)
+PIXTRAL = Format(
+    (("<s>",), ("[INST]",)),
+    (("[/INST]",),),
+    (("</s>",), ("[INST]",)),
+    picture=(_ROW, ("[IMG_BREAK]",), _ROW, ("[IMG_BREAK]",), _ROW, ("[IMG_END]",)),
+)
+"""Pixtral's, for pictures of three rows of patches."""
+HUB_PIXTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST]' }}"
+    "{% for chunk in message['content'] %}{% if chunk['type'] == 'text' %}{{ chunk['text'] }}"
+    "{% elif chunk['type'] == 'image' %}{{ '[IMG]' }}{% endif %}{% endfor %}{{ '[/INST]' }}{% else %}"
+    "{% for chunk in message['content'] %}{{ chunk['text'] }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 ONEVISION = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
@@ -115,6 +159,8 @@ _CLIP = {
     "projection_dim": 64,
 }
 _SIGLIP = _CLIP | {"model_type": "siglip_vision_model", "image_size": 384, "vision_use_head": False}
+_PIXTRAL = {key: _CLIP[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+_PIXTRAL |= {"model_type": "pixtral", "num_hidden_layers": 1, "head_dim": 32, "image_size": 1024, "patch_size": 16}
 _TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -155,12 +201,24 @@ _PIXELS: dict[str, dict[str, Any]] = {
     "LlavaNextImageProcessor": _CLIP_PIXELS
     | {"aspect_ratio_setting": "anyres", "do_pad": True, "image_grid_pinpoints": _NEXT_GRID},
     "LlavaOnevisionImageProcessor": _SIGLIP_PIXELS | {"do_pad": True, "image_grid_pinpoints": _ONEVISION_GRID},
+    "PixtralImageProcessor": {key: value for key, value in _CLIP_PIXELS.items() if "crop" not in key}
+    | {"patch_size": {"height": 16, "width": 16}, "size": {"longest_edge": 1024}},
+    "Idefics3ImageProcessor": _SIGLIP_PIXELS | {"do_image_splitting": True, "do_pad": True},
 }
 _PROCESSORS = {
     "llava": "LlavaProcessor",
     "vipllava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
+    "idefics3": "Idefics3Processor",
+}
+_TOWERS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": _CLIP,
+    "LlavaNextImageProcessor": _CLIP,
+    "SiglipImageProcessor": _SIGLIP,
+    "LlavaOnevisionImageProcessor": _SIGLIP,
+    "PixtralImageProcessor": _PIXTRAL,
+    "Idefics3ImageProcessor": _PIXTRAL | {"model_type": "idefics3_vision"},
 }
 _DEFAULT = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 _FULL = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
@@ -183,6 +241,10 @@ class Real:
     config: dict[str, Any] = field(default_factory=lambda: _DEFAULT)
     words: dict[str, Any] = field(default_factory=dict)
     """Of `tokenizer_config.json`."""
+    image: str = "<image>"
+    side: int = 0
+    """Of a tile in pixels; 0 if it is the tower's own."""
+    patch: int = 0
 
     def expected(self, turns: Turns, native: bool) -> list[int]:
         """The ids by the vocabulary's own library: each text between special tokens by itself, one id a picture."""
@@ -204,6 +266,10 @@ _YI = _LLAMA | {"add_bos_token": False, "bos_token": "<|startoftext|>", "pad_tok
 _LLAMA3 = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}
 _QWEN = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "unk_token": None, "add_prefix_space": False}
 _QWEN |= {"pad_token": "<|endoftext|>", "errors": "replace", "split_special_tokens": False}
+_SMOL = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "unk_token": "<|endoftext|>"}
+_SMOL |= {"pad_token": "<|im_end|>", "add_prefix_space": False, "truncation_side": "left"}
+_PLACES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+_RESERVED = tuple(f"<|reserved_special_token_{i}|>" for i in range(88))
 _CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 _NEXT = {"pixels": "LlavaNextImageProcessor"}
 
@@ -309,6 +375,53 @@ REAL = {
         _FULL,
         _QWEN,
     ),
+    "mistral-community/pixtral-12b": Real(
+        "pixtral",
+        "mistral",
+        "llava",
+        131072,
+        PIXTRAL,
+        None,
+        HUB_PIXTRAL,
+        "</s>",
+        (),
+        "PixtralImageProcessor",
+        _FULL | {"image_seq_length": 1},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "unk_token": "<unk>"},
+        image="[IMG]",
+    ),
+    "HuggingFaceTB/SmolVLM-Instruct": Real(
+        "smollm2",
+        "llama",
+        "idefics3",
+        49155,
+        _smolvlm(has_tokens=False),
+        None,
+        SMOL,
+        "<end_of_utterance>",
+        ("<fake_token_around_image>", "<image>", "<end_of_utterance>"),
+        "Idefics3ImageProcessor",
+        {"scale_factor": 3},
+        _SMOL,
+        side=384,
+        patch=14,
+    ),
+    "HuggingFaceTB/SmolVLM-256M-Instruct": Real(
+        "smollm2",
+        "llama",
+        "idefics3",
+        49280,
+        _smolvlm(has_tokens=True),
+        None,
+        SMOL,
+        "<end_of_utterance>",
+        ("<global-img>", *_PLACES, "<fake_token_around_image>", "<image>", *_RESERVED, "<end_of_utterance>"),
+        "Idefics3ImageProcessor",
+        {"scale_factor": 4},
+        _SMOL,
+        side=512,
+        patch=16,
+    ),
 }
 """Each by its name on the Hub."""
 
@@ -337,35 +450,45 @@ def save(name: str, folder: Path, weights: bool = False, words: dict[str, Any] |
 
 
 def _files(real: Real) -> dict[str, dict[str, Any]]:
-    siglip = real.pixels in ("SiglipImageProcessor", "LlavaOnevisionImageProcessor")
     grids = {"llava_next": _NEXT_GRID, "llava_onevision": _ONEVISION_GRID}
-    ids, processor = real.ids(), _PROCESSORS[real.model_type]
+    ids = real.ids()
+    processor = "PixtralProcessor" if real.image == "[IMG]" else _PROCESSORS[real.model_type]
     ends = {"eos_token_id": ids[real.ends], "vocab_size": real.vocab_size}
     config = {
         "model_type": real.model_type,
         "ignore_index": -100,
-        "image_token_index": ids["<image>"],
+        "image_token_id" if real.model_type == "idefics3" else "image_token_index": ids[real.image],
         "projector_hidden_act": "gelu",
         "text_config": {"model_type": real.backbone, "max_position_embeddings": 32768, **_TINY, **ends},
-        "vision_config": _SIGLIP if siglip else _CLIP,
+        "vision_config": _TOWERS[real.pixels]
+        | ({"image_size": real.side, "patch_size": real.patch} if real.side else {}),
         **({"image_grid_pinpoints": grids[real.model_type]} if real.model_type in grids else {}),
         **({"video_token_index": ids["<video>"], "vision_aspect_ratio": "anyres_max_9"} if "<video>" in ids else {}),
         **real.config,
     }
-    strategy = real.config.get("vision_feature_select_strategy", "default")
-    described = {"processor_class": processor, "image_token": "<image>", "vision_feature_select_strategy": strategy}
-    if real.model_type == "llava_onevision":
-        described |= {"num_image_tokens": 729, "video_token": "<video>"}
-    else:
-        described |= {"patch_size": 14, "num_additional_image_tokens": int(not siglip)}
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     known = {str(number): {"content": token, **flags, "special": True} for token, number in ids.items()}
     words = {"added_tokens_decoder": known, "clean_up_tokenization_spaces": False, "eos_token": real.ends}
+    sizes = {"size": {"longest_edge": 4 * real.side}, "max_image_size": {"longest_edge": real.side}}
     return {
         "config.json": config,
-        "processor_config.json": described,
+        "processor_config.json": {"processor_class": processor, **_processor_options(real)},
         "preprocessor_config.json": _PIXELS[real.pixels]
-        | {"image_processor_type": real.pixels, "processor_class": processor},
+        | {"image_processor_type": real.pixels, "processor_class": processor}
+        | (sizes if real.side else {}),
         "tokenizer_config.json": words
         | {"model_max_length": 1000000000000000019884624838656, "processor_class": processor, **real.words},
     }
+
+
+def _processor_options(real: Real) -> dict[str, Any]:
+    """What `processor_config.json` says besides its class."""
+    if real.model_type == "idefics3":
+        return {"image_seq_len": (real.side // real.patch // real.config["scale_factor"]) ** 2}
+    options: dict[str, Any] = {"image_token": real.image}
+    if real.image == "[IMG]":
+        return options | {"image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]", "patch_size": 16}
+    options["vision_feature_select_strategy"] = real.config.get("vision_feature_select_strategy", "default")
+    if real.model_type == "llava_onevision":
+        return options | {"num_image_tokens": 729, "video_token": "<video>"}
+    return options | {"patch_size": 14, "num_additional_image_tokens": int(_TOWERS[real.pixels] is _CLIP)}
