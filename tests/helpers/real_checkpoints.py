@@ -1,7 +1,9 @@
 """Folders that are real checkpoints in all but their weights: their small files and their real vocabularies.
 
-The files are those of the models on the Hub, as far as two sources agree on them; sizes that no prompt depends on are
-tiny, so that a model with random weights can be made of them too.
+The files are those of the models on the Hub, as far as two sources agree on them; where there is one alone, or none, a
+comment says so. Ids of tokens and sizes of vocabularies are in the models' config.json and in transformers' conversion
+scripts, templates in transformers' tests and its documentation. Sizes that no prompt depends on are tiny, so that a
+model with random weights can be made of them too.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class Format:
     """Before the text of a question."""
     lead_alone: str | None = None
     """Where it has no picture; None: the same."""
+    final: str = ""
+    """Behind the last question's `middle`."""
 
     def parts(self, turns: Turns) -> list[Part]:
         """The prompt of a conversation, with neighboring texts joined."""
@@ -46,12 +50,12 @@ class Format:
             found += self.after if number else ()
             lead = self.lead if "{}" in question or self.lead_alone is None else self.lead_alone
             found += [*self.picture * question.count("{}"), lead + question.replace("{}", ""), *self.middle]
-            found += [self.answer + answer] if number < len(turns) - 1 else []
+            found += [self.answer + answer if number < len(turns) - 1 else self.final]
         joined: list[Part] = []
         for part in found:
             if joined and isinstance(part, str) and isinstance(joined[-1], str):
                 joined[-1] += part
-            else:
+            elif part:
                 joined.append(part)
         return joined
 
@@ -65,6 +69,12 @@ def _chatml(system: str, end: str, **more: Any) -> Format:
     first: tuple[Part, ...] = (start, f"system\n{system}", stop, end) if system else ()
     begin: tuple[Part, ...] = (start, "user\n")
     return Format((*first, *begin), (stop, end, start, "assistant\n"), (stop, end, *begin), **more)
+
+
+def _onevision(end: str) -> Format:
+    start, stop = ("<|im_start|>",), ("<|im_end|>",)
+    middle, after = (stop, end, start, "assistant"), (stop, end, start, "user ")
+    return Format((start, "user "), middle, after, answer=" \n", picture=(("<image>",),), lead="\n", final="\n")
 
 
 def _llama3(system: str) -> Format:
@@ -119,7 +129,7 @@ INST_V3 = Format((("[INST]",), " "), (" ", ("[/INST]",)), (" ", ("</s>",), ("[IN
 HUB_INST_V3 = Format((("[INST]",), " "), (" ", ("[/INST]",)), (("</s>",), " ", ("[INST]",), " "), " ")
 YI_DIRECT, HUB_YI = _chatml("Answer the questions.", ""), _chatml("", "")
 QWEN_1_5, HUB_QWEN = _chatml("You are a helpful assistant.", "\n"), _chatml("", "\n")
-HUB_ONEVISION = _chatml("", "", picture=(("<image>",),), lead="\n", answer="\n")
+HUB_ONEVISION, HUB_INTERLEAVE = _onevision(""), _onevision("\n")
 LLAMA_3 = _llama3(
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -138,8 +148,8 @@ HUB_PIXTRAL = (
     "{% elif chunk['type'] == 'image' %}{{ '[IMG]' }}{% endif %}{% endfor %}{{ '[/INST]' }}{% else %}"
     "{% for chunk in message['content'] %}{{ chunk['text'] }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-ONEVISION = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
+_ONEVISION = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
     "{% if message['role'] != 'assistant' %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
@@ -148,6 +158,8 @@ ONEVISION = (
     "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}"
     "{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Of the templates like OneVision's, this one alone has the 699 bytes of the file on the Hub.
+_INTERLEAVE = _ONEVISION.replace("'<|im_end|>'", "'<|im_end|>' + '\n'")
 _CLIP = {
     "model_type": "clip_vision_model",
     "hidden_size": 64,
@@ -261,11 +273,14 @@ class Real:
 
 _LLAMA = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False}
 _LLAMA |= {"bos_token": "<s>", "unk_token": "<unk>", "use_default_system_prompt": False, "sp_model_kwargs": {}}
+# Only LLaVA 1.5's `legacy` has a source; no id depends on it where the file's own pipeline is used.
 _MISTRAL = _LLAMA | {"legacy": True}
+# That Yi has no BOS is in llama.cpp's issue 3966, too; the rest of its file has no source but the vocabulary.
 _YI = _LLAMA | {"add_bos_token": False, "bos_token": "<|startoftext|>", "pad_token": "<unk>"}
 _LLAMA3 = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}
 _QWEN = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "unk_token": None, "add_prefix_space": False}
 _QWEN |= {"pad_token": "<|endoftext|>", "errors": "replace", "split_special_tokens": False}
+# The ids of SmolVLM's tokens have two sources, the names of the reserved ones none; they are in no prompt.
 _SMOL = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "unk_token": "<|endoftext|>"}
 _SMOL |= {"pad_token": "<|im_end|>", "add_prefix_space": False, "truncation_side": "left"}
 _PLACES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
@@ -277,8 +292,8 @@ REAL = {
     "llava-hf/llava-1.5-7b-hf": Real(
         "llama", "llama", "llava", 32064, V1, HUB_VICUNA, VICUNA, "</s>", words=_LLAMA | {"pad_token": "<pad>"}
     ),
-    "llava-hf/bakLlava-v1-hf": Real(
-        "mistral", "mistral", "llava", 32064, V1, HUB_INST, MISTRAL, "</s>", words=_MISTRAL | {"pad_token": "<pad>"}
+    "llava-hf/bakLlava-v1-hf": Real(  # its card asks in this form; what its template is, has no source
+        "mistral", "mistral", "llava", 32064, V1, HUB_VICUNA, VICUNA, "</s>", words=_MISTRAL | {"pad_token": "<pad>"}
     ),
     "llava-hf/vip-llava-7b-hf": Real(
         "llama",
@@ -344,7 +359,7 @@ REAL = {
         ("<unk>", "<image>", "<pad>"),
         words=_LLAMA3 | {"pad_token": "<pad>"},
     ),
-    "llava-hf/llava-next-72b-hf": Real(
+    "llava-hf/llava-next-72b-hf": Real(  # its card has this form; what its template is, has no source
         "qwen", "qwen2", "llava_next", 152064, QWEN_1_5, HUB_QWEN, CHATML, "<|im_end|>", _CHAT, words=_QWEN, **_NEXT
     ),
     "llava-hf/llava-interleave-qwen-0.5b-hf": Real(
@@ -353,8 +368,8 @@ REAL = {
         "llava",
         152000,
         QWEN_1_5,
-        HUB_QWEN,
-        CHATML,
+        HUB_INTERLEAVE,
+        _INTERLEAVE,
         "<|im_end|>",
         _CHAT,
         "SiglipImageProcessor",
@@ -368,14 +383,14 @@ REAL = {
         152000,
         QWEN_1_5,
         HUB_ONEVISION,
-        ONEVISION,
+        _ONEVISION,
         "<|im_end|>",
         (*_CHAT, "<video>"),
         "LlavaOnevisionImageProcessor",
         _FULL,
         _QWEN,
     ),
-    "mistral-community/pixtral-12b": Real(
+    "mistral-community/pixtral-12b": Real(  # as mistral-common has it; how its file splits words, has no second source
         "pixtral",
         "mistral",
         "llava",

@@ -130,7 +130,8 @@ def encoder(name: str) -> Encode:
 def _by_digit(text: str) -> Iterator[str]:
     """A text in parts, of which each number is one."""
     for is_number, run in groupby(text, lambda letter: unicodedata.category(letter)[0] == "N"):
-        yield from run if is_number else ["".join(run)]
+        part = "".join(run)
+        yield from part if is_number else [part]
 
 
 def tokenizer_json(name: str, added: tuple[str, ...]) -> str:
