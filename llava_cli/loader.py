@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from llava_cli._version import __version__
 from llava_cli.errors import ModelUnusable, UsageError, model_errors
 from llava_cli.models import adapters
-from llava_cli.models.checkpoint_files import CONFIG, Configs, is_adapter, pull_command
+from llava_cli.models.checkpoint_files import CONFIG, Configs, is_adapter, pull_command, tokenizer_hint
 from llava_cli.models.families import TESTED, Family, family_named, recognize
 from llava_cli.models.fingerprint import fingerprint
 from llava_cli.models.registry import BUILTIN, Checkpoint, default_name, find
@@ -297,7 +297,7 @@ def _prompter(
             sandbox.check_tokenizer()
         except TextRefused as error:
             file = sandbox.tokenizer.name if sandbox.tokenizer else "tokenizer"
-            raise ModelUnusable(checkpoint.name, f"its {file} {error}", pull_command(checkpoint.name)) from None
+            raise ModelUnusable(checkpoint.name, f"its {file} {error}", tokenizer_hint(checkpoint)) from None
     processor = load_processor(checkpoint, configs, config)
     origin = "ours"
     if sandbox:

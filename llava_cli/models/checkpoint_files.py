@@ -33,6 +33,13 @@ def pull_command(name: str) -> str:
     return f"llava models pull {name}" if name in ALIASES or ("/" in name and not Path(name).exists()) else ""
 
 
+def tokenizer_hint(checkpoint: Checkpoint) -> str:
+    """What to do about a tokenizer that cannot be used: often only `tokenizer.json` is missing."""
+    has_file = (checkpoint.folder / "tokenizer.json").exists()
+    hint = "llava models lists others" if has_file else "put the same model's tokenizer.json into its folder"
+    return pull_command(checkpoint.name) or hint
+
+
 def read_json(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
     """A JSON object in the checkpoint's folder. Raises `ModelUnusable` if it is missing or not an object."""
     bounds = Bounds(limits.CONFIG_BYTES, limits.JSON_DEPTH, limits.JSON_ITEMS)

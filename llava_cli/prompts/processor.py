@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_cli import limits, regular_files
 from llava_cli.errors import ModelUnusable, model_errors
-from llava_cli.models.checkpoint_files import CONFIG, Configs, pull_command
+from llava_cli.models.checkpoint_files import CONFIG, Configs, pull_command, tokenizer_hint
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.weights import nothing_is_fetched
 from llava_cli.untrusted_text import one_line
@@ -30,8 +30,8 @@ _EXTRA_EMBEDDINGS = {"mllama_text_model": 8}
 
 def load_processor(checkpoint: Checkpoint, configs: Configs, config: Any) -> Any:
     """The processor of a checkpoint, in agreement with its config. Raises `ModelUnusable`."""
-    name, hint = checkpoint.name, pull_command(checkpoint.name)
-    with model_errors(name, "its processor cannot be loaded", hint):
+    name = checkpoint.name
+    with model_errors(name, "its processor cannot be loaded", tokenizer_hint(checkpoint)):
         processor_class, absent = _processor_class(checkpoint, configs, config)
         with nothing_is_fetched():
             # PIL's resizing everywhere: torchvision's differs, and pixels must not depend on what is installed.
@@ -182,13 +182,13 @@ def _check_image_token(checkpoint: Checkpoint, processor: Any, config: Any) -> N
     if not isinstance(image_id, int) or not isinstance(image_token, str):
         return
     tokenizer = processor.tokenizer
-    hint = pull_command(checkpoint.name) or "take config.json and tokenizer.json of one model"
+    hint = pull_command(checkpoint.name) or "take config.json and the tokenizer's files of one model"
     if (tokenizer_id := image_token_id(processor)) != image_id:
         token = tokenizer.convert_ids_to_tokens(image_id) if 0 <= image_id < len(tokenizer) else None
-        theirs = "has none" if tokenizer_id in (None, tokenizer.unk_token_id) else f"has {tokenizer_id}"
+        theirs = f"has {tokenizer_id}" if image_token in tokenizer.get_vocab() else "has none"
         words = f"config.json has {image_id} for the image token"
         words += f" ({one_line(token)!r} in the tokenizer)" if token else " (which the tokenizer does not have)"
-        raise ModelUnusable(checkpoint.name, f"{words}, tokenizer.json {theirs} for {one_line(image_token)}", hint)
+        raise ModelUnusable(checkpoint.name, f"{words}, the tokenizer {theirs} for {one_line(image_token)}", hint)
     vocab_size = embedded_tokens(config)
     if vocab_size is not None and image_id >= vocab_size:
         words = f"config.json has {vocab_size} tokens (vocab_size), and {image_id} for the image token"

@@ -6,6 +6,7 @@ special tokens is tokenized by itself, as with SentencePiece.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -17,10 +18,14 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _BPE = 2
 """The type of models that merge pairs of pieces."""
 _SPACE = "▁"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\n")
+"""A line of another kind of vocabulary whose files have the same name: Llama 3's."""
 
 
 def to_tokenizer(data: bytes) -> Tokenizer:
     """The pipeline of a model; texts begin with the model's BOS. Raises `ValueError` for other kinds of models."""
+    if _TIKTOKEN.match(data):
+        raise ValueError("is a vocabulary of tiktoken, not a SentencePiece model")
     fields = [(number, value) for number, value in _fields(data) if isinstance(value, bytes)]
     pieces = [dict(_fields(value)) for number, value in fields if number == 1]
     trainer = dict(_fields(b"".join(value for number, value in fields if number == 2)))

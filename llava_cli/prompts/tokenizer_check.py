@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from llava_cli.errors import ModelUnusable, plain_message
-from llava_cli.models.checkpoint_files import pull_command
+from llava_cli.models.checkpoint_files import tokenizer_hint
 from llava_cli.models.registry import Checkpoint
 from llava_cli.prompts.sandbox import TextRefused, TextSandbox
 from llava_cli.untrusted_text import one_line
 
 _PROBES = (
     "A chat.  What is\n{image}\nthis? In 2026:\tdon't, cafe\u0301, 色.{end}USER: {image}{image}and this?{end}\n",
-    " {image} What  are {end} these  12  or 345 x2?! I'LL  say\n\n\n  XMLFile's \"ﬁ²\u00a0Å\", a/b:\r\n {image}  ",
+    " {image} What  are {end} these  12  or 345 x2?! I'LL  say\n\n\n  myXMLFile's \"ﬁ²\u00a0Å\", a/b:\r\n {image}  ",
     "{image}\n  {end}\t{image}\n\n{end}",
 )
 """What pipelines differ in: spaces, digits and letters beside special tokens, Unicode's forms, and where a text begins
@@ -35,7 +35,7 @@ def hold_to_file(checkpoint: Checkpoint, tokenizer: Any, image_token: str, sandb
     """
     if sandbox.tokenizer is None:
         return tokenizer, "as transformers builds it"
-    name, file = checkpoint.name, sandbox.tokenizer.name
+    file = sandbox.tokenizer.name
     try:
         if _is_as_in_file(tokenizer, image_token, sandbox):
             return tokenizer, f"its ids are those of {file}"
@@ -47,7 +47,7 @@ def hold_to_file(checkpoint: Checkpoint, tokenizer: Any, image_token: str, sandb
         reason = f"its {file} {error}"
     except Exception as error:
         reason = f"its {file} does not make a tokenizer ({one_line(plain_message(error))})"
-    raise ModelUnusable(name, reason, pull_command(name) or "llava models lists others")
+    raise ModelUnusable(checkpoint.name, reason, tokenizer_hint(checkpoint))
 
 
 def _is_as_in_file(tokenizer: Any, image_token: str, sandbox: TextSandbox) -> bool:

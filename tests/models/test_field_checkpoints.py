@@ -880,11 +880,11 @@ def test_weights_that_are_not_all_there(damage: Damage, words: str, copy: Copy, 
 TOKENS: dict[str, tuple[Damage, str]] = {
     "another token": (
         change("config.json", image_token_index=255),
-        r"config\.json has 255 .* tokenizer\.json has \d+ for",
+        r"config\.json has 255 .* the tokenizer has \d+ for",
     ),
     "none of the tokenizer": (
         change("config.json", image_token_index=32000),
-        r"config\.json has 32000 for the image token \(which the tokenizer does not have\), tokenizer\.json has",
+        r"config\.json has 32000 for the image token \(which the tokenizer does not have\), the tokenizer has",
     ),
     "none of the model": (
         inner("text_config", vocab_size=200),

@@ -229,6 +229,23 @@ def test_what_is_no_sentencepiece_model(data: bytes, real: Callable[[str], Path]
     done = run("prompt", "-m", folder, "Q")
     assert (done.exit_code, done.stdout) == (69, "")
     assert done.stderr.startswith(f"llava: {folder}: its tokenizer.model ")
+    assert ("tiktoken" in done.stderr) == data.startswith(b"IQ==")
+    assert "put the same model's tokenizer.json into its folder" in done.stderr
+
+
+def test_the_words_name_no_file_that_is_not_there(
+    real: Callable[[str], Path], tmp_path: Path, run: Run, drawing: Path
+) -> None:
+    """A SentencePiece model has no token for pictures; other files add it, or not."""
+    folder = shutil.copytree(real(MISTRAL), tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    shutil.copy(path_of("mistral"), folder / "tokenizer.model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": {}}))
+    done = run("prompt", "-m", folder, drawing, "Q")
+    assert (done.exit_code, done.stdout) == (69, "")
+    assert "the tokenizer has none for <image>" in done.stderr
+    assert "tokenizer.json" not in done.stderr
 
 
 def test_doctor_has_a_line_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
