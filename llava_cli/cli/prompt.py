@@ -62,16 +62,18 @@ def prompt(
         return
     inputs = prompter.encode(conversation)
     text, (tokens, image_tokens) = prompter.render(conversation), prompter.count(inputs)
+    numbers = inputs["input_ids"][0].tolist()
+    pieces = [str(piece) for piece in prompter.tokenizer.convert_ids_to_tokens(numbers)]
     if save_view:
         from llava_cli.prompts.preview import draw_model_view, save_picture
 
         save_picture(draw_model_view(inputs, prompter.processor.image_processor), save_view)
     if json:
         found = {"prompt": text, "tokens": tokens, "image_tokens": image_tokens}
-        render.show_json(found | {"ids": inputs["input_ids"][0].tolist()})
+        render.show_json(found | {"ids": numbers, "pieces": pieces})
         return
     if ids:
-        show_ids(inputs["input_ids"][0].tolist(), prompter.image_token_id)
+        show_ids(numbers, pieces, prompter.image_token_id)
     else:
         render.say(text)
     if not quiet:
@@ -79,14 +81,20 @@ def prompt(
         render.note(f"{tokens} tokens, {image_tokens} of them for {len(conversation.pictures)} picture(s)")
 
 
-def show_ids(ids: list[int], image_token_id: int) -> None:
-    """Prints the ids of a prompt in one line; on a terminal, the many equal ones of a picture as `32000*576`."""
-    words = []
-    for token, run in groupby(ids):
+def show_ids(ids: list[int], pieces: list[str], image_token_id: int) -> None:
+    """Prints the ids of a prompt: in a pipe in one line; on a terminal with their pieces, a picture's in one row."""
+    if not sys.stdout.isatty():
+        render.say(" ".join(map(str, ids)))
+        return
+    rows, position = [], 0
+    for (number, piece), run in groupby(zip(ids, pieces, strict=True)):
         length = len(list(run))
-        is_picture = token == image_token_id and length > 1 and sys.stdout.isatty()
-        words += [f"{token}*{length}"] if is_picture else [str(token)] * length
-    render.say(" ".join(words))
+        if number == image_token_id and length > 1:
+            rows.append((f"{position}-{position + length - 1}", str(number), f"{piece} x {length}"))
+        else:
+            rows += [(str(position + i), str(number), piece) for i in range(length)]
+        position += length
+    render.table(("position", "id", "piece"), rows)
 
 
 def show_difference(prompts: dict[str, str], as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,7 @@ from helpers.vocabularies import path_of
 from PIL import Image
 
 from llava_cli import Conversation
+from llava_cli.cli.prompt import show_ids
 from llava_cli.conversation import Picture
 from llava_cli.diagnostics import checkup
 from llava_cli.loader import load_prompter
@@ -141,8 +143,27 @@ def test_ids_are_one_line_and_in_json(real: Callable[[str], Path], run: Run, dra
     found = json.loads(run("prompt", "-m", real(MISTRAL), drawing, "what is this?", "--json").stdout)
     assert done.stdout == " ".join(map(str, found["ids"])) + "\n"
     assert (len(found["ids"]), found["ids"].count(32000)) == (found["tokens"], 576)
+    assert (len(found["pieces"]), found["pieces"].count("<image>")) == (found["tokens"], 576)
     assert f"{found['tokens']} tokens, 576 of them for 1 picture(s)" in done.stderr
     assert run("prompt", drawing, "what?", "--diff", "--ids").exit_code == 2
+
+
+def test_ids_on_a_terminal_have_their_pieces(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture is one row, and what a vocabulary calls a token cannot command the terminal."""
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    show_ids([1, 9, 9, 9, 5, 5, 9, 7], ["<s>", *["<image>"] * 3, "▁a", "▁a", "<image>", "\x1b[2J\t"], 9)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["position", "id", "piece"],
+        ["0", "1", "<s>"],
+        ["1-3", "9", "<image>", "x", "3"],
+        ["4", "5", "▁a"],
+        ["5", "5", "▁a"],
+        ["6", "9", "<image>"],
+        ["7", "7", r"\x1b[2J\t"],
+    ]
 
 
 # The self-check.
