@@ -277,7 +277,8 @@ _LLAMA |= {"bos_token": "<s>", "unk_token": "<unk>", "use_default_system_prompt"
 _MISTRAL = _LLAMA | {"legacy": True}
 # That Yi has no BOS is in llama.cpp's issue 3966, too; the rest of its file has no source but the vocabulary.
 _YI = _LLAMA | {"add_bos_token": False, "bos_token": "<|startoftext|>", "pad_token": "<unk>"}
-_LLAMA3 = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>"}
+# As xtuner's converter leaves it: Llama's class has put <unk> before <image>.
+_LLAMA3 = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<|begin_of_text|>", "unk_token": "<unk>"}
 _QWEN = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "unk_token": None, "add_prefix_space": False}
 _QWEN |= {"pad_token": "<|endoftext|>", "errors": "replace", "split_special_tokens": False}
 # The ids of SmolVLM's tokens have two sources, the names of the reserved ones none; they are in no prompt.
