@@ -246,6 +246,7 @@ class Real:
     vocab_size: int
     native: Format
     hub: Format | None
+    """That of its own template; None if it has none, or the native one."""
     template: str
     ends: str
     added: tuple[str, ...] = ("<image>", "<pad>")

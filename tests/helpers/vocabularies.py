@@ -194,10 +194,11 @@ def _from_tiktoken(name: str) -> Tokenizer:
     """As transformers' converters of tiktoken's vocabularies and of tekken's have it."""
     ranks, letters, special = _ranks(name), _letters(), _SPECIAL[name]
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    pairs = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))]
-    merges = [(words[one], words[other]) for one, other in pairs if one in ranks and other in ranks]
     if name == "smollm2":
         merges = [tuple(merge.split(" ")) for merge in _gguf(path_of(name))["tokenizer.ggml.merges"]]
+    else:
+        pairs = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))]
+        merges = [(words[one], words[other]) for one, other in pairs if one in ranks and other in ranks]
     has_special_first = min(ranks.values()) > 0
     vocabulary = {token: number for number, token in enumerate(special)} if has_special_first else {}
     vocabulary |= {word: ranks[token] for token, word in words.items()}
