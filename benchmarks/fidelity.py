@@ -1,11 +1,11 @@
 """How far from full precision a real decoder is in each precision: `python benchmarks/fidelity.py CACHE`.
 
 Decoder and text are those of `real_decoder.py`; CACHE is where they are kept. Of each window of 512 tokens the first
-128 are a prompt, and the others are predicted: at once by transformers (`plain`: `LLAVA_FAST=0`), one by one by our
-kernels, eighteen windows side by side. Perplexity is e to the mean of -log p(token); divergence is the mean over tokens
-of KL(fp32 || this), in nats. Ratios are to `plain` in the same precision. "Head" is what the output head that a single
-conversation has does to perplexity, on every eighth token. llama.cpp gives the states before its output head, which are
-multiplied by the head in fp32.
+80 are a prompt, and the others are predicted: at once by transformers (`plain`: `LLAVA_FAST=0`), one by one by our
+kernels, sixteen windows side by side. Perplexity is e to the mean of -log p(token); divergence is the mean over
+tokens of KL(fp32 || this), in nats. Ratios are to `plain` in the same precision. "Head" is what the output head that a
+single conversation has does to perplexity, on every eighth token. llama.cpp gives the states before its output head,
+which are multiplied by the head in fp32.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ import torch
 from peers import made
 from real_decoder import checkpoint, windows, write_gguf
 
-WINDOW, PROMPT, ROWS, WINDOWS = 512, 128, 18, 54
+WINDOW, PROMPT, ROWS, WINDOWS = 512, 80, 16, 48
 HEAD_EVERY = 8
 """Of how many tokens one is predicted by the head for one token, too."""
+Head = Callable[[torch.Tensor], torch.Tensor]
 STEPS = slice(PROMPT - 1, WINDOW - 1)
 """The tokens of a window behind which a token is predicted."""
 
@@ -74,17 +76,15 @@ class Figures:
 
 
 class Reference:
-    """fp32's log-probabilities of the tokens behind the prompts of windows."""
+    """fp32's log-probabilities of the tokens behind a window's prompt."""
 
     def __init__(self, cache: Path, tokens: torch.Tensor) -> None:
         self._states = torch.from_numpy(np.load(reference_path(cache, tokens), mmap_mode="c"))
-        self._head = torch.from_numpy(np.load(cache / "head.npy", mmap_mode="c"))
-        self._targets = tokens[:, PROMPT:]
+        self._head, self._targets = fp32_head(cache), tokens[:, PROMPT:]
 
-    def __call__(self, rows: slice, steps: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> log p of all tokens [rows * steps, vocabulary], and the tokens that come [rows * steps]"""
-        states, targets = self._states[rows, steps].flatten(0, 1), self._targets[rows, steps].flatten()
-        return (states @ self._head.t()).log_softmax(-1), targets
+    def __call__(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> log p of all tokens [steps, vocabulary], and the tokens that come [steps]"""
+        return self._head(self._states[window]).log_softmax(-1), self._targets[window]
 
 
 class Score:
@@ -94,8 +94,8 @@ class Score:
         self._sums, self._count = torch.zeros(3, dtype=torch.float64), 0
 
     def add(self, reference: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor) -> None:
-        """Logits [rows, steps, vocabulary]; the others are a `Reference`'s of these."""
-        log_p = logits.flatten(0, 1).float().log_softmax(-1)
+        """Logits [steps, vocabulary]; the others are a `Reference`'s of these."""
+        log_p = logits.float().log_softmax(-1)
         self._sums[0] -= log_p.gather(1, targets[:, None]).sum().item()
         self._sums[1] += (reference.exp() * (reference - log_p)).sum().item()
         self._sums[2] += (log_p.argmax(-1) == reference.argmax(-1)).sum().item()
@@ -107,19 +107,37 @@ class Score:
         return Figures(float(np.exp(loss)), divergence, same)
 
 
+def score(states: torch.Tensor, head: Head, reference: Reference, has_head_for_one: bool) -> Figures:
+    """Of a decoder's states [windows, steps, hidden_size] and its output head."""
+    score, head_of_several, head_of_one = (Score() for _ in range(3))
+    for window, state in enumerate(states):
+        (log_p, targets), logits, some = reference(window), head(state), slice(None, None, HEAD_EVERY)
+        score.add(log_p, targets, logits)
+        if has_head_for_one:
+            head_of_several.add(log_p[some], targets[some], logits[some])
+            head_of_one.add(log_p[some], targets[some], torch.cat([head(one[None]) for one in state[some]]))
+    if not has_head_for_one:
+        return score.figures
+    return replace(score.figures, head=head_of_one.figures.perplexity / head_of_several.figures.perplexity)
+
+
 def write_reference(cache: Path, tokens: torch.Tensor) -> None:
-    """The decoder's states in fp32 before its output head [windows, predicted tokens, hidden_size]."""
-    if (path := reference_path(cache, tokens)).exists():
-        return
-    model = load_model(cache, Case("plain", "fp32"))
-    with torch.inference_mode():
-        states = [model.get_decoder()(input_ids=row[None]).last_hidden_state[0, STEPS] for row in tokens]
-    np.save(cache / "head.npy", model.lm_head.weight.detach().numpy())
-    np.save(path, torch.stack(states).numpy())
+    """The decoder's states in fp32 before its output head, and that."""
+    if not (path := reference_path(cache, tokens)).exists():
+        model = load_model(cache, Case("plain", "fp32"))
+        with torch.inference_mode():
+            states = states_at_once(model, tokens)
+        np.save(cache / "head.npy", model.lm_head.weight.detach().numpy())
+        np.save(path, states.numpy())
 
 
 def reference_path(cache: Path, tokens: torch.Tensor) -> Path:
-    return cache / f"reference-{len(tokens)}x{tokens.shape[1]}.npy"
+    return cache / f"reference-{len(tokens)}x{tokens.shape[1]}-{PROMPT}.npy"
+
+
+def fp32_head(cache: Path) -> Head:
+    weight = torch.from_numpy(np.load(cache / "head.npy", mmap_mode="c"))
+    return lambda x: x @ weight.t()
 
 
 # ---------------------------------------------------------------- who is measured
@@ -152,64 +170,59 @@ def use_isa(name: str) -> None:
 
     (isa,) = (isa for isa in ISA_TIERS if isa.name == name)
     if isa not in compiler.supported_isas():
-        isa = replace(isa, required_features=("avx2", "fma", "f16c", "avx512vl", "avx512_vnni"))
-    compiler._host_isas = lambda: ((isa,), "")  # type: ignore[assignment]
+        features = compiler._features(compiler.supported_isas()[0])
+        compiler._features = lambda isa: features
+    compiler._host_isas = lambda: ((isa,), "")
 
 
-def run_plain(cache: Path, case: Case, tokens: torch.Tensor) -> Figures:
-    model, reference, score = load_model(cache, case), Reference(cache, tokens), Score()
-    for i, row in enumerate(tokens):
-        states = model.get_decoder()(input_ids=row[None]).last_hidden_state[:, STEPS]
-        score.add(*reference(slice(i, i + 1), slice(None)), model.lm_head(states))
-    return score.figures
+def states_at_once(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """[windows, steps, hidden_size], a window at a time, by transformers."""
+    decoder = model.get_decoder()
+    return torch.cat([decoder(input_ids=window[None]).last_hidden_state[:, STEPS] for window in tokens])
 
 
-def run_ours(cache: Path, case: Case, tokens: torch.Tensor) -> Figures:
+def states_one_by_one(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The same as we decode: prompts first, then a token of each of many windows at a time."""
     from llava_cli.engine.kv_cache import RoomyCache
 
-    model = load_model(cache, case)
-    decoder, embed, head = model.get_decoder(), model.get_input_embeddings(), model.lm_head
-    reference, (score, head_of_several, head_of_one) = Reference(cache, tokens), (Score() for _ in range(3))
-    for begin in range(0, len(tokens), ROWS):
-        rows, kv_cache = slice(begin, begin + ROWS), RoomyCache()
-        part = tokens[rows]
-        for step in range(WINDOW - PROMPT):
-            new = part[:, :PROMPT] if not step else part[:, PROMPT + step - 1, None]
+    decoder, embed, parts = model.get_decoder(), model.get_input_embeddings(), []
+    for part in tokens.split(ROWS):
+        kv_cache, states = RoomyCache(), []
+        for new in part[:, : WINDOW - 1].split([PROMPT, *[1] * (WINDOW - 1 - PROMPT)], dim=1):
             output = decoder(inputs_embeds=embed(new), past_key_values=kv_cache, use_cache=True)
-            state, truth = output.last_hidden_state[:, -1:], reference(rows, slice(step, step + 1))
-            logits = head(state)
-            score.add(*truth, logits)
-            if step % HEAD_EVERY == 0:
-                head_of_several.add(*truth, logits)
-                head_of_one.add(*truth, torch.cat([head(row[None]) for row in state]))
-    ratio = head_of_one.figures.perplexity / head_of_several.figures.perplexity
-    return replace(score.figures, head=ratio)
+            states.append(output.last_hidden_state[:, -1:])
+        parts.append(torch.cat(states, 1))
+    return torch.cat(parts)
 
 
-def run_llama(cache: Path, case: Case, tokens: torch.Tensor) -> Figures:
+def states_of_llama(cache: Path, precision: str, tokens: torch.Tensor) -> torch.Tensor:
     import xllamacpp  # type: ignore[import-untyped]
 
-    gguf = made(cache / f"{case.precision}.gguf", lambda part: write_gguf(cache, case.precision, part))
     params = xllamacpp.CommonParams()
-    params.model.path = str(gguf)
+    params.model.path = str(made(cache / f"{precision}.gguf", lambda part: write_gguf(cache, precision, part)))
     params.embedding, params.embd_normalize = True, -1
     params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
     params.n_ctx = params.n_batch = params.n_ubatch = WINDOW
     params.n_parallel, params.verbosity = 1, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-    server, head = xllamacpp.Server(params), torch.from_numpy(np.load(cache / "head.npy"))
-    reference, score = Reference(cache, tokens), Score()
-    for i, row in enumerate(tokens):
+    server, windows = xllamacpp.Server(params), []
+    for window in tokens:
         # Not `handle_embeddings`, which answers in OpenAI's format, where a text has one vector.
-        body = json.dumps({"content": row.tolist(), "embd_normalize": -1}).encode()
+        body = json.dumps({"content": window.tolist(), "embd_normalize": -1}).encode()
         request = Request(f"{server.listening_address}/embedding", body, {"Content-Type": "application/json"})
         with urlopen(request) as answer:
-            states = torch.tensor(json.load(answer)[0]["embedding"])
-        score.add(*reference(slice(i, i + 1), slice(None)), (states[STEPS] @ head.t())[None])
-    return score.figures
+            windows.append(torch.tensor(json.load(answer)[0]["embedding"])[STEPS])
+    return torch.stack(windows)
 
 
-RUNS = {"plain": run_plain, "ours": run_ours, "llama.cpp": run_llama}
+def run(cache: Path, case: Case, tokens: torch.Tensor) -> Figures:
+    reference = Reference(cache, tokens)
+    if case.who == "llama.cpp":
+        states = states_of_llama(cache, case.precision, tokens)
+        return score(states, fp32_head(cache), reference, has_head_for_one=False)
+    model, is_ours = load_model(cache, case), case.who == "ours"
+    states = (states_one_by_one if is_ours else states_at_once)(model, tokens)
+    return score(states, model.lm_head, reference, has_head_for_one=is_ours)
 
 
 def cases() -> Iterator[Case]:
@@ -220,6 +233,8 @@ def cases() -> Iterator[Case]:
         for compute in ("bf16", "fp32"):
             yield Case("plain", precision, compute)
             kernels = [isa for isa in isas if isa == "avx512vnni" or compute == "fp32"]
+            if precision == "8bit":  # whose integers are the same with all of them
+                kernels = [isa for isa in kernels if isa != "avxvnni"]
             yield from (Case("ours", precision, compute, isa) for isa in kernels)
     yield from (Case("llama.cpp", precision) for precision in ("Q8_0", "Q4_0"))
 
@@ -227,7 +242,7 @@ def cases() -> Iterator[Case]:
 def measure(cache: Path, case: Case, tokens: torch.Tensor) -> None:
     """In a process of its own: prints the figures as JSON."""
     with torch.inference_mode():
-        print(json.dumps(asdict(RUNS[case.who](cache, case, tokens))), flush=True)
+        print(json.dumps(asdict(run(cache, case, tokens))), flush=True)
 
 
 def run_measurement(cache: Path, case: Case, count: int) -> Figures:
@@ -242,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cache", type=Path)
     parser.add_argument("--windows", type=int, default=WINDOWS)
-    parser.add_argument("--only", default="", help="cases with this in their names")
+    parser.add_argument("--only", default="", help="a regular expression for the names of cases")
     parser.add_argument("--case", type=json.loads)
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
@@ -256,7 +271,7 @@ def main() -> None:
     print("| | perplexity | divergence | same token | head |\n|---|---|---|---|---|", flush=True)
     plain: dict[tuple[str, str], Figures] = {}
     for case in cases():
-        if args.only in case.name:
+        if re.search(args.only, case.name):
             figures = run_measurement(args.cache, case, args.windows)
             plain.setdefault((case.precision, case.compute), figures)
             print(figures.row(case.name, plain[case.precision, case.compute]), flush=True)
