@@ -20,7 +20,7 @@ from llava_cli.engine import Request
 from llava_cli.engine.generate.positions import Positions
 from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.scheduler import Scheduler
-from llava_cli.engine.generate.sequence import Sequence
+from llava_cli.engine.generate.sequence import Sequence, Token
 from llava_cli.engine.generate.sequential import generate_alone
 from llava_cli.engine.local import LocalEngine
 
@@ -131,18 +131,32 @@ def test_rows_that_come_and_go_beside_each_other(name: str, family: Callable[[st
     turns = [[talk] for talk in talks[:3]]
     if name not in ONE_QUESTION:
         turns = [[talk, talk.answered("a cat").ask("and this?", [WIDE])] for talk in talks[:3]]
-    asked: list[tuple[Sequence, Conversation]] = []
+    asked: list[tuple[Conversation, Sequence, list[Token]]] = []
     for talk in [talk for row in zip(*turns, strict=True) for talk in row]:
-        asked.append((engine.prepare(len(asked), Request(talk, SAMPLING)), talk))
-        scheduler.add(asked[-1][0])
+        said: list[Token] = []
+        sequence = engine.prepare(len(asked), Request(talk, SAMPLING), said.append, top_logprobs=1)
+        asked.append((talk, sequence, said))
+        scheduler.add(sequence)
         for _ in range(3):
             scheduler.step()
     while scheduler.running or scheduler.waiting:
         scheduler.step()
-    for sequence, talk in asked:
-        assert sequence.ids[len(sequence.prompt) :] == made.expected(talk)[0]
+    for talk, sequence, said in asked:
+        tokens, logprobs = likeliest(made, talk)
+        found = [token.likelihood for token in said if token.likelihood]
+        assert [likelihood.token for likelihood in found] == tokens == sequence.ids[len(sequence.prompt) :]
+        assert [likelihood.logprob for likelihood in found] == pytest.approx(logprobs, abs=1e-3)
     is_kept = name in TELL_PICTURES_APART
-    assert [sequence.cached_tokens > 0 for sequence, _ in asked[3:]] == [is_kept] * len(asked[3:])
+    assert [sequence.cached_tokens > 0 for _, sequence, _ in asked[3:]] == [is_kept] * len(asked[3:])
+
+
+def likeliest(made: Family, talk: Conversation) -> tuple[list[int], list[float]]:
+    """The tokens of `generate`, up to the first end token, and their log-probabilities."""
+    inputs = made.by.inputs(made.engine, talk)
+    options = {"do_sample": False, "max_new_tokens": MOST, "output_logits": True, "return_dict_in_generate": True}
+    logprobs = torch.cat(made.by.model.generate(**inputs, **options).logits).log_softmax(-1)
+    values, tokens = logprobs.max(-1)
+    return tokens.tolist(), values.tolist()
 
 
 @for_each("name", [name for name in OTHERS if name.startswith(("qwen", "glm"))])
