@@ -102,11 +102,11 @@ def text_alone(made: Family, talk: Conversation) -> list[int]:
     return list(row[inputs["input_ids"].shape[1] :])
 
 
-ALONE = ("mllama",)
-"""Families that are read one at a time."""
 ONE_QUESTION = ("paligemma", "paligemma2")
 TELL_PICTURES_APART = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "glm4v", "gemma3", "mistral3")
 """Families whose tensors say which picture is whose, so that another one is read without those before it."""
+SIDE_BY_SIDE = (*TELL_PICTURES_APART, *ONE_QUESTION, "internvl", "internvl3.5", "aya-vision", "idefics2")
+"""Families that stand in rows; the others are read one at a time."""
 
 
 @for_each("name", [name for name in OTHERS if name not in ONE_QUESTION])
@@ -120,10 +120,10 @@ def test_chat_of_three_turns(name: str, family: Callable[[str], Family]) -> None
         assert (answer.text, answer.answer_tokens) == (by.text(expected), len(expected))
         cached.append(answer.cached_tokens > 0)
         talk = talk.answered(answer.text).ask(question, pictures)
-    assert cached[1:] == [name in TELL_PICTURES_APART, name not in ALONE]
+    assert cached[1:] == [name in TELL_PICTURES_APART, name in SIDE_BY_SIDE]
 
 
-@for_each("name", [name for name in OTHERS if name not in ALONE])
+@for_each("name", SIDE_BY_SIDE)
 def test_rows_that_come_and_go_beside_each_other(name: str, family: Callable[[str], Family]) -> None:
     """Each joins while others are answered; its next turn begins with a copy of what was read of it."""
     engine, _, talks = made = family(name)
@@ -145,7 +145,7 @@ def test_rows_that_come_and_go_beside_each_other(name: str, family: Callable[[st
         tokens, logprobs = likeliest(made, talk)
         found = [token.likelihood for token in said if token.likelihood]
         assert [likelihood.token for likelihood in found] == tokens == sequence.ids[len(sequence.prompt) :]
-        assert [likelihood.logprob for likelihood in found] == pytest.approx(logprobs, abs=1e-3)
+        assert [likelihood.logprob for likelihood in found] == pytest.approx(logprobs, abs=2e-4)
     is_kept = name in TELL_PICTURES_APART
     assert [sequence.cached_tokens > 0 for _, sequence, _ in asked[3:]] == [is_kept] * len(asked[3:])
 

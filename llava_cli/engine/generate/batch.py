@@ -25,12 +25,10 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 1536
 """Tokens, padding included, that one forward pass reads: with twice as many a small model is a sixth slower."""
 _TOKEN_TYPES = "token_type_ids"
-"""A model input [1, tokens] by which tokens of one kind, such as those of one picture, see what is behind them, too."""
+"""A model input [1, tokens] with a number for each kind of token: those of a picture, for example, see each other."""
 _NO_TYPE = -1
-_BATCHABLE_INPUTS = {
-    *("input_ids", "attention_mask", "mm_token_type_ids", _TOKEN_TYPES),
-    *(*PER_IMAGE_INPUTS, *SHARED_INPUTS),
-}
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", _TOKEN_TYPES)
+_BATCHABLE_INPUTS = {*_TOKEN_INPUTS, *PER_IMAGE_INPUTS, *SHARED_INPUTS}
 
 
 def can_batch(model: Any, inputs: Collection[str]) -> bool:
@@ -63,6 +61,7 @@ class Batch:
     def __init__(self, model: Any, prompt_cache: PromptCache | None = None) -> None:
         self.model, self._forward = model, Forward(model)
         self._reads_whole = model.config.model_type in READS_WHOLE
+        # What was read of a prompt that sees what is behind it is right for no other one.
         self._prompt_cache = None if self._reads_whole else prompt_cache
         self.sequences: list[Sequence] = []
         self._image_token: int | None = getattr(model.config, "image_token_id", None)
@@ -77,7 +76,7 @@ class Batch:
     def join(self, sequences: collections.abc.Sequence[Sequence]) -> None:
         """Reads prompts, all but their last tokens, and adds them to the batch.
 
-        A lone one is read whole, and so are those of models that want it; then there are `logits`.
+        A lone one is read whole, as all are by models that want it; then there are `logits`.
         """
         import torch
 
@@ -114,7 +113,8 @@ class Batch:
         for part in parts:
             new = [sequence for group in part for sequence in group.sequences]
             cache, new_mask, new_logits = self._prefill(part)
-            logits.append(new_logits)
+            if self._reads_whole:
+                logits.append(new_logits)
             if mask is None:
                 self._cache, mask = cache, self._reserve(new_mask, rows, width, cache)
             else:

@@ -111,7 +111,8 @@ def shared_prefix(prompt: CachedPrompt, sequence: Sequence, image_token: int | N
     """How many leading tokens and pictures of a sequence a cached prompt holds; never a part of the pictures.
 
     Only the family's code knows where one picture's tokens end and the next one's begin, so a prefix has all pictures
-    of one of both.
+    of one of both. Its tokens have the same positions in both, with M-RoPE, too: they follow from the tokens and the
+    sizes of the pictures up to them.
     """
     if prompt.images and sequence.images and prompt.images[0] != sequence.images[0]:
         return 0, 0
