@@ -19,7 +19,7 @@ class Positions:
     """
 
     prompt: torch.Tensor
-    """[tokens], or [axes, tokens] with M-RoPE."""
+    """[tokens]; with M-RoPE [axes, tokens], the last three of them frames, rows and columns."""
     delta: int
     """The position of each token of the answer, less its number in the sequence: the same on every axis."""
 
