@@ -155,6 +155,7 @@ def _gemma3(**more: Any) -> Made:
         text_config=language,
         vision_config=siglip_config(),
         mm_tokens_per_image=4,
+        initializer_range=language.initializer_range,
         image_token_index=words.image_token_id,
         boi_token_index=words.boi_token_id,
         eoi_token_index=words.eoi_token_id,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from llava_cli.engine.generate.picture_inputs import count_pictures
 from llava_cli.engine.kv_cache import RoomyCache
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def shared_prefix(prompt: CachedPrompt, sequence: Sequence, image_token: int | N
     """How many leading tokens and pictures of a sequence a cached prompt holds; never a part of the pictures.
 
     Only the family's code knows where one picture's tokens end and the next one's begin, so a prefix has all pictures
-    of one of both.
+    of one of both. Its tokens have the same positions in both, with M-RoPE, too: they follow from the tokens and the
+    sizes of the pictures up to them.
     """
     if prompt.images and sequence.images and prompt.images[0] != sequence.images[0]:
         return 0, 0
@@ -120,7 +122,7 @@ def shared_prefix(prompt: CachedPrompt, sequence: Sequence, image_token: int | N
         images = len(sequence.images)
     elif within == prompt.ids.count(image_token):  # type: ignore[arg-type]
         images = len(prompt.images)
-        if images and len(sequence.inputs["pixel_values"]) != len(sequence.images):
+        if images and count_pictures(sequence.inputs) != len(sequence.images):
             return 0, 0  # the tensors do not say which picture is whose
     else:
         return 0, 0

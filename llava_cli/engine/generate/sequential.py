@@ -1,7 +1,9 @@
 """Generation for models that cannot batch: each prompt is read whole, into transformers' own cache.
 
-What a model wants besides its tokens, such as positions in three dimensions, types of tokens or masks over pictures,
-is prepared by the model itself, in the steps in which its `generate` does it.
+They are those that nobody has tried in a batch, and Mllama (Llama 3.2 Vision): its layers of cross-attention keep a
+picture's keys instead of tokens', and a mask [tokens, pictures, tiles] says who sees them, so rows, parts of a prompt
+and a cut cache would each need code of their own. What a model wants besides its tokens, such as that mask, is prepared
+by the model itself, in the steps in which its `generate` does it.
 """
 
 from __future__ import annotations
