@@ -50,7 +50,7 @@ def measure(folder: Path, precision: str, avx2: bool) -> None:
     from PIL import Image
 
     from llava_cli import Conversation, Sampling, load, speed
-    from llava_cli.catalog import sizes_of
+    from llava_cli.catalog import sizes_on_disk
     from llava_cli.conversation import Picture
     from llava_cli.hardware import cpu
     from llava_cli.hardware.device import Plan
@@ -61,16 +61,16 @@ def measure(folder: Path, precision: str, avx2: bool) -> None:
     if avx2:
         features = frozenset(name for name in cpu.cpu_features() if not name.startswith(("avx512", "amx")))
         cpu.cpu_features = lambda: features
-    engine, sizes = load(str(folder), precision=precision, device="cpu"), sizes_of(Checkpoint("", folder))
+    engine, sizes = load(str(folder), precision=precision, device="cpu"), sizes_on_disk(Checkpoint("", folder))
     plan = Plan("cpu", precision, attention="sdpa", why="")
     assert sizes is not None
     photo = Image.effect_noise((1024, 768), 80).convert("RGB")
     talk = Conversation().ask("what is this?", [Picture("noise", photo, sha256="")])
     answer, peak = engine.answer(talk, Sampling(max_tokens=24)), peak_memory()
-    seconds, rate = speed.wait(sizes.geometry, sizes.picture, plan, speed.measure(plan))
+    seconds, rate = speed.wait(sizes, plan, speed.measure(plan))
     assert seconds is not None and rate is not None
     decoding = answer.total_seconds - answer.first_token_seconds
-    memory = footprint(sizes.geometry, plan, sizes.picture).total
+    memory = footprint(sizes, plan).total
     print(
         f"| {precision} | {seconds:.1f} | {answer.first_token_seconds:.1f} | {rate:.1f}"
         f" | {(answer.answer_tokens - 1) / decoding:.1f} | {memory / 1e9:.1f} | {peak / 1e9:.1f} |",

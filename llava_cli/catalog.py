@@ -12,10 +12,10 @@ from llava_cli.errors import LlavaError
 from llava_cli.hardware.device import Plan, choose_plan, likely_device
 from llava_cli.hardware.memory import free_memory
 from llava_cli.models.aliases import ALIASES
-from llava_cli.models.families import PictureCost, family_named
-from llava_cli.models.footprint import footprint
-from llava_cli.models.geometry import Geometry
-from llava_cli.models.precision import candidates, picture_of
+from llava_cli.models.checkpoint_files import CONFIG, read_json
+from llava_cli.models.families import family_named
+from llava_cli.models.footprint import Sizes, footprint, sizes_of
+from llava_cli.models.precision import candidates
 from llava_cli.models.registry import (
     BUILTIN,
     Checkpoint,
@@ -49,30 +49,23 @@ class Machine:
         return cls(plan, free_memory(plan.device), speeds() if plan.device == "cpu" else {})
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What memory and speed of a model follow from."""
+def plans_for(sizes: Sizes, plan: Plan) -> list[Plan]:
+    """Those that `auto` may take, the best first."""
+    return [replace(plan, precision=sizes.stored)] if sizes.stored else candidates(plan)
 
-    geometry: Geometry
-    picture: PictureCost | None
-    stored: str | None = None
-    """The precision of weights that are stored quantized, and have no other."""
 
-    def plans(self, plan: Plan) -> list[Plan]:
-        """Those that `auto` may take, the best first."""
-        return [replace(plan, precision=self.stored)] if self.stored else candidates(plan)
+def outlook_on(machine: Machine, sizes: Sizes) -> Outlook:
+    return outlook(sizes, plans_for(sizes, machine.plan), machine.free, machine.speeds)
 
-    def outlook(self, machine: Machine) -> Outlook:
-        return outlook(self.geometry, self.picture, self.plans(machine.plan), machine.free, machine.speeds)
 
-    def memory(self, machine: Machine) -> dict[str, int]:
-        """Bytes by precision, in 16 bits or fewer."""
-        if self.stored:
-            plans = self.plans(machine.plan)
-        else:
-            half = "fp16" if machine.plan.precision == "fp16" else "bf16"
-            plans = [replace(machine.plan, precision=precision) for precision in (half, *QUANTIZED)]
-        return {plan.precision: footprint(self.geometry, plan, self.picture).total for plan in plans}
+def memory_on(machine: Machine, sizes: Sizes) -> dict[str, int]:
+    """Bytes by precision, in 16 bits or fewer."""
+    if sizes.stored:
+        plans = plans_for(sizes, machine.plan)
+    else:
+        half = "fp16" if machine.plan.precision == "fp16" else "bf16"
+        plans = [replace(machine.plan, precision=precision) for precision in (half, *QUANTIZED)]
+    return {plan.precision: footprint(sizes, plan).total for plan in plans}
 
 
 @dataclass(frozen=True)
@@ -113,18 +106,18 @@ def entries(options: LoadOptions) -> Iterator[Entry]:
     machine, default = Machine.here(), default_name(options)
 
     def entry(name: str, size: int | None, is_here: bool, sizes: Sizes | None, note: str = "") -> Entry:
-        return Entry(name, name == default, size, is_here, sizes.outlook(machine) if sizes else None, note)
+        return Entry(name, name == default, size, is_here, outlook_on(machine, sizes) if sizes else None, note)
 
     folder = builtin_folder()
     note = "demonstration: drawings of shapes"
-    yield entry(BUILTIN, folder_size(folder), True, sizes_of(Checkpoint(BUILTIN, folder)), note)
+    yield entry(BUILTIN, folder_size(folder), True, sizes_on_disk(Checkpoint(BUILTIN, folder)), note)
     for name, alias in ALIASES.items():
         yield entry(name, alias.bytes, on_disk(name) is not None, sizes_of_alias(name), alias.note)
     for name in dict.fromkeys([*pulled(), default]):
         if name not in ALIASES and name != BUILTIN:
             here = expand_user(name) if is_folder(name) else on_disk(name)
             if here and os.path.isdir(here):
-                yield entry(name, folder_size(here), True, sizes_of(Checkpoint(name, here)))
+                yield entry(name, folder_size(here), True, sizes_on_disk(Checkpoint(name, here)))
             else:
                 yield entry(name, None, False, None)
 
@@ -134,11 +127,10 @@ def sizes_of_alias(name: str) -> Sizes:
     return Sizes(alias.geometry, family_named(alias.family).picture)
 
 
-def sizes_of(checkpoint: Checkpoint) -> Sizes | None:
-    """The sizes of a checkpoint's weights, from their headers; None where they cannot be read."""
+def sizes_on_disk(checkpoint: Checkpoint) -> Sizes | None:
+    """The sizes of a checkpoint, from the headers of its weights; None where they cannot be read."""
     try:
-        weights = check_weights(checkpoint)
-        return Sizes(weights.geometry, picture_of(checkpoint, weights.geometry), weights.stored_precision)
+        return sizes_of(check_weights(checkpoint), read_json(checkpoint, CONFIG))
     except LlavaError:
         return None
 

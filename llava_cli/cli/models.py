@@ -18,7 +18,8 @@ from llava_cli.settings import LoadOptions, Settings, set_default_model
 from llava_cli.untrusted_text import printable
 
 if TYPE_CHECKING:
-    from llava_cli.catalog import Entry, Sizes
+    from llava_cli.catalog import Entry
+    from llava_cli.models.footprint import Sizes
     from llava_cli.speed import Outlook
 
 models = typer.Typer(cls=Group, help="List, pull and choose models.", rich_markup_mode=None)
@@ -84,7 +85,7 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
 
     llava models show llava-1.5-7b
     """
-    from llava_cli.catalog import Machine, folder_size, sizes_of, sizes_of_alias
+    from llava_cli.catalog import Machine, folder_size, memory_on, outlook_on, sizes_of_alias, sizes_on_disk
     from llava_cli.models.families import Family, family_named
 
     family: Family | None
@@ -107,12 +108,12 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
         facts |= {"folder": str(checkpoint.folder), "on disk": _bytes(folder_size(checkpoint.folder))}
         with render.spinner("reading the checkpoint"):
             family = load_prompter(LoadOptions(model=name)).family
-        sizes = sizes_of(checkpoint)
+        sizes = sizes_on_disk(checkpoint)
     if sizes:
         with render.spinner("looking at this machine", json):
             machine = Machine.here()
-        facts |= {f"memory in {precision}": _bytes(size) for precision, size in sizes.memory(machine).items()}
-        auto, _, wait, speed = _expected(sizes.outlook(machine))
+        facts |= {f"memory in {precision}": _bytes(size) for precision, size in memory_on(machine, sizes).items()}
+        auto, _, wait, speed = _expected(outlook_on(machine, sizes))
         facts |= {"auto here": auto, "first token": wait, "tokens/s": speed}
     if family:
         facts |= {

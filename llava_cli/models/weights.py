@@ -19,7 +19,7 @@ from llava_cli.files import quoted
 from llava_cli.hardware import memory
 from llava_cli.models import adapter_merge
 from llava_cli.models.checkpoint_files import CONFIG, pull_command, read_json
-from llava_cli.models.footprint import footprint
+from llava_cli.models.footprint import Sizes, footprint
 from llava_cli.models.precision import OTHER_MODELS, best_fit, candidates, gigabytes
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.untrusted_config import without_preferences
@@ -315,13 +315,14 @@ def _check_memory(checkpoint: Checkpoint, plan: Plan, weights: Weights, stored: 
     """Whether a model must be spread over several GPUs. Raises `OutOfMemory` where its weights fit nowhere."""
     import torch
 
-    free, need = memory.free_memory(plan.device), footprint(weights.geometry, plan, None)
+    sizes = Sizes(weights.geometry)
+    free, need = memory.free_memory(plan.device), footprint(sizes, plan)
     size = sum(path.stat().st_size for path in weights) if stored else need.weights
     if size > free:
         total = size + need.cache + need.workspace
         # An adapter is merged in 16 or 32 bits, whatever is made of them then.
         is_fixed = stored or checkpoint.adapter
-        smaller = None if is_fixed else best_fit(weights.geometry, candidates(plan), None, free)
+        smaller = None if is_fixed else best_fit(sizes, candidates(plan), free)
         hint = f"llava ask -m {quoted(checkpoint.name)} -p {smaller.precision}" if smaller else OTHER_MODELS
         needs = "needs" if not checkpoint.adapter else "with its adapter to merge, needs"
         raise OutOfMemory(checkpoint.name, f"{needs} {gigabytes(total)}, {gigabytes(free)} are free", hint)

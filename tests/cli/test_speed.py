@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -98,7 +98,7 @@ def test_the_wait_follows_from_sizes_and_speed(
     """By hand, without what a pass does besides; that is a fifth at most, and a constant."""
     monkeypatch.setattr(cpu, "cpu_features", lambda: features)
     sizes = sizes_of_alias(name)
-    seconds, rate = speed.wait(sizes.geometry, sizes.picture, Plan("cpu", precision, "sdpa", ""), SPEEDS)
+    seconds, rate = speed.wait(sizes, Plan("cpu", precision, "sdpa", ""), SPEEDS)
     assert seconds is not None and rate is not None
     assert first_token <= seconds <= 1.4 * first_token
     assert tokens_per_second / 1.4 <= rate <= tokens_per_second
@@ -106,8 +106,8 @@ def test_the_wait_follows_from_sizes_and_speed(
 
 def test_no_wait_is_guessed_for_a_gpu_or_an_unknown_picture() -> None:
     sizes = sizes_of_alias("llava-1.5-7b")
-    assert speed.wait(sizes.geometry, sizes.picture, Plan("cuda", "fp16", "sdpa", ""), SPEEDS) == (None, None)
-    assert speed.wait(sizes.geometry, None, Plan("cpu", "fp32", "sdpa", ""), SPEEDS) == (None, None)
+    assert speed.wait(sizes, Plan("cuda", "fp16", "sdpa", ""), SPEEDS) == (None, None)
+    assert speed.wait(replace(sizes, picture=None), Plan("cpu", "fp32", "sdpa", ""), SPEEDS) == (None, None)
 
 
 def test_the_list_as_json(measured: list[int], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

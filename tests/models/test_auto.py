@@ -13,14 +13,14 @@ from helpers.command import Run
 from helpers.tables import for_each
 from PIL import Image
 
+from llava_cli.catalog import sizes_of_alias, sizes_on_disk
 from llava_cli.hardware import cpu, memory
 from llava_cli.hardware.device import Plan, choose_plan
 from llava_cli.models import precision
 from llava_cli.models.aliases import ALIASES
 from llava_cli.models.families import family_named
 from llava_cli.models.footprint import footprint
-from llava_cli.models.geometry import Geometry
-from llava_cli.models.precision import best_fit, candidates, picture_of
+from llava_cli.models.precision import best_fit, candidates
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.weight_files import check_weights
 
@@ -83,8 +83,7 @@ def test_the_best_precision_that_fits(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     monkeypatch.setattr(precision, "can_quantize", lambda: has_bitsandbytes)
     plan = Plan(machine, "", "sdpa", "")
-    picture = family_named(ALIASES[name].family).picture
-    fitting = best_fit(ALIASES[name].geometry, candidates(plan), picture, int(gigabytes * 1e9))
+    fitting = best_fit(sizes_of_alias(name), candidates(plan), int(gigabytes * 1e9))
     assert (fitting.precision if fitting else None) == expected
 
 
@@ -175,9 +174,9 @@ def folder(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -
 
 def leave(monkeypatch: pytest.MonkeyPatch, folder: Path, precision: str, spare: int) -> None:
     """Leaves as much memory as a checkpoint takes in a precision, and `spare` bytes more."""
-    geometry: Geometry = check_weights(Checkpoint("", folder)).geometry
-    plan = Plan("cpu", precision, "sdpa", "")
-    free = footprint(geometry, plan, picture_of(Checkpoint("", folder), geometry)).total + spare
+    sizes = sizes_on_disk(Checkpoint("", folder))
+    assert sizes is not None
+    free = footprint(sizes, Plan("cpu", precision, "sdpa", "")).total + spare
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
 
 
