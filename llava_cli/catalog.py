@@ -15,7 +15,7 @@ from llava_cli.models.aliases import ALIASES
 from llava_cli.models.checkpoint_files import CONFIG, read_json
 from llava_cli.models.families import family_named
 from llava_cli.models.footprint import Sizes, footprint, sizes_of
-from llava_cli.models.precision import candidates
+from llava_cli.models.precision import plans_for
 from llava_cli.models.registry import (
     BUILTIN,
     Checkpoint,
@@ -47,11 +47,6 @@ class Machine:
         """Measures the CPU unless it has been measured. Imports torch for that, or where there may be a GPU."""
         plan = choose_plan(likely_device(), "auto")
         return cls(plan, free_memory(plan.device), speeds() if plan.device == "cpu" else {})
-
-
-def plans_for(sizes: Sizes, plan: Plan) -> list[Plan]:
-    """Those that `auto` may take, the best first."""
-    return [replace(plan, precision=sizes.stored)] if sizes.stored else candidates(plan)
 
 
 def outlook_on(machine: Machine, sizes: Sizes) -> Outlook:
@@ -130,7 +125,7 @@ def sizes_of_alias(name: str) -> Sizes:
 def sizes_on_disk(checkpoint: Checkpoint) -> Sizes | None:
     """The sizes of a checkpoint, from the headers of its weights; None where they cannot be read."""
     try:
-        return sizes_of(check_weights(checkpoint), read_json(checkpoint, CONFIG))
+        return sizes_of(checkpoint, check_weights(checkpoint), read_json(checkpoint, CONFIG))
     except LlavaError:
         return None
 

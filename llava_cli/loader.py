@@ -148,7 +148,7 @@ def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore
         if checkpoint.name != BUILTIN:
             _hold_to_model(checkpoint, configs, config, weights, prompter, generation_config)
         plan = settle_precision(checkpoint, config, plan, options)
-        plan = fit_to_memory(checkpoint, sizes_of(weights, configs[CONFIG]), plan, options, hint)
+        plan = fit_to_memory(checkpoint, sizes_of(checkpoint, weights, configs[CONFIG]), plan, options, hint)
         if cpu := cpu_wing(plan):
             cpu.compile_ahead(config, plan)
         model = load_model(checkpoint, config, plan, weights, options)

@@ -66,7 +66,7 @@ def with_one_precision(settings: Settings, saved: str | None, hint: Callable[[st
     if settings.remote.server or options.precision != "auto":
         return settings
     checkpoint = find_checkpoint(options)
-    sizes = sizes_of(check_weights(checkpoint), check_files(checkpoint)[CONFIG])
+    sizes = sizes_of(checkpoint, check_weights(checkpoint), check_files(checkpoint)[CONFIG])
 
     def serving() -> str | None:
         return serving_precision(engine_identity(options), socket_path())

@@ -20,7 +20,7 @@ from llava_cli.hardware import memory
 from llava_cli.models import adapter_merge
 from llava_cli.models.checkpoint_files import CONFIG, pull_command, read_json
 from llava_cli.models.footprint import Sizes, footprint
-from llava_cli.models.precision import OTHER_MODELS, best_fit, candidates, gigabytes
+from llava_cli.models.precision import OTHER_MODELS, best_fit, candidates, gigabytes, recipe
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.untrusted_config import without_preferences
 from llava_cli.models.weight_files import Weights
@@ -142,7 +142,7 @@ def load_model(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights
 
     if plan.precision not in QUANTIZED:
         return LoadedModel(_read(checkpoint, config, plan, weights), None)
-    copy = quantized_cache.copy_of(checkpoint, _recipe(plan, options.double_quant))
+    copy = quantized_cache.copy_of(checkpoint, recipe(plan, options.double_quant))
     if _stored_quantization(config):
         folder = copy.path if quantized_cache.claim(copy) else None
         return LoadedModel(_read(checkpoint, config, plan, weights), folder)
@@ -300,15 +300,6 @@ def _check_fit(name: str, info: Any, weights: Weights) -> None:
         raise ModelUnusable(name, words, pull_command(name) or _CONFIG_HINT)
     if missing := sorted(info["missing_keys"]):
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", pull_command(name))
-
-
-def _recipe(plan: Plan, double_quant: bool) -> str:
-    """What a copy depends on besides the weights that it is made of.
-
-    A copy in other bits than those that a CPU computes in would be in memory, not mapped.
-    """
-    wide = "-fp32" if plan.compute_precision == "fp32" else ""
-    return f"{plan.precision}{'-double' * (double_quant and plan.precision == '4bit')}-{plan.device}{wide}"
 
 
 def _check_memory(checkpoint: Checkpoint, plan: Plan, weights: Weights, stored: bool) -> bool:
