@@ -237,7 +237,8 @@ def _precision(engine: LocalEngine) -> tuple[bool, str]:
         type(model.get_submodule(name)).__name__ == wanted and id(model.get_submodule(name)) in inner
         for name in quantised
     )
-    words = f"{len(quantised)} layers of the language model in {engine.precision}; the others in 16 bits"
+    others = next(model.get_output_embeddings().parameters()).dtype.itemsize * 8
+    words = f"{len(quantised)} layers of the language model in {engine.precision}; the others in {others} bits"
     return bool(quantised) and right, words
 
 

@@ -89,7 +89,7 @@ def wait(sizes: Sizes, plan: Plan, speeds: Speeds) -> tuple[float | None, float 
     layers, rest = speeds.get(plan.precision), speeds.get(plan.compute_precision)
     if plan.device != "cpu" or not picture or not geometry.patches or not layers or not rest:
         return None, None
-    vision = speeds["8bit"] if plan.precision in QUANTIZED and has_cpu_wing(plan) else rest
+    vision = speeds["8bit"] if sizes.packs_vision(plan) else rest
     tokens = picture.tokens + _TEXT_TOKENS
     prompt = geometry.inner * tokens / layers.prompt
     prompt += geometry.vision * geometry.patches * picture.crops / vision.prompt
@@ -99,7 +99,8 @@ def wait(sizes: Sizes, plan: Plan, speeds: Speeds) -> tuple[float | None, float 
 
 
 def duration(seconds: float) -> str:
-    return f"{rate(seconds)} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    """In words, a tenth of a second at least: "0.4 s", "25 s", "3 min"."""
+    return f"{rate(max(seconds, 0.1))} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def rate(number: float) -> str:

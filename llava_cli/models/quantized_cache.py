@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Changes with which layers are quantized, or how."""
-SHARD = "250MB"
-"""No file is larger before its weights get more bits, for which they are in memory twice."""
+SHARD = 250_000_000
+"""Bytes. No file is larger before its weights get more bits, for which they are in memory twice."""
 LABEL = "made_of.json"
 
 

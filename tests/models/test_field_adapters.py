@@ -309,14 +309,14 @@ def test_auto_with_little_memory(
     leave(sizes, "fp32", -1)
     done = run(*ask)
     assert (done.exit_code, done.stdout) == (71, "")
-    assert done.stderr.startswith(f"llava: {model[1]}: with its adapter to merge, needs 0.5 GB, 0.5 GB are free\n")
+    assert done.stderr.startswith(f"llava: {model[1]}: with its adapter to merge, needs 0.6 GB, 0.6 GB are free\n")
     assert f"  llava ask {' '.join(map(str, model))} -p fp32 tries it; llava models" in done.stderr
     assert run(*ask, "-p", "fp32").exit_code == run(*ask, "-p", "4bit").exit_code == 0
     leave(replace(sizes, kept=frozenset({"4bit"})), "4bit", 0)
     done = run(*ask)
     assert (done.exit_code, json.loads(done.stdout)["precision"]) == (0, "4bit")
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"llava: {model[1]}: in 4 bits (0.5 GB): fp32 takes ") and line.endswith("overrides this")
+    assert line.startswith(f"llava: {model[1]}: in 4 bits (0.6 GB): fp32 takes ") and line.endswith("overrides this")
 
 
 def _bitsandbytes(precision: str) -> Any:
