@@ -26,7 +26,7 @@ _DEFAULT_PICTURE_TOKENS = 1000
 """For a picture of which it is not known."""
 _ACTIVATIONS = 48
 """Numbers for each token and each dimension of hidden_size while a prompt goes through the model."""
-_CACHE_HOLES = 1.3
+_CACHE_HOLES = 1.45
 """How much the KV cache takes for each byte in use: it grows by moving, which leaves holes in the heap."""
 _SHARD_COPIES, _LEFT_OF_SHARDS = 2.6, 0.6
 """How often a file of a quantized copy is in memory while it is written, once in more bits; and how much of it the heap

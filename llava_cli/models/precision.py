@@ -66,8 +66,9 @@ def fit_to_memory(checkpoint: Checkpoint, sizes: Sizes, plan: Plan, options: Loa
     It has to fit from its next start on: one that quantizes, or merges an adapter, takes more than those that find a
     copy. Raises `OutOfMemory` where none fits. The built-in model does.
     """
-    free = memory.free_memory(plan.device)
-    if options.precision != "auto" or checkpoint.name == BUILTIN or footprint(sizes, plan).total <= free:
+    if options.precision != "auto" or checkpoint.name == BUILTIN:
+        return plan
+    if footprint(sizes, plan).total <= (free := memory.free_memory(plan.device)):
         return plan
     if not sizes.stored:
         sizes = with_kept_copies(sizes, checkpoint, plan, options)

@@ -21,7 +21,7 @@ from llava_cli.models import adapter_merge
 from llava_cli.models.checkpoint_files import CONFIG, pull_command, read_json
 from llava_cli.models.footprint import Sizes, footprint
 from llava_cli.models.precision import OTHER_MODELS, best_fit, candidates, gigabytes, recipe
-from llava_cli.models.registry import Checkpoint
+from llava_cli.models.registry import BUILTIN, Checkpoint
 from llava_cli.models.untrusted_config import without_preferences
 from llava_cli.models.weight_files import Weights
 from llava_cli.settings import QUANTIZED, LoadOptions, Precision
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _SIZE_TOLERANCE = 1.5
 """How many times the weights of its files a config may describe: embeddings that serve as the head are stored once."""
 _CONFIG_HINT = "take the config.json that these weights were saved with"
+_STORED_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+"""Precisions -> safetensors' names of their dtypes."""
 _CHATTY = ("bitsandbytes.autograd._functions", "bitsandbytes.nn.modules")
 """Loggers that warn of every layer in every forward pass: that it casts to another dtype."""
 
@@ -141,7 +143,7 @@ def load_model(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights
     from llava_cli.models import quantized_cache
 
     if plan.precision not in QUANTIZED:
-        return LoadedModel(_read(checkpoint, config, plan, weights), None)
+        return LoadedModel(_read_plain(checkpoint, config, plan, weights), None)
     copy = quantized_cache.copy_of(checkpoint, recipe(plan, options.double_quant))
     if _stored_quantization(config):
         folder = copy.path if quantized_cache.claim(copy) else None
@@ -149,6 +151,16 @@ def load_model(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights
     if model := _read_copy(checkpoint, plan, copy):
         return LoadedModel(model, copy.path)
     return _quantize(checkpoint, config, plan, weights, options, copy)
+
+
+def _read_plain(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights) -> Any:
+    """The model in 16 or 32 bits. What has other bits in its files is not needed there once it has been read."""
+    if checkpoint.name == BUILTIN or weights.dtypes == {_STORED_DTYPES[plan.precision]}:  # small, or mapped as it is
+        return _read(checkpoint, config, plan, weights)
+    from llava_cli.hardware.allocator import read_once
+
+    with read_once(weights):
+        return _read(checkpoint, config, plan, weights)
 
 
 def _quantize(
