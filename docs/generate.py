@@ -170,10 +170,10 @@ def exit_codes() -> str:
 
 
 def models() -> str:
-    """The models that have a short name, and their memory on a CPU with bf16 instructions."""
+    """The models that have a short name, and their memory on a CPU with bf16 instructions and our kernels."""
 
     def memory(name: str, precision: str) -> str:
-        with mock.patch.object(cpu, "cpu_features", lambda: cpu.BF16_FEATURES):
+        with mock.patch.multiple(cpu, cpu_features=lambda: cpu.BF16_FEATURES, may_have_kernels=lambda: True):
             plan = Plan("cpu", precision, attention="", why="")
             return f"{footprint(sizes_of_alias(name), plan).total / 1e9:.1f} GB"
 

@@ -123,7 +123,7 @@ def footprint(sizes: Sizes, plan: Plan) -> Footprint:
     """
     geometry, computed = sizes.geometry, BYTES[plan.compute_precision]
     weights = geometry.inner * BYTES[plan.precision]
-    if _has_packed_weights(plan):
+    if _has_packed_weights(plan) and geometry.head:  # of a name alone, its parts may not be known
         weights += geometry.head * BYTES["8bit"] + geometry.vision * (0 if sizes.packs_vision(plan) else computed)
     else:
         weights += geometry.unquantized * computed
