@@ -21,12 +21,13 @@ import typer
 
 import llava_cli
 from llava_cli import errors, limits, paths, settings
+from llava_cli.catalog import sizes_of_alias
 from llava_cli.chat.commands import COMMANDS
 from llava_cli.cli import app, register
 from llava_cli.hardware import cpu
 from llava_cli.hardware.device import Plan
-from llava_cli.models.aliases import ALIASES, Alias
-from llava_cli.models.families import FAMILIES, family_named
+from llava_cli.models.aliases import ALIASES
+from llava_cli.models.families import FAMILIES
 from llava_cli.models.footprint import footprint
 
 DOCS = Path(__file__).parent
@@ -169,19 +170,19 @@ def exit_codes() -> str:
 
 
 def models() -> str:
-    """The models that have a short name, and their memory on a CPU with bf16 instructions."""
+    """The models that have a short name, and their memory on a CPU with bf16 instructions and our kernels."""
 
-    def memory(alias: Alias, precision: str) -> str:
-        with mock.patch.object(cpu, "cpu_features", lambda: cpu.BF16_FEATURES):
+    def memory(name: str, precision: str) -> str:
+        with mock.patch.multiple(cpu, cpu_features=lambda: cpu.BF16_FEATURES, may_have_kernels=lambda: True):
             plan = Plan("cpu", precision, attention="", why="")
-            return f"{footprint(alias.geometry, plan, family_named(alias.family).picture).total / 1e9:.1f} GB"
+            return f"{footprint(sizes_of_alias(name), plan).total / 1e9:.1f} GB"
 
     rows = (
         (
             code(name),
             alias.repo,
             f"{alias.bytes / 1e9:.1f} GB",
-            *(memory(alias, precision) for precision in ("bf16", "8bit", "4bit")),
+            *(memory(name, precision) for precision in ("bf16", "8bit", "4bit")),
             "; ".join(filter(None, (alias.language_model, alias.note))),
         )
         for name, alias in ALIASES.items()

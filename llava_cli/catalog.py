@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava_cli.errors import LlavaError
-from llava_cli.hardware.device import Plan, choose_plan, likely_device
+from llava_cli.hardware.device import INSTALL_BITSANDBYTES, Plan, can_quantize, choose_plan, likely_device
 from llava_cli.hardware.memory import free_memory
+from llava_cli.loader import find_checkpoint
 from llava_cli.models.aliases import ALIASES
-from llava_cli.models.families import PictureCost, family_named
-from llava_cli.models.footprint import footprint
-from llava_cli.models.geometry import Geometry
-from llava_cli.models.precision import candidates, picture_of
+from llava_cli.models.checkpoint_files import CONFIG, read_json
+from llava_cli.models.families import family_named
+from llava_cli.models.footprint import Sizes, footprint, sizes_of
+from llava_cli.models.precision import gigabytes, plans_for, with_kept_copies
 from llava_cli.models.registry import (
     BUILTIN,
     Checkpoint,
@@ -49,30 +50,15 @@ class Machine:
         return cls(plan, free_memory(plan.device), speeds() if plan.device == "cpu" else {})
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What memory and speed of a model follow from."""
+def outlook_on(machine: Machine, sizes: Sizes) -> Outlook:
+    return outlook(sizes, plans_for(sizes, machine.plan), machine.free, machine.speeds)
 
-    geometry: Geometry
-    picture: PictureCost | None
-    stored: str | None = None
-    """The precision of weights that are stored quantized, and have no other."""
 
-    def plans(self, plan: Plan) -> list[Plan]:
-        """Those that `auto` may take, the best first."""
-        return [replace(plan, precision=self.stored)] if self.stored else candidates(plan)
-
-    def outlook(self, machine: Machine) -> Outlook:
-        return outlook(self.geometry, self.picture, self.plans(machine.plan), machine.free, machine.speeds)
-
-    def memory(self, machine: Machine) -> dict[str, int]:
-        """Bytes by precision, in 16 bits or fewer."""
-        if self.stored:
-            plans = self.plans(machine.plan)
-        else:
-            half = "fp16" if machine.plan.precision == "fp16" else "bf16"
-            plans = [replace(machine.plan, precision=precision) for precision in (half, *QUANTIZED)]
-        return {plan.precision: footprint(self.geometry, plan, self.picture).total for plan in plans}
+def memory_on(machine: Machine, sizes: Sizes) -> dict[str, int]:
+    """Bytes by precision: in the best that this machine computes in, and in fewer bits."""
+    precisions = [sizes.stored] if sizes.stored else [machine.plan.precision, *QUANTIZED]
+    plans = [replace(machine.plan, precision=precision) for precision in precisions]
+    return {plan.precision: footprint(sizes, plan).total for plan in plans}
 
 
 @dataclass(frozen=True)
@@ -108,37 +94,57 @@ def _rounded(number: float | None) -> float | None:
     return None if number is None else float(f"{number:.3g}")
 
 
-def entries(options: LoadOptions) -> Iterator[Entry]:
+def entries(options: LoadOptions, machine: Machine) -> Iterator[Entry]:
     """The built-in model, those that have a name, and others that were pulled or are the default."""
-    machine, default = Machine.here(), default_name(options)
+    default = default_name(options)
 
-    def entry(name: str, size: int | None, is_here: bool, sizes: Sizes | None, note: str = "") -> Entry:
-        return Entry(name, name == default, size, is_here, sizes.outlook(machine) if sizes else None, note)
+    def entry(name: str, size: int | None, is_here: bool, sizes: Sizes | None = None, note: str = "") -> Entry:
+        if is_here:
+            sizes = sizes_here(name, machine, options) or sizes
+        return Entry(name, name == default, size, is_here, outlook_on(machine, sizes) if sizes else None, note)
 
-    folder = builtin_folder()
-    note = "demonstration: drawings of shapes"
-    yield entry(BUILTIN, folder_size(folder), True, sizes_of(Checkpoint(BUILTIN, folder)), note)
+    yield entry(BUILTIN, folder_size(builtin_folder()), True, note="demonstration: drawings of shapes")
     for name, alias in ALIASES.items():
         yield entry(name, alias.bytes, on_disk(name) is not None, sizes_of_alias(name), alias.note)
     for name in dict.fromkeys([*pulled(), default]):
         if name not in ALIASES and name != BUILTIN:
-            here = expand_user(name) if is_folder(name) else on_disk(name)
-            if here and os.path.isdir(here):
-                yield entry(name, folder_size(here), True, sizes_of(Checkpoint(name, here)))
+            folder = expand_user(name) if is_folder(name) else on_disk(name)
+            if folder and os.path.isdir(folder):
+                yield entry(name, folder_size(folder), True)
             else:
-                yield entry(name, None, False, None)
+                yield entry(name, None, False)
+
+
+def notes(machine: Machine, found: Iterable[Entry]) -> Iterator[str]:
+    """What the list leaves open, in a line each."""
+    if any(entry.outlook and entry.outlook.precision is None for entry in found):
+        free = f"the {gigabytes(machine.free)} that are free"
+        smaller = f"{machine.plan.precision} does not fit in {free}, 8 and 4 bits take less: {INSTALL_BITSANDBYTES}"
+        yield f"no: {f'not even 4 bits fit in {free}' if can_quantize() else smaller}"
+    if machine.plan.device != "cpu":
+        yield f"first token, tokens/s: not guessed for {machine.plan.device}, where nothing has been measured"
 
 
 def sizes_of_alias(name: str) -> Sizes:
     alias = ALIASES[name]
-    return Sizes(alias.geometry, family_named(alias.family).picture)
+    family = family_named(alias.family)
+    return Sizes(alias.geometry, family.picture, model_type=family.model_type)
 
 
-def sizes_of(checkpoint: Checkpoint) -> Sizes | None:
-    """The sizes of a checkpoint's weights, from their headers; None where they cannot be read."""
+def sizes_here(name: str, machine: Machine, options: LoadOptions) -> Sizes | None:
+    """The sizes of a model on disk, with its adapter and its quantized copies; None where they cannot be read."""
     try:
-        weights = check_weights(checkpoint)
-        return Sizes(weights.geometry, picture_of(checkpoint, weights.geometry), weights.stored_precision)
+        checkpoint = find_checkpoint(LoadOptions(model=name))
+        sizes = sizes_on_disk(checkpoint)
+        return sizes and with_kept_copies(sizes, checkpoint, machine.plan, options)
+    except LlavaError:
+        return None
+
+
+def sizes_on_disk(checkpoint: Checkpoint) -> Sizes | None:
+    """The sizes of a checkpoint, from the headers of its weights; None where they cannot be read."""
+    try:
+        return sizes_of(checkpoint, check_weights(checkpoint), read_json(checkpoint, CONFIG))
     except LlavaError:
         return None
 

@@ -9,7 +9,7 @@ from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava_cli.catalog import Sizes, sizes_of
+from llava_cli.catalog import sizes_on_disk
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.generate.generation_config import summary
 from llava_cli.errors import LlavaError, model_errors
@@ -17,7 +17,7 @@ from llava_cli.hardware.device import Plan
 from llava_cli.images.sandbox import Sandbox
 from llava_cli.loader import cpu_wing, find_checkpoint, load_engine
 from llava_cli.models.checkpoint_files import CONFIG, read_json
-from llava_cli.models.footprint import footprint
+from llava_cli.models.footprint import Sizes, footprint
 from llava_cli.models.precision import candidates, gigabytes
 from llava_cli.models.registry import BUILTIN
 from llava_cli.models.validate import check_files
@@ -135,7 +135,7 @@ def checkup(options: LoadOptions) -> Iterator[Check]:
         ("end tokens", _end_tokens),
         ("image tokens", _image_tokens),
         ("precision", precision),
-        ("memory", partial(_memory, sizes=sizes_of(checkpoint))),
+        ("memory", partial(_memory, sizes=sizes_on_disk(checkpoint))),
         ("cpu kernels", _kernels),
         ("forward pass", _forward),
         ("answer", _answer),
@@ -237,7 +237,8 @@ def _precision(engine: LocalEngine) -> tuple[bool, str]:
         type(model.get_submodule(name)).__name__ == wanted and id(model.get_submodule(name)) in inner
         for name in quantised
     )
-    words = f"{len(quantised)} layers of the language model in {engine.precision}; the others in 16 bits"
+    others = next(model.get_output_embeddings().parameters()).dtype.itemsize * 8
+    words = f"{len(quantised)} layers of the language model in {engine.precision}; the others in {others} bits"
     return bool(quantised) and right, words
 
 
@@ -246,8 +247,8 @@ def _memory(engine: LocalEngine, sizes: Sizes | None) -> tuple[bool, str]:
     if sizes is None:
         return True, "not known"
     plan = _plan(engine)
-    words = f"takes {gigabytes(footprint(sizes.geometry, plan, sizes.picture).total)} beside a photo"
-    seconds, per_second = wait(sizes.geometry, sizes.picture, plan, speeds() if plan.device == "cpu" else {})
+    words = f"takes {gigabytes(footprint(sizes, plan).total)} beside a photo"
+    seconds, per_second = wait(sizes, plan, speeds() if plan.device == "cpu" else {})
     if seconds is not None and per_second is not None:
         words += f"; about {duration(seconds)} to the first token of an answer, then {rate(per_second)} tokens/s"
     return True, words

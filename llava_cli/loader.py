@@ -1,31 +1,29 @@
-"""Options -> engine: the only place that makes one."""
+"""Options -> checkpoint -> plan -> weights -> engine: the only place that makes one."""
 
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 from llava_cli._version import __version__
-from llava_cli.errors import ModelUnusable, UsageError, model_errors
+from llava_cli.errors import model_errors
 from llava_cli.models import adapters
-from llava_cli.models.checkpoint_files import CONFIG, Configs, is_adapter, pull_command, tokenizer_hint
-from llava_cli.models.families import TESTED, Family, family_named, recognize
+from llava_cli.models.checkpoint_files import CONFIG, Configs, is_adapter
+from llava_cli.models.families import TESTED
 from llava_cli.models.fingerprint import fingerprint
+from llava_cli.models.quiet import quiet
 from llava_cli.models.registry import BUILTIN, Checkpoint, default_name, find
 from llava_cli.models.validate import check_files
-from llava_cli.models.weight_files import check_weights
+from llava_cli.models.weight_files import Weights, check_weights
 from llava_cli.paths import socket_path
-from llava_cli.prompts.sandbox import TextRefused, TextSandbox
+from llava_cli.prompts.sandbox import TextSandbox
 from llava_cli.settings import Device, Fit, LoadOptions, Precision, Settings, is_fast
 
 if TYPE_CHECKING:
@@ -131,43 +129,67 @@ def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore
     begin = time.perf_counter()
     checkpoint = find_checkpoint(options)
     sandbox = _text_sandbox(checkpoint, options)
-    configs, weights = check_files(checkpoint), check_weights(checkpoint)
-    if checkpoint.adapter:
-        adapters.check(checkpoint.adapter)
-    if (kind := configs[CONFIG]["model_type"]) not in TESTED and checkpoint.name != BUILTIN:
-        tell(f"llava: {kind} models are untested; llava doctor {checkpoint.name} checks this one")
-    from llava_cli.engine.generate.generation_config import check_generation_config, load_generation_config
+    configs, weights = _checked_files(checkpoint, tell)
+    from llava_cli.engine.generate.generation_config import load_generation_config
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.visual_tokens import choose_tokens
     from llava_cli.hardware.device import choose_plan
-    from llava_cli.models import weights as model_weights
+    from llava_cli.models.footprint import sizes_of
     from llava_cli.models.precision import fit_to_memory
-    from llava_cli.prompts.image_token_check import check_image_tokens
+    from llava_cli.models.weights import load_config, load_model, settle_precision
+    from llava_cli.prompts import loading
 
     plan = choose_plan(options.device, options.precision)
     with quiet():
-        config = model_weights.load_config(checkpoint, configs[CONFIG])
-        if not weights.are_quantized and model_weights.without_quantization(config):
-            words = "config.json says that bitsandbytes has quantized its weights; they are not, and read as they are"
-            tell(f"llava: {checkpoint.name}: {words}")
-        prompter = _prompter(checkpoint, configs, config, options, sandbox, tell)
+        config = load_config(checkpoint, configs[CONFIG])
+        _drop_false_quantization(checkpoint, config, weights, tell)
+        prompter = loading.load_prompter(checkpoint, configs, config, options, sandbox, tell)
         generation_config = load_generation_config(checkpoint, configs)
         if checkpoint.name != BUILTIN:
-            empty = model_weights.empty_model(checkpoint, config)
-            model_weights.check_size(checkpoint, empty, weights)
-            check_generation_config(checkpoint, configs, generation_config, empty)
-            check_image_tokens(checkpoint, prompter, empty)
-        plan = model_weights.settle_precision(checkpoint, config, plan, options)
-        plan = fit_to_memory(checkpoint, weights, plan, options, hint)
+            _hold_to_model(checkpoint, configs, config, weights, prompter, generation_config)
+        plan = settle_precision(checkpoint, config, plan, options)
+        plan = fit_to_memory(checkpoint, sizes_of(checkpoint, weights, configs[CONFIG]), plan, options, hint)
         if cpu := cpu_wing(plan):
             cpu.compile_ahead(config, plan)
-        model = model_weights.load_model(checkpoint, config, plan, weights, options)
+        model = load_model(checkpoint, config, plan, weights, options)
         model.network.generation_config = generation_config
         patch = _speed_up(checkpoint, model, cpu, tell)
     if options.visual_tokens:
         choose_tokens(model.network, options.visual_tokens)
     seconds = time.perf_counter() - begin
     return LocalEngine(checkpoint.name, model.network, prompter, plan.precision, seconds, patch)
+
+
+def _checked_files(checkpoint: Checkpoint, tell: Tell) -> tuple[Configs, Weights]:
+    """What config, processor, weights and adapter have in their files, as far as it can be checked unread."""
+    configs, weights = check_files(checkpoint), check_weights(checkpoint)
+    if checkpoint.adapter:
+        adapters.check(checkpoint.adapter)
+    if (kind := configs[CONFIG]["model_type"]) not in TESTED and checkpoint.name != BUILTIN:
+        tell(f"llava: {kind} models are untested; llava doctor {checkpoint.name} checks this one")
+    return configs, weights
+
+
+def _drop_false_quantization(checkpoint: Checkpoint, config: Any, weights: Weights, tell: Tell) -> None:
+    from llava_cli.models.weights import without_quantization
+
+    if not weights.are_quantized and without_quantization(config):
+        words = "config.json says that bitsandbytes has quantized its weights; they are not, and read as they are"
+        tell(f"llava: {checkpoint.name}: {words}")
+
+
+def _hold_to_model(
+    checkpoint: Checkpoint, configs: Configs, config: Any, weights: Weights, prompter: Prompter, generation_config: Any
+) -> None:
+    """Holds a checkpoint's files against the model that its config describes, before a weight is read."""
+    from llava_cli.engine.generate.generation_config import check_generation_config
+    from llava_cli.models.weights import check_size, empty_model
+    from llava_cli.prompts.image_token_check import check_image_tokens
+
+    empty = empty_model(checkpoint, config)
+    check_size(checkpoint, empty, weights)
+    check_generation_config(checkpoint, configs, generation_config, empty)
+    check_image_tokens(checkpoint, prompter, empty)
 
 
 def has_cpu_wing(plan: Plan) -> bool:
@@ -205,67 +227,17 @@ def _speed_up(checkpoint: Checkpoint, model: LoadedModel, cpu: ModuleType | None
     return patch
 
 
-def identify(settings: Settings) -> dict[str, Any]:
-    """What answers will depend on besides what is asked: the very model, and how it is run. Loads no weights."""
-    if settings.remote.server:
-        engine = open_engine(settings, _ignore)
-        return {"model": engine.model, "server": engine.where}
-    from llava_cli.hardware.device import choose_plan
-    from llava_cli.prompts.chat_template import read_template
-
-    options = settings.load
-    checkpoint = find_checkpoint(options)
-    configs = check_files(checkpoint)
-    if options.visual_tokens:
-        _check_visual_tokens(checkpoint, configs[CONFIG], options.visual_tokens)
-    plan = choose_plan(options.device, options.precision)
-    template = options.template or ""
-    if template not in ("", "hub", "native"):  # which the checkpoint decides
-        template = read_template(template)
-    return {
-        "model": checkpoint.name,
-        "checkpoint": fingerprint(checkpoint),
-        "precision": plan.precision + ", double quantised" * options.double_quant * (plan.precision == "4bit"),
-        "device": plan.device,
-        "template": template,
-        "fast": is_fast(),
-    }
-
-
-def settle_precision(settings: Settings, saved: str | None, hint: Tell) -> Settings:
-    """The settings of a long run, all of whose answers are in one precision: `auto` becomes the one that it stands for.
-
-    That is the precision that a run was `saved` with; else that of the user's own server, where it would answer; else
-    what fits in memory now, about which `hint` gets a line. Raises `OutOfMemory` where nothing fits.
-    """
-    options = settings.load
-    if settings.remote.server or options.precision != "auto":
-        return settings
-    checkpoint = find_checkpoint(options)
-    if checkpoint.name == BUILTIN or (weights := check_weights(checkpoint)).are_quantized:  # which have only one
-        return settings
-    precision = saved if saved in get_args(Precision) else None
-    if not precision:
-        from llava_cli.engine.remote.local_server_engine import serving_precision
-
-        precision = serving_precision(engine_identity(options), socket_path())
-    if not precision:
-        from llava_cli.hardware.device import choose_plan
-        from llava_cli.models.precision import fit_to_memory
-
-        precision = fit_to_memory(checkpoint, weights, choose_plan(options.device, "auto"), options, hint).precision
-    return replace(settings, load=replace(options, precision=cast(Precision, precision)))
-
-
 def load_prompter(options: LoadOptions, tell: Tell = _ignore) -> Prompter:
     """Processor, tokenizer and template alone: what `llava prompt` needs; `tell` as in `load_engine`."""
     checkpoint = find_checkpoint(options)
     sandbox = _text_sandbox(checkpoint, options)
     configs = check_files(checkpoint)
     from llava_cli.models.weights import load_config
+    from llava_cli.prompts import loading
 
     with quiet():
-        return _prompter(checkpoint, configs, load_config(checkpoint, configs[CONFIG]), options, sandbox, tell)
+        config = load_config(checkpoint, configs[CONFIG])
+        return loading.load_prompter(checkpoint, configs, config, options, sandbox, tell)
 
 
 def _text_sandbox(checkpoint: Checkpoint, options: LoadOptions) -> TextSandbox | None:
@@ -276,85 +248,3 @@ def _text_sandbox(checkpoint: Checkpoint, options: LoadOptions) -> TextSandbox |
     sandbox = TextSandbox(next((file for file in files if file.exists()), None))
     sandbox.start_loading()
     return sandbox
-
-
-def _prompter(
-    checkpoint: Checkpoint,
-    configs: Configs,
-    config: Any,
-    options: LoadOptions,
-    sandbox: TextSandbox | None,
-    tell: Tell,
-) -> Prompter:
-    from llava_cli.prompts.processor import embedded_tokens, load_processor
-    from llava_cli.prompts.prompter import Prompter
-    from llava_cli.prompts.tokenizer_check import hold_to_file
-
-    if options.visual_tokens:
-        _check_visual_tokens(checkpoint, configs[CONFIG], options.visual_tokens)
-    if sandbox:
-        try:
-            sandbox.check_tokenizer()
-        except TextRefused as error:
-            file = sandbox.tokenizer.name if sandbox.tokenizer else "tokenizer"
-            raise ModelUnusable(checkpoint.name, f"its {file} {error}", tokenizer_hint(checkpoint)) from None
-    processor = load_processor(checkpoint, configs, config)
-    origin = "ours"
-    if sandbox:
-        image_token = getattr(processor, "image_token", None) or ""
-        tokenizer, origin = hold_to_file(checkpoint, processor.tokenizer, image_token, sandbox)
-        if tokenizer is not processor.tokenizer:
-            processor.tokenizer = tokenizer
-            tell(f"llava: tokenizer: {origin}")
-    family = _family(checkpoint, config, processor.tokenizer)
-    prompter = Prompter(
-        processor,
-        options.template,
-        options.fit,
-        family,
-        options.visual_tokens,
-        sandbox,
-        context=getattr(config.get_text_config(), "max_position_embeddings", None),
-        vocab_size=embedded_tokens(config),
-    )
-    prompter.tokenizer_origin = origin
-    return prompter
-
-
-def _check_visual_tokens(checkpoint: Checkpoint, config: dict[str, Any], count: int) -> None:
-    """Raises `UsageError` where `count` tokens cannot be chosen: of pictures that are not one list, of one length."""
-    kind, vision = config["model_type"], config.get("vision_config")
-    if isinstance(vision, dict) and vision.get("model_type") == "pixtral":
-        kind = "pixtral"  # whose pictures have as many tokens as their shape asks for
-    if kind not in ("llava", "vipllava"):
-        name, which = checkpoint.name, "only llava and vipllava models have one list of tokens a picture"
-        raise UsageError(f"--visual-tokens {count}", f"{name} is a {kind} model; {which}", f"llava ask -m {name}")
-
-
-def _family(checkpoint: Checkpoint, config: Any, tokenizer: Any) -> Family | None:
-    if checkpoint.name == BUILTIN:
-        return family_named(BUILTIN)
-    vocabulary = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    return recognize(config.model_type, config.get_text_config().model_type, vocabulary)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' warnings and progress bars off the user's terminal while it loads."""
-    from transformers.utils import logging as log
-
-    bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
-    log.disable_progress_bar()
-    log.set_verbosity_error()
-    noisy = logging.getLogger("bitsandbytes")
-    before = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        noisy.setLevel(before)
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

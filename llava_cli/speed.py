@@ -21,17 +21,15 @@ from llava_cli._version import __version__
 from llava_cli.bounded_json import Bounds, loads
 from llava_cli.hardware import cpu
 from llava_cli.hardware.device import Plan, choose_plan
-from llava_cli.loader import cpu_wing, has_cpu_wing, quiet
-from llava_cli.models.footprint import BYTES, footprint
+from llava_cli.loader import cpu_wing, has_cpu_wing
+from llava_cli.models.footprint import BYTES, Sizes, footprint
 from llava_cli.models.precision import best_fit, candidates
+from llava_cli.models.quiet import quiet
 from llava_cli.paths import speed_file
 from llava_cli.settings import QUANTIZED
 
 if TYPE_CHECKING:
     import torch
-
-    from llava_cli.models.families import PictureCost
-    from llava_cli.models.geometry import Geometry
 
 IN_FEATURES = 2048
 _TOKENS, _PROMPT_ROWS = 256, 2048
@@ -76,25 +74,22 @@ class Outlook:
     tokens_per_second: float | None = None
 
 
-def outlook(
-    geometry: Geometry, picture: PictureCost | None, plans: Sequence[Plan], free: int, speeds: Speeds
-) -> Outlook:
+def outlook(sizes: Sizes, plans: Sequence[Plan], free: int, speeds: Speeds) -> Outlook:
     """What to expect of a model for which `auto` takes the first of `plans` that fits into `free` bytes."""
-    fitting = best_fit(geometry, plans, picture, free)
-    memory = footprint(geometry, fitting or plans[-1], picture).total
+    fitting = best_fit(sizes, plans, free)
+    memory = footprint(sizes, fitting or plans[-1]).total
     if fitting is None:
         return Outlook(None, memory)
-    return Outlook(fitting.precision, memory, *wait(geometry, picture, fitting, speeds))
+    return Outlook(fitting.precision, memory, *wait(sizes, fitting, speeds))
 
 
-def wait(
-    geometry: Geometry, picture: PictureCost | None, plan: Plan, speeds: Speeds
-) -> tuple[float | None, float | None]:
+def wait(sizes: Sizes, plan: Plan, speeds: Speeds) -> tuple[float | None, float | None]:
     """Seconds to the first token of an answer about one photo, and tokens per second; None where they are not known."""
+    geometry, picture = sizes.geometry, sizes.picture
     layers, rest = speeds.get(plan.precision), speeds.get(plan.compute_precision)
     if plan.device != "cpu" or not picture or not geometry.patches or not layers or not rest:
         return None, None
-    vision = speeds["8bit"] if plan.precision in QUANTIZED and has_cpu_wing(plan) else rest
+    vision = speeds["8bit"] if sizes.packs_vision(plan) else rest
     tokens = picture.tokens + _TEXT_TOKENS
     prompt = geometry.inner * tokens / layers.prompt
     prompt += geometry.vision * geometry.patches * picture.crops / vision.prompt
@@ -104,7 +99,8 @@ def wait(
 
 
 def duration(seconds: float) -> str:
-    return f"{rate(seconds)} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    """In words, a tenth of a second at least: "0.4 s", "25 s", "3 min"."""
+    return f"{rate(max(seconds, 0.1))} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def rate(number: float) -> str:

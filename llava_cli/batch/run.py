@@ -17,13 +17,14 @@ from llava_cli._version import __version__
 from llava_cli.batch.journal import Journal
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
+from llava_cli.batch.run_settings import identify, with_one_precision
 from llava_cli.batch.runner import answer_tasks, conversation_of, sampling_of
 from llava_cli.batch.source import Source
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
 from llava_cli.errors import InputMissing, LlavaError
-from llava_cli.loader import identify, open_engine, settle_precision
+from llava_cli.loader import open_engine
 from llava_cli.settings import Sampling, Settings
 from llava_cli.untrusted_text import printable
 
@@ -90,7 +91,7 @@ def _note_what_is_left_out(job: Job) -> None:
 def _open_journal(job: Job, journal: Journal, tally: Tally) -> Job:
     """Locks the output, checks that its rows are this job's, and counts them; returns the job with its precision."""
     journal.lock()
-    settings = settle_precision(job.settings, journal.saved_precision(), render.notes(job.quiet))
+    settings = with_one_precision(job.settings, journal.saved_precision(), render.notes(job.quiet))
     job = replace(job, settings=settings)
     added, removed = journal.begin(_run_settings(job), job.source.tasks(), job.extend)
     if not job.quiet and (added or removed):

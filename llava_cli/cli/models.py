@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,7 @@ from llava_cli.settings import LoadOptions, Settings, set_default_model
 from llava_cli.untrusted_text import printable
 
 if TYPE_CHECKING:
-    from llava_cli.catalog import Entry, Sizes
+    from llava_cli.catalog import Entry
     from llava_cli.speed import Outlook
 
 models = typer.Typer(cls=Group, help="List, pull and choose models.", rich_markup_mode=None)
@@ -41,25 +42,29 @@ def list_models(json: JsonOpt = False) -> None:
     answer about a photo takes, and how many tokens follow in a second. The guess is from half a second of measuring,
     which is done once.
     """
-    from llava_cli.catalog import entries
+    from llava_cli.catalog import Machine, entries, notes
 
     with render.spinner("looking at this machine", json):
-        found = list(entries(Settings.resolve().load))
+        machine = Machine.here()
+        found = list(entries(Settings.resolve().load, machine))
     if json:
         render.show_json([entry.as_object() for entry in found])
     else:
         render.table(_COLUMNS, [_cells(entry) for entry in found], optional=1)
+        for line in notes(machine, found) if sys.stdout.isatty() else ():
+            render.note(line)
 
 
+_UNKNOWN = "-"
 _COLUMNS = ("", "model", "size", "here", "auto", "memory", "first token", "tokens/s", "")
 
 
 def _cells(entry: Entry) -> list[str]:
-    """A row of the list; "no" stands for a precision where not even 4 bits fit, which need the memory beside it."""
+    """A row of the list; "no" stands for a precision where none fits, with the memory that the smallest needs."""
     size = "" if entry.bytes is None else _bytes(entry.bytes)
     row = ["*" if entry.is_default else " ", printable(entry.name), size, "yes" if entry.on_disk else "-"]
     expected = entry.outlook
-    return [*row, *(_expected(expected) if expected else [""] * 4), entry.note]
+    return [*row, *(_expected(expected) if expected else [_UNKNOWN] * 4), entry.note]
 
 
 def _expected(outlook: Outlook) -> list[str]:
@@ -69,8 +74,8 @@ def _expected(outlook: Outlook) -> list[str]:
     return [
         outlook.precision or "no",
         _bytes(outlook.memory),
-        "" if seconds is None else f"~{duration(seconds)}",
-        "" if speed is None else f"~{rate(speed)}",
+        _UNKNOWN if seconds is None else f"~{duration(seconds)}",
+        _UNKNOWN if speed is None else f"~{rate(speed)}",
     ]
 
 
@@ -84,15 +89,14 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
 
     llava models show llava-1.5-7b
     """
-    from llava_cli.catalog import Machine, folder_size, sizes_of, sizes_of_alias
+    from llava_cli.catalog import Machine, folder_size, memory_on, outlook_on, sizes_here, sizes_of_alias
     from llava_cli.models.families import Family, family_named
 
     family: Family | None
-    sizes: Sizes | None
     facts: dict[str, str] = {"model": name}
     if name in ALIASES:
         alias = ALIASES[name]
-        sizes, family = sizes_of_alias(name), family_named(alias.family)
+        family = family_named(alias.family)
         facts |= {
             "repository": alias.repo,
             "weights": f"{alias.parameters} billion",
@@ -107,12 +111,13 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
         facts |= {"folder": str(checkpoint.folder), "on disk": _bytes(folder_size(checkpoint.folder))}
         with render.spinner("reading the checkpoint"):
             family = load_prompter(LoadOptions(model=name)).family
-        sizes = sizes_of(checkpoint)
+    with render.spinner("looking at this machine", json):
+        machine = Machine.here()
+    is_here = name not in ALIASES or on_disk(name)
+    sizes = sizes_here(name, machine, Settings.resolve().load) if is_here else sizes_of_alias(name)
     if sizes:
-        with render.spinner("looking at this machine", json):
-            machine = Machine.here()
-        facts |= {f"memory in {precision}": _bytes(size) for precision, size in sizes.memory(machine).items()}
-        auto, _, wait, speed = _expected(sizes.outlook(machine))
+        facts |= {f"memory in {precision}": _bytes(size) for precision, size in memory_on(machine, sizes).items()}
+        auto, _, wait, speed = _expected(outlook_on(machine, sizes))
         facts |= {"auto here": auto, "first token": wait, "tokens/s": speed}
     if family:
         facts |= {
@@ -121,8 +126,8 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
             "pictures": f"{family.pictures} in a prompt, {family.image_layout}".removeprefix(" in a prompt, "),
             "trained format": family.template or "the checkpoint's own",
         }
-    facts["here"] = "yes" if name not in ALIASES or on_disk(name) else f"no; llava models pull {name}"
-    facts = {fact: value for fact, value in facts.items() if value}
+    facts["here"] = "yes" if is_here else f"no; llava models pull {name}"
+    facts = {fact: value for fact, value in facts.items() if value not in ("", _UNKNOWN)}
     if json:
         render.show_json(facts)
     else:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+
+from llava_cli.settings import is_fast
 
 _CPUINFO = Path("/proc/cpuinfo")
 _FEATURE_LINES = ("flags", "Features")
@@ -31,10 +35,14 @@ def has_bf16() -> bool:
     return not BF16_FEATURES.isdisjoint(cpu_features())
 
 
+def may_have_kernels() -> bool:
+    """Whether kernels are likely to be compiled for this CPU, of which only compiling and testing them makes sure."""
+    suits = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64") and "avx2" in cpu_features()
+    return suits and is_fast() and all(find_spec(name) for name in ("llvmlite", "llava_cli.engine.cpu"))
+
+
 def cpu_model() -> str:
     """The CPU's name."""
-    import platform
-
     lines = [line for line in _cpuinfo() if line.startswith("model name")]
     return lines[0].partition(":")[2].strip() if lines else platform.processor() or platform.machine()
 

@@ -9,7 +9,8 @@ incomplete.py, other_formats.py,
 original_format.py                           errors that say what a folder is instead of a checkpoint
 weight_files.py, pickled_tensors.py          files of tensors
 fingerprint.py, digests.py                   what identifies a checkpoint
+geometry.py, footprint.py, precision.py      a model's sizes, the memory that it takes, and the precision that fits
 weights.py, quantized_cache.py,
-stored_quantization.py                       loading and quantizing weights
+stored_quantization.py, quiet.py             loading and quantizing weights
 adapter_config.py, adapter_merge.py          merging a PEFT adapter into them
 """

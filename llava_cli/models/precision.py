@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import cast, get_args
 
 from llava_cli.errors import OutOfMemory
 from llava_cli.files import quoted
 from llava_cli.hardware import memory
-from llava_cli.hardware.device import INSTALL_BITSANDBYTES, Plan, can_quantize, native_precision
-from llava_cli.models.checkpoint_files import CONFIG, read_json
-from llava_cli.models.families import PictureCost, picture_cost
-from llava_cli.models.footprint import footprint
-from llava_cli.models.geometry import Geometry
+from llava_cli.hardware.device import INSTALL_BITSANDBYTES, Plan, can_quantize, choose_plan, native_precision
+from llava_cli.models import quantized_cache
+from llava_cli.models.checkpoint_files import is_adapter
+from llava_cli.models.footprint import Sizes, footprint
 from llava_cli.models.registry import BUILTIN, Checkpoint
-from llava_cli.models.weight_files import Weights
-from llava_cli.settings import QUANTIZED, LoadOptions
+from llava_cli.settings import QUANTIZED, LoadOptions, Precision
 
 OTHER_MODELS = "llava models lists what fits this machine"
 _WORDS = {"8bit": "8 bits", "4bit": "4 bits"}
+Hint = Callable[[str], None]
 
 
 def candidates(plan: Plan) -> list[Plan]:
@@ -31,46 +31,105 @@ def candidates(plan: Plan) -> list[Plan]:
     ]
 
 
-def best_fit(geometry: Geometry, plans: Iterable[Plan], picture: PictureCost | None, free: int) -> Plan | None:
+def plans_for(sizes: Sizes, plan: Plan) -> list[Plan]:
+    """`candidates`, or the one plan of what is stored quantized."""
+    return [replace(plan, precision=sizes.stored, why="as stored")] if sizes.stored else candidates(plan)
+
+
+def best_fit(sizes: Sizes, plans: Iterable[Plan], free: int) -> Plan | None:
     """The first of the plans that takes at most `free` bytes; None where none does."""
-    return next((plan for plan in plans if footprint(geometry, plan, picture).total <= free), None)
+    return next((plan for plan in plans if footprint(sizes, plan).total <= free), None)
 
 
-def fit_to_memory(
-    checkpoint: Checkpoint, weights: Weights, plan: Plan, options: LoadOptions, hint: Callable[[str], None]
-) -> Plan:
+def with_kept_copies(sizes: Sizes, checkpoint: Checkpoint, plan: Plan, options: LoadOptions) -> Sizes:
+    """The sizes, with the precisions of which there is a quantized copy of this checkpoint for the plan's device."""
+    kept = {
+        one.precision
+        for one in candidates(plan)
+        if one.precision in QUANTIZED and quantized_cache.is_kept(checkpoint, recipe(one, options.double_quant))
+    }
+    return replace(sizes, kept=frozenset(kept))
+
+
+def recipe(plan: Plan, double_quant: bool) -> str:
+    """What a quantized copy depends on besides the weights that it is made of.
+
+    A copy in other bits than those that a CPU computes in would be in memory, not mapped.
+    """
+    wide = "-fp32" if plan.compute_precision == "fp32" else ""
+    return f"{plan.precision}{'-double' * (double_quant and plan.precision == '4bit')}-{plan.device}{wide}"
+
+
+def fit_to_memory(checkpoint: Checkpoint, sizes: Sizes, plan: Plan, options: LoadOptions, hint: Hint) -> Plan:
     """The plan, with a smaller precision where `auto` has chosen one that does not fit; `hint` gets a line about it.
 
-    Raises `OutOfMemory` where none fits. What is stored quantized has only one precision, and the built-in model fits.
+    It has to fit from its next start on: one that quantizes, or merges an adapter, takes more than those that find a
+    copy. Raises `OutOfMemory` where none fits. The built-in model does.
     """
-    if options.precision != "auto" or weights.are_quantized or checkpoint.name == BUILTIN:
+    if options.precision != "auto" or checkpoint.name == BUILTIN:
         return plan
-    picture, free = picture_of(checkpoint, weights.geometry), memory.free_memory(plan.device)
-    best = footprint(weights.geometry, plan, picture).total
-    needs = f"{plan.precision} takes {gigabytes(best)} and {gigabytes(free)} are free"
-    if fitting := best_fit(weights.geometry, candidates(plan), picture, free):
-        if fitting.precision != plan.precision:
-            size = gigabytes(footprint(weights.geometry, fitting, picture).total)
-            words = f"in {_WORDS[fitting.precision]} ({size}): {needs}"
-            hint(f"llava: {checkpoint.name}: {words}; -p {plan.precision} overrides this")
-        return fitting
-    if not can_quantize():
-        reason = f"{needs}; 8 and 4 bits take less, and bitsandbytes is missing"
-        raise OutOfMemory(checkpoint.name, reason, INSTALL_BITSANDBYTES)
-    smallest = candidates(plan)[-1]
-    least = footprint(weights.geometry, smallest, picture)
-    reason = f"needs {gigabytes(least.total)} even in 4 bits, {gigabytes(free)} are free"
-    tried = f"llava ask -m {quoted(checkpoint.name)} -p {smallest.precision} tries it; {OTHER_MODELS}"
-    raise OutOfMemory(checkpoint.name, reason, tried if least.weights <= free else OTHER_MODELS)
+    if footprint(sizes, plan).total <= (free := memory.free_memory(plan.device)):
+        return plan
+    if not sizes.stored:
+        sizes = with_kept_copies(sizes, checkpoint, plan, options)
+    plans = plans_for(sizes, plan)
+    if (fitting := best_fit(sizes, plans, free)) is None:
+        raise _too_large(checkpoint, sizes, plans, free)
+    words = f"in {_WORDS[fitting.precision]} ({_size(sizes, fitting)}): {_need(sizes, plan, free)}"
+    hint(f"llava: {checkpoint.name}: {words}; -p {plan.precision} overrides this")
+    return fitting
 
 
-def picture_of(checkpoint: Checkpoint, geometry: Geometry) -> PictureCost | None:
-    """What a photo is for a checkpoint; None where its config names no known family."""
-    config = read_json(checkpoint, CONFIG)
-    text = config.get("text_config")
-    picture = picture_cost(str(config.get("model_type")), str(text.get("model_type") if isinstance(text, dict) else ""))
-    # A family that sees one image has as many tokens as its tower has patches, which tuned checkpoints may change.
-    return picture._replace(tokens=geometry.patches) if picture and picture.crops == 1 else picture
+def _too_large(checkpoint: Checkpoint, sizes: Sizes, plans: list[Plan], free: int) -> OutOfMemory:
+    smallest = min(plans, key=lambda plan: footprint(sizes, plan).total)
+    is_only = sizes.stored or sizes.has_adapter
+    if not is_only and not can_quantize():
+        reason = f"{_need(sizes, smallest, free)}; 8 and 4 bits take less, and bitsandbytes is missing"
+        return OutOfMemory(checkpoint.name, reason, INSTALL_BITSANDBYTES)
+    needs = "with its adapter to merge, needs" if sizes.has_adapter else "needs"
+    even = f" even in {_WORDS[smallest.precision]}" if smallest.precision in _WORDS and not is_only else ""
+    reason = f"{needs} {_size(sizes, smallest)}{even}, {gigabytes(free)} are free"
+    named = f"-m {quoted(checkpoint.name)}{_adapter_option(checkpoint)} -p {smallest.precision}"
+    tried = f"llava ask {named} tries it; {OTHER_MODELS}"
+    return OutOfMemory(checkpoint.name, reason, tried if footprint(sizes, smallest).weights <= free else OTHER_MODELS)
+
+
+def _adapter_option(checkpoint: Checkpoint) -> str:
+    """Empty where the model's name is the adapter's."""
+    adapter = checkpoint.adapter
+    return f" --adapter {quoted(adapter)}" if adapter and not is_adapter(checkpoint.name) else ""
+
+
+def _need(sizes: Sizes, plan: Plan, free: int) -> str:
+    return f"{plan.precision} takes {_size(sizes, plan)} and {gigabytes(free)} are free"
+
+
+def _size(sizes: Sizes, plan: Plan) -> str:
+    return gigabytes(footprint(sizes, plan).total)
+
+
+def one_precision(
+    checkpoint: Checkpoint,
+    sizes: Sizes,
+    options: LoadOptions,
+    saved: str | None,
+    serving: Callable[[], str | None],
+    hint: Hint,
+) -> Precision:
+    """What `auto` stands for in a long run, all of whose answers are in one precision.
+
+    That is the precision that the run was `saved` with; else that of the user's server which is `serving` this model;
+    else what fits in memory now, about which `hint` gets a line. Raises `OutOfMemory` where nothing fits.
+    """
+    if checkpoint.name == BUILTIN:
+        return "auto"
+    if sizes.stored:
+        return cast(Precision, sizes.stored)
+    if saved not in get_args(Precision):
+        saved = (
+            serving() or fit_to_memory(checkpoint, sizes, choose_plan(options.device, "auto"), options, hint).precision
+        )
+    return cast(Precision, saved)
 
 
 def gigabytes(size: float) -> str:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Changes with which layers are quantized, or how."""
-SHARD = "250MB"
-"""No file is larger before its weights get more bits, for which they are in memory twice."""
+SHARD = 250_000_000
+"""Bytes. No file is larger before its weights get more bits, for which they are in memory twice."""
 LABEL = "made_of.json"
 
 
@@ -57,9 +57,22 @@ class QuantizedCopy:
 
 def copy_of(checkpoint: Checkpoint, how: str) -> QuantizedCopy:
     """A checkpoint's copy that is quantized `how`. Raises `ModelUnusable` where its files cannot be read."""
-    name = re.sub(r"[^\w.]+", "-", Path(checkpoint.name).name).strip("-.") or "model"
     recipe = Recipe(fingerprint(checkpoint), how)
-    return QuantizedCopy(quantized_cache() / f"{name}-{how}-{FORMAT}-{recipe.fingerprint[:16]}", recipe)
+    return QuantizedCopy(quantized_cache() / f"{_prefix(checkpoint, how)}{recipe.fingerprint[:16]}", recipe)
+
+
+def _prefix(checkpoint: Checkpoint, how: str) -> str:
+    """What the name of a copy begins with."""
+    name = re.sub(r"[^\w.]+", "-", Path(checkpoint.name).name).strip("-.") or "model"
+    return f"{name}-{how}-{FORMAT}-"
+
+
+def is_kept(checkpoint: Checkpoint, how: str) -> bool:
+    """Whether there is a checkpoint's copy that is quantized `how`.
+
+    Where no copy has its name, none of its files is read. Raises as `copy_of`.
+    """
+    return any(quantized_cache().glob(f"{_prefix(checkpoint, how)}*")) and _exists(copy_of(checkpoint, how))
 
 
 def find(checkpoint: Checkpoint, copy: QuantizedCopy) -> tuple[Checkpoint, Weights] | None:

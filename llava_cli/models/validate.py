@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from llava_cli.errors import ModelUnusable
+from llava_cli.errors import ModelUnusable, UsageError
 from llava_cli.files import quoted
 from llava_cli.models import incomplete
 from llava_cli.models.checkpoint_files import (
@@ -128,3 +128,13 @@ def _check_model_type(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
 def _refuse(checkpoint: Checkpoint, file: str, reason: str | None, hint: str = "llava models lists others") -> None:
     if reason:
         raise ModelUnusable(checkpoint.name, f"{file} {reason}", hint)
+
+
+def check_visual_tokens(checkpoint: Checkpoint, config: dict[str, Any], count: int) -> None:
+    """Raises `UsageError` where `count` tokens cannot be chosen: of pictures that are not one list, of one length."""
+    kind, vision = config["model_type"], config.get("vision_config")
+    if isinstance(vision, dict) and vision.get("model_type") == "pixtral":
+        kind = "pixtral"  # whose pictures have as many tokens as their shape asks for
+    if kind not in ("llava", "vipllava"):
+        name, which = checkpoint.name, "only llava and vipllava models have one list of tokens a picture"
+        raise UsageError(f"--visual-tokens {count}", f"{name} is a {kind} model; {which}", f"llava ask -m {name}")

@@ -19,9 +19,9 @@ from llava_cli.files import quoted
 from llava_cli.hardware import memory
 from llava_cli.models import adapter_merge
 from llava_cli.models.checkpoint_files import CONFIG, pull_command, read_json
-from llava_cli.models.footprint import footprint
-from llava_cli.models.precision import OTHER_MODELS, best_fit, candidates, gigabytes
-from llava_cli.models.registry import Checkpoint
+from llava_cli.models.footprint import Sizes, footprint
+from llava_cli.models.precision import OTHER_MODELS, best_fit, candidates, gigabytes, recipe
+from llava_cli.models.registry import BUILTIN, Checkpoint
 from llava_cli.models.untrusted_config import without_preferences
 from llava_cli.models.weight_files import Weights
 from llava_cli.settings import QUANTIZED, LoadOptions, Precision
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _SIZE_TOLERANCE = 1.5
 """How many times the weights of its files a config may describe: embeddings that serve as the head are stored once."""
 _CONFIG_HINT = "take the config.json that these weights were saved with"
+_STORED_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+"""Precisions -> safetensors' names of their dtypes."""
 _CHATTY = ("bitsandbytes.autograd._functions", "bitsandbytes.nn.modules")
 """Loggers that warn of every layer in every forward pass: that it casts to another dtype."""
 
@@ -141,14 +143,24 @@ def load_model(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights
     from llava_cli.models import quantized_cache
 
     if plan.precision not in QUANTIZED:
-        return LoadedModel(_read(checkpoint, config, plan, weights), None)
-    copy = quantized_cache.copy_of(checkpoint, _recipe(plan, options.double_quant))
+        return LoadedModel(_read_plain(checkpoint, config, plan, weights), None)
+    copy = quantized_cache.copy_of(checkpoint, recipe(plan, options.double_quant))
     if _stored_quantization(config):
         folder = copy.path if quantized_cache.claim(copy) else None
         return LoadedModel(_read(checkpoint, config, plan, weights), folder)
     if model := _read_copy(checkpoint, plan, copy):
         return LoadedModel(model, copy.path)
     return _quantize(checkpoint, config, plan, weights, options, copy)
+
+
+def _read_plain(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights) -> Any:
+    """The model in 16 or 32 bits. What has other bits in its files is not needed there once it has been read."""
+    if checkpoint.name == BUILTIN or weights.dtypes == {_STORED_DTYPES[plan.precision]}:  # small, or mapped as it is
+        return _read(checkpoint, config, plan, weights)
+    from llava_cli.hardware.allocator import read_once
+
+    with read_once(weights):
+        return _read(checkpoint, config, plan, weights)
 
 
 def _quantize(
@@ -302,26 +314,18 @@ def _check_fit(name: str, info: Any, weights: Weights) -> None:
         raise ModelUnusable(name, f"lacks {len(missing)} tensors, {missing[0]} first", pull_command(name))
 
 
-def _recipe(plan: Plan, double_quant: bool) -> str:
-    """What a copy depends on besides the weights that it is made of.
-
-    A copy in other bits than those that a CPU computes in would be in memory, not mapped.
-    """
-    wide = "-fp32" if plan.compute_precision == "fp32" else ""
-    return f"{plan.precision}{'-double' * (double_quant and plan.precision == '4bit')}-{plan.device}{wide}"
-
-
 def _check_memory(checkpoint: Checkpoint, plan: Plan, weights: Weights, stored: bool) -> bool:
     """Whether a model must be spread over several GPUs. Raises `OutOfMemory` where its weights fit nowhere."""
     import torch
 
-    free, need = memory.free_memory(plan.device), footprint(weights.geometry, plan, None)
+    sizes = Sizes(weights.geometry)
+    free, need = memory.free_memory(plan.device), footprint(sizes, plan)
     size = sum(path.stat().st_size for path in weights) if stored else need.weights
     if size > free:
         total = size + need.cache + need.workspace
         # An adapter is merged in 16 or 32 bits, whatever is made of them then.
         is_fixed = stored or checkpoint.adapter
-        smaller = None if is_fixed else best_fit(weights.geometry, candidates(plan), None, free)
+        smaller = None if is_fixed else best_fit(sizes, candidates(plan), free)
         hint = f"llava ask -m {quoted(checkpoint.name)} -p {smaller.precision}" if smaller else OTHER_MODELS
         needs = "needs" if not checkpoint.adapter else "with its adapter to merge, needs"
         raise OutOfMemory(checkpoint.name, f"{needs} {gigabytes(total)}, {gigabytes(free)} are free", hint)

@@ -1,5 +1,6 @@
 """Conversations -> the tensors that a model reads.
 
 `prompter.py` renders with a template (`chat_template.py`, `templates/`) and encodes with the checkpoint's processor
-(`processor.py`, `pixtral.py`). Templates and tokenizers of checkpoints run in `sandbox.py` first.
+(`processor.py`, `pixtral.py`); `loading.py` makes one of a checkpoint. Templates and tokenizers of checkpoints run in
+`sandbox.py` first.
 """

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -98,7 +98,7 @@ def test_the_wait_follows_from_sizes_and_speed(
     """By hand, without what a pass does besides; that is a fifth at most, and a constant."""
     monkeypatch.setattr(cpu, "cpu_features", lambda: features)
     sizes = sizes_of_alias(name)
-    seconds, rate = speed.wait(sizes.geometry, sizes.picture, Plan("cpu", precision, "sdpa", ""), SPEEDS)
+    seconds, rate = speed.wait(sizes, Plan("cpu", precision, "sdpa", ""), SPEEDS)
     assert seconds is not None and rate is not None
     assert first_token <= seconds <= 1.4 * first_token
     assert tokens_per_second / 1.4 <= rate <= tokens_per_second
@@ -106,8 +106,8 @@ def test_the_wait_follows_from_sizes_and_speed(
 
 def test_no_wait_is_guessed_for_a_gpu_or_an_unknown_picture() -> None:
     sizes = sizes_of_alias("llava-1.5-7b")
-    assert speed.wait(sizes.geometry, sizes.picture, Plan("cuda", "fp16", "sdpa", ""), SPEEDS) == (None, None)
-    assert speed.wait(sizes.geometry, None, Plan("cpu", "fp32", "sdpa", ""), SPEEDS) == (None, None)
+    assert speed.wait(sizes, Plan("cuda", "fp16", "sdpa", ""), SPEEDS) == (None, None)
+    assert speed.wait(replace(sizes, picture=None), Plan("cpu", "fp32", "sdpa", ""), SPEEDS) == (None, None)
 
 
 def test_the_list_as_json(measured: list[int], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,13 +138,51 @@ class Terminal(io.StringIO):
 
 @for_each("columns", [80, 120])
 def test_the_list_fits_a_terminal(columns: int, measured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line for each model; notes only where they have room."""
-    for name, value in {"COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sys.stdout", terminal := Terminal())
-    list_models()
-    header, *lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()
+    """A line for each model, without an empty cell; notes only where they have room."""
+    monkeypatch.setattr("llava_cli.catalog.likely_device", lambda: "cpu")
+    header, *lines = drawn(columns, monkeypatch)
     assert "first token" in header
     assert max(map(len, lines)) <= columns
     assert any("the classic" in line for line in lines) == (columns == 120)
     assert all(name in line for name, line in zip(["builtin", *ALIASES], lines, strict=True))
+    assert all(len(line.lstrip("* ").split(maxsplit=7)) > 6 for line in lines)
+
+
+def drawn(columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of `llava models` on a terminal so wide."""
+    for name, value in {"COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", terminal := Terminal())
+    list_models()
+    return re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()
+
+
+def test_a_gpu_gets_no_wait_of_a_cpu(
+    measured: list[int], run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But a dash and a line: nothing has been measured there."""
+    gpu = {"is_available": True, "is_bf16_supported": True, "get_device_capability": (8, 0), "device_count": 1}
+    for name, value in gpu.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *args, value=value, **options: value)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device=0: (12 * 10**9, 24 * 10**9))
+    monkeypatch.setattr("llava_cli.catalog.likely_device", lambda: "auto")
+    line = next(line for line in drawn(80, monkeypatch) if "llava-1.5-7b" in line)
+    assert line.split()[-5:-3] == ["8bit", line.split()[-4]] and line.split()[-2:] == ["-", "-"]
+    told = capsys.readouterr().err.splitlines()
+    assert "not even 4 bits fit in the 12.0 GB that are free" in told[-2]
+    assert told[-1] == "first token, tokens/s: not guessed for cuda, where nothing has been measured"
+    rows = json.loads(run("models", "--json").stdout)
+    assert {row["first_token_seconds"] for row in rows} == {row["tokens_per_second"] for row in rows} == {None}
+    assert not measured
+
+
+def test_without_bitsandbytes_the_list_says_what_it_would_add(
+    measured: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llava_cli.catalog.likely_device", lambda: "cpu")
+    monkeypatch.setattr("llava_cli.catalog.free_memory", lambda device: 8 * 10**9)
+    for module in ("catalog", "models.precision"):
+        monkeypatch.setattr(f"llava_cli.{module}.can_quantize", lambda: False)
+    assert any(" no " in line for line in drawn(80, monkeypatch))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith("does not fit in the 8.0 GB that are free, 8 and 4 bits take less: pip install bitsandbytes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from helpers.command import Run
 from helpers.tables import for_each
 from PIL import Image
 
+from llava_cli.catalog import sizes_of_alias, sizes_on_disk
 from llava_cli.hardware import cpu, memory
 from llava_cli.hardware.device import Plan, choose_plan
 from llava_cli.models import precision
 from llava_cli.models.aliases import ALIASES
 from llava_cli.models.families import family_named
 from llava_cli.models.footprint import footprint
-from llava_cli.models.geometry import Geometry
-from llava_cli.models.precision import best_fit, candidates, picture_of
+from llava_cli.models.precision import best_fit, candidates
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.weight_files import check_weights
 
@@ -83,8 +84,7 @@ def test_the_best_precision_that_fits(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     monkeypatch.setattr(precision, "can_quantize", lambda: has_bitsandbytes)
     plan = Plan(machine, "", "sdpa", "")
-    picture = family_named(ALIASES[name].family).picture
-    fitting = best_fit(ALIASES[name].geometry, candidates(plan), picture, int(gigabytes * 1e9))
+    fitting = best_fit(sizes_of_alias(name), candidates(plan), int(gigabytes * 1e9))
     assert (fitting.precision if fitting else None) == expected
 
 
@@ -175,9 +175,9 @@ def folder(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -
 
 def leave(monkeypatch: pytest.MonkeyPatch, folder: Path, precision: str, spare: int) -> None:
     """Leaves as much memory as a checkpoint takes in a precision, and `spare` bytes more."""
-    geometry: Geometry = check_weights(Checkpoint("", folder)).geometry
-    plan = Plan("cpu", precision, "sdpa", "")
-    free = footprint(geometry, plan, picture_of(Checkpoint("", folder), geometry)).total + spare
+    sizes = sizes_on_disk(Checkpoint("", folder))
+    assert sizes is not None
+    free = footprint(sizes, Plan("cpu", precision, "sdpa", "")).total + spare
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
 
 
@@ -185,12 +185,12 @@ def test_auto_takes_fewer_bits_where_memory_is_short_and_says_so(
     folder: Path, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask = ("ask", "-m", folder, drawing, "what?", "--max-tokens", "1", "--json")
-    for bits in ("8", "4"):
+    for bits in ("4", "8"):
         leave(monkeypatch, folder, f"{bits}bit", 0)
         done = run(*ask)
         assert json.loads(done.stdout)["precision"] == f"{bits}bit"
         (line,) = done.stderr.splitlines()
-        assert line.startswith(f"llava: {folder}: in {bits} bits (0.5 GB): fp32 takes 0.5 GB and ")
+        assert line.startswith(f"llava: {folder}: in {bits} bits (0.6 GB): fp32 takes 0.6 GB and ")
         assert line.endswith("; -p fp32 overrides this")
         assert run(*ask, "-q").stderr == ""
     done = run(*ask, "-p", "fp32")
@@ -198,9 +198,11 @@ def test_auto_takes_fewer_bits_where_memory_is_short_and_says_so(
     leave(monkeypatch, folder, "fp32", 0)
     assert json.loads(run(*ask).stdout)["precision"] == "fp32"
     leave(monkeypatch, folder, "4bit", -1)
+    assert json.loads(run(*ask).stdout)["precision"] == "8bit", "its copy is there, and takes less than making one"
+    run("models", "prune")
     done = run(*ask)
     assert (done.exit_code, done.stdout) == (71, "")
-    assert done.stderr.startswith(f"llava: {folder}: needs 0.5 GB even in 4 bits, ")
+    assert done.stderr.startswith(f"llava: {folder}: needs 0.6 GB even in 4 bits, ")
     assert f"\n  llava ask -m {folder} -p 4bit tries it; llava models lists" in done.stderr
 
 
@@ -241,3 +243,41 @@ def test_a_batch_goes_on_in_the_precision_that_it_began_with(
     (tmp_path / "a.png").rename(tmp_path / "c.png")
     done = run(*batch, "--extend")
     assert (done.exit_code, saved()) == (0, "fp32"), done.stderr
+
+
+@for_each("how", ["option", "variable", "file"])
+def test_a_precision_that_is_asked_for_is_taken_without_a_line(
+    how: str, folder: Path, run: Run, drawing: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(monkeypatch, folder, "4bit", 0)
+    if how == "variable":
+        monkeypatch.setenv("LLAVA_PRECISION", "8bit")
+    elif how == "file":
+        home.mkdir(exist_ok=True)
+        (home / "config.toml").write_text("precision = '8bit'\n")
+    option = ["-p", "8bit"] if how == "option" else []
+    done = run("ask", "-m", folder, drawing, "what?", "--max-tokens", "1", "--json", *option)
+    assert (json.loads(done.stdout)["precision"], done.stderr) == ("8bit", "")
+    assert "overrides this" in run("ask", "-m", folder, drawing, "what?", "--max-tokens", "1", "-p", "auto").stderr
+
+
+def test_what_is_stored_quantized_has_one_precision(
+    folder: Path, run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a batch notes, too; and where even that does not fit, the line names no other."""
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    stored, skipped = tmp_path / "stored", ["lm_head", "vision_tower", "multi_modal_projector"]
+    shutil.copytree(folder, stored, ignore=shutil.ignore_patterns("*.safetensors"))
+    options: Any = {"load_in_8bit": True, "llm_int8_skip_modules": skipped}
+    made = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options))
+    made.save_pretrained(stored)
+    rows = tmp_path / "rows.jsonl"
+    leave(monkeypatch, stored, "8bit", 0)
+    done = run("batch", drawing, "what?", "-m", stored, "--max-tokens", "1", "-o", rows)
+    assert (done.exit_code, "in 8 bits" in done.stderr) == (0, False), done.stderr
+    assert json.loads((tmp_path / "rows.jsonl.run/settings.json").read_text())["precision"] == "8bit"
+    leave(monkeypatch, stored, "8bit", -1)
+    done = run("ask", "-m", stored, drawing, "what?")
+    assert done.exit_code == 71
+    assert done.stderr.startswith(f"llava: {stored}: needs 0.6 GB, 0.6 GB are free\n  llava ask -m ")

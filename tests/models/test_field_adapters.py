@@ -30,6 +30,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from llava_cli import load
+from llava_cli.catalog import sizes_on_disk
 from llava_cli.conversation import Conversation, Picture
+from llava_cli.hardware import cpu, memory
+from llava_cli.hardware.device import Plan
 from llava_cli.loader import engine_identity, find_checkpoint
 from llava_cli.models.fingerprint import fingerprint
+from llava_cli.models.footprint import Sizes, footprint
+from llava_cli.models.registry import Checkpoint
 from llava_cli.settings import LoadOptions, Sampling
 
 Lora = peft.LoraConfig
@@ -281,6 +287,36 @@ def test_stored_quantized(precision: str, base: Path, lora: Path, tmp_path: Path
     done = run("ask", "-m", tmp_path / "stored", "--adapter", lora, drawing, "what?")
     assert done.exit_code == 69
     assert "stored quantized: an adapter cannot be merged" in done.stderr and "-p 4bit --adapter" in done.stderr
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_auto_with_little_memory(
+    by_option: bool, base: Path, lora: Path, run: Run, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter is merged in 32 bits, so that fewer save nothing until there is a copy; no line promises otherwise."""
+    monkeypatch.setattr(cpu, "cpu_features", lambda: frozenset({"avx2", "fma", "f16c"}))
+    for beside_weights in ("_ACTIVATIONS", "_CACHE_HOLES"):  # which are most of a tiny model's memory
+        monkeypatch.setattr(f"llava_cli.models.footprint.{beside_weights}", 0)
+    sizes = sizes_on_disk(Checkpoint("", base, lora))
+    assert sizes is not None
+    model = ["-m", base, "--adapter", lora] if by_option else ["-m", lora]
+    ask = ["ask", *model, drawing, "what?", "--max-tokens", "1", "--json"]
+
+    def leave(sizes: Sizes, precision: str, spare: int) -> None:
+        free = footprint(sizes, Plan("cpu", precision, "sdpa", "")).total + spare
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
+
+    leave(sizes, "fp32", -1)
+    done = run(*ask)
+    assert (done.exit_code, done.stdout) == (71, "")
+    assert done.stderr.startswith(f"llava: {model[1]}: with its adapter to merge, needs 0.6 GB, 0.6 GB are free\n")
+    assert f"  llava ask {' '.join(map(str, model))} -p fp32 tries it; llava models" in done.stderr
+    assert run(*ask, "-p", "fp32").exit_code == run(*ask, "-p", "4bit").exit_code == 0
+    leave(replace(sizes, kept=frozenset({"4bit"})), "4bit", 0)
+    done = run(*ask)
+    assert (done.exit_code, json.loads(done.stdout)["precision"]) == (0, "4bit")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"llava: {model[1]}: in 4 bits (0.6 GB): fp32 takes ") and line.endswith("overrides this")
 
 
 def _bitsandbytes(precision: str) -> Any:

@@ -6,6 +6,7 @@ import gc
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from llava_cli import Sampling, load, paths
-from llava_cli.hardware import device
+from llava_cli.hardware import allocator, device
 from llava_cli.models import quantized_cache, weights
 from llava_cli.settings import Precision
 
@@ -104,3 +105,14 @@ def test_copies_for_16_and_for_32_bits_are_two(in_16_bits: Path, monkeypatch: py
         compute_in(compute, monkeypatch)
         load(str(in_16_bits), precision="4bit", device="cpu")
     assert len(list(quantized_cache.copies())) == 2
+
+
+@for_each("precision, leave", [("fp32", True), ("bf16", False)])
+def test_files_leave_memory_where_their_weights_get_other_bits(
+    precision: Precision, leave: bool, in_16_bits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 1B in 32 bits took 10 GB with its file of 3."""
+    read: list[Path] = []
+    monkeypatch.setattr(allocator, "read_once", lambda files: nullcontext(read.extend(files)))
+    load(str(in_16_bits), precision=precision, device="cpu")
+    assert read == [in_16_bits / "model.safetensors"] * leave
