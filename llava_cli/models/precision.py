@@ -70,7 +70,8 @@ def picture_of(checkpoint: Checkpoint, geometry: Geometry) -> PictureCost | None
     text = config.get("text_config")
     picture = picture_cost(str(config.get("model_type")), str(text.get("model_type") if isinstance(text, dict) else ""))
     # A family that sees one image has as many tokens as its tower has patches, which tuned checkpoints may change.
-    return picture._replace(tokens=geometry.patches) if picture and picture.crops == 1 else picture
+    follows = picture and picture.crops == 1 and not picture.patches
+    return picture._replace(tokens=geometry.patches) if picture and follows else picture
 
 
 def gigabytes(size: float) -> str:
