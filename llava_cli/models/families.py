@@ -119,6 +119,7 @@ FAMILIES = (
     Family("lighton-ocr", "lighton_ocr", "qwen3", None, image_layout=_OWN_SHAPE, pictures=""),
     Family("qianfan-ocr", "qianfan_ocr", "qwen3", None, image_layout=_TILES, pictures=""),
     Family("paddleocr-vl", "paddleocr_vl", "paddleocr_vl_text", None, image_layout=_OWN_SHAPE, pictures=""),
+    Family("hunyuan-vl", "hunyuan_vl", "hunyuan_vl_text", None, image_layout=_OWN_SHAPE, pictures=""),
     Family("deepseek-vl", "deepseek_vl", "llama", None, image_layout=_PADDED, pictures="several"),
     Family("janus", "janus", "llama", None, image_layout=_PADDED, pictures=""),
     Family("llava-next-video", "llava_next_video", "llama", None, image_layout=_TILES, pictures=""),

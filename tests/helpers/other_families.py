@@ -41,6 +41,8 @@ from transformers import (
     Glm46VConfig,
     Glm46VProcessor,
     GlmOcrConfig,
+    HunYuanVLConfig,
+    HunYuanVLProcessor,
     Idefics2Config,
     Idefics2Processor,
     InternVLConfig,
@@ -83,6 +85,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.hunyuan_vl.image_processing_pil_hunyuan_vl import HunYuanVLImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -686,6 +689,55 @@ def _paddleocr_vl(**more: Any) -> Made:
     return made, PaddleOCRVLProcessor(pixels, words, chat_template=template)
 
 
+def _hunyuan_vl(**more: Any) -> Made:
+    words = _words(
+        "<s>",
+        "</s>",
+        "<newline>",
+        image_token="<image>",
+        image_start_token="<im_start>",
+        image_end_token="<im_end>",
+    )
+    made = HunYuanVLConfig(
+        text_config={
+            **language_config(words, Qwen2Config).to_dict(),
+            "model_type": "hunyuan_vl_text",
+            "rope_parameters": {
+                "rope_type": "xdrope",
+                "rope_theta": 10000.0,
+                "xdrope_section": [4, 4, 4, 4],
+                "alpha": 1.0,
+                "factor": 1.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "out_hidden_size": 64,
+            "text_hidden_size": 64,
+            "patch_size": PATCH,
+            "max_image_size": 8 * PATCH,
+            "min_image_size": 2 * PATCH,
+            "img_max_token_num": 64,
+        },
+        image_token_id=words.image_token_id,
+        im_start_id=words.image_start_token_id,
+        im_end_id=words.image_end_token_id,
+        im_newline_id=words.convert_tokens_to_ids("<newline>"),
+        **more,
+    )
+    size = {"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 12 * (2 * PATCH) ** 2}
+    pixels = HunYuanVLImageProcessorPil(size=size, patch_size=PATCH)
+    template = _template("ROLE: ", "\\n", "<im_start><image><im_end>", "{{ bos_token }}")
+    return made, HunYuanVLProcessor(pixels, words, chat_template=template)
+
+
 OTHERS: dict[str, Callable[..., Made]] = {
     "qwen2-vl": _qwen2_vl,
     "qwen2.5-vl": _qwen2_5_vl,
@@ -711,6 +763,7 @@ OTHERS: dict[str, Callable[..., Made]] = {
     "lighton-ocr": _lighton_ocr,
     "qianfan-ocr": _qianfan_ocr,
     "paddleocr-vl": _paddleocr_vl,
+    "hunyuan-vl": _hunyuan_vl,
     "deepseek-vl": _deepseek_vl,
     "janus": _janus,
     "llava-next-video": _llava_next_video,

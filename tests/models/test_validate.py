@@ -93,7 +93,7 @@ INDEX = "model.safetensors.index.json"
 CODE = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForImageTextToText": "evil.Model"}
 
 
-REFUSED_TYPES = ("llama4", "florence2", "diffusion_gemma")
+REFUSED_TYPES = ("llama4", "florence2", "diffusion_gemma", "gemma3n", "blip-2", "mistral4")
 
 
 def test_model_types_that_need_torchvision_are_refused_by_name() -> None:

@@ -164,6 +164,7 @@ NAMELESS = {
     "lighton-ocr",
     "qianfan-ocr",
     "paddleocr-vl",
+    "hunyuan-vl",
     "deepseek-vl",
     "janus",
     "llava-next-video",
