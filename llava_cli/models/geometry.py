@@ -14,6 +14,8 @@ _VISION = re.compile(r"(^|\.)(vision|visual)")
 """What the names of a vision tower's tensors have in them."""
 _BLOCK = re.compile(r"\.\d+\.")
 """What those of a decoder's layers have: a number."""
+_EXPERTS = re.compile(r"\.experts\.")
+"""What those of experts have, which share one tensor in memory and stay as they are beside quantized layers."""
 _QUANTIZATION = re.compile(r"\.weight\.|\.(SCB|weight_format)$")
 """What those have that bitsandbytes stores beside quantized weights."""
 _HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
@@ -107,7 +109,7 @@ def geometry_of_tensors(tensors: Mapping[str, StoredTensor], counts: Mapping[str
         kind = "other" if in_decoder else "vision"
         if in_decoder and name.endswith(_HEAD):
             kind = "head"
-        elif in_decoder and is_matrix and _BLOCK.search(name):
+        elif in_decoder and is_matrix and _BLOCK.search(name) and not _EXPERTS.search(name):
             kind = "inner"
         sizes[kind] += counts[name]
     if not sizes["head"]:  # the embeddings are the head

@@ -106,6 +106,22 @@ def test_geometry_of_files_is_that_of_a_model(checkpoint: Callable[[str], Path])
         assert found.patches >= (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
 
 
+def test_experts_do_not_count_as_layers_that_are_quantized(tmp_path: Path) -> None:
+    """bitsandbytes quantizes linear layers, and a mixture's experts are none: they take 16 bits in every precision."""
+    from helpers import families
+    from helpers.other_families import OTHERS
+    from transformers import AutoModelForImageTextToText
+
+    folder = families.save_made(OTHERS["glm4v-moe"], tmp_path)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    decoder = model.get_decoder()
+    linear = sum(layer.weight.numel() for layer in decoder.modules() if type(layer) is torch.nn.Linear)
+    routers = sum(weight.numel() for name, weight in decoder.named_parameters() if name.endswith(".gate.weight"))
+    found = check_weights(Checkpoint("moe", folder)).geometry
+    assert found.inner == linear + routers
+    assert found.total == check_weights(Checkpoint("moe", folder)).numbers
+
+
 def test_facts_of_named_models_agree_with_their_numbers_of_weights() -> None:
     """Less than 5 % is in projectors and norms, which are left out."""
     for name, alias in ALIASES.items():
