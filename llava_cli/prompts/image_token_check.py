@@ -22,7 +22,7 @@ def check_image_tokens(checkpoint: Checkpoint, prompter: Prompter, empty_model: 
     """
     try:
         inputs = prompter.encode_example()
-    except ValueError:
+    except (AttributeError, KeyError, TypeError, ValueError):
         return
     hint = pull_command(checkpoint.name) or f"llava doctor {checkpoint.name}"
     try:
