@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli._version import __version__
 from llava_cli.errors import model_errors
 from llava_cli.models import adapters
-from llava_cli.models.checkpoint_files import CONFIG, Configs, is_adapter
+from llava_cli.models.checkpoint_files import CONFIG, Configs, is_adapter, pull_command
 from llava_cli.models.families import TESTED
 from llava_cli.models.fingerprint import fingerprint
 from llava_cli.models.quiet import quiet
@@ -143,7 +143,7 @@ def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore
     with quiet():
         config = load_config(checkpoint, configs[CONFIG])
         _drop_false_quantization(checkpoint, config, weights, tell)
-        prompter = loading.load_prompter(checkpoint, configs, config, options, sandbox, tell)
+        prompter = loading.load_prompter(checkpoint, configs, config, options, sandbox)
         generation_config = load_generation_config(checkpoint, configs)
         if checkpoint.name != BUILTIN:
             _hold_to_model(checkpoint, configs, config, weights, prompter, generation_config)
@@ -227,8 +227,8 @@ def _speed_up(checkpoint: Checkpoint, model: LoadedModel, cpu: ModuleType | None
     return patch
 
 
-def load_prompter(options: LoadOptions, tell: Tell = _ignore) -> Prompter:
-    """Processor, tokenizer and template alone: what `llava prompt` needs; `tell` as in `load_engine`."""
+def load_prompter(options: LoadOptions) -> Prompter:
+    """Processor, tokenizer and template alone: what `llava prompt` needs."""
     checkpoint = find_checkpoint(options)
     sandbox = _text_sandbox(checkpoint, options)
     configs = check_files(checkpoint)
@@ -237,7 +237,7 @@ def load_prompter(options: LoadOptions, tell: Tell = _ignore) -> Prompter:
 
     with quiet():
         config = load_config(checkpoint, configs[CONFIG])
-        return loading.load_prompter(checkpoint, configs, config, options, sandbox, tell)
+        return loading.load_prompter(checkpoint, configs, config, options, sandbox)
 
 
 def _text_sandbox(checkpoint: Checkpoint, options: LoadOptions) -> TextSandbox | None:

@@ -87,12 +87,13 @@ def wait(sizes: Sizes, plan: Plan, speeds: Speeds) -> tuple[float | None, float 
     """Seconds to the first token of an answer about one photo, and tokens per second; None where they are not known."""
     geometry, picture = sizes.geometry, sizes.picture
     layers, rest = speeds.get(plan.precision), speeds.get(plan.compute_precision)
-    if plan.device != "cpu" or not picture or not geometry.patches or not layers or not rest:
+    patches = (picture.patches or geometry.patches * picture.crops) if picture else 0
+    if plan.device != "cpu" or not picture or not patches or not layers or not rest:
         return None, None
     vision = speeds["8bit"] if sizes.packs_vision(plan) else rest
     tokens = picture.tokens + _TEXT_TOKENS
     prompt = geometry.inner * tokens / layers.prompt
-    prompt += geometry.vision * geometry.patches * picture.crops / vision.prompt
+    prompt += geometry.vision * patches / vision.prompt
     # A token also reads the keys and values of all before it.
     token = (geometry.inner + geometry.head) / layers.answer + geometry.cache * tokens / rest.answer
     return _PREPARATION_SECONDS + prompt * _OTHER_WORK, 1 / (_STEP_SECONDS + token * _OTHER_WORK)

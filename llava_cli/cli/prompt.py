@@ -55,7 +55,7 @@ def prompt(
         from llava_cli.loader import load_prompter
 
         options = replace(settings.load, template="hub") if diff else settings.load
-        prompter = load_prompter(options, lambda line: None if quiet else render.note(line))
+        prompter = load_prompter(options)
     if diff:
         prompts = {name: prompter.with_template(name).render(conversation) for name in ("hub", "native")}
         show_difference(prompts, json)

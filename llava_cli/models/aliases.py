@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from llava_cli.models.geometry import Decoder, Geometry, VisionTower, geometry_of
 
@@ -19,24 +19,21 @@ class Alias:
     language_model: str
     """The language model that it was made from."""
     note: str = ""
-    parts: tuple[Decoder, VisionTower] | None = None
-    """Their sizes, from their configs; None where they are not known."""
+    _: KW_ONLY
+    parts: tuple[Decoder, VisionTower]
+    """The sizes of language model and vision tower, from their configs."""
+    bits: int = 16
+    """Of a weight in its repo."""
 
     @property
     def bytes(self) -> int:
-        """The size of its download: these repos hold 16-bit weights."""
-        return round(self.parameters * 2e9)
+        """The size of its download."""
+        return round(self.parameters * 1e9 * self.bits / 8)
 
     @property
     def geometry(self) -> Geometry:
-        if self.parts:
-            return geometry_of(*self.parts)
-        inner = round(self.parameters * 1e9 * _INNER_SHARE)
-        return Geometry(inner, other=round(self.parameters * 1e9) - inner)
+        return geometry_of(*self.parts)
 
-
-_INNER_SHARE = 0.9
-"""How much of a 7B is in the layers that are quantized, for models whose parts are not known."""
 
 _CLIP_L = VisionTower(1024, 24, 4096, 577)
 _SIGLIP_SO400M = VisionTower(1152, 26, 4304, 729)
@@ -56,6 +53,44 @@ _QWEN2_72B = Decoder(8192, 80, 29568, 8192, 1024, 152064), _SIGLIP_SO400M
 _SMOLLM2_135M = Decoder(576, 30, 1536, 576, 192, 49280), VisionTower(768, 12, 3072, 1024)
 _SMOLLM2_360M = Decoder(960, 32, 2560, 960, 320, 49280), VisionTower(768, 12, 3072, 1024)
 _SMOLLM2_17B = Decoder(2048, 24, 8192, 2048, 2048, 49280), VisionTower(1152, 27, 4304, 729)
+
+
+def _merger(patches: int, width: int, hidden_size: int) -> int:
+    """Weights of a merger as Qwen-VL's: two layers, from `patches` side by side to the language model."""
+    return (patches * width) ** 2 + patches * width * hidden_size
+
+
+def _qwen2_tower(hidden_size: int) -> VisionTower:
+    return VisionTower(1280, 32, 5120, 3996, _merger(4, 1280, hidden_size))
+
+
+def _qwen25_tower(hidden_size: int) -> VisionTower:
+    return VisionTower(1280, 32, 3420, 3996, _merger(4, 1280, hidden_size), is_gated=True)
+
+
+def _qwen3_tower(hidden_size: int) -> VisionTower:
+    """With a merger for each of the three layers whose outputs the language model gets besides the last one's."""
+    return VisionTower(1024, 24, 4096, 3072, 4 * _merger(4, 1024, hidden_size))
+
+
+_QWEN2_VL_2B = Decoder(1536, 28, 8960, 1536, 256, 151936, is_tied=True), _qwen2_tower(1536)
+_QWEN2_VL_7B = Decoder(3584, 28, 18944, 3584, 512, 152064), _qwen2_tower(3584)
+_QWEN25_VL_3B = Decoder(2048, 36, 11008, 2048, 256, 151936, is_tied=True), _qwen25_tower(2048)
+_QWEN25_VL_7B = Decoder(3584, 28, 18944, 3584, 512, 152064), _qwen25_tower(3584)
+_QWEN3_VL_2B = Decoder(2048, 28, 6144, 2048, 1024, 151936, is_tied=True), _qwen3_tower(2048)
+_QWEN3_VL_4B = Decoder(2560, 36, 9728, 4096, 1024, 151936, is_tied=True), _qwen3_tower(2560)
+_QWEN3_VL_8B = (
+    Decoder(4096, 36, 12288, 4096, 1024, 151936),
+    VisionTower(1152, 27, 4304, 3072, 4 * _merger(4, 1152, 4096)),
+)
+_SIGLIP_896 = VisionTower(1152, 27, 4304, 4096)
+_GEMMA3_4B = Decoder(2560, 34, 10240, 2048, 1024, 262208, is_tied=True), _SIGLIP_896
+_GEMMA3_12B = Decoder(3840, 48, 15360, 4096, 2048, 262208, is_tied=True), _SIGLIP_896
+_GEMMA3_27B = Decoder(5376, 62, 21504, 4096, 2048, 262208, is_tied=True), _SIGLIP_896
+_INTERNVIT = VisionTower(1024, 24, 4096, 1025)
+_INTERNVL3_1B = Decoder(896, 24, 4864, 896, 128, 151674), _INTERNVIT
+_INTERNVL3_2B = Decoder(1536, 28, 8960, 1536, 256, 151674), _INTERNVIT
+_INTERNVL3_8B = Decoder(3584, 28, 18944, 3584, 512, 151674), _INTERNVIT
 
 ALIASES: dict[str, Alias] = {
     "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", 7.06, "llava-1.5", "Vicuna 1.5", "the classic", parts=_VICUNA_7B),
@@ -138,16 +173,72 @@ ALIASES: dict[str, Alias] = {
         "SmolLM2",
         "several pictures, quick on a CPU",
         parts=_SMOLLM2_17B,
+        bits=32,
     ),
-    "qwen2-vl-2b": Alias("Qwen/Qwen2-VL-2B-Instruct", 2.21, "qwen2-vl", "Qwen 2", "pictures in their own shape"),
-    "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", 8.29, "qwen2-vl", "Qwen 2", "pictures in their own shape"),
+    "qwen2-vl-2b": Alias(
+        "Qwen/Qwen2-VL-2B-Instruct", 2.21, "qwen2-vl", "Qwen 2", "pictures in their own shape", parts=_QWEN2_VL_2B
+    ),
+    "qwen2-vl-7b": Alias(
+        "Qwen/Qwen2-VL-7B-Instruct", 8.29, "qwen2-vl", "Qwen 2", "pictures in their own shape", parts=_QWEN2_VL_7B
+    ),
     "qwen2.5-vl-3b": Alias(
-        "Qwen/Qwen2.5-VL-3B-Instruct", 3.75, "qwen2.5-vl", "Qwen 2.5", "pictures in their own shape"
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        3.75,
+        "qwen2.5-vl",
+        "Qwen 2.5",
+        "pictures in their own shape",
+        parts=_QWEN25_VL_3B,
     ),
     "qwen2.5-vl-7b": Alias(
-        "Qwen/Qwen2.5-VL-7B-Instruct", 8.29, "qwen2.5-vl", "Qwen 2.5", "pictures in their own shape"
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        8.29,
+        "qwen2.5-vl",
+        "Qwen 2.5",
+        "pictures in their own shape",
+        parts=_QWEN25_VL_7B,
     ),
-    "gemma-3-4b": Alias("google/gemma-3-4b-it", 4.30, "gemma-3", "Gemma 3", "several pictures, 256 tokens each"),
+    "qwen3-vl-2b": Alias(
+        "Qwen/Qwen3-VL-2B-Instruct", 2.13, "qwen3-vl", "Qwen 3", "pictures in their own shape", parts=_QWEN3_VL_2B
+    ),
+    "qwen3-vl-4b": Alias(
+        "Qwen/Qwen3-VL-4B-Instruct", 4.44, "qwen3-vl", "Qwen 3", "pictures in their own shape", parts=_QWEN3_VL_4B
+    ),
+    "qwen3-vl-8b": Alias(
+        "Qwen/Qwen3-VL-8B-Instruct", 8.77, "qwen3-vl", "Qwen 3", "pictures in their own shape", parts=_QWEN3_VL_8B
+    ),
+    "gemma-3-4b": Alias(
+        "google/gemma-3-4b-it", 4.30, "gemma-3", "Gemma 3", "several pictures, 256 tokens each", parts=_GEMMA3_4B
+    ),
+    "gemma-3-12b": Alias(
+        "google/gemma-3-12b-it", 12.19, "gemma-3", "Gemma 3", "several pictures, 256 tokens each", parts=_GEMMA3_12B
+    ),
+    "gemma-3-27b": Alias(
+        "google/gemma-3-27b-it", 27.43, "gemma-3", "Gemma 3", "several pictures, 256 tokens each", parts=_GEMMA3_27B
+    ),
+    "internvl3-1b": Alias(
+        "OpenGVLab/InternVL3-1B-hf",
+        0.94,
+        "internvl3",
+        "Qwen 2.5",
+        "tiles: small text, wide pictures",
+        parts=_INTERNVL3_1B,
+    ),
+    "internvl3-2b": Alias(
+        "OpenGVLab/InternVL3-2B-hf",
+        2.09,
+        "internvl3",
+        "Qwen 2.5",
+        "tiles: small text, wide pictures",
+        parts=_INTERNVL3_2B,
+    ),
+    "internvl3-8b": Alias(
+        "OpenGVLab/InternVL3-8B-hf",
+        7.94,
+        "internvl3",
+        "Qwen 2.5",
+        "tiles: small text, wide pictures",
+        parts=_INTERNVL3_8B,
+    ),
 }
 
 

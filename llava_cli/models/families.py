@@ -18,6 +18,8 @@ class PictureCost(NamedTuple):
     """Images of the vision tower's size that it becomes."""
     tokens: int
     """In the prompt."""
+    patches: int = 0
+    """Of the vision tower, where they do not follow from the two; else 0."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,21 @@ FAMILIES = (
     Family("llama-3.2-vision", "mllama", "mllama_text_model", None, image_layout="in tiles", pictures=""),
     Family("idefics2", "idefics2", "mistral", None, image_layout=_OWN_SHAPE, pictures="several"),
     Family("glm-4v", "glm4v", "glm4v_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("glm-4.6v", "glm46v", "glm4v_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("glm-4.5v", "glm4v_moe", "glm4v_moe_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("glm-ocr", "glm_ocr", "glm_ocr_text", None, image_layout=_OWN_SHAPE, pictures=""),
+    Family("qwen3-vl-moe", "qwen3_vl_moe", "qwen3_vl_moe_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("qwen3.5", "qwen3_5", "qwen3_5_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("qwen3.5-moe", "qwen3_5_moe", "qwen3_5_moe_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("gemma-4", "gemma4", "gemma4_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("ovis2", "ovis2", "qwen2", None, image_layout=_TILES, pictures="several"),
+    Family("lighton-ocr", "lighton_ocr", "qwen3", None, image_layout=_OWN_SHAPE, pictures=""),
+    Family("qianfan-ocr", "qianfan_ocr", "qwen3", None, image_layout=_TILES, pictures=""),
+    Family("paddleocr-vl", "paddleocr_vl", "paddleocr_vl_text", None, image_layout=_OWN_SHAPE, pictures=""),
+    Family("hunyuan-vl", "hunyuan_vl", "hunyuan_vl_text", None, image_layout=_OWN_SHAPE, pictures=""),
+    Family("deepseek-vl", "deepseek_vl", "llama", None, image_layout=_PADDED, pictures="several"),
+    Family("janus", "janus", "llama", None, image_layout=_PADDED, pictures=""),
+    Family("llava-next-video", "llava_next_video", "llama", None, image_layout=_TILES, pictures=""),
 )
 
 _PICTURE_COSTS = {
@@ -116,6 +133,10 @@ _PICTURE_COSTS = {
     "llava-onevision": PictureCost(7, 4725),
     "smolvlm": PictureCost(13, 863),
     "smolvlm2": PictureCost(13, 1084),
+    **dict.fromkeys(("qwen2-vl", "qwen2.5-vl", "glm-4v"), PictureCost(1, 999, 3996)),
+    "qwen3-vl": PictureCost(1, 768, 3072),
+    "gemma-3": PictureCost(1, 256, 4096),
+    **dict.fromkeys(("internvl3", "internvl3.5"), PictureCost(13, 3328)),
 }
 READS_PARTS = frozenset(
     {
@@ -169,6 +190,15 @@ UNSUPPORTED: dict[str, str] = {
         ),
         "need torchvision for their pictures, which is not used here: pixels must not depend on what is installed",
     ),
+    **dict.fromkeys(
+        ("fast_vlm", "gemma3n"),
+        "need timm for their pictures, and that needs torchvision: pixels must not depend on what is installed",
+    ),
+    **dict.fromkeys(
+        ("blip", "blip-2", "fuyu", "git", "instructblip", "kosmos-2", "kosmos-2.5"),
+        "have no chat format: they caption pictures, or continue a text beside one",
+    ),
+    "mistral4": "read text alone",
     "diffusion_gemma": "write by diffusion, which is not supported",
     "evolla": "read proteins, not pictures",
     "instructblipvideo": "read videos, which are not supported",

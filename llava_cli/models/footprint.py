@@ -86,7 +86,7 @@ def sizes_of(checkpoint: Checkpoint, weights: Weights, config: dict[str, Any]) -
     text, geometry = config.get("text_config"), weights.geometry
     picture = picture_cost(str(config.get("model_type")), str(text.get("model_type") if isinstance(text, dict) else ""))
     # A family that sees one image has as many tokens as its tower has patches, which tuned checkpoints may change.
-    if picture and picture.crops == 1:
+    if picture and picture.crops == 1 and not picture.patches:
         picture = picture._replace(tokens=geometry.patches)
     return Sizes(
         geometry,

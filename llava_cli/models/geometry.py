@@ -14,6 +14,8 @@ _VISION = re.compile(r"(^|\.)(vision|visual)")
 """What the names of a vision tower's tensors have in them."""
 _BLOCK = re.compile(r"\.\d+\.")
 """What those of a decoder's layers have: a number."""
+_EXPERTS = re.compile(r"\.experts\.")
+"""What those of experts have, which share one tensor in memory and stay as they are beside quantized layers."""
 _QUANTIZATION = re.compile(r"\.weight\.|\.(SCB|weight_format)$")
 """What those have that bitsandbytes stores beside quantized weights."""
 _HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
@@ -73,17 +75,22 @@ class VisionTower:
     layers: int
     intermediate_size: int
     patches: int
-    """Its tokens for one image, that of the class included."""
+    """Its tokens for one image, that of the class included; for a photo, if it sees pictures in their own shape."""
+    merger: int = 0
+    """Weights of what makes tokens of its patches, where they are 1 % of a model or more."""
+    is_gated: bool = False
+    """Whether the MLPs of its layers have a gate."""
 
 
 def geometry_of(decoder: Decoder, tower: VisionTower) -> Geometry:
     """The geometry of a model that need not be on this machine, without what is below 1 % of it."""
     hidden, embeddings = decoder.hidden_size, decoder.vocab_size * decoder.hidden_size
     attention = 2 * hidden * (decoder.query_size + decoder.key_size)
+    mlp = (3 if tower.is_gated else 2) * tower.hidden_size * tower.intermediate_size
     return Geometry(
         inner=decoder.layers * (attention + 3 * hidden * decoder.intermediate_size),
         head=embeddings,
-        vision=tower.layers * (4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size),
+        vision=tower.layers * (4 * tower.hidden_size**2 + mlp) + tower.merger,
         other=0 if decoder.is_tied else embeddings,
         cache=2 * decoder.layers * decoder.key_size,
         hidden_size=hidden,
@@ -102,7 +109,7 @@ def geometry_of_tensors(tensors: Mapping[str, StoredTensor], counts: Mapping[str
         kind = "other" if in_decoder else "vision"
         if in_decoder and name.endswith(_HEAD):
             kind = "head"
-        elif in_decoder and is_matrix and _BLOCK.search(name):
+        elif in_decoder and is_matrix and _BLOCK.search(name) and not _EXPERTS.search(name):
             kind = "inner"
         sizes[kind] += counts[name]
     if not sizes["head"]:  # the embeddings are the head

@@ -69,7 +69,7 @@ def load_config(checkpoint: Checkpoint, content: dict[str, Any]) -> Any:
     content = without_preferences(content)
     with model_errors(checkpoint.name, "its config cannot be loaded", pull_command(checkpoint.name)):
         config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
-        config.get_text_config()  # raises here, not later, where a config has several
+        _ = config.get_text_config().model_type  # raises here, not later, where a config has several, or what is none
     return config
 
 

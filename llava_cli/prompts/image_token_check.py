@@ -17,10 +17,13 @@ _RUN_WITHOUT_VALUES = ("llava", "vipllava", "llava_next", "llava_onevision")
 def check_image_tokens(checkpoint: Checkpoint, prompter: Prompter, empty_model: Any) -> None:
     """Raises `ModelUnusable` if prompts have more or fewer image tokens per picture than the model makes features.
 
-    `empty_model` is the model on the meta device: shapes are enough. A model that does not run there is left to its own
-    check.
+    `empty_model` is the model on the meta device: shapes are enough. A model that does not run there, or takes no image
+    token without what its chat template puts around it, is left to its own check.
     """
-    inputs = prompter.encode_example()
+    try:
+        inputs = prompter.encode_example()
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return
     hint = pull_command(checkpoint.name) or f"llava doctor {checkpoint.name}"
     try:
         features = _feature_count(empty_model, inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llava_cli.errors import ModelUnusable
@@ -23,11 +22,10 @@ def load_prompter(
     config: Any,
     options: LoadOptions,
     sandbox: TextSandbox | None,
-    tell: Callable[[str], None],
 ) -> Prompter:
     """The prompter of a checkpoint with these files and this config of transformers'; `sandbox` is its own.
 
-    `tell` gets a line where its tokenizer had to be replaced. Raises `ModelUnusable` or `UsageError`.
+    Where transformers' tokenizer differs from its own file, the file's is used. Raises `ModelUnusable` or `UsageError`.
     """
     if options.visual_tokens:
         check_visual_tokens(checkpoint, configs[CONFIG], options.visual_tokens)
@@ -41,10 +39,7 @@ def load_prompter(
     origin = "ours"
     if sandbox:
         image_token = getattr(processor, "image_token", None) or ""
-        tokenizer, origin = hold_to_file(checkpoint, processor.tokenizer, image_token, sandbox)
-        if tokenizer is not processor.tokenizer:
-            processor.tokenizer = tokenizer
-            tell(f"llava: tokenizer: {origin}")
+        processor.tokenizer, origin = hold_to_file(checkpoint, processor.tokenizer, image_token, sandbox)
     prompter = Prompter(
         processor,
         options.template,

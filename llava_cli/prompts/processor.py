@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from inspect import signature
 from typing import Any
 
 from llava_cli import limits, regular_files
@@ -32,11 +31,11 @@ def load_processor(checkpoint: Checkpoint, configs: Configs, config: Any) -> Any
     """The processor of a checkpoint, in agreement with its config. Raises `ModelUnusable`."""
     name = checkpoint.name
     with model_errors(name, "its processor cannot be loaded", tokenizer_hint(checkpoint)):
-        processor_class, absent = _processor_class(checkpoint, configs, config)
+        processor_class = _processor_class(checkpoint, configs, config)
         with nothing_is_fetched():
             # PIL's resizing everywhere: torchvision's differs, and pixels must not depend on what is installed.
             processor = processor_class.from_pretrained(
-                checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil", **absent
+                checkpoint.folder, local_files_only=True, trust_remote_code=False, backend="pil"
             )
         if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
             sync_processor_to_model(processor, config)
@@ -45,28 +44,47 @@ def load_processor(checkpoint: Checkpoint, configs: Configs, config: Any) -> Any
     raise ModelUnusable(name, "its processor does not take pictures and text")
 
 
-def _processor_class(checkpoint: Checkpoint, configs: Configs, config: Any) -> tuple[Any, dict[str, None]]:
-    """The class of a processor, without its video processor, and the arguments to set to None.
-
-    We have no videos, and transformers' video processors need torchvision.
-    """
+def _processor_class(checkpoint: Checkpoint, configs: Configs, config: Any) -> Any:
+    """The class of a processor, without its processor of videos: we have none, and transformers' need torchvision."""
     import transformers
 
     name = _class_name(checkpoint, configs, config)
     if name == "PixtralProcessor":
         from llava_cli.prompts.pixtral import PixtralProcessor
 
-        return PixtralProcessor, {}
+        return PixtralProcessor
     full: Any = getattr(transformers, name)
-    attributes = [attribute for attribute in full.get_attributes() if attribute != "video_processor"]
-    if len(attributes) == len(full.get_attributes()):
-        return full, {}
+    if "video_processor" not in full.get_attributes():
+        return full
     module = sys.modules[full.__module__]
     if getattr(module, "num2words", str) is None:
         module.num2words = str  # type: ignore[attr-defined]  # SmolVLM's spells out a video's number of frames
-    without_video = type(full.__name__, (full,), {"get_attributes": classmethod(lambda cls: attributes)})
-    takes_video = "video_processor" in signature(full.__init__).parameters
-    return without_video, {"video_processor": None} if takes_video else {}
+    return without_videos(full)
+
+
+def without_videos(full: Any) -> Any:
+    """A processor class whose processor of videos is None: it is made, saved and loaded without one."""
+    from transformers import ProcessorMixin
+
+    names: list[str] = full.get_attributes()
+    parts = [name for name in names if name != "video_processor"]
+
+    class Base(ProcessorMixin):
+        """Comes between `full` and its own base, whose `__init__` accepts no None."""
+
+        def __init__(self, *positional: Any, **options: Any) -> None:
+            options |= zip(names, positional, strict=False)
+            self.video_processor = options.pop("video_processor", None)
+            super().__init__(**options)  # type: ignore[no-untyped-call]
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *positional: Any, **options: Any) -> list[Any]:
+            base: Any = super()
+            loaded: list[Any] = base._get_arguments_from_pretrained(*positional, **options)
+            loaded.insert(names.index("video_processor"), None)
+            return loaded
+
+    return type(full.__name__, (full, Base), {"get_attributes": classmethod(lambda cls: parts)})
 
 
 def _class_name(checkpoint: Checkpoint, configs: Configs, config: Any) -> str:
@@ -118,7 +136,7 @@ def _model_values(config: Any) -> dict[str, Any]:
         "patch_size": patch_size * getattr(config, "downsample_factor", 1) if isinstance(patch_size, int) else None,
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
         "num_additional_image_tokens": _class_tokens(vision, patches),
-        "num_image_tokens": patches,
+        "num_image_tokens": patches if getattr(vision, "model_type", None) in _CLASS_TOKENS else None,
         "image_seq_len": patches // pixel_shuffle**2 if patches and isinstance(pixel_shuffle, int) else None,
         "vision_aspect_ratio": getattr(config, "vision_aspect_ratio", None),
         "spatial_merge_size": getattr(config, "spatial_merge_size", None),
@@ -164,16 +182,23 @@ def _sync_image_size(image_processor: Any, vision: Any) -> None:
         image_processor.size = type(final)(**square)
 
 
+def image_placeholder(processor: Any) -> str:
+    """What stands for a picture in a prompt until the processor replaces it."""
+    named = getattr(processor, "image_placeholder_token", None) or getattr(processor, "image_token", None)
+    return str(named or "<image>")
+
+
 def image_token_id(processor: Any) -> int:
     """The token whose embedding is replaced by a feature of a picture.
 
     In some families the prompt has another token for the whole picture (`processor.image_token`): Gemma 3 writes
-    "<start_of_image>", and 256 of "<image_soft_token>" follow it.
+    "<start_of_image>", and 256 of "<image_soft_token>" follow it. -1 where the vocabulary has none.
     """
     ids = getattr(processor, "image_token_ids", None)
     if ids and isinstance(ids[0], int):
         return ids[0]
-    return int(processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", None) or "<image>"))
+    known = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", None) or "<image>")
+    return -1 if known is None else int(known)
 
 
 def _check_image_token(checkpoint: Checkpoint, processor: Any, config: Any) -> None:
@@ -183,9 +208,11 @@ def _check_image_token(checkpoint: Checkpoint, processor: Any, config: Any) -> N
         return
     tokenizer = processor.tokenizer
     hint = pull_command(checkpoint.name) or "take config.json and the tokenizer's files of one model"
+    if image_token_id(processor) != image_id and _stands_for(processor, image_id):
+        processor.image_token_ids = [image_id]
     if (tokenizer_id := image_token_id(processor)) != image_id:
         token = tokenizer.convert_ids_to_tokens(image_id) if 0 <= image_id < len(tokenizer) else None
-        theirs = f"has {tokenizer_id}" if image_token in tokenizer.get_vocab() else "has none"
+        theirs = "has none" if tokenizer_id in (-1, tokenizer.unk_token_id) else f"has {tokenizer_id}"
         words = f"config.json has {image_id} for the image token"
         words += f" ({one_line(token)!r} in the tokenizer)" if token else " (which the tokenizer does not have)"
         raise ModelUnusable(checkpoint.name, f"{words}, the tokenizer {theirs} for {one_line(image_token)}", hint)
@@ -193,6 +220,21 @@ def _check_image_token(checkpoint: Checkpoint, processor: Any, config: Any) -> N
     if vocab_size is not None and image_id >= vocab_size:
         words = f"config.json has {vocab_size} tokens (vocab_size), and {image_id} for the image token"
         raise ModelUnusable(checkpoint.name, words, hint)
+
+
+def _stands_for(processor: Any, token_id: int) -> bool:
+    """Whether a processor replaces its image token by others, this one among them, as Ovis2's does.
+
+    Its image token, `<image>`, need not be in the vocabulary.
+    """
+    from PIL import Image
+
+    tokenizer = processor.tokenizer
+    token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
+    with suppress(Exception):  # not every processor replaces tokens one picture at a time
+        inputs = processor.image_processor([Image.new("RGB", (60, 40))], return_tensors="pt")
+        return bool(token) and token in processor.replace_image_token(inputs, 0)
+    return False
 
 
 def embedded_tokens(config: Any) -> int | None:

@@ -13,7 +13,7 @@ from llava_cli.errors import ModelUnusable, PromptTooLong
 from llava_cli.models.families import Family
 from llava_cli.prompts.chat_template import ChatTemplate, Messages, choose_template, is_shipped, template_hint
 from llava_cli.prompts.image_processor import ImageProcessor
-from llava_cli.prompts.processor import image_token_id
+from llava_cli.prompts.processor import image_placeholder, image_token_id
 from llava_cli.prompts.sandbox import (
     PIECE_CHARACTERS,
     CheckedTokenizer,
@@ -70,7 +70,7 @@ class Prompter:
         self.tokenizer_origin = ""
         """Where the ids of tokens are from, in words."""
         self.visual_tokens = visual_tokens
-        self.image_token: str = getattr(processor, "image_token", None) or "<image>"
+        self.image_token = image_placeholder(processor)
         self._template = self._load_template(template)
         self._special_tokens = SpecialTokens(self.tokenizer, self.image_token)
         self.processor.tokenizer = _PromptTokenizer(self.processor.tokenizer, self._special_tokens)

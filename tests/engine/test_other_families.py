@@ -85,6 +85,8 @@ def test_inputs_and_greedy_tokens_alone_and_in_a_batch(name: str, family: Callab
         assert ours(engine, talk, SAMPLING, MOST) == expected
         alone.append(expected)
     assert made.expected(*talks[:2]) == alone[:2]  # padded on the left
+    other = Conversation().ask("what is this?", [picture(60, 60, 4)])
+    assert not torch.equal(engine.logits(engine.inputs(talks[0])), engine.logits(engine.inputs(other)))
     found = dict(engine.answer_many([Request(talk, SAMPLING) for talk in talks], size=3))
     for number, expected in enumerate(alone):
         answer = found[number]

@@ -178,7 +178,7 @@ def language_config(words: PreTrainedTokenizerFast, kind: Callable[..., Any] = L
     )
 
 
-def _clip() -> CLIPVisionConfig:
+def clip_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -210,7 +210,7 @@ def _llava(
     config = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **config}
     strategy, cls = config["vision_feature_select_strategy"], int(not siglip)
     made = LlavaConfig(
-        vision_config=siglip_config() if siglip else _clip(),
+        vision_config=siglip_config() if siglip else clip_config(),
         text_config=language_config(made_words, text),
         image_token_index=made_words.convert_tokens_to_ids("<image>"),
         image_seq_length=(SIDE // PATCH) ** 2 + (cls if strategy == "full" else cls - 1),
@@ -236,7 +236,7 @@ def _vip(**config: Any) -> tuple[Any, Any]:
     _, processor = _llava(LlamaConfig, VIP)
     config = {"vision_feature_layers": [-2, -3, 1], **config}
     made = VipLlavaConfig(
-        vision_config=_clip(),
+        vision_config=clip_config(),
         text_config=language_config(processor.tokenizer),
         image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(SIDE // PATCH) ** 2,
@@ -248,7 +248,7 @@ def _vip(**config: Any) -> tuple[Any, Any]:
 def _next(text: Callable[..., Any], template: str, words: Words = tokenizer, **config: Any) -> tuple[Any, Any]:
     made_words = words()
     made = LlavaNextConfig(
-        vision_config=_clip(),
+        vision_config=clip_config(),
         text_config=language_config(made_words, text),
         image_token_index=made_words.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=GRID,
@@ -378,10 +378,10 @@ def save_made(
     made.tie_word_embeddings = made.text_config.tie_word_embeddings = tied
     model = AutoModelForImageTextToText.from_config(made)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if not weight.any() and not name.endswith("bias"):  # gates and projectors, behind which nothing is seen
-                torch.nn.init.normal_(weight, std=0.3)
-        # So that its answers do not soon end, and show no pictures.
+        for name, weight in model.named_parameters():  # some begin as zeros that would hide a picture, such as gates
+            if not name.endswith("bias") and not weight.any():
+                weight.normal_(std=0.3)
+        # so that its answers do not soon end, and show no pictures
         head = model.get_output_embeddings().weight
         head[[token for token in (made.text_config.eos_token_id, made.image_token_id) if token < len(head)]] = 0
     model.save_pretrained(folder, max_shard_size=shard)
@@ -396,5 +396,5 @@ def processor_of(family: str, folder: Path) -> Any:
 
 def processor_like(made: Any, folder: Path) -> Any:
     """A processor of the same class as another, as transformers itself reads it from a folder."""
-    videos = {"video_processor": None} if hasattr(type(made), "replace_video_token") else {}
+    videos = {"video_processor": None} if "video_processor" in vars(type(made)) else {}
     return type(made).from_pretrained(folder, backend="pil", **videos)

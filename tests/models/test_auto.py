@@ -106,11 +106,26 @@ def test_geometry_of_files_is_that_of_a_model(checkpoint: Callable[[str], Path])
         assert found.patches >= (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
 
 
+def test_experts_do_not_count_as_layers_that_are_quantized(tmp_path: Path) -> None:
+    """bitsandbytes quantizes linear layers, and a mixture's experts are none: they take 16 bits in every precision."""
+    from helpers import families
+    from helpers.other_families import OTHERS
+    from transformers import AutoModelForImageTextToText
+
+    folder = families.save_made(OTHERS["glm4v-moe"], tmp_path)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    decoder = model.get_decoder()
+    linear = sum(layer.weight.numel() for layer in decoder.modules() if type(layer) is torch.nn.Linear)
+    routers = sum(weight.numel() for name, weight in decoder.named_parameters() if name.endswith(".gate.weight"))
+    found = check_weights(Checkpoint("moe", folder)).geometry
+    assert found.inner == linear + routers
+    assert found.total == check_weights(Checkpoint("moe", folder)).numbers
+
+
 def test_facts_of_named_models_agree_with_their_numbers_of_weights() -> None:
     """Less than 5 % is in projectors and norms, which are left out."""
     for name, alias in ALIASES.items():
-        if alias.parts:
-            assert alias.geometry.total == pytest.approx(alias.parameters * 1e9, rel=0.05), name
+        assert alias.geometry.total == pytest.approx(alias.parameters * 1e9, rel=0.05), name
 
 
 def test_a_photo_is_as_many_tokens_as_processors_make_of_it() -> None:
@@ -161,6 +176,28 @@ def test_a_photo_is_as_many_tokens_as_processors_make_of_it() -> None:
         assert picture is not None
         assert inputs["pixel_values"].shape[1] == picture.crops, name
         assert inputs["input_ids"].shape[1] == pytest.approx(picture.tokens, abs=2), name
+
+
+def test_a_photo_is_as_many_patches_as_processors_that_keep_its_shape_make_of_it() -> None:
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    photo = Image.new("RGB", (1024, 768))
+    merging = {  # with the sizes of their checkpoints
+        "qwen2-vl": Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}),
+        "qwen3-vl": Qwen2VLImageProcessorPil(
+            patch_size=16, size={"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
+        ),
+        "glm-4v": Glm4vImageProcessorPil(),
+    }
+    for name, pixels in merging.items():
+        patches = int(pixels([photo], return_tensors="pt")["image_grid_thw"].prod())
+        assert family_named(name).picture == (1, patches // 4, patches), name
+    square = {"height": 448, "width": 448}
+    tiles = GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, min_patches=1, max_patches=12)
+    crops = tiles([photo], return_tensors="pt")["pixel_values"].shape[0]
+    assert family_named("internvl3").picture == (crops, 256 * crops, 0)
 
 
 # ---------------------------------------------------------------- through the command

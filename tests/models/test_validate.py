@@ -20,8 +20,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from typer.testing import Result
 
+from llava_cli.errors import ModelUnusable
 from llava_cli.models.families import TESTED, UNSUPPORTED
-from llava_cli.models.registry import builtin_folder
+from llava_cli.models.registry import Checkpoint, builtin_folder
+from llava_cli.models.weights import load_config
 
 Refused = Callable[..., Result]
 
@@ -93,7 +95,7 @@ INDEX = "model.safetensors.index.json"
 CODE = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForImageTextToText": "evil.Model"}
 
 
-REFUSED_TYPES = ("llama4", "florence2", "diffusion_gemma")
+REFUSED_TYPES = ("llama4", "florence2", "diffusion_gemma", "gemma3n", "blip-2", "mistral4")
 
 
 def test_model_types_that_need_torchvision_are_refused_by_name() -> None:
@@ -104,6 +106,12 @@ def test_model_types_that_need_torchvision_are_refused_by_name() -> None:
         backends = processors.get(kind) or {}
         assert "torchvision" not in backends or "pil" in backends or kind in UNSUPPORTED, kind
     assert not UNSUPPORTED.keys() & TESTED
+
+
+def test_a_text_config_of_a_type_that_has_none(tmp_path: Path) -> None:
+    content = {"model_type": "chameleon", "text_config": {"hidden_size": 64}}
+    with pytest.raises(ModelUnusable, match="its config cannot be loaded"):
+        load_config(Checkpoint("model", tmp_path), content)
 
 
 def test_the_folder_itself_is_fine(run: Run, folder: Path, drawing: Path) -> None:
