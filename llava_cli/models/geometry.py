@@ -14,7 +14,7 @@ _VISION = re.compile(r"(^|\.)(vision|visual)")
 """What the names of a vision tower's tensors have in them."""
 _BLOCK = re.compile(r"\.\d+\.")
 """What those of a decoder's layers have: a number."""
-_QUANTIZATION = re.compile(r"\.weight\.|\.(SCB|weight_format)$")
+QUANTIZATION = re.compile(r"\.weight\.|\.(SCB|weight_format)$")
 """What those have that bitsandbytes stores beside quantized weights."""
 _HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 _POSITIONS, _NORM = "position_embedding.weight", "input_layernorm.weight"
@@ -95,7 +95,7 @@ def geometry_of_tensors(tensors: Mapping[str, StoredTensor], counts: Mapping[str
     """The geometry of a checkpoint's tensors. `counts` has the number of weights of each, which its bytes may pack."""
     sizes = dict.fromkeys(("inner", "head", "vision", "other"), 0)
     for name, tensor in tensors.items():
-        if _QUANTIZATION.search(name):
+        if QUANTIZATION.search(name):
             continue
         is_matrix = name.endswith(".weight") and len(tensor.shape) == 2
         in_decoder = not _VISION.search(name)
