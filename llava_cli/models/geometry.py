@@ -16,7 +16,7 @@ _BLOCK = re.compile(r"\.\d+\.")
 """What those of a decoder's layers have: a number."""
 _EXPERTS = re.compile(r"\.experts\.")
 """What those of experts have, which share one tensor in memory and stay as they are beside quantized layers."""
-_QUANTIZATION = re.compile(r"\.weight\.|\.(SCB|weight_format)$")
+QUANTIZATION = re.compile(r"\.weight\.|\.(SCB|weight_format)$")
 """What those have that bitsandbytes stores beside quantized weights."""
 _HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 _POSITIONS, _NORM = "position_embedding.weight", "input_layernorm.weight"
@@ -102,7 +102,7 @@ def geometry_of_tensors(tensors: Mapping[str, StoredTensor], counts: Mapping[str
     """The geometry of a checkpoint's tensors. `counts` has the number of weights of each, which its bytes may pack."""
     sizes = dict.fromkeys(("inner", "head", "vision", "other"), 0)
     for name, tensor in tensors.items():
-        if _QUANTIZATION.search(name):
+        if QUANTIZATION.search(name):
             continue
         is_matrix = name.endswith(".weight") and len(tensor.shape) == 2
         in_decoder = not _VISION.search(name)

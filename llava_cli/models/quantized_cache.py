@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Changes with which layers are quantized, or how."""
-SHARD = 250_000_000
+SHARD = 64_000_000
 """Bytes. No file is larger before its weights get more bits, for which they are in memory twice."""
 LABEL = "made_of.json"
 
@@ -111,11 +111,9 @@ def keep(model: Any, copy: QuantizedCopy, dtype: torch.dtype) -> bool:
     before the model's first forward pass, in which bitsandbytes rearranges weights for the CPU and rounds scales.
     """
     new = copy.path.with_name(f".{copy.path.name}-{os.getpid()}")
-    size = sum(tensor.numel() * _itemsize(tensor, dtype) for tensor in model.state_dict().values())
+    if not has_space(copy, sum(tensor.numel() * _itemsize(tensor, dtype) for tensor in model.state_dict().values())):
+        return False
     try:
-        cache_files.make_folder(new.parent)
-        if shutil.disk_usage(new.parent).free < size + cache_files.DISK_RESERVE:
-            return False
         shutil.rmtree(new, ignore_errors=True)  # left by an earlier process with this number
         files.make_new_folder(new, 0o700)
         model.save_pretrained(new, max_shard_size=SHARD)
@@ -133,6 +131,15 @@ def keep(model: Any, copy: QuantizedCopy, dtype: torch.dtype) -> bool:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return True
+
+
+def has_space(copy: QuantizedCopy, size: int) -> bool:
+    """Whether a copy of so many bytes can be kept."""
+    try:
+        cache_files.make_folder(copy.path.parent)
+        return shutil.disk_usage(copy.path.parent).free >= size + cache_files.DISK_RESERVE
+    except OSError:
+        return False
 
 
 def _itemsize(tensor: torch.Tensor, dtype: torch.dtype) -> int:

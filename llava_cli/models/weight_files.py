@@ -22,6 +22,7 @@ _PICKLE = r"(pytorch_model|model|consolidated|weights)\b.*\.(bin|pt|pth|ckpt)"
 """Weights as torch saves them."""
 _SCALES = (".absmax", ".nested_absmax", ".SCB")
 """Endings of the tensors that bitsandbytes stores beside a layer's weights."""
+_FLOATS = {"F32", "F16", "BF16"}
 _WEIGHTS_PER_VALUE = {"U8": 2, "F4": 2}
 """Weights in one stored value: two of 4 bits in a byte."""
 
@@ -33,7 +34,8 @@ class Weights(list[Path]):
         super().__init__(paths)
         headers = list(headers)
         tensors = {name: tensor for header in headers for name, tensor in header.items()}
-        self.dtypes = dtypes = {tensor.dtype for tensor in tensors.values()}
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        self.float_dtypes = dtypes & _FLOATS
         """By their names in safetensors."""
         self.bytes_per_weight = 4.0 if dtypes == {"F32"} else 2.0
         """In the files."""

@@ -170,13 +170,14 @@ def _quantize(
     from llava_cli.hardware.allocator import read_once, trim_heap
     from llava_cli.models import quantized_cache
 
-    stored_dtype = _mappable_dtype(plan, weights)
+    size = footprint(Sizes(weights.geometry), plan).weights
+    stored_dtype = _mappable_dtype(plan, weights) if quantized_cache.has_space(copy, size) else None
     with read_once(weights):
         model = _read(checkpoint, config, plan, weights, options.double_quant, stored_dtype)
         spans_gpus = len(set(getattr(model, "hf_device_map", {}).values())) > 1
         is_kept = not spans_gpus and quantized_cache.keep(model, copy, _compute_dtype(plan))
     if not is_kept:
-        if stored_dtype:
+        if stored_dtype:  # the space is gone
             del model
             model = _read(checkpoint, config, plan, weights, options.double_quant)
         return LoadedModel(model, None)
@@ -214,8 +215,8 @@ def _mappable_dtype(plan: Plan, weights: Weights) -> torch.dtype | None:
     import torch
 
     mappable = {"BF16": torch.bfloat16, "F16": torch.float16}
-    widens = plan.compute_precision == "fp32" and len(weights.dtypes) == 1
-    return mappable.get(next(iter(weights.dtypes))) if widens else None
+    widens = plan.compute_precision == "fp32" and len(weights.float_dtypes) == 1
+    return mappable.get(next(iter(weights.float_dtypes))) if widens else None
 
 
 def _read(

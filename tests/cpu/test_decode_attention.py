@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from helpers.kernels import TOLERANCE, needs_kernels
@@ -35,6 +37,18 @@ def test_it_equals_the_reference(dtype: torch.dtype, isa: IsaTier) -> None:
             DecodeAttention(query, out, 0.3)(keys, values, tokens, mask)
             expected = reference(query, keys[:, :, :tokens], values[:, :, :tokens], mask, 0.3).float()
             assert (out.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm(), (shape, mask is None)
+
+
+def test_it_keeps_no_cache_alive(isa: IsaTier) -> None:
+    """A layer's would stand beside the buffers that its keys and values have been moved to."""
+    query, keys, values = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 8, 64), torch.randn(1, 1, 8, 64)
+    attention = DecodeAttention(query, torch.empty_like(query), 0.3)
+    attention(keys, values, 8)
+    freed = weakref.ref(keys)
+    moved = keys.clone()
+    del keys
+    assert freed() is None
+    attention(moved, values, 8)
 
 
 def test_with_rope_it_rotates_and_appends_to_the_cache(dtype: torch.dtype, isa: IsaTier) -> None:

@@ -82,6 +82,20 @@ def test_weights_stand_in_mapped_files_and_nowhere_else(
     assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=3)).answer_tokens == 3
 
 
+def test_where_no_copy_can_be_kept_weights_are_read_once(in_16_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, read = [], AutoModelForImageTextToText.from_pretrained
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(
+        AutoModelForImageTextToText,
+        "from_pretrained",
+        lambda folder, **options: reads.append(folder) or read(folder, **options),
+    )
+    compute_in("fp32", monkeypatch)
+    assert load(str(in_16_bits), precision="4bit", device="cpu").network.dtype == torch.float32
+    assert reads == [in_16_bits]
+
+
 @for_each("precision", ["4bit", "8bit"], own=(compute_in,))
 def test_reading_in_16_bits_makes_the_copy_that_reading_in_32_makes(
     precision: Precision, in_16_bits: Path, monkeypatch: pytest.MonkeyPatch

@@ -212,7 +212,7 @@ def test_what_transformers_would_make_of_it_is_wrong(
 
 
 def test_what_cannot_be_repaired_is_refused(
-    real: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, drawing: Path
 ) -> None:
     """Where the file's own pipeline gives other ids than in the sandbox."""
     folder = changed(real(MISTRAL), tmp_path / "model", "tokenizer_config.json", legacy=False)

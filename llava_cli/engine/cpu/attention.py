@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 OURS, SDPA = "llava", "sdpa"
 """transformers' names for our attention and for torch's."""
-FP32_MAX_TOKENS = 1024
+FP32_MAX_TOKENS = 2048
 """Keys of a head, transposed, that stay in a core's cache; for more torch's is faster in fp32, but not in bf16."""
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux")
 """Options of transformers' attention functions that the kernels lack."""

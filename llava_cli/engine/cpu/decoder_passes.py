@@ -13,11 +13,16 @@ from llava_cli.engine.cpu.jit import Launch
 from llava_cli.engine.cpu.projection import FuseLinear, Projection
 from llava_cli.engine.cpu.quantized_linear import Workspace
 from llava_cli.engine.kv_cache import RoomyCache, RoomyLayer
+from llava_cli.hardware import allocator
 
 if TYPE_CHECKING:
     import torch
 
     from llava_cli.engine.cpu.jit.decode_attention import DecodeAttention
+
+_TRIM_MIN_TOKENS = 64
+"""Tokens from which a prompt takes long enough to return, layer by layer, what its keys and values have moved out of:
+smaller holes than the next layer needs, as much in all as a talk has been so far."""
 
 
 class DecoderLayer:
@@ -151,6 +156,8 @@ def prefill(
         _run(buffers.before_attention(layer))
         layer_cache = _layer_cache(cache, layer.index)
         keys, values = layer_cache.grow(new_key, new_key)
+        if tokens >= _TRIM_MIN_TOKENS:
+            allocator.trim_heap()
         apply_rope(buffers.qkv, buffers.cos, buffers.sin, keys, values, layer.heads, rows, cached)()
         if layer is layers[-1] and tokens > 1:
             after, query = Activations(layer, rows, 1, norm.weight.dtype), query[:, :, -1:]

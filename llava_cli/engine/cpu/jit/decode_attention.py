@@ -15,7 +15,8 @@ al. 2021, in the layout of transformers' `rotate_half`), and appends key and val
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -220,7 +221,8 @@ class DecodeAttention:
 
         self._rows, self._kv_heads, queries_per_kv_head, self._head_dim = out.shape
         self._heads, self._dtype = self._kv_heads * queries_per_kv_head, out.dtype
-        self._cache: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        self._cache: tuple[Callable[[], torch.Tensor | None], ...] = (lambda: None, lambda: None)
+        """Keys and values of the last step, which are freed where the cache has moved them since."""
         tensors = {"query": query, "out": out, "scaled_query": _fp32(out.numel())}
         layout: Layout = {
             "query": (out.dtype, tuple(out.shape)),
@@ -245,10 +247,12 @@ class DecodeAttention:
     ) -> None:
         """Has `launch` attend to the first `tokens` of keys and values [rows or more, kv_heads, capacity, head_dim].
 
-        `mask` [rows, tokens] is True where a token is seen; None is all. All three are contiguous.
+        The caller keeps those alive until then. `mask` [rows, tokens] is True where a token is seen; None is all. All
+        three are contiguous.
         """
         args = self._args
-        if keys is not self._cache[0] or values is not self._cache[1]:  # the same ones serve many steps
+        cached_keys, cached_values = (cached() for cached in self._cache)
+        if keys is not cached_keys or values is not cached_values:  # the same ones serve many steps
             self._set_cache(keys, values)
         if tokens > args.capacity:
             raise Misfit(f"{tokens} tokens of keys that have room for {args.capacity}")
@@ -266,7 +270,7 @@ class DecodeAttention:
             ("keys", "values"), (self._dtype, (rows, self._kv_heads, capacity, self._head_dim))
         )
         places = addresses({"keys": keys, "values": values}, layout)
-        self._cache = keys, values
+        self._cache = weakref.ref(keys), weakref.ref(values)
         self._args.keys, self._args.values, self._args.capacity = places["keys"], places["values"], capacity
 
     def _checked_mask(self, mask: torch.Tensor | None, tokens: int) -> torch.Tensor:
