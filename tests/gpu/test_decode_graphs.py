@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from helpers.engines import CONVERSATIONS, ours, picture, requests, same, same_as_alone
 from helpers.families import FAMILIES
 
-from llava_cli import Conversation, Sampling
+from llava_cli import Sampling
 from llava_cli.engine import Request
 from llava_cli.engine.gpu import decode_graphs
 from llava_cli.engine.gpu.decode_graphs import DecodeGraphs
@@ -128,25 +129,26 @@ def test_without_memory_for_static_buffers_the_plain_path_answers(
         assert not graphs._steps
 
 
-def test_an_interrupted_answer_leaves_the_engine_usable(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, when", [("set_inputs", 3), ("compute", 5), ("outputs", 7)])
+def test_an_interrupted_answer_leaves_the_engine_usable(
+    name: str, when: int, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = engines("llava-llama")
     expected = engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=12)).text
-    for interrupted in (("set_inputs", 3), ("compute", 5), ("outputs", 7)):
-        with stepping(engine):
-            name, when = interrupted
-            calls, method = [], getattr(DecodeStep, name)
+    calls: list[int] = []
+    method = getattr(DecodeStep, name)
 
-            def interrupting(self: DecodeStep, *args: object) -> object:
-                calls.append(1)
-                if len(calls) == when:
-                    raise KeyboardInterrupt
-                return method(self, *args)
+    def interrupting(self: DecodeStep, *args: object) -> object:
+        calls.append(1)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+        return method(self, *args)
 
-            with monkeypatch.context() as patch:
-                patch.setattr(DecodeStep, name, interrupting)
-                with pytest.raises(KeyboardInterrupt):
-                    engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=12))
-            assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=12)).text == expected
+    monkeypatch.setattr(DecodeStep, name, interrupting)
+    with stepping(engine):
+        with pytest.raises(KeyboardInterrupt):
+            engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=12))
+        assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=12)).text == expected
 
 
 class HostWaits(torch.utils._python_dispatch.TorchDispatchMode):
@@ -158,7 +160,7 @@ class HostWaits(torch.utils._python_dispatch.TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in self._WAITING:
             self.found.append(name)

@@ -135,7 +135,9 @@ class Batch:
         mask = self._mask
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(self.sequences), 1)], dim=1)
-        tokens, positions = zip(*((sequence.ids[-1], len(sequence.ids) - 1) for sequence in self.sequences), strict=True)
+        tokens, positions = zip(
+            *((sequence.ids[-1], len(sequence.ids) - 1) for sequence in self.sequences), strict=True
+        )
         outputs = self._forward.decode(tokens, positions, self._cache, mask)
         self._columns, self._mask = self._columns + 1, mask
         return outputs

@@ -18,7 +18,7 @@ def cuda_capture() -> Capture:
     pool: Any = torch.cuda.graph_pool_handle()
 
     def capture(step: DecodeStep) -> Replay:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):

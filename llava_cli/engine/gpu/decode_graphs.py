@@ -1,7 +1,7 @@
 """Decoding by CUDA graphs: each shape of a step is captured once, and then launched as a whole.
 
-A 7B's step is some 1,300 kernels, which a host launches in 11 to 17 ms; the card computes them in 5. A shape is computed
-as it is for its first steps, for capturing takes as long as a dozen of them.
+A 7B's step is some 1,300 kernels. A shape is computed as it is for its first steps, for capturing one takes as long as
+a dozen of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LEAST_CAPACITY = 512
 """Tokens of the smallest shape; each next one has twice as many."""
+MANY_ROWS, CAPACITY_STEP = 16, 256
+"""From so many rows on, capacities are multiples of this instead."""
 CAPTURE_AFTER = 12
 """Steps of a shape before it is captured."""
 MAX_GRAPHS = 24
@@ -64,7 +66,7 @@ class DecodeGraphs:
         overwritten by the next call. None where there is no memory for a static cache of this size.
         """
         column = cache.get_seq_length()
-        shape = Shape(_power_of_two(len(tokens)), max(LEAST_CAPACITY, _power_of_two(column + 1)))
+        shape = _shape(len(tokens), column + 1)
         if not self._make_room(cache, shape):
             return None
         if shape not in self._steps:
@@ -116,6 +118,14 @@ class DecodeGraphs:
         self._steps.clear()
         self._runs.clear()
         self._replays.clear()
+
+
+def _shape(rows: int, tokens: int) -> Shape:
+    """The smallest shape for so many rows and tokens. Of many rows capacity is dear, so it has finer steps."""
+    rows = _power_of_two(rows)
+    if rows < MANY_ROWS:
+        return Shape(rows, max(LEAST_CAPACITY, _power_of_two(tokens)))
+    return Shape(rows, -(-tokens // CAPACITY_STEP) * CAPACITY_STEP)
 
 
 def _power_of_two(number: int) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llava_cli.engine.kv_cache import RoomyCache, RoomyLayer
+from llava_cli.engine.kv_cache import RoomyCache
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +70,9 @@ class KvArena:
     def grow(self, cache: RoomyCache, rows: int, capacity: int) -> None:
         """Replaces the buffers by larger ones; whoever owned the old ones keeps what it had in them."""
         self.evict()
-        self._flat, layers = [], list[RoomyLayer](cache.layers)  # type: ignore[arg-type]
-        for layer in layers:
+        self._flat = []
+        layer: Any
+        for layer in cache.layers:
             keys, values = (
                 old.new_zeros(rows * old.shape[1] * capacity * old.shape[3]) for old in (layer.keys, layer.values)
             )
@@ -80,7 +81,8 @@ class KvArena:
 
     def layers(self, cache: RoomyCache, rows: int, capacity: int, column: torch.Tensor) -> Cache:
         """The buffers in a shape, as transformers' cache."""
-        layers = []
+        layers: list[Any] = []
+        layer: Any
         for (flat_keys, flat_values), layer in zip(self._flat, cache.layers, strict=True):
             keys, values = (
                 flat[: rows * old.shape[1] * capacity * old.shape[3]].view(rows, old.shape[1], capacity, old.shape[3])
@@ -94,12 +96,15 @@ class KvArena:
         if self._owner is None or self._owner() is not cache:
             self.evict()
             self._owner = weakref.ref(cache)
+        layer: Any
+        target: Any
         for layer, target in zip(cache.layers, static.layers, strict=True):
-            layer.move_into(target.keys, target.values)  # type: ignore[attr-defined]
+            layer.move_into(target.keys, target.values)
 
     def evict(self) -> None:
         """Lets the cache that is in the buffers have memory of its own."""
         if owner := self._owner and self._owner():
+            layer: Any
             for layer in owner.layers:
-                layer.move_out()  # type: ignore[attr-defined]
+                layer.move_out()
         self._owner = None
