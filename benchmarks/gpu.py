@@ -1,10 +1,10 @@
 """A GPU's figures in one process: `python benchmarks/gpu.py --size 7B --precision bf16 [--results FILE]`.
 
 A LLaVA of real geometry gets random weights on the card itself; nothing is downloaded or written. Every contender
-answers the same questions about new pictures of noise, 64 tokens each, with the same weights: this tool with its captured
-step, this tool without it, and transformers' `generate`, which reads one picture at a time. Decoding is held against the
-card's own limit: the bytes of a token's weights over the bandwidth that a large copy reached; the first token against
-the floating-point operations of picture and prompt over what a large product reached.
+answers the same questions about new pictures of noise, 64 tokens each, with the same weights: this tool with its
+captured step, this tool without it, and transformers' `generate`, which reads one picture at a time. Decoding is held
+against the card's own limit: the bytes of a token's weights over the bandwidth that a large copy reached; the first
+token against the floating-point operations of picture and prompt over what a large product reached.
 
 `--device cpu --size tiny` tries the script itself.
 """

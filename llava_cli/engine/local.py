@@ -14,6 +14,7 @@ from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.generate.batch import Batch, can_batch
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.end_tokens import all_end_tokens
+from llava_cli.engine.generate.picture_inputs import count_pictures
 from llava_cli.engine.generate.prefetch import Prefetcher
 from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.sampler import Sampler
@@ -205,7 +206,7 @@ class LocalEngine(Engine):
         if not can_batch(self.network, inputs):
             return LonePrompt(self.network, inputs)()
         sequence, batch = self._sequence_of(0, inputs, Sampling(), 0.0), Batch(self.network, self._last_prompt)
-        sequence.images = tuple(uuid4().hex for _ in inputs.get("pixel_values", ()))  # whose pictures is not known
+        sequence.images = tuple(uuid4().hex for _ in range(count_pictures(inputs)))  # whose pictures is not known
         batch.join([sequence])
         logits = batch.logits
         batch.remove(sequence)

@@ -120,6 +120,8 @@ _PICTURE_COSTS = {
 READS_PARTS = frozenset(
     {
         "aya_vision",
+        "gemma3",
+        "glm4v",
         "idefics2",
         "idefics3",
         "internvl",
@@ -127,11 +129,16 @@ READS_PARTS = frozenset(
         "llava_next",
         "llava_onevision",
         "mistral3",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_vl",
         "smolvlm",
         "vipllava",
     }
 )
 """Model types whose prompts were found to be read right in parts and beside others, with padding on their left."""
+READS_WHOLE = frozenset({"paligemma"})
+"""Model types whose prompts are read right beside others, but whole: each of its tokens sees those behind it, too."""
 
 
 TESTED = frozenset(family.model_type for family in FAMILIES)

@@ -17,6 +17,10 @@ from transformers import AutoModelForImageTextToText
 
 from llava_cli import Answer, Conversation, Sampling, load
 from llava_cli.engine import Request
+from llava_cli.engine.generate.positions import Positions
+from llava_cli.engine.generate.prompt_cache import PromptCache
+from llava_cli.engine.generate.scheduler import Scheduler
+from llava_cli.engine.generate.sequence import Sequence
 from llava_cli.engine.generate.sequential import generate_alone
 from llava_cli.engine.local import LocalEngine
 
@@ -98,19 +102,66 @@ def text_alone(made: Family, talk: Conversation) -> list[int]:
     return list(row[inputs["input_ids"].shape[1] :])
 
 
-@for_each("name", [name for name in OTHERS if not name.startswith("paligemma")])
+ALONE = ("mllama",)
+"""Families that are read one at a time."""
+ONE_QUESTION = ("paligemma", "paligemma2")
+TELL_PICTURES_APART = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "glm4v", "gemma3", "mistral3")
+"""Families whose tensors say which picture is whose, so that another one is read without those before it."""
+
+
+@for_each("name", [name for name in OTHERS if name not in ONE_QUESTION])
 def test_chat_of_three_turns(name: str, family: Callable[[str], Family]) -> None:
-    """By one engine, which keeps what it has read where the model's cache can be cut."""
+    """By one engine, which reads only what is new."""
     engine, by, _ = made = family(name)
-    talk = Conversation().ask("what is this?", [SAME])
+    talk, cached = Conversation().ask("what is this?", [SAME]), []
     for question, pictures in (("and this?", [WIDE]), ("which is larger?", []), ("", [])):
         answer = engine.answer(talk, SAMPLING)
         (expected,) = made.expected(talk)
         assert (answer.text, answer.answer_tokens) == (by.text(expected), len(expected))
+        cached.append(answer.cached_tokens > 0)
         talk = talk.answered(answer.text).ask(question, pictures)
+    assert cached[1:] == [name in TELL_PICTURES_APART, name not in ALONE]
 
 
-@for_each("name", [name for name in OTHERS if name.startswith(("qwen", "glm", "mllama", "gemma"))])
+@for_each("name", [name for name in OTHERS if name not in ALONE])
+def test_rows_that_come_and_go_beside_each_other(name: str, family: Callable[[str], Family]) -> None:
+    """Each joins while others are answered; its next turn begins with a copy of what was read of it."""
+    engine, _, talks = made = family(name)
+    scheduler = Scheduler(engine.network, 3, PromptCache(1 << 30, engine.network.config.image_token_id))
+    turns = [[talk] for talk in talks[:3]]
+    if name not in ONE_QUESTION:
+        turns = [[talk, talk.answered("a cat").ask("and this?", [WIDE])] for talk in talks[:3]]
+    asked: list[tuple[Sequence, Conversation]] = []
+    for talk in [talk for row in zip(*turns, strict=True) for talk in row]:
+        asked.append((engine.prepare(len(asked), Request(talk, SAMPLING)), talk))
+        scheduler.add(asked[-1][0])
+        for _ in range(3):
+            scheduler.step()
+    while scheduler.running or scheduler.waiting:
+        scheduler.step()
+    for sequence, talk in asked:
+        assert sequence.ids[len(sequence.prompt) :] == made.expected(talk)[0]
+    is_kept = name in TELL_PICTURES_APART
+    assert [sequence.cached_tokens > 0 for sequence, _ in asked[3:]] == [is_kept] * len(asked[3:])
+
+
+@for_each("name", [name for name in OTHERS if name.startswith(("qwen", "glm"))])
+def test_positions_of_what_was_read_are_those_in_a_longer_prompt(name: str, family: Callable[[str], Family]) -> None:
+    """With M-RoPE: those of the answer, too, which were counted from those of its prompt."""
+    engine, _, _ = family(name)
+    talk = Conversation().ask("what is this?", [SAME])
+    short, long = (engine.inputs(t) for t in (talk, talk.answered("a cat").ask("and this?", [WIDE])))
+    picture_tokens = (long["mm_token_type_ids"][0] == 1).nonzero().flatten().tolist()
+    count = short["input_ids"].shape[1]
+    second = next(token for token in picture_tokens if token > count)
+    asked, followed = (Positions.of(engine.network, inputs) for inputs in (short, long))
+    assert (short["input_ids"][0] == long["input_ids"][0, :count]).all()
+    assert asked.delta < 0  # there are fewer positions than tokens
+    assert torch.equal(asked.between(0, second)[1:], followed.prompt[1:, :second])  # the first axis is the text's
+    assert len(followed.prompt[:, picture_tokens].unique(dim=1).T) == len(picture_tokens)
+
+
+@for_each("name", ["qwen3-vl", "mllama"])
 def test_two_answers_at_the_same_time(name: str, family: Callable[[str], Family]) -> None:
     """Models that keep something about a prompt outside of its cache do not mix two of them up."""
     engine, _, _ = made = family(name)

@@ -18,7 +18,7 @@ from llava_cli.engine.kv_cache import RoomyCache
 if TYPE_CHECKING:
     import torch
 
-_CLASSES = ("LlamaModel", "MistralModel", "Qwen2Model")
+_CLASSES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen2VLTextModel", "Qwen2_5_VLTextModel")
 """Decoders around which a model only looks up embeddings before, and multiplies by its head behind."""
 
 _PARTS = {
@@ -135,7 +135,11 @@ class Decoder:
 
 
 class RopeTable:
-    """cos and sin of the rotary embedding, from a table where they do not depend on a prompt's length."""
+    """cos and sin of the rotary embedding, from a table where one position says it all.
+
+    With M-RoPE (arXiv 2409.12191) a part of the angles follows the position on each axis; a token of text has the same
+    one on all of them, and so the angles of the plain embedding.
+    """
 
     _STEP = 2048
     """Positions that the table grows by."""
@@ -146,11 +150,16 @@ class RopeTable:
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [rows or 1, tokens] -> cos, sin [rows or 1, tokens, head_dim / 2] in x's dtype."""
+        """positions [rows or 1, tokens] -> cos, sin [rows or 1, tokens, head_dim / 2] in x's dtype.
+
+        Positions on several axes [axes, rows or 1, tokens] end with those of a picture: its frames, rows and columns.
+        """
         import torch
 
         if self._depends_on_length:
             return self._compute(x, positions)
+        if positions.dim() > 2:
+            return self._compute(x, positions[-3:])
         length = int(positions.max()) + 1
         if self._table is None or len(self._table[0]) < length:
             cos, sin = self._compute(x, torch.arange(-(-length // self._STEP) * self._STEP)[None])

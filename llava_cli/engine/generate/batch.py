@@ -9,28 +9,34 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_cli.engine.forward import Forward
+from llava_cli.engine.generate.picture_inputs import PER_IMAGE_INPUTS, SHARED_INPUTS, pictures_from, stack_pictures
+from llava_cli.engine.generate.positions import Positions
 from llava_cli.engine.generate.prompt_cache import CachedPrefix, PromptCache, common_prefix_length
-from llava_cli.engine.generate.sequence import PER_IMAGE_INPUTS, SHARED_INPUTS, Sequence
+from llava_cli.engine.generate.sequence import Sequence
 from llava_cli.engine.kv_cache import RoomyCache, plain_cache
-from llava_cli.models.families import READS_PARTS
+from llava_cli.models.families import READS_PARTS, READS_WHOLE
 
 if TYPE_CHECKING:
     import torch
 
 PREFILL_TOKENS = 1536
 """Tokens, padding included, that one forward pass reads: with twice as many a small model is a sixth slower."""
-_BATCHABLE_INPUTS = {"input_ids", "attention_mask", *PER_IMAGE_INPUTS, *SHARED_INPUTS}
+_TOKEN_TYPES = "token_type_ids"
+"""A model input [1, tokens] by which tokens of one kind, such as those of one picture, see what is behind them, too."""
+_NO_TYPE = -1
+_BATCHABLE_INPUTS = {
+    *("input_ids", "attention_mask", "mm_token_type_ids", _TOKEN_TYPES),
+    *(*PER_IMAGE_INPUTS, *SHARED_INPUTS),
+}
 
 
 def can_batch(model: Any, inputs: Collection[str]) -> bool:
-    """Whether prompts with inputs of these names can be read in parts, and beside others.
-
-    Other inputs say something about every token or bring positions of their own; other caches cannot be cut.
-    """
-    return model.config.model_type in READS_PARTS and _BATCHABLE_INPUTS.issuperset(inputs) and plain_cache(model)
+    """Whether prompts with inputs of these names can be read beside others. Other caches than ours cannot be cut."""
+    is_known = model.config.model_type in READS_PARTS | READS_WHOLE
+    return is_known and _BATCHABLE_INPUTS.issuperset(inputs) and plain_cache(model)
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,21 @@ class _Group:
     """What the prompt cache has of the only sequence."""
 
 
+class _Span(NamedTuple):
+    """Tokens of a sequence, from the one with number `begin` to before `end`."""
+
+    sequence: Sequence
+    begin: int
+    end: int
+
+
 class Batch:
     """The sequences that one model is answering together."""
 
     def __init__(self, model: Any, prompt_cache: PromptCache | None = None) -> None:
-        self.model, self._prompt_cache, self._forward = model, prompt_cache, Forward(model)
+        self.model, self._forward = model, Forward(model)
+        self._reads_whole = model.config.model_type in READS_WHOLE
+        self._prompt_cache = None if self._reads_whole else prompt_cache
         self.sequences: list[Sequence] = []
         self._image_token: int | None = getattr(model.config, "image_token_id", None)
         # A sliding window counts columns: padding between a sequence's tokens would hide too much.
@@ -59,18 +75,23 @@ class Batch:
         """[rows, vocabulary] for the next step, if reading the prompt gave them."""
 
     def join(self, sequences: collections.abc.Sequence[Sequence]) -> None:
-        """Reads prompts, all but their last tokens, and adds them to the batch. A lone one is read whole."""
+        """Reads prompts, all but their last tokens, and adds them to the batch.
+
+        A lone one is read whole, and so are those of models that want it; then there are `logits`.
+        """
         import torch
 
         is_lone = len(sequences) == 1 and not self.sequences
+        whole = is_lone or self._reads_whole
         groups: list[_Group] = []
         for sequence in sequences:
+            sequence.positions = Positions.of(self.model, sequence.inputs)
             cached = None if self._prompt_cache is None else self._prompt_cache.find(sequence)
             sequence.cached_tokens = cached.length if cached else 0
             if groups and (prefix := self._shared_prefix(groups[-1], sequence)):
                 groups[-1] = _Group([*groups[-1].sequences, sequence], prefix)
             else:
-                groups.append(_Group([sequence], len(sequence.ids) - (not is_lone), cached))
+                groups.append(_Group([sequence], len(sequence.ids) - (not whole), cached))
         with torch.inference_mode():
             if is_lone:
                 self._cache, mask, self.logits = self._prefill(groups)
@@ -82,6 +103,7 @@ class Batch:
         """Reads groups, as many at a time as one forward pass does, until the batch has that many rows."""
         import torch
 
+        logits = [self._decode()[0]] if self._reads_whole and self.sequences else []
         parts = list(_forward_passes(groups))
         width = max(_width(part) for part in parts)
         mask = self._full_mask() if self.sequences else None
@@ -91,7 +113,8 @@ class Batch:
             mask = self._reserve(mask, rows, width)
         for part in parts:
             new = [sequence for group in part for sequence in group.sequences]
-            cache, new_mask, _ = self._prefill(part)
+            cache, new_mask, new_logits = self._prefill(part)
+            logits.append(new_logits)
             if mask is None:
                 self._cache, mask = cache, self._reserve(new_mask, rows, width, cache)
             else:
@@ -100,6 +123,8 @@ class Batch:
                 mask = torch.cat([mask, _left_padded(new_mask, width)])
             self.sequences = [*self.sequences, *new]
             self._set_mask(mask)
+        if self._reads_whole:
+            self.logits = torch.cat(logits)
 
     def step(self) -> list[Sequence]:
         """Adds a token to every sequence. Returns those whose answer is then complete, which have left the batch."""
@@ -135,9 +160,8 @@ class Batch:
         mask = self._mask
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(self.sequences), 1)], dim=1)
-        tokens, positions = zip(
-            *((sequence.ids[-1], len(sequence.ids) - 1) for sequence in self.sequences), strict=True
-        )
+        tokens = [sequence.ids[-1] for sequence in self.sequences]
+        positions = [len(sequence.ids) - 1 + sequence.positions.delta for sequence in self.sequences]
         outputs = self._forward.decode(tokens, positions, self._cache, mask)
         self._columns, self._mask = self._columns + 1, mask
         return outputs
@@ -145,7 +169,9 @@ class Batch:
     def _shared_prefix(self, group: _Group, sequence: Sequence) -> int:
         """How many leading tokens a group and a sequence share, if all their pictures are among them; else 0."""
         first = group.sequences[0]
-        if not self._can_share or first.images != sequence.images or group.cached or sequence.cached_tokens:
+        if first.images != sequence.images or group.cached or sequence.cached_tokens:
+            return 0
+        if not self._can_share or _TOKEN_TYPES in first.inputs:
             return 0
         prefix = common_prefix_length(first.ids[: group.prefix], sequence.ids[:-1])
         has_all = self._image_token not in first.ids[prefix:] and self._image_token not in sequence.ids[prefix:]
@@ -159,42 +185,60 @@ class Batch:
         import torch
 
         if cached := groups[0].cached:
-            return self._prefill_rest(groups[0].sequences[0], cached, groups[0].prefix)
+            return self._prefill_rest(_Span(groups[0].sequences[0], cached.length, groups[0].prefix), cached)
         cache = RoomyCache()
-        ids, mask = self._pad([group.sequences[0].ids[: group.prefix] for group in groups])
-        inputs = _stack_images([group.sequences[0].inputs for group in groups])
-        logits = self._read({"input_ids": ids, **inputs}, cache, mask)
+        spans = [_Span(group.sequences[0], 0, group.prefix) for group in groups]
+        mask = self._mask_of(spans)
+        logits = self._read(spans, cache, mask, stack_pictures([span.sequence.inputs for span in spans]))
         if any(len(group.sequences) > 1 for group in groups):
             rows = [i for i, group in enumerate(groups) for _ in group.sequences]
             index = torch.tensor(rows, device=mask.device)
             cache.batch_select_indices(index)
-            ids, rest = self._pad([s.ids[group.prefix : -1] for group in groups for s in group.sequences])
+            spans = [_Span(s, group.prefix, len(s.ids) - 1) for group in groups for s in group.sequences]
+            rest = self._mask_of(spans)
             mask = torch.cat([mask[index], rest], dim=1)
-            if ids.shape[1]:
-                logits = self._read({"input_ids": ids}, cache, mask)
+            if rest.shape[1]:
+                logits = self._read(spans, cache, mask, {})
         return cache, mask, logits
 
-    def _prefill_rest(
-        self, sequence: Sequence, cached: CachedPrefix, end: int
-    ) -> tuple[RoomyCache, torch.Tensor, torch.Tensor]:
-        """Reads what a cached prefix lacks of a sequence's first `end` tokens."""
-        begin = cached.length
-        cache = cached.take_cache()
-        ids, mask = self._pad([sequence.ids[:end]])
-        inputs = {"input_ids": ids[:, begin:]}
-        if self._image_token in sequence.ids[begin:]:
-            given = sequence.inputs
-            inputs |= {name: given[name][cached.images :] for name in PER_IMAGE_INPUTS if name in given}
-            inputs |= {name: given[name] for name in SHARED_INPUTS if name in given}
-        logits = self._read(inputs, cache, mask) if begin < end else mask.new_empty(0)
-        return cache, mask, logits
+    def _prefill_rest(self, span: _Span, cached: CachedPrefix) -> tuple[RoomyCache, torch.Tensor, torch.Tensor]:
+        """Reads what a cached prefix lacks of a sequence's tokens up to the end of `span`."""
+        sequence, begin, end = span
+        cache, mask = cached.take_cache(), self._mask_of([_Span(sequence, 0, end)])
+        if begin == end:
+            return cache, mask, mask.new_empty(0)
+        has_pictures = self._image_token in sequence.ids[begin:]
+        pictures = pictures_from(sequence.inputs, cached.images) if has_pictures else {}
+        return cache, mask, self._read([span], cache, mask, pictures)
 
-    def _read(self, inputs: dict[str, Any], cache: RoomyCache, mask: torch.Tensor) -> torch.Tensor:
-        """Reads the last columns of `mask` [rows, columns] -> logits [rows, vocabulary] after them."""
-        if mask.all():  # the model makes no mask of its own then
-            return self._forward(inputs, cache).float()
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
-        return self._forward(inputs, cache, mask, positions).float()
+    def _read(
+        self,
+        spans: collections.abc.Sequence[_Span],
+        cache: RoomyCache,
+        mask: torch.Tensor,
+        pictures: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Reads spans with their pictures, the last columns of `mask` [rows, columns] -> logits [rows, vocabulary]."""
+        import torch
+
+        padding = int(self._image_token == 0)  # any token that is no picture
+        width = max(end - begin for _, begin, end in spans)
+        ids = [[padding] * (width - end + begin) + sequence.ids[begin:end] for sequence, begin, end in spans]
+        positions = [_left_padded(sequence.positions.between(begin, end), width) for sequence, begin, end in spans]
+        inputs = {"input_ids": torch.tensor(ids, device=self.model.device), **pictures}
+        if _TOKEN_TYPES in spans[0].sequence.inputs:
+            inputs[_TOKEN_TYPES] = torch.cat([_token_types(span, mask.shape[1]) for span in spans])
+        # Without a mask the model makes none of its own.
+        return self._forward(inputs, cache, None if mask.all() else mask, torch.stack(positions, dim=-2)).float()
+
+    def _mask_of(self, spans: collections.abc.Sequence[_Span]) -> torch.Tensor:
+        """[rows, longest]: true where tokens are that are padded on their left."""
+        import torch
+
+        lengths = [end - begin for _, begin, end in spans]
+        width = max(lengths)
+        mask = [[False] * (width - length) + [True] * length for length in lengths]
+        return torch.tensor(mask, device=self.model.device).view(len(lengths), width).bool()
 
     def _reserve(self, mask: torch.Tensor, rows: int, width: int, cache: RoomyCache | None = None) -> torch.Tensor:
         """Gives the cache space for that many rows and columns -> the mask with as many columns."""
@@ -239,22 +283,20 @@ class Batch:
     def _set_mask(self, mask: torch.Tensor) -> None:
         self._columns, self._mask = mask.shape[1], None if mask.all() else mask
 
-    def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [rows, longest], padded on their left, and the mask that is true where they are."""
-        import torch
 
-        width, padding = max(map(len, rows)), int(self._image_token == 0)  # any token that is no picture
-        ids = [[padding] * (width - len(row)) + row for row in rows]
-        mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
-        device, shape = self.model.device, (len(rows), width)
-        return torch.tensor(ids, device=device).view(shape).long(), torch.tensor(mask, device=device).view(shape).bool()
-
-
-def _left_padded(mask: torch.Tensor, width: int) -> torch.Tensor:
-    """mask [rows, columns] -> [rows, width], padded or cut on its left."""
+def _left_padded(columns: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., columns] -> [..., width], padded with zeros or cut on its left."""
     from torch.nn.functional import pad
 
-    return pad(mask, (width - mask.shape[1], 0))
+    return pad(columns, (width - columns.shape[-1], 0))
+
+
+def _token_types(span: _Span, width: int) -> torch.Tensor:
+    """[1, width]: the types of a sequence's tokens up to the end of `span`; padding and its answer have none."""
+    from torch.nn.functional import pad
+
+    types = span.sequence.inputs[_TOKEN_TYPES][:, : span.end]
+    return pad(types, (width - span.end, span.end - types.shape[1]), value=_NO_TYPE)
 
 
 def _forward_passes(groups: collections.abc.Sequence[_Group]) -> Iterator[collections.abc.Sequence[_Group]]:
@@ -271,40 +313,5 @@ def _forward_passes(groups: collections.abc.Sequence[_Group]) -> Iterator[collec
 
 def _width(groups: collections.abc.Sequence[_Group]) -> int:
     """How many columns the groups have once they are read."""
-    rest = max(len(sequence.ids) - 1 - group.prefix for group in groups for sequence in group.sequences)
-    return max(group.prefix for group in groups) + rest
-
-
-_TILED_DIMENSIONS = {"pixel_values": 5, "pixel_attention_mask": 4}
-"""How many dimensions these inputs have where a picture is several tiles."""
-
-
-def _stack_images(inputs: collections.abc.Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The picture inputs of several prompts as those of one, which the model reads one after another.
-
-    Tiles are padded to the most there are, and pictures with explicit sizes (Pixtral's) to the largest.
-    """
-    import torch
-
-    stacked, have_sizes = {}, any("image_sizes" in one for one in inputs)
-    for name in (*PER_IMAGE_INPUTS, *SHARED_INPUTS):
-        parts = [one[name] for one in inputs if name in one]
-        if parts and (parts[0].dim() == _TILED_DIMENSIONS.get(name) or (have_sizes and name == "pixel_values")):
-            parts = _pad_to_largest(parts)
-        if parts:
-            stacked[name] = torch.cat(parts)
-    return stacked
-
-
-def _pad_to_largest(parts: collections.abc.Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Pads tensors with zeros at the end of each dimension but the first."""
-    from torch.nn.functional import pad
-
-    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-
-    def padding(part: torch.Tensor) -> list[int]:
-        """In `pad`'s order: before and after, the last dimension first."""
-        pairs = zip(reversed(largest), reversed(part.shape[1:]), strict=True)
-        return [count for most, size in pairs for count in (0, most - size)]
-
-    return [pad(part, padding(part)) for part in parts]
+    rest = [len(sequence.ids) - 1 - group.prefix for group in groups for sequence in group.sequences]
+    return max(group.prefix for group in groups) + max(0, *rest)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from llava_cli.engine.generate.picture_inputs import count_pictures
 from llava_cli.engine.kv_cache import RoomyCache
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def shared_prefix(prompt: CachedPrompt, sequence: Sequence, image_token: int | N
         images = len(sequence.images)
     elif within == prompt.ids.count(image_token):  # type: ignore[arg-type]
         images = len(prompt.images)
-        if images and len(sequence.inputs["pixel_values"]) != len(sequence.images):
+        if images and count_pictures(sequence.inputs) != len(sequence.images):
             return 0, 0  # the tensors do not say which picture is whose
     else:
         return 0, 0

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING
 
 from llava_cli.engine.base import Answer, FinishReason
 from llava_cli.engine.generate.detokenizer import Detokenizer
+from llava_cli.engine.generate.positions import Positions
 from llava_cli.engine.generate.sampler import Sampler
 
 if TYPE_CHECKING:
     import torch
-
-PER_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes")
-"""Model inputs whose first dimension counts the pictures."""
-SHARED_INPUTS = ("batch_num_images",)
-"""Model inputs about all pictures of a prompt together."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,8 @@ class Sequence:
     on_token: Callable[[Token], None] | None = None
     """Called for each token that brings text, or for every token if `top_logprobs` is set."""
     top_logprobs: int | None = None
+    positions: Positions
+    """Of its tokens; the batch that it joins asks the model for them."""
     cached_tokens: int = 0
     """How many of the prompt's tokens need not be read, because the prompt cache has them."""
 
