@@ -31,6 +31,7 @@ class Forward:
         import torch
 
         with torch.inference_mode():
+            inputs = {name: value.to(self.model.device, non_blocking=True) for name, value in inputs.items()}
             decoder = getattr(self.model, "token_forward", None)
             if len(inputs) == inputs["input_ids"].shape[1] == 1 and self._head and decoder:
                 # Skips what the model does around its decoder, which takes as long as a small decoder itself.

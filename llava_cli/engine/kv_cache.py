@@ -103,7 +103,7 @@ class RoomyLayer(DynamicLayer):
             self._set_size(name, rows + len(new), tokens)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
+        super().batch_select_indices(indices.to(self.keys.device))  # type: ignore[union-attr]
         self._buffers.clear()  # large, and of no use any more
 
     def drop_rows(self, rows: list[int]) -> None:
@@ -182,5 +182,6 @@ class RoomyCache(Cache):
         copy, layers = RoomyCache(), list[Any](self.layers)
         for index, layer in enumerate(layers):
             one = slice(row, row + 1)
+            columns = columns if isinstance(columns, slice) else columns.to(layer.keys.device)
             copy.update(layer.keys[one, :, columns], layer.values[one, :, columns], index)
         return copy

@@ -123,7 +123,7 @@ def test_without_memory_for_static_buffers_the_plain_path_answers(
     engine = engines("llava-llama")
     with engine.patch.undone():
         expected = ours(engine, CONVERSATIONS["one"], Sampling())
-    monkeypatch.setattr(decode_graphs, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(decode_graphs, "free_memory", lambda device, cards: 1000)
     with stepping(engine, Recorder()) as graphs:
         assert ours(engine, CONVERSATIONS["one"], Sampling()) == expected
         assert not graphs._steps

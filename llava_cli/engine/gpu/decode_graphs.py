@@ -15,7 +15,7 @@ from llava_cli.engine.gpu.static_attention import REPLACED
 from llava_cli.engine.gpu.static_cache import KvArena
 from llava_cli.engine.kv_cache import RoomyCache
 from llava_cli.errors import is_out_of_memory
-from llava_cli.hardware.memory import free_memory
+from llava_cli.hardware.memory import cards_of, free_memory
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ class DecodeGraphs:
         if self._arena.fits(cache, shape.rows, shape.capacity):
             return True
         needed = self._arena.bytes_for(cache, shape.rows, shape.capacity)
-        if needed > ARENA_SHARE * free_memory(self._model.device.type):
+        if needed > ARENA_SHARE * free_memory(self._model.device.type, cards_of(self._model)):
             self._arena.evict()
             return False
         self._forget()
