@@ -25,8 +25,10 @@ from llava_cli.models.registry import builtin_folder
 from llava_cli.settings import Precision
 
 DECODERS: dict[str, dict[str, Any]] = {
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2},
     "1B": {"num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32},
     "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
+    "13B": {"num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40},
 }
 SIDE, PATCH = 336, 14
 
@@ -42,7 +44,7 @@ def random_llava(size: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGene
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=24,
+        num_hidden_layers=2 if size == "tiny" else 24,
         num_attention_heads=16,
         image_size=SIDE,
         patch_size=PATCH,

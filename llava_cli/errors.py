@@ -99,8 +99,11 @@ def os_reason(error: BaseException) -> str:
     return words[:1].lower() + words[1:] or plain_message(error)
 
 
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
-"""What torch says where memory has run out, or what the system says through it."""
+_MEMORY_WORDS = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory"),
+    *("cublas_status_alloc_failed", "cudnn_status_alloc_failed", "cublaslt ran into an error"),
+)
+"""What torch, CUDA's libraries and bitsandbytes say where memory has run out, or the system through them."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Forward:
         import torch
 
         with torch.inference_mode():
+            inputs = {name: value.to(self.model.device, non_blocking=True) for name, value in inputs.items()}
             decoder = getattr(self.model, "token_forward", None)
             if len(inputs) == inputs["input_ids"].shape[1] == 1 and self._head and decoder:
                 # Skips what the model does around its decoder, which takes as long as a small decoder itself.
@@ -40,3 +42,20 @@ class Forward:
                 rows = {"attention_mask": None if mask is None else mask.long(), "position_ids": positions}
                 logits = self.model(**rows | inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             return logits[:, -1]
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], cache: Any, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads one more token of each row -> logits [rows, vocabulary] in fp32, and the likeliest tokens [rows].
+
+        Until the next call: a GPU's captured step overwrites them.
+        """
+        import torch
+
+        graphs = getattr(self.model, "decode_graphs", None)
+        if graphs and (outputs := graphs(tokens, positions, cache, mask)):
+            logits, likeliest = outputs
+            return logits, likeliest
+        ids, places = torch.tensor([tokens, positions], device=self.model.device).unsqueeze(-1)
+        logits = self({"input_ids": ids}, cache, mask, places).float()
+        return logits, logits.argmax(-1)

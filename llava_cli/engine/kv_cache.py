@@ -53,6 +53,28 @@ class RoomyLayer(DynamicLayer):
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
+    def extend(self, tokens: int) -> None:
+        """Counts tokens that somebody wrote behind the last ones, in space that the layer has."""
+        for name in _BOTH:
+            old = getattr(self, name)
+            self._set_size(name, len(old), old.shape[2] + tokens)
+
+    def move_into(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Makes these buffers [rows or more, heads, tokens or more, head_dim] the layer's own, with what it holds."""
+        for name, buffer in zip(_BOTH, (keys, values), strict=True):
+            old = getattr(self, name)
+            if self._buffers.get(name) is not buffer:
+                rows, _, tokens, _ = old.shape
+                buffer[:rows, :, :tokens] = old.clone()  # it may have been in the same memory, in another shape
+                self._buffers[name] = buffer
+                self._set_size(name, rows, tokens)
+
+    def move_out(self) -> None:
+        """Leaves buffers that belong to somebody else."""
+        for name in _BOTH:
+            setattr(self, name, getattr(self, name).clone())
+        self._buffers.clear()
+
     def truncate(self, length: int) -> None:
         """Keeps the first tokens only. Keys and values may differ in length, if Ctrl-C interrupted `grow`."""
         for name in _BOTH:
@@ -81,7 +103,7 @@ class RoomyLayer(DynamicLayer):
             self._set_size(name, rows + len(new), tokens)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
+        super().batch_select_indices(indices.to(self.keys.device))  # type: ignore[union-attr]
         self._buffers.clear()  # large, and of no use any more
 
     def drop_rows(self, rows: list[int]) -> None:
@@ -137,6 +159,18 @@ class RoomyCache(Cache):
         layers: list[Any] = self.layers
         return sum(layer.nbytes for layer in layers)
 
+    @property
+    def nbytes_of_token(self) -> int:
+        """Bytes of one token of one row."""
+        layers: list[Any] = self.layers
+        return sum(x[0, :, 0].nbytes for layer in layers for x in (layer.keys, layer.values))
+
+    def extend(self, tokens: int) -> None:
+        """Counts tokens that somebody wrote behind the last ones."""
+        layer: Any
+        for layer in self.layers:
+            layer.extend(tokens)
+
     def truncate(self, length: int) -> None:
         """Keeps the first tokens only."""
         layer: Any
@@ -148,5 +182,6 @@ class RoomyCache(Cache):
         copy, layers = RoomyCache(), list[Any](self.layers)
         for index, layer in enumerate(layers):
             one = slice(row, row + 1)
+            columns = columns if isinstance(columns, slice) else columns.to(layer.keys.device)
             copy.update(layer.keys[one, :, columns], layer.values[one, :, columns], index)
         return copy

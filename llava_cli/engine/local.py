@@ -141,7 +141,7 @@ class LocalEngine(Engine):
         import torch
 
         if self.device == "cuda":
-            return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+            return sum(torch.cuda.max_memory_reserved(i) for i in range(torch.cuda.device_count()))
         if self.device == "mps":
             return torch.mps.driver_allocated_memory()
         return memory.peak_memory()
@@ -183,23 +183,28 @@ class LocalEngine(Engine):
         top_logprobs: int | None = None,
     ) -> Sequence:
         begin = time.perf_counter()
-        sequence = self._sequence_of(number, self.inputs(request.conversation), request.sampling, begin)
+        sequence = self._sequence_of(number, self._encode(request.conversation), request.sampling, begin)
         sequence.images = tuple(_identity(picture) for picture in request.conversation.pictures)
         sequence.on_token, sequence.top_logprobs = on_token, top_logprobs
         return sequence
 
     def _sequence_of(self, number: int, inputs: dict[str, torch.Tensor], sampling: Sampling, begin: float) -> Sequence:
-        max_tokens = self._max_tokens(inputs["input_ids"].shape[1], sampling.max_tokens)
-        sampler = Sampler(self.network, sampling, inputs["input_ids"], max_tokens, self.end_tokens)
+        prompt = inputs["input_ids"].to(self.network.device)
+        max_tokens = self._max_tokens(prompt.shape[1], sampling.max_tokens)
+        sampler = Sampler(self.network, sampling, prompt, max_tokens, self.end_tokens)
         stop = (*sampling.stop, *(self.network.generation_config.stop_strings or ()))
         detokenizer = Detokenizer(self.prompter.tokenizer, stop)
         return Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
 
     def inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The prompt's tensors on the model's device, pixels in the vision tower's dtype."""
-        inputs = self.prompter.encode(conversation)
-        device, dtype = self.network.device, self.network.dtype
-        return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        return {name: value.to(self.network.device) for name, value in self._encode(conversation).items()}
+
+    def _encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
+        """The same in the host's memory: they go to the device when they are read, and many may wait for that."""
+        dtype = self.network.dtype
+        encoded = self.prompter.encode(conversation)
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in encoded.items()}
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits [1, vocabulary] after a prompt, which is read as for an answer."""

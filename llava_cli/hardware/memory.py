@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
-def free_memory(device: str) -> int:
-    """Bytes that a model may take: what is free on all GPUs together, else what the system could give."""
+def free_memory(device: str, cards: Iterable[int] | None = None) -> int:
+    """Bytes that a model may take: what is free on these GPUs (None: on all), else what the system could give."""
     if device == "cuda":
         import torch
 
-        return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+        return sum(map(_free_on_card, range(torch.cuda.device_count()) if cards is None else cards))
     import psutil
 
-    return max(0, min([int(psutil.virtual_memory().available), *_left_in_cgroups(), *_left_of_addresses()]))
+    free = max(0, min([int(psutil.virtual_memory().available), *_left_in_cgroups(), *_left_of_addresses()]))
+    return min(free, _left_for_metal()) if device == "mps" else free
+
+
+def _free_on_card(card: int) -> int:
+    """What torch's allocator holds and nobody uses is free, too: it stays with it for what comes next."""
+    import torch
+
+    unused = torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card)
+    return int(torch.cuda.mem_get_info(card)[0] + unused)
+
+
+def _left_for_metal() -> int:
+    """What Apple's GPUs may have of the system's memory, less what this process has of it."""
+    import torch
+
+    return max(0, int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
+
+
+def cards_of(model: Any) -> list[int] | None:
+    """The GPUs that a model is on; None for one on no GPU."""
+    placed = {*getattr(model, "hf_device_map", {}).values(), model.device}
+    if model.device.type != "cuda":
+        return None
+    import torch
+
+    devices = [torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in placed]
+    return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
 
 _CGROUP_ROOT, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")

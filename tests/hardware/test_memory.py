@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from helpers.tables import for_each
 
+from llava_cli.errors import is_out_of_memory
 from llava_cli.hardware import memory
 from llava_cli.hardware.allocator import read_once
 
@@ -84,3 +86,41 @@ def test_a_limit_on_addresses_counts() -> None:
         ["sh", "-c", f'ulimit -v 1000000; exec "$0" -c "{command}"', sys.executable], capture_output=True, check=True
     )
     assert 0 < int(done.stdout) < 1_000_000 << 10
+
+
+def test_what_torchs_allocator_holds_is_free_and_each_card_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, reserved, allocated = {0: 10, 1: 100}, {0: 7, 1: 70}, {0: 4, 1: 40}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free[card], 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", reserved.get)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", allocated.get)
+    assert memory.free_memory("cuda") == 13 + 130
+    assert memory.free_memory("cuda", [1]) == 130
+
+
+@for_each(
+    "placed, main, cards",
+    [
+        ({}, "cuda:1", [1]),
+        ({"": "cuda"}, "cuda:0", [0]),
+        ({"model.layers.0": 0, "lm_head": 2, "rest": "cpu"}, "cuda:0", [0, 2]),
+        ({}, "cpu", None),
+    ],
+)
+def test_a_models_cards(placed: dict[str, object], main: str, cards: list[int] | None) -> None:
+    model = SimpleNamespace(hf_device_map=placed, device=torch.device(main))
+    assert memory.cards_of(model) == cards
+
+
+@for_each(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cublasLt ran into an error!",
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_all_words_for_memory_that_has_run_out(words: str) -> None:
+    assert is_out_of_memory(RuntimeError(words))

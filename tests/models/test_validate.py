@@ -311,7 +311,7 @@ def test_too_large_for_this_machine(folder: Path, refused: Refused) -> None:
 
 
 def test_too_large_at_this_precision(folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_cli.hardware.memory.free_memory", lambda device: 10**10)
+    monkeypatch.setattr("llava_cli.hardware.memory.free_memory", lambda device, cards=None: 10**10)
     monkeypatch.setenv("LLAVA_PRECISION", "bf16")
     of_size(2 * 10**10)(folder)
     said = refused(71).stderr

@@ -102,7 +102,7 @@ class Batch:
         """Reads groups, as many at a time as one forward pass does, until the batch has that many rows."""
         import torch
 
-        logits = [self._read_last_tokens()] if self._reads_whole and self.sequences else []
+        logits = [self._decode()[0]] if self._reads_whole and self.sequences else []
         parts = list(_forward_passes(groups))
         width = max(_width(part) for part in parts)
         mask = self._full_mask() if self.sequences else None
@@ -131,13 +131,16 @@ class Batch:
         import torch
 
         with torch.inference_mode():
-            logits = self._read_last_tokens() if self.logits is None else self.logits
+            logits, likeliest = self._decode() if self.logits is None else (self.logits, self.logits.argmax(-1))
             self.logits = None
-            if all(sequence.sampler.is_argmax for sequence in self.sequences):
-                tokens = logits.argmax(-1)
-            else:
-                chosen = [sequence.sampler(logits[i : i + 1]) for i, sequence in enumerate(self.sequences)]
-                tokens = torch.stack(chosen)
+            tokens = likeliest
+            if not all(sequence.sampler.is_argmax for sequence in self.sequences):
+                tokens = torch.stack(
+                    [
+                        token if sequence.sampler.is_argmax else sequence.sampler(row[None])
+                        for sequence, token, row in zip(self.sequences, likeliest, logits, strict=True)
+                    ]
+                )
             for sequence, token, row in zip(self.sequences, tokens.tolist(), logits, strict=True):
                 sequence.append(token, row)
         complete = [i for i, sequence in enumerate(self.sequences) if sequence.is_complete]
@@ -150,20 +153,18 @@ class Batch:
         """Removes a sequence before its answer is complete."""
         self._remove([self.sequences.index(sequence)])
 
-    def _read_last_tokens(self) -> torch.Tensor:
-        """The last token of each sequence, read -> logits [rows, vocabulary]."""
+    def _decode(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads the last token of each sequence -> logits [rows, vocabulary] and the likeliest tokens [rows]."""
         import torch
 
-        device = self.model.device
-        ids = torch.tensor([sequence.ids[-1:] for sequence in self.sequences], device=device)
-        last = [[len(sequence.ids) - 1 + sequence.positions.delta] for sequence in self.sequences]
-        positions = torch.tensor(last, device=device)
         mask = self._mask
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(self.sequences), 1)], dim=1)
-        logits = self._forward({"input_ids": ids}, self._cache, mask, positions)
+        tokens = [sequence.ids[-1] for sequence in self.sequences]
+        positions = [len(sequence.ids) - 1 + sequence.positions.delta for sequence in self.sequences]
+        outputs = self._forward.decode(tokens, positions, self._cache, mask)
         self._columns, self._mask = self._columns + 1, mask
-        return logits.float()
+        return outputs
 
     def _shared_prefix(self, group: _Group, sequence: Sequence) -> int:
         """How many leading tokens a group and a sequence share, if all their pictures are among them; else 0."""

@@ -10,7 +10,7 @@ from llava_cli.engine.generate.batch import Batch
 from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.sequence import Sequence
 from llava_cli.errors import LlavaError, OutOfMemory, is_out_of_memory
-from llava_cli.hardware.memory import free_memory
+from llava_cli.hardware.memory import cards_of, free_memory
 
 MAX_ROWS = 256
 """Sequences at a time, for a model so small that more than its matrix products counts."""
@@ -18,7 +18,8 @@ LARGE_PARAMETERS, LARGE_ROWS = 100_000_000, 16
 """From how many weights a model is large, and how many rows it gets on a CPU: more gain little and show up late."""
 GATHER_SECONDS = 0.02
 """How long a few sequences may wait for others to join with: a small model reads eight prompts in the time of three."""
-_CACHE_SHARE = 0.6  # of the free memory
+_CACHE_SHARE = {"cpu": 0.6, "cuda": 0.3}
+"""Of the free memory; on a GPU there is a static KV cache beside the one that prompts are read into."""
 
 
 class Scheduler:
@@ -131,6 +132,8 @@ def _rows_that_fit(model: Any, sequence: Sequence) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     bytes_per_token = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
-    rows = free_memory(model.device.type) * _CACHE_SHARE / (bytes_per_token * sequence.max_length)
+    free = free_memory(model.device.type, cards_of(model))
+    share = _CACHE_SHARE["cuda" if model.device.type == "cuda" else "cpu"]
+    rows = free * share / (bytes_per_token * sequence.max_length)
     is_large = model.device.type == "cpu" and model.num_parameters() > LARGE_PARAMETERS
     return int(min(max(rows, 1), LARGE_ROWS if is_large else MAX_ROWS))

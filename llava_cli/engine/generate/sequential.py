@@ -24,8 +24,8 @@ class LonePrompt:
         import torch
         from transformers import DynamicCache
 
-        self._model, self._ids = model, inputs["input_ids"]
-        options: dict[str, Any] = {name: value for name, value in inputs.items() if name != "input_ids"}
+        options: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
+        self._model, self._ids = model, options.pop("input_ids")
         options = {"attention_mask": torch.ones_like(self._ids), **options}
         options["position_ids"] = model._prepare_position_ids_for_generation(self._ids, dict(options))
         options["past_key_values"] = DynamicCache(config=model.config.get_text_config(decoder=True))

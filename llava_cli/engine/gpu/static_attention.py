@@ -1,0 +1,88 @@
+"""Attention of one token of each row over all columns of a static cache.
+
+Which columns are seen is a tensor, so a captured step serves every length. It is transformers' attention function for
+that step alone: the models' own code would look at the mask to find out whether it needs one, which waits for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "llava_static"
+REPLACED = ("sdpa", "flash_attention_2", "llava")
+"""Attention functions that compute the same."""
+_UNSUPPORTED = ("softcap", "position_bias", "s_aux")
+"""Options of transformers' attention functions that torch's attention lacks."""
+
+
+class Unsupported(Exception):
+    """A model's attention has an option that is not known here."""
+
+
+class SeenColumns:
+    """Which columns [rows, 1, 1, capacity] the token at `column` [1] sees, by the layers' sliding windows."""
+
+    def __init__(self, mask: torch.Tensor, column: torch.Tensor) -> None:
+        self._masks: dict[int | None, torch.Tensor] = {None: mask}
+        self._column = column
+
+    def within(self, window: int | None) -> torch.Tensor:
+        """Of the last `window` columns; None is all."""
+        import torch
+
+        if window not in self._masks:
+            mask = self._masks[None]
+            columns = torch.arange(mask.shape[-1], device=mask.device)
+            self._masks[window] = mask & (columns > self._column - (window or 0))
+        return self._masks[window]
+
+
+_seen: list[SeenColumns] = []
+"""Of the step that is being computed."""
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [rows, heads, 1, head_dim]; key, value [rows, kv_heads, capacity, head_dim] -> [rows, 1, heads, head_dim].
+
+    Query heads that share a key head stand below each other, as if they were several tokens of one head.
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if found := [name for name in _UNSUPPORTED if options.get(name) is not None]:
+        raise Unsupported(f"attention with {found[0]}")
+    rows, heads, _, _ = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, query.shape[3])
+    mask = _seen[-1].within(sliding_window)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[3]), None
+
+
+@contextmanager
+def static_attention(config: Any, seen: SeenColumns) -> Iterator[None]:
+    """Within, `attend` is the attention of the decoder with this config."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)  # and no mask function: then transformers makes no masks
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    _seen.append(seen)
+    try:
+        yield
+    finally:
+        _seen.pop()
+        config._attn_implementation = before

@@ -1,0 +1,64 @@
+"""Keys and values in buffers that stay in place, and on other devices than the model's first one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llava_cli.engine.gpu.static_cache import KvArena
+from llava_cli.engine.kv_cache import RoomyCache
+
+HEADS, HEAD_DIM, LAYERS = 2, 4, 3
+
+
+def filled(rows: int, tokens: int, device: str = "cpu") -> RoomyCache:
+    cache = RoomyCache()
+    for layer in range(LAYERS):
+        x = torch.arange(rows * HEADS * tokens * HEAD_DIM, dtype=torch.float32).view(rows, HEADS, tokens, HEAD_DIM)
+        cache.update(x.to(device) + layer, -x.to(device) - layer, layer)
+    return cache
+
+
+def content(cache: RoomyCache) -> list[torch.Tensor]:
+    layers: list[Any] = cache.layers
+    return [x.clone() for layer in layers for x in (layer.keys, layer.values)]
+
+
+def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(some, others, strict=True))
+
+
+def test_a_cache_moves_from_shape_to_shape_and_out_again() -> None:
+    arena, column = KvArena(), torch.zeros(1, dtype=torch.long)
+    cache, other = filled(2, 7), filled(1, 5)
+    before, others = content(cache), content(other)
+    arena.grow(cache, 4, 16)
+    assert arena.fits(cache, 1, 64) and not arena.fits(cache, 4, 17)
+    for rows, capacity in ((4, 16), (2, 32), (2, 8)):
+        static = arena.layers(cache, rows, capacity, column)
+        arena.adopt(cache, static)
+        assert equal(content(cache), before)
+        assert cache.layers[0].keys.data_ptr() == static.layers[0].keys.data_ptr()  # type: ignore[union-attr]
+    arena.adopt(other, arena.layers(other, 1, 16, column))
+    assert equal(content(cache), before)
+    assert equal(content(other), others)
+    arena.grow(other, 8, 16)
+    assert equal(content(other), others)
+
+
+def test_a_dead_cache_is_not_moved_out() -> None:
+    arena = KvArena()
+    cache = filled(1, 3)
+    arena.grow(cache, 1, 16)
+    arena.adopt(cache, arena.layers(cache, 1, 16, torch.zeros(1, dtype=torch.long)))
+    del cache
+    arena.evict()
+
+
+def test_rows_are_chosen_where_the_layers_are() -> None:
+    """With several cards a layer may be on another one than the indices that choose its rows."""
+    cache = filled(3, 4, "meta")
+    cache.batch_select_indices(torch.tensor([0, 2, 2, 1]))
+    assert {x.device.type for x in content(cache)} == {"meta"}
+    assert {tuple(x.shape) for x in content(cache)} == {(4, HEADS, 4, HEAD_DIM)}
