@@ -215,6 +215,10 @@ def _speed_up(checkpoint: Checkpoint, model: LoadedModel, cpu: ModuleType | None
     patch = ModelPatch()
     if is_fast():
         simplify_vision_tower(model.network, patch)
+    if is_fast() and model.network.device.type == "cuda":
+        from llava_cli.engine.gpu import patch as gpu
+
+        gpu.accelerate(model.network, patch)
     if cpu:
         evictable = model.folder.glob("*.safetensors") if model.folder and model.is_new_copy else None
         words = "its weights cannot be packed for this CPU"

@@ -48,6 +48,16 @@ def trim_heap() -> None:
         _libc().malloc_trim(0)
 
 
+def empty_device_cache(device: str) -> None:
+    """Returns to a GPU what torch keeps of its memory for later, after something large is gone."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    elif device == "mps":
+        torch.mps.empty_cache()
+
+
 @contextmanager
 def read_once(files: Iterable[Path]) -> Iterator[None]:
     """Meanwhile pages of these files leave memory soon after they are read through a mapping (on Linux).

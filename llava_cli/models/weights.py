@@ -155,7 +155,7 @@ def load_model(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights
 
 def _read_plain(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights) -> Any:
     """The model in 16 or 32 bits. What has other bits in its files is not needed there once it has been read."""
-    if checkpoint.name == BUILTIN or weights.dtypes == {_STORED_DTYPES[plan.precision]}:  # small, or mapped as it is
+    if checkpoint.name == BUILTIN or weights.float_dtypes == {_STORED_DTYPES[plan.precision]}:  # small, or mapped as it is
         return _read(checkpoint, config, plan, weights)
     from llava_cli.hardware.allocator import read_once
 
@@ -167,7 +167,7 @@ def _quantize(
     checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights, options: LoadOptions, copy: QuantizedCopy
 ) -> LoadedModel:
     """Quantizes the model, and reads it from the copy that then exists, so that all starts answer alike."""
-    from llava_cli.hardware.allocator import read_once, trim_heap
+    from llava_cli.hardware.allocator import empty_device_cache, read_once, trim_heap
     from llava_cli.models import quantized_cache
 
     size = footprint(Sizes(weights.geometry), plan).weights
@@ -184,6 +184,7 @@ def _quantize(
     del model
     gc.collect()
     trim_heap()  # as much as the model takes that is read next
+    empty_device_cache(plan.device)
     with read_once(copy.path.glob("*.safetensors")):
         if model := _read_copy(checkpoint, plan, copy):
             return LoadedModel(model, copy.path, is_new_copy=True)
