@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.0, "4bit": 0.5625}
 """Memory per weight; nf4 has a scale for every 64 of them."""
-_PROCESS = 580_000_000
-"""What Python, torch and transformers take themselves."""
+_PROCESS = 620_000_000
+"""What Python, torch and transformers take themselves, and compiling kernels at a first start."""
 _TEXT_TOKENS = 600
 """A question, and an answer of the default length."""
 _DEFAULT_PICTURE_TOKENS = 1000
