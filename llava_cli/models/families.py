@@ -114,6 +114,7 @@ FAMILIES = (
     Family("qwen3-vl-moe", "qwen3_vl_moe", "qwen3_vl_moe_text", None, image_layout=_OWN_SHAPE, pictures="several"),
     Family("qwen3.5", "qwen3_5", "qwen3_5_text", None, image_layout=_OWN_SHAPE, pictures="several"),
     Family("qwen3.5-moe", "qwen3_5_moe", "qwen3_5_moe_text", None, image_layout=_OWN_SHAPE, pictures="several"),
+    Family("exaone-4.5", "exaone4_5", "exaone4", None, image_layout=_OWN_SHAPE, pictures="several"),
     Family("gemma-4", "gemma4", "gemma4_text", None, image_layout=_OWN_SHAPE, pictures="several"),
     Family("ovis2", "ovis2", "qwen2", None, image_layout=_TILES, pictures="several"),
     Family("lighton-ocr", "lighton_ocr", "qwen3", None, image_layout=_OWN_SHAPE, pictures=""),

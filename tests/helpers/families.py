@@ -378,10 +378,10 @@ def save_made(
     made.tie_word_embeddings = made.text_config.tie_word_embeddings = tied
     model = AutoModelForImageTextToText.from_config(made)
     with torch.no_grad():
-        for name, weight in model.named_parameters():  # some begin as zeros that would hide a picture, such as gates
-            if not name.endswith("bias") and not weight.any():
-                weight.normal_(std=0.3)
-        # so that its answers do not soon end, and show no pictures
+        for name, weight in model.named_parameters():
+            if not weight.any() and not name.endswith("bias"):  # gates and projectors, behind which nothing is seen
+                torch.nn.init.normal_(weight, std=0.3)
+        # So that its answers do not soon end, and show no pictures.
         head = model.get_output_embeddings().weight
         head[[token for token in (made.text_config.eos_token_id, made.image_token_id) if token < len(head)]] = 0
     model.save_pretrained(folder, max_shard_size=shard)

@@ -27,6 +27,8 @@ from transformers import (
     Cohere2Config,
     DeepseekVLConfig,
     DeepseekVLProcessor,
+    Exaone4_5_Config,
+    Exaone4_5_Processor,
     Gemma2Config,
     Gemma3Config,
     Gemma3Processor,
@@ -190,6 +192,25 @@ _GATED_DELTA = {
         "partial_rotary_factor": 0.25,
     },
 }
+_exaone4_5 = partial(
+    _qwen_vl,
+    Exaone4_5_Config,
+    Exaone4_5_Processor,
+    {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "out_hidden_size": 64,
+        "window_size": 4 * PATCH,
+        "fullatt_block_indexes": [1],
+        "num_key_value_heads": 1,
+    },
+    {
+        "model_type": "exaone4",
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+)
 _qwen3_vl = partial(_qwen_vl, Qwen3VLConfig, Qwen3VLProcessor, _DEEPSTACK)
 _qwen3_vl_moe = partial(_qwen_vl, Qwen3VLMoeConfig, Qwen3VLProcessor, _DEEPSTACK, _EXPERTS)
 _qwen3_5 = partial(_qwen_vl, Qwen3_5Config, Qwen3VLProcessor, _QWEN3_VISION, _GATED_DELTA)
@@ -756,6 +777,7 @@ OTHERS: dict[str, Callable[..., Made]] = {
     "qwen3-vl-moe": _qwen3_vl_moe,
     "qwen3.5": _qwen3_5,
     "qwen3.5-moe": _qwen3_5_moe,
+    "exaone4.5": _exaone4_5,
     "glm4.6v": _glm46v,
     "glm4v-moe": _glm4v_moe,
     "glm-ocr": _glm_ocr,

@@ -159,6 +159,7 @@ NAMELESS = {
     "qwen3-vl-moe",
     "qwen3.5",
     "qwen3.5-moe",
+    "exaone-4.5",
     "gemma-4",
     "ovis2",
     "lighton-ocr",
