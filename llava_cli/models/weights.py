@@ -19,7 +19,7 @@ from llava_cli.files import quoted
 from llava_cli.hardware import memory
 from llava_cli.models import adapter_merge
 from llava_cli.models.checkpoint_files import CONFIG, pull_command, read_json
-from llava_cli.models.footprint import Sizes, footprint
+from llava_cli.models.footprint import BYTES, Sizes, footprint
 from llava_cli.models.precision import OTHER_MODELS, best_fit, candidates, gigabytes, recipe
 from llava_cli.models.registry import BUILTIN, Checkpoint
 from llava_cli.models.untrusted_config import without_preferences
@@ -155,7 +155,9 @@ def load_model(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights
 
 def _read_plain(checkpoint: Checkpoint, config: Any, plan: Plan, weights: Weights) -> Any:
     """The model in 16 or 32 bits. What has other bits in its files is not needed there once it has been read."""
-    if checkpoint.name == BUILTIN or weights.float_dtypes == {_STORED_DTYPES[plan.precision]}:  # small, or mapped as it is
+    if checkpoint.name == BUILTIN or weights.float_dtypes == {
+        _STORED_DTYPES[plan.precision]
+    }:  # small, or mapped as it is
         return _read(checkpoint, config, plan, weights)
     from llava_cli.hardware.allocator import read_once
 
@@ -170,7 +172,8 @@ def _quantize(
     from llava_cli.hardware.allocator import empty_device_cache, read_once, trim_heap
     from llava_cli.models import quantized_cache
 
-    size = footprint(Sizes(weights.geometry), plan).weights
+    geometry, computed = weights.geometry, BYTES[plan.compute_precision]
+    size = round(geometry.inner * BYTES[plan.precision] + geometry.unquantized * computed)
     stored_dtype = _mappable_dtype(plan, weights) if quantized_cache.has_space(copy, size) else None
     with read_once(weights):
         model = _read(checkpoint, config, plan, weights, options.double_quant, stored_dtype)
