@@ -12,6 +12,7 @@ from helpers import families
 from helpers.engines import ours, picture
 from helpers.fidelity import Reference
 from helpers.other_families import OTHERS
+from helpers.static_steps import stepping
 from helpers.tables import for_each
 from transformers import AutoModelForImageTextToText
 
@@ -156,6 +157,20 @@ def test_rows_that_come_and_go_beside_each_other(name: str, family: Callable[[st
         assert [likelihood.logprob for likelihood in found] == pytest.approx(logprobs, abs=2e-4)
     is_kept = name in TELL_PICTURES_APART
     assert [sequence.cached_tokens > 0 for _, sequence, _ in asked[3:]] == [is_kept] * len(asked[3:])
+
+
+@for_each("name", SIDE_BY_SIDE)
+def test_the_step_that_a_gpu_captures_gives_the_same(name: str, family: Callable[[str], Family]) -> None:
+    """Alone, where a mixture of experts would look at each expert's tokens, which a GPU waits for; and in rows."""
+    engine, _, talks = family(name)
+    asked = [Request(talk, SAMPLING) for talk in talks[:3]]
+    with engine.patch.undone():
+        expected = [engine.answer(request.conversation, SAMPLING).text for request in asked]
+    with stepping(engine) as graphs:
+        assert [engine.answer(request.conversation, SAMPLING).text for request in asked] == expected
+        found = sorted(engine.answer_many(iter(asked), 3))
+        assert [answer.text for _, answer in found if isinstance(answer, Answer)] == expected
+        assert graphs.shapes
 
 
 def likeliest(made: Family, talk: Conversation) -> tuple[list[int], list[float]]:

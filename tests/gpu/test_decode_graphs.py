@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers.engines import CONVERSATIONS, ours, picture, requests, same, same_as_alone
 from helpers.families import FAMILIES
+from helpers.static_steps import Recorder, stepping
 
 from llava_cli import Sampling
 from llava_cli.engine import Request
-from llava_cli.engine.gpu import decode_graphs
-from llava_cli.engine.gpu.decode_graphs import DecodeGraphs
+from llava_cli.engine.gpu import decode_graphs, static_attention
 from llava_cli.engine.gpu.decode_step import DecodeStep
 from llava_cli.engine.local import LocalEngine
 
 Engines = Callable[[str], LocalEngine]
-
-
-class Recorder:
-    """Stands in for a device's capture: replays by computing again, and counts."""
-
-    def __init__(self, fails: bool = False) -> None:
-        self.fails, self.captured, self.replayed = fails, 0, 0
-
-    def __call__(self, step: DecodeStep) -> Callable[[], object]:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.captured += 1
-        step.compute()  # as a warm-up does
-
-        def replay() -> None:
-            self.replayed += 1
-            step.compute()
-
-        return replay
-
-
-@contextmanager
-def stepping(engine: LocalEngine, capture: Recorder | None = None) -> Iterator[DecodeGraphs]:
-    """The engine decodes through static buffers meanwhile."""
-    engine.network.decode_graphs = graphs = DecodeGraphs(engine.network, capture)
-    try:
-        with engine.patch.undone():
-            yield graphs
-    finally:
-        del engine.network.decode_graphs
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +33,7 @@ def test_tokens_are_those_of_the_plain_path(family: str, engines: Engines) -> No
         expected = {case: ours(engine, talk, Sampling()) for case, talk in CONVERSATIONS.items()}
     with stepping(engine) as graphs:
         assert {case: ours(engine, talk, Sampling()) for case, talk in CONVERSATIONS.items()} == expected
-        assert graphs._steps or not engine.can_batch(engine.prepare(0, Request(CONVERSATIONS["one"], Sampling())))
+        assert graphs.shapes or not engine.can_batch(engine.prepare(0, Request(CONVERSATIONS["one"], Sampling())))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,6 +61,20 @@ def test_what_cannot_be_captured_is_computed(engines: Engines) -> None:
         assert [ours(engine, CONVERSATIONS["one"], Sampling()) for _ in range(2)] == [expected] * 2
         assert graphs.problem == "could not be captured (operation not permitted when stream is capturing)"
         assert not graphs.captured
+
+
+def test_attention_of_another_kind_is_left_to_the_plain_path(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engines("llava-llama")
+    with engine.patch.undone():
+        expected = ours(engine, CONVERSATIONS["one"], Sampling())
+
+    def attend(*args: object, **options: object) -> None:
+        raise static_attention.Unsupported("attention with s_aux")
+
+    monkeypatch.setattr(static_attention, "attend", attend)
+    with stepping(engine, Recorder()) as graphs:
+        assert ours(engine, CONVERSATIONS["one"], Sampling()) == expected
+        assert (graphs.problem, graphs.shapes) == ("attention with s_aux", 0)
 
 
 def test_graphs_that_are_used_least_are_dropped(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +109,7 @@ def test_without_memory_for_static_buffers_the_plain_path_answers(
     monkeypatch.setattr(decode_graphs, "free_memory", lambda device, cards: 1000)
     with stepping(engine, Recorder()) as graphs:
         assert ours(engine, CONVERSATIONS["one"], Sampling()) == expected
-        assert not graphs._steps
+        assert not graphs.shapes
 
 
 @pytest.mark.parametrize("name, when", [("set_inputs", 3), ("compute", 5), ("outputs", 7)])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.gpu.decode_step import DecodeStep, Shape
-from llava_cli.engine.gpu.static_attention import REPLACED
+from llava_cli.engine.gpu.static_attention import REPLACED, Unsupported
 from llava_cli.engine.gpu.static_cache import KvArena
 from llava_cli.engine.kv_cache import RoomyCache
 from llava_cli.errors import is_out_of_memory
@@ -45,8 +45,14 @@ class DecodeGraphs:
         self._steps: OrderedDict[Shape, DecodeStep] = OrderedDict()
         self._runs: dict[Shape, int] = {}
         self._replays: dict[Shape, Replay] = {}
+        self._is_unsupported = False
         self.problem: str | None = None
         """Why steps are not captured, if that was tried."""
+
+    @property
+    def shapes(self) -> int:
+        """How many shapes there are steps for."""
+        return len(self._steps)
 
     @property
     def captured(self) -> int:
@@ -63,11 +69,12 @@ class DecodeGraphs:
         """Reads the last token of each row -> logits [rows, vocabulary] and the likeliest tokens [rows].
 
         `mask` [rows, cached tokens + 1] is true where a token is; None where there is no padding. Both outputs are
-        overwritten by the next call. None where there is no memory for a static cache of this size.
+        overwritten by the next call. None where there is no memory for a static cache of this size, or the model's
+        attention cannot be computed in one.
         """
         column = cache.get_seq_length()
         shape = _shape(len(tokens), column + 1)
-        if not self._make_room(cache, shape):
+        if self._is_unsupported or not self._make_room(cache, shape):
             return None
         if shape not in self._steps:
             self._steps[shape] = DecodeStep(self._model, self._arena, cache, shape)
@@ -75,7 +82,12 @@ class DecodeGraphs:
         step = self._steps[shape]
         self._arena.adopt(cache, step.cache)
         step.set_inputs(tokens, positions, column, mask)
-        self._run(step)
+        try:
+            self._run(step)
+        except Unsupported as error:
+            self._is_unsupported, self.problem = True, str(error)
+            self._forget()
+            return None
         cache.extend(1)
         return step.outputs(len(tokens))
 
@@ -102,7 +114,7 @@ class DecodeGraphs:
         try:
             self._replays[shape] = replay = self._capture(step)
         except Exception as error:
-            if is_out_of_memory(error):
+            if isinstance(error, Unsupported) or is_out_of_memory(error):
                 raise
             self.problem = f"could not be captured ({error})"
             self._replays.clear()

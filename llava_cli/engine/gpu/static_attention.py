@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 NAME = "llava_static"
 REPLACED = ("sdpa", "flash_attention_2", "llava")
 """Attention functions that compute the same."""
-_UNSUPPORTED = ("softcap", "position_bias", "s_aux")
-"""Options of transformers' attention functions that torch's attention lacks."""
+_UNSUPPORTED = ("position_bias", "s_aux")
+"""Options of transformers' attention functions that change what is computed; others are ignored, as by its `sdpa`."""
 
 
 class Unsupported(Exception):
