@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 BOUNDS = {"fp32": 1e-3, "bf16": 0.06, "fp16": 0.03, "8bit": 0.1, "4bit": 0.2}
 """How far logits may be from transformers' own, as a share of their norm: what rounding alone can do."""
 
+_COPIED = 1 << 30
+"""Bytes that a measuring copy reads and writes."""
+
 
 def machine_facts(options: LoadOptions) -> dict[str, str]:
     """What this machine is and has, and how a model would be run on it."""
@@ -51,15 +56,14 @@ def machine_facts(options: LoadOptions) -> dict[str, str]:
     from llava_cli.models.weights import load_config
 
     builtin = find(BUILTIN)
-    plan, memory = choose_plan(options.device, options.precision), psutil.virtual_memory()
+    plan, memory = choose_plan(options.device, options.precision, options.attention), psutil.virtual_memory()
     facts = {
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cpu": f"{psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, {torch.get_num_threads()} threads used",
         "memory": f"{memory.total / 1e9:.1f} GB, {free_memory('cpu') / 1e9:.1f} GB free",
     }
     for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        facts[f"gpu {i}"] = f"{torch.cuda.get_device_name(i)}, {total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
+        facts[f"gpu {i}"] = _card(i)
     if options.precision == "auto":
         others = " or ".join(one.precision for one in candidates(plan)[1:])
         plan = replace(plan, why=f"{plan.why}; {others} where that does not fit" if others else plan.why)
@@ -75,6 +79,31 @@ def machine_facts(options: LoadOptions) -> dict[str, str]:
         except PackageNotFoundError:
             facts[package] = "missing"
     return facts
+
+
+def _card(index: int) -> str:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    words = f"{torch.cuda.get_device_name(index)}, compute capability {capability}, {total / 1e9:.1f} GB"
+    rate = copy_rate(torch.device("cuda", index)) / 1e9 if free > 2 * _COPIED else 0
+    return f"{words}, {free / 1e9:.1f} GB free" + (f", copies at {rate:,.0f} GB/s" if rate else "")
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that a device reads and writes, from a few copies: what decoding is bound by."""
+    import torch
+
+    source = torch.empty(_COPIED // 2, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return _COPIED / best
 
 
 def _cpu_kernels(plan: Plan, config: Any) -> str:
@@ -276,4 +305,5 @@ def _forward(engine: LocalEngine) -> tuple[bool, str]:
 
 def _answer(engine: LocalEngine) -> tuple[bool, str]:
     answer = engine.answer(_talk(), Sampling(max_tokens=16))
-    return bool(answer.text), f"{answer.text!r}, first token after {answer.first_token_seconds:.2f} s"
+    words = f"{answer.text!r}, first token after {answer.first_token_seconds:.2f} s"
+    return bool(answer.text), f"{words}; {engine.decoding}" if engine.decoding else words

@@ -24,7 +24,7 @@ from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import Weights, check_weights
 from llava_cli.paths import socket_path
 from llava_cli.prompts.sandbox import TextSandbox
-from llava_cli.settings import Device, Fit, LoadOptions, Precision, Settings, is_fast
+from llava_cli.settings import Attention, Device, Fit, LoadOptions, Precision, Settings, is_fast
 
 if TYPE_CHECKING:
     from llava_cli.engine import Engine
@@ -44,6 +44,7 @@ def load(
     visual_tokens: int | None = None,
     adapter: str | None = None,
     double_quant: bool | None = None,
+    attention: Attention | None = None,
 ) -> LocalEngine:
     """Loads a model: `load("llava-1.5-7b", precision="4bit")`.
 
@@ -139,7 +140,7 @@ def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore
     from llava_cli.models.weights import load_config, load_model, settle_precision
     from llava_cli.prompts import loading
 
-    plan = choose_plan(options.device, options.precision)
+    plan = choose_plan(options.device, options.precision, options.attention)
     with quiet():
         config = load_config(checkpoint, configs[CONFIG])
         _drop_false_quantization(checkpoint, config, weights, tell)

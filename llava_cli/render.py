@@ -80,6 +80,7 @@ def stats(answer: Answer, engine: Engine) -> str:
         source,
         f"first token {answer.first_token_seconds:.2f} s{prompt}",
         speed,
+        engine.decoding,
         f"peak {memory / 1e9:.2f} GB" if memory else "",
     )
     return printable(" · ".join(filter(None, parts)))

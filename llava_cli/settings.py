@@ -28,6 +28,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16", "8bit", "4bit"]
 QUANTIZED = ("8bit", "4bit")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Fit = Literal["auto", "pad", "crop"]
+Attention = Literal["auto", "sdpa", "flash"]
 
 VARIABLES = {
     "LLAVA_CONFIG": "The config file.",
@@ -130,6 +131,7 @@ class LoadOptions(_Options):
     precision: Precision = _option("auto", "Number format of the weights; auto suits the device.", short="-p")
     double_quant: bool = _option(False, "With 4bit: quantize the scales too; 0.4 bits a weight less.")
     device: Device = _option("auto", "Where the model runs.")
+    attention: Attention = _option("auto", "On a GPU: torch's own or FlashAttention 2; auto is torch's.")
     template: str | None = _option(
         None,
         "Prompt format: the checkpoint's own, that of its training, a named one or a .jinja file. [hub]",

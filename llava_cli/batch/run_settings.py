@@ -43,7 +43,7 @@ def identify(settings: Settings) -> dict[str, Any]:
     configs = check_files(checkpoint)
     if options.visual_tokens:
         check_visual_tokens(checkpoint, configs[CONFIG], options.visual_tokens)
-    plan = choose_plan(options.device, options.precision)
+    plan = choose_plan(options.device, options.precision, options.attention)
     template = options.template or ""
     if template not in ("", "hub", "native"):  # which the checkpoint decides
         template = read_template(template)

@@ -18,7 +18,7 @@ NameArg = Annotated[
 
 
 @app.command()
-@with_options("adapter", "precision", "double_quant", "device")
+@with_options("adapter", "precision", "double_quant", "device", "attention")
 def doctor(
     context: typer.Context,
     model: NameArg = None,

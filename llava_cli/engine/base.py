@@ -67,6 +67,8 @@ class Engine(ABC):
     load_seconds: float = 0.0
     where: str = ""
     """What answers, where that is not this process."""
+    decoding: str = ""
+    """How tokens are made, where there is a choice: on a GPU."""
     family: Family | None = None
     """What the model was trained with, where that is known."""
     context: int | None = None

@@ -55,6 +55,14 @@ class LocalEngine(Engine):
         self._last_prompt = PromptCache(None, getattr(model.config, "image_token_id", None))
         self._streamed: Batch | None = None
 
+    @property
+    def decoding(self) -> str:  # type: ignore[override]
+        if self.device != "cuda":
+            return ""
+        from llava_cli.engine.gpu.patch import describe
+
+        return describe(self.network)
+
     @cached_property
     def end_tokens(self) -> frozenset[int]:
         """The ids of the tokens that end an answer; they are found by rendering a prompt."""

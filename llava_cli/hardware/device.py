@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_cli.errors import UsageError
 from llava_cli.hardware import cpu
-from llava_cli.settings import QUANTIZED, Device, Precision
+from llava_cli.settings import QUANTIZED, Attention, Device, Precision
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Plan:
         return native_precision(self.device)[0] if self.precision in QUANTIZED else self.precision
 
 
-def choose_plan(device: Device, precision: Precision) -> Plan:
+def choose_plan(device: Device, precision: Precision, attention: Attention = "auto") -> Plan:
     """Turns "auto" into what is best here if the memory suffices; for a CPU that is named without importing torch.
 
-    Raises `UsageError` for a device that does not exist, or a precision that lacks its library.
+    Raises `UsageError` for a device that does not exist, or a precision or attention that lacks its library.
     """
     device = _existing_device(device)
     if precision == "auto":
@@ -39,7 +39,7 @@ def choose_plan(device: Device, precision: Precision) -> Plan:
         chosen, why = precision, "as asked"
         if precision in QUANTIZED and not can_quantize():
             raise UsageError(f"--precision {precision}", "bitsandbytes is missing", INSTALL_BITSANDBYTES)
-    return Plan(device, chosen, _attention(device, chosen), why)
+    return Plan(device, chosen, _flash_attention(device, chosen) if attention == "flash" else "sdpa", why)
 
 
 INSTALL_BITSANDBYTES = "pip install bitsandbytes"
@@ -89,13 +89,22 @@ def native_precision(device: str) -> tuple[str, str]:
     return "fp16", "this GPU has no bf16"
 
 
-def _attention(device: str, precision: str) -> str:
-    """FlashAttention 2 where it is installed and the GPU (Ampere or later) has it, else torch's own."""
-    if device != "cuda" or precision == "fp32":
-        return "sdpa"
+def _flash_attention(device: str, precision: str) -> str:
+    """transformers' name for FlashAttention 2. Raises `UsageError` where it cannot be had.
+
+    Prompts are read no faster with it than by torch's own, which has the same kernel; and for a batch's padded rows it
+    copies all keys and values for each token.
+    """
+    option, hint = "--attention flash", "--attention sdpa is torch's own"
+    if device != "cuda":
+        raise UsageError(option, "only NVIDIA's GPUs have it", hint)
+    if precision == "fp32":
+        raise UsageError(option, "it computes in 16 bits, and not in fp32", hint)
     import torch
     from transformers.utils.import_utils import is_flash_attn_2_available
 
-    if torch.cuda.get_device_capability() >= (8, 0):
-        return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
-    return "sdpa"
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise UsageError(option, "this GPU is older than Ampere, and lacks it", hint)
+    if not is_flash_attn_2_available():
+        raise UsageError(option, "flash-attn is not installed", "pip install flash-attn")
+    return "flash_attention_2"

@@ -97,3 +97,20 @@ def test_double_quantization(run: Run, drawing: Path, monkeypatch: pytest.Monkey
         if type(layer).__name__ == "Linear4bit"
     }
     assert nested == {True}
+
+
+def test_a_gpu_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70 * 10**9, 85 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr("llava_cli.diagnostics.copy_rate", lambda device: 3e12)
+    facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout)
+    expected = "NVIDIA H100, compute capability 9.0, 85.0 GB, 70.0 GB free, copies at 3,000 GB/s"
+    assert facts["gpu 0"] == expected
+
+
+def test_flash_attention_that_cannot_be_had(run: Run, drawing: Path) -> None:
+    done = run("ask", drawing, "what?", "--attention", "flash", "--device", "cpu")
+    reason, hint = "only NVIDIA's GPUs have it", "--attention sdpa is torch's own"
+    assert (done.exit_code, done.stderr) == (2, f"llava: --attention flash: {reason}\n  {hint}\n")

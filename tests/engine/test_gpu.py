@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.command import Run
-from helpers.engines import CONVERSATIONS, kinds, ours, requests, same, same_as_alone
+from helpers.engines import CONVERSATIONS, kinds, ours, picture, requests, same, same_as_alone
 from helpers.families import FAMILIES
 
 from llava_cli import Answer, Conversation, Sampling, load, open_picture
 from llava_cli.engine import Request
+from llava_cli.engine.forward import Forward
 from llava_cli.engine.local import LocalEngine
-from llava_cli.errors import OutOfMemory, model_errors
+from llava_cli.errors import OutOfMemory, UsageError, model_errors
 from llava_cli.hardware.device import choose_plan
 from llava_cli.hardware.memory import free_memory
 from llava_cli.settings import Precision
@@ -128,13 +130,106 @@ def test_auto_takes_the_gpu_and_what_it_is_good_at() -> None:
     assert load("builtin").device == "cuda"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "8bit", "4bit"])
-def test_attention_is_flash_where_it_is_installed_else_torchs_own(precision: Precision) -> None:
-    expected = "flash_attention_2" if flash(precision) else "sdpa"
-    assert choose_plan("cuda", precision).attention == expected
-    config = load("builtin", precision=precision, device="cuda").network.config
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "8bit", "4bit"])
+def test_attention_is_torchs_own_unless_flash_is_asked_for(precision: Precision) -> None:
+    assert choose_plan("cuda", precision).attention == "sdpa"
+    if not flash(precision):
+        with pytest.raises(UsageError):
+            choose_plan("cuda", precision, "flash")
+        return
+    config = load("builtin", precision=precision, device="cuda", attention="flash").network.config
     for part in (config, config.text_config, config.vision_config):
-        assert part._attn_implementation == expected
+        assert part._attn_implementation == "flash_attention_2"
+
+
+def test_cudnn_makes_no_plans() -> None:
+    """Where it is on, it makes one for each length: 30 ms a token."""
+    load("builtin", device="cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_steps_give_the_plain_paths_tokens(family: str, engines: Engines) -> None:
+    engine = engines(family)
+    graphs = engine.network.decode_graphs
+    with engine.patch.undone():
+        expected = [engine.answer(talk, Sampling(max_tokens=40)).text for talk in CONVERSATIONS.values()]
+        batch = answers(engine, requests(Sampling(max_tokens=30)), 9)
+    for _ in range(2):  # the first time shapes are captured, the second time all of them are replayed
+        assert [engine.answer(talk, Sampling(max_tokens=40)).text for talk in CONVERSATIONS.values()] == expected
+        for size in (9, 3):
+            assert answers(engine, requests(Sampling(max_tokens=30)), size) == batch
+    assert graphs.problem is None
+    assert graphs.captured > 0
+
+
+def answers(engine: LocalEngine, asked: list[Request], size: int) -> list[str]:
+    return [answer.text for _, answer in sorted(engine.answer_many(iter(asked), size)) if isinstance(answer, Answer)]
+
+
+@pytest.mark.parametrize("precision, is_captured", [("4bit", True), ("8bit", False)])
+def test_what_is_quantized_is_captured_where_nothing_waits(precision: Precision, is_captured: bool) -> None:
+    engine = load("builtin", precision=precision, device="cuda")
+    for talk in (CONVERSATIONS["one"], CONVERSATIONS["wide"]):
+        engine.answer(talk, Sampling(max_tokens=40))
+    assert (engine.network.decode_graphs.captured > 0) == is_captured
+    assert engine.decoding.startswith("captured" if is_captured else "launched kernel by kernel: each layer in 8 bits")
+
+
+def test_nothing_waits_while_a_step_is_replayed(engines: Engines) -> None:
+    engine = engines("llava-llama")
+    engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=40))
+    (step, *_) = engine.network.decode_graphs._replays.values()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_chat_of_five_turns_with_a_second_picture(engines: Engines) -> None:
+    one = engines("llava-llama")
+    kept, *fresh = (LocalEngine(one.model, one.network, one.prompter, one.precision, 0) for _ in range(6))
+    talk = CONVERSATIONS["one"]
+    for turn, engine in enumerate(fresh):
+        answer = same(kept, engine, talk)
+        assert (answer.cached_tokens > 0) == (turn > 0)
+        talk = talk.answered(answer.text).ask("and this?", [picture(80, 50, 3)] if turn == 2 else [])
+
+
+def test_a_batch_of_64_whose_rows_join_and_leave(engines: Engines) -> None:
+    """More rows than one reads at a time, and answers of different lengths."""
+    asked = [
+        Request(request.conversation, Sampling(max_tokens=5 + number % 23))
+        for number, request in enumerate(requests() * 15)
+    ]
+    same_as_alone(engines("llava-llama"), asked, 64)
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engines("llava-llama")
+    expected = answers(engine, requests(), 3)
+    forward = Forward.__call__
+
+    def failing(self: Forward, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        if len(inputs["input_ids"]) > 4:
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+        return forward(self, inputs, *args)
+
+    monkeypatch.setattr(Forward, "__call__", failing)
+    assert answers(engine, requests(), 9) == expected
+
+
+def test_an_interrupted_answer_leaves_the_engine_usable(engines: Engines) -> None:
+    engine = engines("llava-llama")
+    talk, sampling = CONVERSATIONS["one"], Sampling(max_tokens=30)
+    expected = engine.answer(talk, sampling).text
+    for stop in (1, 5, 20):
+        with pytest.raises(KeyboardInterrupt):
+            for number, _ in enumerate(engine.stream(talk, sampling)):
+                if number == stop:
+                    raise KeyboardInterrupt
+        assert engine.answer(talk, sampling).text == expected
 
 
 def test_free_memory_is_that_of_all_gpus() -> None:
