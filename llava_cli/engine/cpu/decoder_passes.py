@@ -156,7 +156,7 @@ def prefill(
         _run(buffers.before_attention(layer))
         layer_cache = _layer_cache(cache, layer.index)
         keys, values = layer_cache.grow(new_key, new_key)
-        if tokens >= _TRIM_MIN_TOKENS:
+        if cached and tokens >= _TRIM_MIN_TOKENS:
             allocator.trim_heap()
         apply_rope(buffers.qkv, buffers.cos, buffers.sin, keys, values, layer.heads, rows, cached)()
         if layer is layers[-1] and tokens > 1:
