@@ -72,7 +72,11 @@ def is_kept(checkpoint: Checkpoint, how: str) -> bool:
 
     Where no copy has its name, none of its files is read. Raises as `copy_of`.
     """
-    return any(quantized_cache().glob(f"{_prefix(checkpoint, how)}*")) and _exists(copy_of(checkpoint, how))
+    try:
+        has_its_name = any(quantized_cache().glob(f"{_prefix(checkpoint, how)}*"))
+    except OSError:  # a cache that cannot be read
+        return False
+    return has_its_name and _exists(copy_of(checkpoint, how))
 
 
 def find(checkpoint: Checkpoint, copy: QuantizedCopy) -> tuple[Checkpoint, Weights] | None:

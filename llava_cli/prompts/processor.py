@@ -212,7 +212,8 @@ def _check_image_token(checkpoint: Checkpoint, processor: Any, config: Any) -> N
         processor.image_token_ids = [image_id]
     if (tokenizer_id := image_token_id(processor)) != image_id:
         token = tokenizer.convert_ids_to_tokens(image_id) if 0 <= image_id < len(tokenizer) else None
-        theirs = "has none" if tokenizer_id in (-1, tokenizer.unk_token_id) else f"has {tokenizer_id}"
+        is_there = image_token in tokenizer.get_vocab() and tokenizer_id not in (-1, tokenizer.unk_token_id)
+        theirs = f"has {tokenizer_id}" if is_there else "has none"
         words = f"config.json has {image_id} for the image token"
         words += f" ({one_line(token)!r} in the tokenizer)" if token else " (which the tokenizer does not have)"
         raise ModelUnusable(checkpoint.name, f"{words}, the tokenizer {theirs} for {one_line(image_token)}", hint)

@@ -307,7 +307,7 @@ def of_size(size: int) -> Damage:
 def test_too_large_for_this_machine(folder: Path, refused: Refused) -> None:
     of_size(8 * 10**12)(folder)
     said = refused(71).stderr
-    assert "needs 2250." in said and " GB even in 4 bits, " in said and " GB are free\n  " in said
+    assert "needs 3050." in said and " GB even in 4 bits, " in said and " GB are free\n  " in said
 
 
 def test_too_large_at_this_precision(folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 NAME = "llava_static"
 REPLACED = ("sdpa", "flash_attention_2", "llava")
 """Attention functions that compute the same."""
+_ATTENTION = "_attn_implementation"
+"""transformers' name for what a config has of its attention function."""
 _UNSUPPORTED = ("position_bias", "s_aux")
 """Options of transformers' attention functions that change what is computed; others are ignored, as by its `sdpa`."""
 
@@ -78,11 +80,11 @@ def static_attention(config: Any, seen: SeenColumns) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)  # and no mask function: then transformers makes no masks
-    before = config._attn_implementation
-    config._attn_implementation = NAME
+    before = getattr(config, _ATTENTION)
+    setattr(config, _ATTENTION, NAME)
     _seen.append(seen)
     try:
         yield
     finally:
         _seen.pop()
-        config._attn_implementation = before
+        setattr(config, _ATTENTION, before)
