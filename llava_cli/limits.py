@@ -120,7 +120,7 @@ TEMPLATE_SECONDS = 5.0
 """To render one prompt."""
 PROMPT_CHARACTERS = 16_000_000
 """Of a rendered prompt."""
-TOKENIZE_SECONDS = 10.0
+TOKENIZE_SECONDS = 30.0
 """For one prompt, and for loading the tokenizer."""
 TOKEN_CHARACTERS = 10_000
 """Of one token of a vocabulary."""
