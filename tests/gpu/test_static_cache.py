@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear8bitLt
+from helpers.tables import for_each
 
+from llava_cli.engine.gpu.decode_graphs import obstacle
 from llava_cli.engine.gpu.static_cache import KvArena
 from llava_cli.engine.kv_cache import RoomyCache
 
@@ -62,3 +66,26 @@ def test_rows_are_chosen_where_the_layers_are() -> None:
     cache.batch_select_indices(torch.tensor([0, 2, 2, 1]))
     assert {x.device.type for x in content(cache)} == {"meta"}
     assert {tuple(x.shape) for x in content(cache)} == {(4, HEADS, 4, HEAD_DIM)}
+
+
+@for_each(
+    "placed, rope, layer, words",
+    [
+        ({"": "cuda"}, None, torch.nn.Linear, None),
+        ({"": 0}, {"rope_type": "llama3"}, torch.nn.Linear, None),
+        ({"model": 0, "lm_head": 1}, None, torch.nn.Linear, "it is spread over several devices"),
+        ({}, None, Linear8bitLt, "each layer in 8 bits waits for the host"),
+        ({}, {"rope_type": "dynamic"}, torch.nn.Linear, "its rotary embedding depends on the prompt's length"),
+        (
+            {},
+            {"full_attention": {"rope_type": "dynamic"}},
+            torch.nn.Linear,
+            "its rotary embedding depends on the prompt's length",
+        ),
+    ],
+)
+def test_what_cannot_be_captured(placed: dict[str, Any], rope: object, layer: type[Any], words: str | None) -> None:
+    model = torch.nn.Sequential(layer(64, 64, bias=False))
+    text = SimpleNamespace(rope_parameters=rope)
+    model.config, model.hf_device_map = SimpleNamespace(get_text_config=lambda: text), placed  # type: ignore[assignment]
+    assert obstacle(model) == words

@@ -145,6 +145,11 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def uses_torchs_attention(model: Any) -> bool:
+    """Whether a model's decoder attends as a step does; others, such as those with caps or sinks, keep their own."""
+    return model.config.get_text_config()._attn_implementation in REPLACED
+
+
 def obstacle(model: Any) -> str | None:
     """Why a model's steps cannot be captured, in words; None if nothing is known that prevents it."""
     config = model.config.get_text_config()
@@ -154,8 +159,6 @@ def obstacle(model: Any) -> str | None:
         return "it is spread over several devices"
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         return "each layer in 8 bits waits for the host"
-    if config._attn_implementation not in REPLACED:
-        return f"its attention is {config._attn_implementation}"
     if isinstance(rope, dict) and "dynamic" in (rope.get("rope_type"), *_rope_types(rope)):
         return "its rotary embedding depends on the prompt's length"
     return None

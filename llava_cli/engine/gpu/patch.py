@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.gpu.decode_graphs import DecodeGraphs, obstacle
+from llava_cli.engine.gpu.decode_graphs import DecodeGraphs, obstacle, uses_torchs_attention
 
 if TYPE_CHECKING:
     from llava_cli.engine.model_patch import ModelPatch
@@ -26,6 +26,8 @@ def accelerate(model: Any, patch: ModelPatch) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     if model.dtype == torch.float32:
         torch.backends.cudnn.allow_tf32 = False  # who asks for 32 bits wants them in convolutions, too
+    if not uses_torchs_attention(model):
+        return
     problem = obstacle(model)
     graphs = DecodeGraphs(model, None if problem else cuda_capture())
     graphs.problem = problem

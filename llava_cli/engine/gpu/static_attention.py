@@ -69,7 +69,7 @@ def attend(
         raise Unsupported(f"attention with {found[0]}")
     rows, heads, _, _ = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, query.shape[3])
-    mask = _seen[-1].within(sliding_window)
+    mask = _seen[-1].within(sliding_window).to(query.device)  # a layer may be on another card
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(rows, 1, heads, value.shape[3]), None
 

@@ -32,8 +32,9 @@ class StaticLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes one token of each row -> all columns, of which the mask tells what is used."""
+        column = self._column.to(key_states.device)  # the layer may be on another card
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer.index_copy_(2, self._column, new)  # type: ignore[union-attr]
+            buffer.index_copy_(2, column, new)  # type: ignore[union-attr]
         return self.keys, self.values  # type: ignore[return-value]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
