@@ -13,7 +13,7 @@ class Forward:
     """Reads new tokens into a KV cache -> logits after each row's last token [rows, vocabulary]."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self._decoder = model, model.get_decoder()
+        self.model, self._device = model, model.device
         self._embed, self._head = model.get_input_embeddings(), model.get_output_embeddings()
 
     def __call__(
@@ -31,7 +31,7 @@ class Forward:
         import torch
 
         with torch.inference_mode():
-            inputs = {name: value.to(self.model.device, non_blocking=True) for name, value in inputs.items()}
+            inputs = {name: value.to(self._device, non_blocking=True) for name, value in inputs.items()}
             decoder = getattr(self.model, "token_forward", None)
             if len(inputs) == inputs["input_ids"].shape[1] == 1 and self._head and decoder:
                 # Skips what the model does around its decoder, which takes as long as a small decoder itself.
@@ -56,6 +56,6 @@ class Forward:
         if graphs and (outputs := graphs(tokens, positions, cache, mask)):
             logits, likeliest = outputs
             return logits, likeliest
-        ids, places = torch.tensor([tokens, positions], device=self.model.device).unsqueeze(-1)
+        ids, places = torch.tensor([tokens, positions], device=self._device).unsqueeze(-1)
         logits = self({"input_ids": ids}, cache, mask, places).float()
         return logits, logits.argmax(-1)

@@ -35,7 +35,7 @@ def accelerate(model: Any, patch: ModelPatch) -> None:
 
 
 def describe(model: Any) -> str:
-    """ "captured, 3 shapes", or "launched kernel by kernel: " and why."""
+    """Whether steps are captured, and in how many shapes; or that they are launched kernel by kernel, and why."""
     graphs: DecodeGraphs | None = getattr(model, "decode_graphs", None)
     if graphs is None:
         return "launched kernel by kernel: as transformers does"

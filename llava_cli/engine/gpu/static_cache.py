@@ -53,8 +53,6 @@ class KvArena:
     def __init__(self) -> None:
         self._flat: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._owner: weakref.ref[RoomyCache] | None = None
-        self.generation = 0
-        """Changes when the buffers move: what was captured before is of no use then."""
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +76,6 @@ class KvArena:
                 old.new_zeros(rows * old.shape[1] * capacity * old.shape[3]) for old in (layer.keys, layer.values)
             )
             self._flat.append((keys, values))
-        self.generation += 1
 
     def layers(self, cache: RoomyCache, rows: int, capacity: int, column: torch.Tensor) -> Cache:
         """The buffers in a shape, as transformers' cache."""
