@@ -143,6 +143,9 @@ COMMIT_BYTES = 100
 ROW_BYTES = 64_000_000
 ROW_DEPTH = 64
 ROW_ITEMS = 1_000_000
+CHOICES = 256
+"""Answers that a model chooses from; each is read in up to eight spellings."""
+CHOICE_CHARACTERS = 1_000
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000

@@ -51,6 +51,7 @@ def answer_object(answer: Answer, conversation: Conversation, engine: Engine) ->
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
         "answer_tokens": answer.answer_tokens,
+        **answer.details(),
         "seconds": {
             "load": round(engine.load_seconds, 4),
             "first_token": round(answer.first_token_seconds, 4),

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from llava_cli import files, limits
+from llava_cli.choices import check_choices, parse_choices
 from llava_cli.errors import OutputError, UsageError, os_reason
 from llava_cli.paths import config_file
 from llava_cli.untrusted_text import printable
@@ -63,6 +64,10 @@ class Option:
     """The smallest and the largest number."""
     is_secret: bool = False
     """Whether it has no flag, since other users see the command lines of a machine."""
+    name: str = ""
+    """Of the flag, where it is not that of the key."""
+    parse: Callable[[str, Any], Any] | None = None
+    """Makes the value of what a source has, where its type does not say how; see `convert`."""
 
     @property
     def variable(self) -> str:
@@ -70,7 +75,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        return "" if self.is_secret else f"--{self.key.replace('_', '-')}"
+        return "" if self.is_secret else f"--{self.name or self.key.replace('_', '-')}"
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -78,6 +83,8 @@ class Option:
 
     def convert(self, source: str, value: Any) -> Any:
         """The value in the option's type. Raises `UsageError`, about `source`, if it does not fit."""
+        if self.parse:
+            return self.parse(source, value)
         if self.choices:
             return _choice(source, value, self.choices)
         if self.type is bool:
@@ -118,8 +125,51 @@ class Sampling(_Options):
     top_p: float = _option(1.0, "Sample from this much probability.", metavar="P", bounds=(0.0001, 1))
     seed: int | None = _option(None, "Make sampling repeatable.", metavar="N", bounds=(-(2**63), 2**64 - 1))
     stop: tuple[str, ...] = _option((), "End before this text; repeatable.", metavar="TEXT")
+    choices: tuple[str, ...] = _option(
+        (), "Answer with one of these; a file has one in each line.", metavar="A,B,C|FILE", parse=parse_choices
+    )
+    otherwise: str | None = _option(
+        None, "With --choices: say this where no choice is probable enough.", metavar="WORD", name="or"
+    )
+    at_least: float | None = _option(
+        None, "With --or: the probability that a choice needs.", metavar="P", bounds=(0, 1)
+    )
+    schema: str | None = _option(
+        None,
+        'Answer in JSON: a JSON schema, or fields: "shop, total float, items [name, price float]".',
+        metavar="FILE|FIELDS",
+    )
+    regex: str | None = _option(None, "Answer with text that matches this regular expression.", metavar="RE")
+    grammar: str | None = _option(None, "Answer with text of this Lark grammar.", metavar="FILE")
+    confidence: bool = _option(False, "Tell how probable the answer's tokens are.")
+    sight: bool = _option(False, "Tell how far the answer depends on the picture: ask with a gray one, too.")
     unset: frozenset[str] = field(default=frozenset(), repr=False, compare=False, kw_only=True)
     """The options that nobody has set: a checkpoint's own defaults count for them."""
+
+    def said(self) -> dict[str, Any]:
+        """The options by name; those of an answer's form only where they are set."""
+        values = {name: getattr(self, name) for name in self.names()}
+        plain = ("max_tokens", "temperature", "top_p", "seed", "stop")
+        return {name: value for name, value in values.items() if name in plain or value != OPTIONS[name].default}
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for options that exclude or need each other."""
+        super().__post_init__()
+        forms = [OPTIONS[key].flag for key in ("choices", "schema", "regex", "grammar") if getattr(self, key)]
+        if len(forms) > 1:
+            raise UsageError(forms[1], f"{forms[0]} says already what an answer is", "give one of them")
+        if self.choices:
+            check_choices(OPTIONS["choices"].flag, self.choices)
+        elif self.otherwise is not None or self.at_least is not None:
+            flag = OPTIONS["otherwise" if self.otherwise is not None else "at_least"].flag
+            raise UsageError(flag, "there are no choices", 'llava ask img.jpg "the weather?" --choices sunny,rain')
+        if (self.otherwise is None) != (self.at_least is None):
+            hint = "--or WORD --at-least P says WORD where no choice is as probable"
+            raise UsageError("--or, --at-least", "one is there without the other", hint)
+        if self.otherwise in self.choices:
+            raise UsageError(
+                OPTIONS["otherwise"].flag, f"{self.otherwise!r} is one of the choices", "take another word"
+            )
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaEr
         row = {"id": task.id, **row}
     if answer and (flags := warning_flags(answer, task.question)):
         row["flags"] = flags
+    if answer:
+        row |= answer.details()
     if task.answer is not None:
         row["expected"] = task.answer
         row["right"] = bool(answer) and is_right(answer.text if answer else "", task.answer)

@@ -25,7 +25,7 @@ from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
 from llava_cli.errors import InputMissing, LlavaError
 from llava_cli.loader import open_engine
-from llava_cli.settings import Sampling, Settings
+from llava_cli.settings import Settings
 from llava_cli.untrusted_text import printable
 
 
@@ -110,7 +110,7 @@ def _run_settings(job: Job) -> dict[str, Any]:
         "llava": ".".join(__version__.split(".")[:2]),
         **identify(settings),
         "system": settings.system,
-        **{name: getattr(settings.sampling, name) for name in Sampling.names()},
+        **settings.sampling.said(),
         "fit": settings.load.fit,
         "visual_tokens": settings.load.visual_tokens,
         "allow_truncated": job.allow_truncated,

@@ -9,6 +9,7 @@ from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
     ANSWERING,
+    FORM,
     JsonOpt,
     PicturesAndQuestion,
     QuietOpt,
@@ -20,7 +21,7 @@ from llava_cli.cli.options import (
 
 
 @app.command()
-@with_options(*ANSWERING)
+@with_options(*ANSWERING, *FORM)
 def ask(
     context: typer.Context,
     args: PicturesAndQuestion = None,

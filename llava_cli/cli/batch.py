@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava_cli.cli import app
-from llava_cli.cli.options import ANSWERING, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import ANSWERING, FORM, QuietOpt, TruncatedOpt, settings_of, with_options
 from llava_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
 @app.command()
-@with_options(*ANSWERING, "concurrency")
+@with_options(*ANSWERING, *(name for name in FORM if name != "sight"), "concurrency")
 def batch(
     words: WordsArg = None,
     questions: QuestionsOpt = None,

@@ -13,7 +13,9 @@ from llava_cli.errors import UsageError
 from llava_cli.settings import OPTIONS, LoadOptions, Sampling, Settings
 
 LOADING = LoadOptions.names()
-ANSWERING = [*LOADING, *Sampling.names(), "system", "server"]
+FORM = ["choices", "otherwise", "at_least", "schema", "regex", "grammar", "confidence", "sight"]
+"""The settings of what an answer is, and of what is told about it."""
+ANSWERING = [*LOADING, *(name for name in Sampling.names() if name not in FORM), "system", "server"]
 """The settings of a command that loads a model and has it answer."""
 
 TruncatedOpt = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, Literal
 
@@ -17,6 +17,17 @@ from llava_cli.settings import Sampling
 
 Source = str | PathLike[str]
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How probable a model found the tokens of its own answer, the end among them, before any option changed that."""
+
+    mean: float
+    """The geometric mean of their probabilities."""
+    lowest: float
+    lowest_token: str
+    """The text of the least probable one."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,31 @@ class Answer:
     first_token_seconds: float
     """From the conversation to the first token: pictures, prompt and prefill."""
     total_seconds: float
+    probabilities: dict[str, float] | None = None
+    """Of each choice, the likeliest first; they add up to 1."""
+    answer_probability: float | None = None
+    """Of all choices together, as answers among all that the model could give."""
+    data: Any = None
+    """The object that a complete answer with a schema is."""
+    confidence: Confidence | None = None
+    sight: float | None = None
+    """How far the answer depends on the picture: how much its log-probability falls, in nats, with a gray one in its
+    place; with choices, how far their distribution changes (total variation distance, 0 to 1)."""
+
+    def details(self) -> dict[str, Any]:
+        """What was asked for besides the text, as JSON has it; nothing that was not asked for."""
+        details = {
+            "probabilities": self.probabilities and {k: round(p, 6) for k, p in self.probabilities.items()},
+            "answer_probability": self.answer_probability and round(self.answer_probability, 6),
+            "data": self.data,
+            "confidence": self.confidence and _rounded(asdict(self.confidence)),
+            "sight": self.sight and round(self.sight, 4),
+        }
+        return {name: value for name, value in details.items() if value is not None}
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
