@@ -146,6 +146,10 @@ ROW_ITEMS = 1_000_000
 CHOICES = 256
 """Answers that a model chooses from; each is read in up to eight spellings."""
 CHOICE_CHARACTERS = 1_000
+CALIBRATION_ROWS = 1_000_000
+"""Labelled rows that a calibration is fitted to: they are in memory."""
+CALIBRATION_LEVELS = 1_000
+"""Thresholds in a calibration's file."""
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000
