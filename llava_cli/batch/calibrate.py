@@ -22,14 +22,13 @@ from llava_cli.batch.calibration import (
     THRESHOLDS,
     Calibration,
     Level,
-    is_number,
     percent,
     rows_needed,
 )
 from llava_cli.batch.calibration_plot import plot
 from llava_cli.batch.report import check_output
 from llava_cli.batch.report_rows import RowsFile
-from llava_cli.batch.rows import is_right
+from llava_cli.batch.rows import is_number, is_right
 from llava_cli.errors import BadData, LlavaError, OutputError, os_reason
 from llava_cli.untrusted_text import one_line, printable
 

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from llava_cli import limits, regular_files
+from llava_cli.batch.rows import is_number
 from llava_cli.batch.run_settings import changes
 from llava_cli.bounded_json import Bounds, loads
 from llava_cli.errors import BadData, InputMissing, os_reason
@@ -142,11 +143,6 @@ class Calibration:
             and all(0 <= level.wrong <= level.answered <= self.rows for level in self.levels)
             and self.rows <= limits.CALIBRATION_ROWS
         )
-
-
-def is_number(value: Any, least: float, most: float) -> bool:
-    """Whether a value from outside is a number in a range; NaN is in none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def sharpened(probabilities: dict[str, float], temperature: float) -> dict[str, float]:

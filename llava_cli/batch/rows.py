@@ -128,6 +128,11 @@ def _is_error(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("type"), str)
 
 
+def is_number(value: Any, least: float, most: float) -> bool:
+    """Whether a value from outside is a number in a range; NaN is in none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
 def to_line(row: dict[str, Any], ascii_only: bool = False) -> bytes:
     """A row as a line of UTF-8, in which control characters are escaped."""
     return (for_json_line(json.dumps(row, ensure_ascii=ascii_only)) + "\n").encode()
