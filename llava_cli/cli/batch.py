@@ -145,7 +145,7 @@ def batch(
         repair=repair,
         verify=verify,
         promise=promise,
-        escalate=_larger_model(settings, promise, escalate, escalate_model),
+        escalate=_larger_model(settings, max_error, escalate, escalate_model),
         allow_truncated=allow_truncated,
         allow_urls=allow_urls,
         quiet=quiet,
@@ -199,13 +199,13 @@ def _promise(settings: Settings, calibration: Path | None, max_error: str | None
     return Promise(found, found.threshold(error))
 
 
-def _larger_model(settings: Settings, promise: Promise | None, url: str | None, model: str | None) -> Settings | None:
+def _larger_model(settings: Settings, max_error: str | None, url: str | None, model: str | None) -> Settings | None:
     """The settings of the model that --escalate asks. Raises `UsageError` where nothing could stay unsure."""
     if url is None:
         if model is not None:
             raise UsageError("--escalate-model", "there is no --escalate", "--escalate URL is its server")
         return None
-    if not (promise and promise.threshold) and settings.sampling.at_least is None:
+    if max_error is None and settings.sampling.at_least is None:
         raise UsageError("--escalate", "nothing can stay unsure", "--calibration FILE --max-error 2% says what does")
     remote = replace(settings.remote, server=url, api_key=settings.remote.escalate_key)
     return replace(settings, load=LoadOptions(model=model), remote=remote)
