@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
@@ -36,6 +35,8 @@ MAX_ROWS = 100_000
 THUMBNAIL_SIDE = 160
 MAX_BARS = 16
 """Choices of a row that are shown, the likeliest ones."""
+_RANGES = {"threshold": (0, 1), "answer_probability": (0, 1), "sight": (-1e9, 1e9)}
+"""Of a row's numbers; JSON cannot tell the page of others, such as infinity."""
 _ROWS_PER_ELEMENT = 1_000
 """A browser does not parse JSON of any length at once."""
 
@@ -127,11 +128,7 @@ def page_fields(number: int, row: dict[str, Any]) -> dict[str, Any]:
 def scores(row: dict[str, Any]) -> dict[str, Any]:
     """What a row says of its certainty, as far as these are numbers in their ranges, and texts."""
     probabilities, confidence, escalated = (row.get(name) for name in ("probabilities", "confidence", "escalated"))
-    fields = {
-        name: row[name]
-        for name, most in (("threshold", 1), ("answer_probability", 1), ("sight", math.inf))
-        if is_number(row.get(name), -most, most)
-    }
+    fields = {name: row[name] for name, bounds in _RANGES.items() if is_number(row.get(name), *bounds)}
     if isinstance(probabilities, dict):
         numbers = [(choice, p) for choice, p in probabilities.items() if is_number(p, 0, 1)]
         likeliest = nlargest(MAX_BARS, numbers, key=itemgetter(1))
