@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_cli.errors import UsageError, printable
+from llava_cli.models.registry import BUILTIN
 from llava_cli.settings import Sampling
-
-if TYPE_CHECKING:
-    from llava_cli.engine import Answer
 
 YES, NO, UNSURE = "yes", "no", "unsure"
 SAMPLING = Sampling(choices=(YES, NO))
@@ -47,18 +45,15 @@ class Check:
             "answer_probability": round(self.answer_probability, 6),
         }
 
-    @classmethod
-    def of(cls, statement: str, answer: Answer, at_least: float) -> Check:
-        """What the answer to `question_about` means."""
-        assert answer.probabilities is not None and answer.answer_probability is not None
-        return cls(statement, answer.probabilities[YES], at_least, answer.answer_probability)
 
+def question_about(statement: str, model: str) -> str:
+    """What a model is asked, in the words that LLaVA-1.5 was trained with; a question stays as it is.
 
-def question_about(statement: str) -> str:
-    """What a model is asked; a question stays as it is. The second line is what LLaVA-1.5 was trained with."""
+    The built-in model knows no such words, only plain questions about drawings.
+    """
     statement = statement.strip()
     asked = statement if statement.endswith("?") else f"Is this statement about the image true? {statement}"
-    return f"{asked}\nAnswer the question using a single word or phrase."
+    return asked if model == BUILTIN else f"{asked}\nAnswer the question using a single word or phrase."
 
 
 def check_threshold(at_least: float) -> None:

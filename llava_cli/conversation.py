@@ -79,10 +79,6 @@ class Conversation:
         """This conversation with one more question."""
         return replace(self, turns=(*self.turns, Turn(question, tuple(pictures))))
 
-    def reworded(self, question: str) -> Conversation:
-        """This conversation with other words in its last question."""
-        return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], question=question)))
-
     def answered(self, text: str) -> Conversation:
         """This conversation with its last question answered."""
         return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], answer=text)))

@@ -73,13 +73,13 @@ def note_details(answer: Answer, quiet: bool = False) -> None:
     if sys.stderr.isatty():
         for line in _detail_lines(answer):
             note(line)
-    note_little_mass(answer)
+    if answer.answer_probability is not None:
+        note_answer_probability(answer.answer_probability)
 
 
-def note_little_mass(answer: Answer) -> None:
+def note_answer_probability(mass: float) -> None:
     """Notes that a model would rather have said something else than any of the choices."""
-    mass = answer.answer_probability
-    if mass is not None and mass < _LITTLE:
+    if mass < _LITTLE:
         note(f"llava: {mass:.1%} of this model's answers are among the choices: the question may not fit them")
 
 

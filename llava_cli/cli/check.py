@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from llava_cli import render
+from llava_cli.checking import check_threshold
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
-from llava_cli.cli.options import LOADING, JsonOpt, QuietOpt, StatsOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import LOADING, JsonOpt, QuietOpt, TruncatedOpt, settings_of, with_options
 
+USAGE = 'llava check page.png "the Save button is visible"'
 EXIT_CODES = {"yes": 0, "no": 1, "unsure": 3}
 
 PicturesAndStatement = Annotated[
@@ -34,7 +36,6 @@ def check(
     threshold: AtLeastOpt = 0.5,
     allow_truncated: TruncatedOpt = False,
     json: JsonOpt = False,
-    stats: StatsOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
     """Check whether a statement about pictures is true: exit code 0 yes, 1 no, 3 not sure enough.
@@ -47,13 +48,9 @@ def check(
 
     The line on stdout has the probability that the statement is true; with --quiet there is none.
     """
-    from llava_cli.checking import SAMPLING, Check, check_threshold, question_about
-
     check_threshold(threshold)
     settings = settings_of(context)
-    stated = conversation_from(args, settings, allow_truncated, quiet)
-    statement = stated.turns[-1].question
-    conversation = stated.reworded(question_about(statement))
+    conversation = conversation_from(args, settings, allow_truncated, quiet, "STATEMENT", USAGE)
     with render.spinner("loading the model", quiet):
         from llava_cli.loader import open_engine
 
@@ -61,15 +58,12 @@ def check(
     if not quiet:
         render.note_demo_model(settings.load, engine)
         render.note_picture_count(engine.family, conversation)
-    answer = engine.answer(conversation, SAMPLING)
-    checked = Check.of(statement, answer, threshold)
+    checked = engine.check(conversation.pictures, conversation.turns[-1].question, threshold, settings.system)
     if json:
         render.show_json(checked.to_json())
     elif not quiet:
         render.say(f"{checked.verdict} ({checked.probability:.4f})")
     if not quiet:
-        render.note_little_mass(answer)
-    if stats:
-        render.note(render.stats(answer, engine))
+        render.note_answer_probability(checked.answer_probability)
     if code := EXIT_CODES[checked.verdict]:
         raise typer.Exit(code)

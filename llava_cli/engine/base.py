@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from llava_cli.checking import SAMPLING, Check, check_threshold, question_about
+from llava_cli.checking import SAMPLING, YES, Check, check_threshold, question_about
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import LlavaError
 from llava_cli.images.reader import Source, picture_from
@@ -176,8 +176,10 @@ class Engine(ABC):
         Raises `UsageError` unless 0.5 <= `at_least` <= 1.
         """
         check_threshold(at_least)
-        conversation = Conversation(system=system).ask(question_about(statement), _pictures_from(images))
-        return Check.of(statement, self.answer(conversation, SAMPLING), at_least)
+        conversation = Conversation(system=system).ask(question_about(statement, self.model), _pictures_from(images))
+        answer = self.answer(conversation, SAMPLING)
+        assert answer.probabilities is not None and answer.answer_probability is not None
+        return Check(statement, answer.probabilities[YES], at_least, answer.answer_probability)
 
 
 def _pictures_from(images: Source | Sequence[Source]) -> list[Picture]:

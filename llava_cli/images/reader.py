@@ -22,8 +22,8 @@ from llava_cli.regular_files import NotRegular, TooLarge
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Source = Union[str, os.PathLike[str], bytes, "Image"]
-"""A path, a URL, a file's bytes, or Pillow's image."""
+Source = Union[str, os.PathLike[str], bytes, "Image", Picture]
+"""A path, a URL, a file's bytes, Pillow's image, or a picture that is open."""
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
     *(".heic", ".heif", ".hif"),
@@ -86,6 +86,8 @@ def open_picture(source: str, allow_truncated: bool = False, public: bool = Fals
 
 def picture_from(source: Source) -> Picture:
     """A picture from what a program has. Raises as `open_picture`."""
+    if isinstance(source, Picture):
+        return source
     if isinstance(source, (str, os.PathLike)):
         return open_picture(os.fspath(source))
     if not isinstance(source, bytes):
