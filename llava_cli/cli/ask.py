@@ -57,5 +57,7 @@ def ask(
     else:
         answer = render.show(engine.stream(conversation, settings.sampling))
         render.note_details(answer, quiet)
+    if answer.finish_reason == "length" and settings.sampling.grammar_option and not quiet:
+        render.note(f"cut off after {answer.answer_tokens} tokens, so it is not complete; --max-tokens N allows more")
     if stats:
         render.note(render.stats(answer, engine))

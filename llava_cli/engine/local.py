@@ -12,6 +12,7 @@ from uuid import uuid4
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.generate.batch import Batch, can_batch
+from llava_cli.engine.generate.constraint import Grammars, token_bytes
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.end_tokens import all_end_tokens
 from llava_cli.engine.generate.picture_inputs import count_pictures
@@ -67,6 +68,11 @@ class LocalEngine(Engine):
     def end_tokens(self) -> frozenset[int]:
         """The ids of the tokens that end an answer; they are found by rendering a prompt."""
         return all_end_tokens(self.network, self.prompter)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What says which of its tokens may come next, in an answer of a given form."""
+        return Grammars(token_bytes(self.prompter.tokenizer), self.end_tokens)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         pieces: list[str] = []
@@ -199,9 +205,10 @@ class LocalEngine(Engine):
     def _sequence_of(self, number: int, inputs: dict[str, torch.Tensor], sampling: Sampling, begin: float) -> Sequence:
         prompt = inputs["input_ids"].to(self.network.device)
         max_tokens = self._max_tokens(prompt.shape[1], sampling.max_tokens)
-        sampler = Sampler(self.network, sampling, prompt, max_tokens, self.end_tokens)
+        constraint = self.grammars.constraint(sampling) if sampling.grammar_option else None
+        sampler = Sampler(self.network, sampling, prompt, max_tokens, self.end_tokens, constraint)
         stop = (*sampling.stop, *(self.network.generation_config.stop_strings or ()))
-        detokenizer = Detokenizer(self.prompter.tokenizer, stop)
+        detokenizer = constraint or Detokenizer(self.prompter.tokenizer, stop)
         return Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
 
     def inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:

@@ -81,7 +81,7 @@ class Scheduler:
             if not is_out_of_memory(error):
                 raise
         else:
-            return [(sequence.number, sequence.finish()) for sequence in complete]
+            return [(sequence.number, _outcome(sequence)) for sequence in complete]
         # Outside of the handler, because the error refers to what did not fit.
         return self._shrink({sequence.number: sequence for sequence in [*self._batch.sequences, *joining]})
 
@@ -124,6 +124,13 @@ class Scheduler:
                 sequence.restart()
         self.waiting[:0] = sequences.values()
         return []
+
+
+def _outcome(sequence: Sequence) -> Answer | LlavaError:
+    try:
+        return sequence.finish()
+    except LlavaError as error:
+        return error
 
 
 def _rows_that_fit(model: Any, sequence: Sequence) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llava_cli.engine.base import Answer, FinishReason
+from llava_cli.engine.generate.constraint import Constraint
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.positions import Positions
 from llava_cli.engine.generate.sampler import Sampler
@@ -43,7 +44,8 @@ class Token:
 class Sequence:
     """Request `number`: its prompt, as `inputs` of the model, and the tokens of its answer.
 
-    An answer is complete after one of `end_tokens`, a stop text of the detokenizer or `max_tokens` tokens.
+    An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: behind
+    a stop text or, where it has to have a form, when that is complete. Such a form is its own detokenizer.
     """
 
     images: tuple[str, ...] = ()
@@ -61,7 +63,7 @@ class Sequence:
         number: int,
         inputs: dict[str, torch.Tensor],
         sampler: Sampler,
-        detokenizer: Detokenizer,
+        detokenizer: Detokenizer | Constraint,
         end_tokens: Container[int],
         max_tokens: int,
         begin: float,
@@ -102,18 +104,21 @@ class Sequence:
         return self._has_ended or self._detokenizer.stopped or len(self.ids) >= self.max_length
 
     def finish(self) -> Answer:
-        """The whole answer, after its last token."""
+        """The whole answer, after its last token. Raises `UsageError` if the form that it has to have cannot go on."""
         text = self._detokenizer.flush()
         self._pieces.append(text)
         if self.on_token and text:
             self.on_token(Token(text))
+        whole = "".join(self._pieces)
         reason: FinishReason = "stop" if self._has_ended or self._detokenizer.stopped else "length"
+        constraint = self._detokenizer if isinstance(self._detokenizer, Constraint) else None
         return Answer(
-            text="".join(self._pieces),
+            text=whole,
             finish_reason=reason,
             prompt_tokens=len(self.prompt),
             cached_tokens=self.cached_tokens,
             answer_tokens=len(self.ids) - len(self.prompt),
             first_token_seconds=self._first_token - self._begin,
             total_seconds=time.perf_counter() - self._begin,
+            data=constraint.data(whole) if constraint and reason == "stop" else None,
         )
