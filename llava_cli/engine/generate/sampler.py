@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,28 @@ class Sampler:
                 self._ids[0, self._length] = token
                 self._length += 1
             return token
+
+
+class ForcedTokens:
+    """Chooses given tokens, whatever the logits are."""
+
+    is_argmax = False
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        import torch
+
+        self._tokens = torch.tensor(tokens)
+        self.restart()
+
+    def restart(self) -> None:
+        self._next = 0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token id, a scalar on the device of the logits."""
+        self._tokens = self._tokens.to(logits.device)
+        token = self._tokens[self._next]
+        self._next += 1
+        return token
 
 
 def _logits_processors(
