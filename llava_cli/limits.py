@@ -146,6 +146,14 @@ ROW_ITEMS = 1_000_000
 CHOICES = 256
 """Answers that a model chooses from; each is read in up to eight spellings."""
 CHOICE_CHARACTERS = 1_000
+SCHEMA_BYTES = 1_000_000
+"""Of a JSON schema that answers must fit."""
+SCHEMA_DEPTH = 64
+SCHEMA_ITEMS = 100_000
+SCHEMA_FIELDS_CHARACTERS = 10_000
+"""Of a schema that is written as a line of fields."""
+REGEX_CHARACTERS = 10_000
+GRAMMAR_BYTES = 100_000
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000

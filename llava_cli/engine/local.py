@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.generate.batch import Batch, can_batch
-from llava_cli.engine.generate.detokenizer import Detokenizer
+from llava_cli.engine.generate.constraint import Grammars, token_bytes
+from llava_cli.engine.generate.detokenizer import Detokenizer, text_of
 from llava_cli.engine.generate.end_tokens import all_end_tokens
 from llava_cli.engine.generate.picture_inputs import count_pictures
 from llava_cli.engine.generate.prefetch import Prefetcher
@@ -68,6 +69,11 @@ class LocalEngine(Engine):
     def end_tokens(self) -> frozenset[int]:
         """The ids of the tokens that end an answer; they are found by rendering a prompt."""
         return all_end_tokens(self.network, self.prompter)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What says which of its tokens may come next, in an answer of a given form."""
+        return Grammars(token_bytes(self.prompter.tokenizer), self.end_tokens)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         pieces: list[str] = []
@@ -229,11 +235,13 @@ class LocalEngine(Engine):
     def _sequence_of(self, number: int, inputs: dict[str, torch.Tensor], sampling: Sampling, begin: float) -> Sequence:
         prompt = inputs["input_ids"].to(self.network.device)
         max_tokens = self._max_tokens(prompt.shape[1], sampling.max_tokens)
-        sampler = Sampler(self.network, sampling, prompt, max_tokens, self.end_tokens)
+        constraint = self.grammars.constraint(sampling) if sampling.grammar_option else None
+        sampler = Sampler(self.network, sampling, prompt, max_tokens, self.end_tokens, constraint)
         stop = (*sampling.stop, *(self.network.generation_config.stop_strings or ()))
-        detokenizer = Detokenizer(self.prompter.tokenizer, stop)
+        detokenizer = constraint or Detokenizer(self.prompter.tokenizer, stop)
         sequence = Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
-        sequence.tells_confidence, sequence.records = sampling.confidence, sampling.confidence or sampling.sight
+        sequence.text_of = partial(text_of, self.prompter.tokenizer) if sampling.confidence else None
+        sequence.records = sampling.confidence or sampling.sight
         return sequence
 
     def inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from llava_cli import Answer, Sampling, load
 from llava_cli.engine import Request
 from llava_cli.engine.base import Confidence
 from llava_cli.engine.generate.confidence import confidence_in, token_log_probabilities
-from llava_cli.engine.generate.detokenizer import Detokenizer
+from llava_cli.engine.generate.detokenizer import text_of
 from llava_cli.engine.local import LocalEngine
 
 Get = Callable[[str], Path]
@@ -108,11 +108,10 @@ def test_the_end_of_the_answer_counts_and_has_a_name(checkpoint: Get, engines: E
 
 def test_the_text_of_a_token_is_what_a_person_reads(engines: Engines) -> None:
     tokenizer = engines("llava-llama").prompter.tokenizer
-    detokenizer = Detokenizer(tokenizer)
     ids = [*tokenizer.encode("a é😀\n", add_special_tokens=False), tokenizer.eos_token_id]
-    texts = [detokenizer.text_of(ids, index) for index in range(len(ids))]
+    texts = [text_of(tokenizer, ids, index) for index in range(len(ids))]
     assert texts == ["a", " ", "é", "é", "😀", "😀", "😀", "😀", "\n", tokenizer.eos_token]
-    assert detokenizer.text_of(ids[2:3], 0) == "\N{REPLACEMENT CHARACTER}"
+    assert text_of(tokenizer, ids[2:3], 0) == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_what_overflows_is_no_confidence() -> None:

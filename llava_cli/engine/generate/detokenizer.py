@@ -53,15 +53,6 @@ class Detokenizer:
         self._held = ""
         return rest
 
-    def text_of(self, ids: Sequence[int], index: int) -> str:
-        """The text of one of the tokens `ids`, for people: of a byte of a character, that of the whole character."""
-        for width in range(1, _CHARACTER_BYTES + 1):
-            for begin in range(max(0, index - width + 1), min(index, len(ids) - width) + 1):
-                text = str(self._tokenizer.decode(ids[begin : begin + width], clean_up_tokenization_spaces=False))
-                if _UNFINISHED not in text:
-                    return text.strip() or text
-        return _UNFINISHED
-
     def _decode(self) -> str:
         ids = self._ids[self._start :]
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -93,3 +84,13 @@ class Detokenizer:
         """How many of the held text's last characters are the beginning of a stop text."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], index: int) -> str:
+    """The text of one of the tokens `ids`, for people: of a byte of a character, that of the whole character."""
+    for width in range(1, _CHARACTER_BYTES + 1):
+        for begin in range(max(0, index - width + 1), min(index, len(ids) - width) + 1):
+            text = str(tokenizer.decode(ids[begin : begin + width], clean_up_tokenization_spaces=False))
+            if _UNFINISHED not in text:
+                return text.strip() or text
+    return _UNFINISHED

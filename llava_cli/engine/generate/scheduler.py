@@ -94,12 +94,12 @@ class Scheduler:
         """The answers of sequences by number; where there is a replay, it waits, and its answer comes later."""
         outcomes: list[tuple[int, Answer | LlavaError]] = []
         for sequence in complete:
-            answer = sequence.finish()
-            if replay := sequence.replay:
-                replay.follow(sequence, answer)
-                self.add(replay)
+            outcome = _outcome(sequence)
+            if sequence.replay and isinstance(outcome, Answer):
+                sequence.replay.follow(sequence, outcome)
+                self.add(sequence.replay)
             else:
-                outcomes.append((sequence.number, answer))
+                outcomes.append((sequence.number, outcome))
         return outcomes
 
     def _next_to_join(self) -> list[Sequence]:
@@ -141,6 +141,13 @@ class Scheduler:
                 sequence.restart()
         self.waiting[:0] = sequences.values()
         return []
+
+
+def _outcome(sequence: Sequence) -> Answer | LlavaError:
+    try:
+        return sequence.finish()
+    except LlavaError as error:
+        return error
 
 
 def _rows_that_fit(model: Any, sequence: Sequence) -> int:

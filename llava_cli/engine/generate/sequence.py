@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from llava_cli.engine.base import Answer, FinishReason
+from llava_cli.engine.base import Answer, Confidence, FinishReason
 from llava_cli.engine.generate.confidence import confidence_in
+from llava_cli.engine.generate.constraint import Constraint
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.positions import Positions
 from llava_cli.engine.generate.sampler import ForcedTokens, Sampler
@@ -44,7 +46,8 @@ class Token:
 class Sequence:
     """Request `number`: its prompt, as `inputs` of the model, and the tokens of its answer.
 
-    An answer is complete after one of `end_tokens`, a stop text of the detokenizer or `max_tokens` tokens.
+    An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: after a
+    stop text or, where it has to have a form, when that is complete. Such a form is its own detokenizer.
     """
 
     images: tuple[str, ...] = ()
@@ -56,7 +59,8 @@ class Sequence:
     """Of its tokens; the batch that it joins asks the model for them."""
     cached_tokens: int = 0
     """How many of the prompt's tokens need not be read, because the prompt cache has them."""
-    tells_confidence: bool = False
+    text_of: Callable[[list[int], int], str] | None = None
+    """Makes text of a token of the answer, by its number, for people; None where nobody asks for confidence."""
     records: bool = False
     """Whether it wants the log-probability of each token that it gets; see `record`."""
     replay: Replay | None = None
@@ -69,7 +73,7 @@ class Sequence:
         number: int,
         inputs: dict[str, torch.Tensor],
         sampler: Sampler | ForcedTokens,
-        detokenizer: Detokenizer,
+        detokenizer: Detokenizer | Constraint,
         end_tokens: Container[int],
         max_tokens: int,
         begin: float,
@@ -119,32 +123,35 @@ class Sequence:
         """Of the answer's tokens, if it `records`."""
         import torch
 
-        return torch.stack(self._log_probabilities).tolist()  # type: ignore[no-any-return]
+        return list(torch.stack(self._log_probabilities).tolist())
 
     @property
     def is_complete(self) -> bool:
         return self._has_ended or self._detokenizer.stopped or len(self.ids) >= self.max_length
 
     def finish(self) -> Answer:
-        """The whole answer, after its last token."""
+        """The whole answer, after its last token. Raises `UsageError` if the form that it has to have cannot go on."""
         text = self._detokenizer.flush()
         self._pieces.append(text)
         if self.on_token and text:
             self.on_token(Token(text))
+        whole = "".join(self._pieces)
         reason: FinishReason = "stop" if self._has_ended or self._detokenizer.stopped else "length"
+        constraint = self._detokenizer if isinstance(self._detokenizer, Constraint) else None
         return Answer(
-            text="".join(self._pieces),
+            text=whole,
             finish_reason=reason,
             prompt_tokens=len(self.prompt),
             cached_tokens=self.cached_tokens,
             answer_tokens=len(self.answer_ids),
             first_token_seconds=self._first_token - self._begin,
             total_seconds=time.perf_counter() - self._begin,
-            confidence=confidence_in(self.log_probabilities(), self._text_of) if self.tells_confidence else None,
+            data=constraint.data(whole) if constraint and reason == "stop" else None,
+            confidence=self._confidence(),
         )
 
-    def _text_of(self, number: int) -> str:
-        return self._detokenizer.text_of(self.answer_ids, number)
+    def _confidence(self) -> Confidence | None:
+        return confidence_in(self.log_probabilities(), partial(self.text_of, self.answer_ids)) if self.text_of else None
 
 
 class Replay(Sequence):
