@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -13,16 +13,17 @@ from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.generate.batch import Batch, can_batch
 from llava_cli.engine.generate.constraint import Grammars, token_bytes
-from llava_cli.engine.generate.detokenizer import Detokenizer
+from llava_cli.engine.generate.detokenizer import Detokenizer, text_of
 from llava_cli.engine.generate.end_tokens import all_end_tokens
 from llava_cli.engine.generate.picture_inputs import count_pictures
 from llava_cli.engine.generate.prefetch import Prefetcher
 from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.sampler import Sampler
 from llava_cli.engine.generate.scheduler import Scheduler
-from llava_cli.engine.generate.sequence import Sequence, Token
+from llava_cli.engine.generate.sequence import Replay, Sequence, Token
 from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
 from llava_cli.engine.model_patch import ModelPatch
+from llava_cli.engine.sight import unseen
 from llava_cli.errors import LlavaError, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
 from llava_cli.prompts.prompter import Prompter
@@ -81,12 +82,17 @@ class LocalEngine(Engine):
             pieces.append(token.text)
 
         with model_errors(self.model, "fails while answering"):
-            sequence = self._sequence(0, Request(conversation, sampling), show)
+            request = Request(conversation, sampling)
+            sequence = self._sequence(0, request, show)
             steps = self._batch_of_one(sequence) if self.can_batch(sequence) else self._alone(sequence)
             for answer in steps:
                 if text := "".join(pieces):
                     pieces.clear()
-                if answer:
+                if answer and (replay := self._replay_of(sequence, request)):
+                    yield Chunk(text)
+                    replay.follow(sequence, answer)
+                    yield Chunk("", self._replayed(replay))
+                elif answer:
                     yield Chunk(text, answer)
                 elif text:
                     yield Chunk(text)
@@ -112,6 +118,18 @@ class LocalEngine(Engine):
             if self._streamed is batch and batch.sequences:  # it was not completed, and may be continued from
                 batch.remove(sequence)
 
+    def _replayed(self, replay: Replay) -> Answer:
+        """Its answer; the prompt cache stays as it is."""
+        if self.can_batch(replay):
+            batch = Batch(self.network)
+            batch.join([replay])
+            while not batch.step():
+                pass
+        else:
+            for _ in generate_alone(self.network, replay):
+                pass
+        return replay.finish()
+
     def _alone(self, sequence: Sequence) -> Iterator[Answer | None]:
         for _ in generate_alone(self.network, sequence):
             yield sequence.finish() if sequence.is_complete else None
@@ -126,7 +144,8 @@ class LocalEngine(Engine):
         source = Prefetcher(self._prepare_all(requests), scheduler.prefetch)
         try:
             while True:
-                admit = go_on()
+                if not (admit := go_on()):
+                    scheduler.drop_new()
                 while admit and scheduler.free_slots:
                     if (item := source.get(0 if scheduler.running else GATHER_SECONDS)) is None:
                         break
@@ -134,12 +153,12 @@ class LocalEngine(Engine):
                         scheduler.add(item)
                     else:
                         yield item[0], item[1] if isinstance(item[1], LlavaError) else self._outcome(item[1])
-                if not scheduler.running and not (admit and scheduler.waiting):
+                if not scheduler.running and not scheduler.waiting:
                     if not admit or source.is_exhausted:
                         return
                     continue
                 with model_errors(self.model, "fails while answering"):
-                    outcomes = scheduler.step(admit)
+                    outcomes = scheduler.step()
                 yield from outcomes
         finally:
             source.close()
@@ -183,7 +202,9 @@ class LocalEngine(Engine):
     ) -> Sequence:
         """A request's prompt, tokenized. Raises `PromptTooLong` if it does not fit the model's context."""
         with model_errors(self.model, "fails while reading the prompt"):
-            return self._sequence(number, request, on_token, top_logprobs)
+            sequence = self._sequence(number, request, on_token, top_logprobs)
+            sequence.replay = self._replay_of(sequence, request)
+            return sequence
 
     def can_batch(self, sequence: Sequence) -> bool:
         """Whether a prompt can be read in parts, and beside others; else its model reads each one by itself."""
@@ -202,6 +223,15 @@ class LocalEngine(Engine):
         sequence.on_token, sequence.top_logprobs = on_token, top_logprobs
         return sequence
 
+    def _replay_of(self, sequence: Sequence, request: Request) -> Replay | None:
+        """What is to be answered after a sequence to know its sight; None if nobody asks, or there are no pictures."""
+        if not request.sampling.sight or not request.conversation.pictures:
+            return None
+        conversation = unseen(request.conversation)
+        replay = Replay(sequence.number, self._encode(conversation), Detokenizer(self.prompter.tokenizer))
+        replay.images = tuple(_identity(picture) for picture in conversation.pictures)
+        return replay
+
     def _sequence_of(self, number: int, inputs: dict[str, torch.Tensor], sampling: Sampling, begin: float) -> Sequence:
         prompt = inputs["input_ids"].to(self.network.device)
         max_tokens = self._max_tokens(prompt.shape[1], sampling.max_tokens)
@@ -209,7 +239,10 @@ class LocalEngine(Engine):
         sampler = Sampler(self.network, sampling, prompt, max_tokens, self.end_tokens, constraint)
         stop = (*sampling.stop, *(self.network.generation_config.stop_strings or ()))
         detokenizer = constraint or Detokenizer(self.prompter.tokenizer, stop)
-        return Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
+        sequence = Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
+        sequence.text_of = partial(text_of, self.prompter.tokenizer) if sampling.confidence else None
+        sequence.records = sampling.confidence or sampling.sight
+        return sequence
 
     def inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The prompt's tensors on the model's device, pixels in the vision tower's dtype."""

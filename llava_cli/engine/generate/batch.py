@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_cli.engine.forward import Forward
+from llava_cli.engine.generate.confidence import token_log_probabilities
 from llava_cli.engine.generate.picture_inputs import PER_IMAGE_INPUTS, SHARED_INPUTS, pictures_from, stack_pictures
 from llava_cli.engine.generate.positions import Positions
 from llava_cli.engine.generate.prompt_cache import CachedPrefix, PromptCache, common_prefix_length
@@ -84,6 +85,7 @@ class Batch:
         whole = is_lone or self._reads_whole
         groups: list[_Group] = []
         for sequence in sequences:
+            sequence.has_begun = True
             sequence.positions = Positions.of(self.model, sequence.inputs)
             cached = None if self._prompt_cache is None else self._prompt_cache.find(sequence)
             sequence.cached_tokens = cached.length if cached else 0
@@ -141,6 +143,7 @@ class Batch:
                         for sequence, token, row in zip(self.sequences, likeliest, logits, strict=True)
                     ]
                 )
+            self._record(logits, tokens)
             for sequence, token, row in zip(self.sequences, tokens.tolist(), logits, strict=True):
                 sequence.append(token, row)
         complete = [i for i, sequence in enumerate(self.sequences) if sequence.is_complete]
@@ -148,6 +151,16 @@ class Batch:
         if complete:
             self._remove(complete)
         return leaving
+
+    def _record(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Tells sequences that want it how probable their next token is: [rows, vocabulary] and [rows]."""
+        rows = [row for row, sequence in enumerate(self.sequences) if sequence.records]
+        if not rows:
+            return
+        if len(rows) < len(self.sequences):
+            logits, tokens = logits[rows], tokens[rows]
+        for row, log_probability in zip(rows, token_log_probabilities(logits, tokens), strict=True):
+            self.sequences[row].record(log_probability)
 
     def remove(self, sequence: Sequence) -> None:
         """Removes a sequence before its answer is complete."""

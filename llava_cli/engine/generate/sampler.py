@@ -6,7 +6,7 @@ among the others, and a processor that would leave none of them does not count.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,28 @@ class Sampler:
             processed = processed.masked_fill(scores == -torch.inf, -torch.inf)
             return processed if processed.isfinite().any() else scores
         return processed
+
+
+class ForcedTokens:
+    """Chooses given tokens, whatever the logits are."""
+
+    is_argmax = False
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        import torch
+
+        self._tokens = torch.tensor(tokens)
+        self.restart()
+
+    def restart(self) -> None:
+        self._next = 0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token id, a scalar on the device of the logits."""
+        self._tokens = self._tokens.to(logits.device)
+        token = self._tokens[self._next]
+        self._next += 1
+        return token
 
 
 def _logits_processors(

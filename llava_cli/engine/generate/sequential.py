@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.generate.confidence import token_log_probabilities
 from llava_cli.engine.generate.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def generate_alone(model: Any, sequence: Sequence) -> Iterator[None]:
     while True:
         logits = read(token)
         token = sequence.sampler(logits).view(1, 1)
+        if sequence.records:
+            sequence.record(token_log_probabilities(logits, token[0])[0])
         sequence.append(int(token), logits[0])
         yield
         if sequence.is_complete:
