@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,15 @@ class Conversation:
     def answered(self, text: str) -> Conversation:
         """This conversation with its last question answered."""
         return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], answer=text)))
+
+    def with_pictures(self, change: Callable[[Picture], Picture]) -> Conversation:
+        """This conversation with what `change` makes of each picture in its place."""
+
+        def changed(turn: Turn) -> Turn:
+            parts = tuple(part if isinstance(part, str) else change(part) for part in turn.parts)
+            return replace(turn, pictures=tuple(map(change, turn.pictures)), parts=parts)
+
+        return replace(self, turns=tuple(map(changed, self.turns)))
 
     @property
     def instructions(self) -> tuple[str, ...]:

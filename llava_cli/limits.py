@@ -150,6 +150,14 @@ CALIBRATION_ROWS = 1_000_000
 """Labelled rows that a calibration is fitted to: they are in memory."""
 CALIBRATION_LEVELS = 1_000
 """Thresholds in a calibration's file."""
+SCHEMA_BYTES = 1_000_000
+"""Of a JSON schema that answers must fit."""
+SCHEMA_DEPTH = 64
+SCHEMA_ITEMS = 100_000
+SCHEMA_FIELDS_CHARACTERS = 10_000
+"""Of a schema that is written as a line of fields."""
+REGEX_CHARACTERS = 10_000
+GRAMMAR_BYTES = 100_000
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000

@@ -20,6 +20,7 @@ from llava_cli import files, limits
 from llava_cli.choices import check_choices, parse_choices
 from llava_cli.errors import OutputError, UsageError, os_reason
 from llava_cli.paths import config_file
+from llava_cli.schemas import parse_grammar, parse_regex, parse_schema
 from llava_cli.untrusted_text import printable
 
 if TYPE_CHECKING:
@@ -138,9 +139,12 @@ class Sampling(_Options):
         None,
         'Answer in JSON: a JSON schema, or fields: "shop, total float, items [name, price float]".',
         metavar="FILE|FIELDS",
+        parse=parse_schema,
     )
-    regex: str | None = _option(None, "Answer with text that matches this regular expression.", metavar="RE")
-    grammar: str | None = _option(None, "Answer with text of this Lark grammar.", metavar="FILE")
+    regex: str | None = _option(
+        None, "Answer with text that matches this regular expression.", metavar="RE", parse=parse_regex
+    )
+    grammar: str | None = _option(None, "Answer with text of this Lark grammar.", metavar="FILE", parse=parse_grammar)
     confidence: bool = _option(False, "Tell how probable the answer's tokens are.")
     sight: bool = _option(False, "Tell how far the answer depends on the picture: ask with a gray one, too.")
     unset: frozenset[str] = field(default=frozenset(), repr=False, compare=False, kw_only=True)
@@ -152,12 +156,20 @@ class Sampling(_Options):
         plain = ("max_tokens", "temperature", "top_p", "seed", "stop")
         return {name: value for name, value in values.items() if name in plain or value != OPTIONS[name].default}
 
+    @property
+    def grammar_option(self) -> Option | None:
+        """The option that says which texts an answer may have, if one does: schema, regex or grammar."""
+        return next((OPTIONS[key] for key in ("schema", "regex", "grammar") if getattr(self, key)), None)
+
     def __post_init__(self) -> None:
         """Raises `UsageError` for options that exclude or need each other."""
         super().__post_init__()
         forms = [OPTIONS[key].flag for key in ("choices", "schema", "regex", "grammar") if getattr(self, key)]
         if len(forms) > 1:
             raise UsageError(forms[1], f"{forms[0]} says already what an answer is", "give one of them")
+        if self.stop and self.grammar_option:
+            flag = OPTIONS["stop"].flag
+            raise UsageError(flag, f"{self.grammar_option.flag} says already where an answer ends", f"leave {flag} out")
         if self.choices:
             check_choices(OPTIONS["choices"].flag, self.choices)
         elif self.otherwise is not None or self.at_least is not None:

@@ -74,4 +74,8 @@ def settings_of(context: typer.Context) -> Settings:
             if key != "model" and given[key] is not None:
                 flag = OPTIONS[key].flag
                 raise UsageError(flag, f"{server} decides that", f"--server '' {flag} … loads a model here")
+    if settings.sampling.grammar_option and not settings.remote.server:
+        from llava_cli.engine.generate.constraint import check
+
+        check(settings.sampling)
     return settings

@@ -55,6 +55,20 @@ class Reference:
         end = self.processor.tokenizer.eos_token_id
         return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
+    def log_probabilities(self, engine: LocalEngine, talk: Conversation, tokens: Sequence[int]) -> list[float]:
+        """Of these tokens as the answer, in the raw logits of one `generate` that is made to say them."""
+        inputs = self.inputs(engine, talk)
+        length = inputs["input_ids"].shape[1]
+
+        def only(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            said = torch.full_like(scores, -torch.inf)
+            said[:, tokens[ids.shape[1] - length]] = 0
+            return said
+
+        options = {"max_new_tokens": len(tokens), "output_logits": True, "return_dict_in_generate": True}
+        logits = torch.cat(self.model.generate(**inputs, **options, logits_processor=[only], do_sample=False).logits)
+        return list(logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist())
+
     def text(self, tokens: Sequence[int]) -> str:
         return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 

@@ -28,6 +28,8 @@ class LmHead:
 
     def __init__(self, head: torch.nn.Linear, approximate: QuantizedLinear) -> None:
         self._original_forward, self._weight, self._approximate = head.forward, head.weight.data, approximate
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The latest hidden state [hidden_size] in fp32, and the logits that were made of it."""
 
     @classmethod
     def for_head(cls, head: Any, store: PackedWeightStore) -> LmHead | None:
@@ -43,12 +45,27 @@ class LmHead:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> logits [..., vocabulary], in fp32 for one token."""
-        import torch
-
         if x.numel() != x.shape[-1]:
             exact: torch.Tensor = self._original_forward(x)
             return exact
-        logits = self._approximate(x).float()
-        largest = logits.view(-1).topk(min(self.EXACT_LOGITS, logits.numel())).indices
-        logits.view(-1)[largest] = torch.mv(self._weight[largest].float(), x.view(-1).float())
+        logits, hidden_state = self._approximate(x).float(), x.view(-1).float()
+        self._last = hidden_state, logits
+        self._compute_largest(logits.view(-1), hidden_state)
         return logits
+
+    def largest_logits(self, masked: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Computes the largest of `masked` again as well, a copy of `logits` with others at -inf, both [1, vocabulary].
+
+        Where `logits` are not the latest that this head has approximated, they are left as they are.
+        """
+        if self._last and self._last[1].data_ptr() == logits.data_ptr():
+            self._compute_largest(masked.view(-1), self._last[0])
+        return masked
+
+    def _compute_largest(self, logits: torch.Tensor, hidden_state: torch.Tensor) -> None:
+        """Replaces the largest of logits [vocabulary] by what the original weights make of it; -inf stays."""
+        import torch
+
+        values, largest = logits.topk(min(self.EXACT_LOGITS, logits.numel()))
+        exact = torch.mv(self._weight[largest].float(), hidden_state)
+        logits[largest] = torch.where(values > -torch.inf, exact, values)

@@ -98,6 +98,8 @@ def accelerate(model: Any, store: PackedWeightStore, patch: ModelPatch) -> str |
         for layer in wide_layers if not vision_layers else ():
             _replace(layer, fuse_vision([layer]), patch)
         lm_head = LmHead.for_head(head, store) if layers else None
+        if lm_head:
+            patch.set_attribute(model, "largest_logits", lm_head.largest_logits)
         _replace(head, lm_head or DenseGemv.for_layer(head), patch)
     return problem
 

@@ -11,6 +11,11 @@ _WINDOW, _CONTEXT = 32, 4
 Decoding from the first token each time would take quadratic time.
 """
 
+_CHARACTER_BYTES = 4
+"""The most that UTF-8 has."""
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What bytes that are no whole character are decoded to."""
+
 
 class Detokenizer:
     """Turns an answer's token ids into pieces of text that join to `decode(ids).strip()`.
@@ -38,8 +43,8 @@ class Detokenizer:
         if not show and not self._stop:
             return ""  # decoding takes longer than a small model
         text = self._decode()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""  # bytes of an unfinished character
+        if text.endswith(_UNFINISHED):
+            return ""
         return self._release(self._new_text(text))
 
     def flush(self) -> str:
@@ -79,3 +84,13 @@ class Detokenizer:
         """How many of the held text's last characters are the beginning of a stop text."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], index: int) -> str:
+    """The text of one of the tokens `ids`, for people: of a byte of a character, that of the whole character."""
+    for width in range(1, _CHARACTER_BYTES + 1):
+        for begin in range(max(0, index - width + 1), min(index, len(ids) - width) + 1):
+            text = str(tokenizer.decode(ids[begin : begin + width], clean_up_tokenization_spaces=False))
+            if _UNFINISHED not in text:
+                return text.strip() or text
+    return _UNFINISHED

@@ -1,11 +1,16 @@
-"""Chooses tokens as transformers' `generate` does, through its own logits processors."""
+"""Chooses tokens as transformers' `generate` does, through its own logits processors.
+
+Where an answer has a form, tokens that may not come next are out before anything else is done: top-k and top-p choose
+among the others, and a processor that would leave none of them does not count.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.generate.constraint import Constraint
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
@@ -21,12 +26,19 @@ _DEFAULT_TOP_K = 50
 class Sampler:
     """Chooses the tokens of one answer to `prompt` [1, tokens].
 
-    The answer has at most `max_tokens` tokens, and one of `end_tokens` ends it.
+    The answer has at most `max_tokens` tokens, and one of `end_tokens` ends it. `constraint` says which may come next.
     """
 
     def __init__(
-        self, model: Any, sampling: Sampling, prompt: torch.Tensor, max_tokens: int, end_tokens: Collection[int]
+        self,
+        model: Any,
+        sampling: Sampling,
+        prompt: torch.Tensor,
+        max_tokens: int,
+        end_tokens: Collection[int],
+        constraint: Constraint | None = None,
     ) -> None:
+        self._model, self._constraint = model, constraint
         self._prompt, self._max_tokens, self._seed = prompt, max_tokens, sampling.seed
         self._is_sampled = sampling.temperature > GREEDY_TEMPERATURE
         self._processors = _logits_processors(
@@ -53,7 +65,7 @@ class Sampler:
     @property
     def is_argmax(self) -> bool:
         """Whether the next token is that of the largest logit, whatever came before."""
-        return self._generator is None and not self._processors
+        return self._generator is None and not self._processors and self._constraint is None
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [1, vocabulary] -> the next token id, a scalar on their device."""
@@ -61,8 +73,10 @@ class Sampler:
 
         with torch.inference_mode():
             scores = logits.float()
+            if self._constraint:
+                scores = self._masked(self._constraint, scores)
             if self._processors:
-                scores = self._processors(self._ids[:, : self._length], scores)
+                scores = self._processed(scores)
             if self._generator is None:
                 token = scores.argmax()
             else:
@@ -71,6 +85,42 @@ class Sampler:
                 self._ids[0, self._length] = token
                 self._length += 1
             return token
+
+    def _masked(self, constraint: Constraint, logits: torch.Tensor) -> torch.Tensor:
+        scores = constraint.mask(logits)
+        largest_exactly = getattr(self._model, "largest_logits", None)
+        return largest_exactly(scores, logits) if largest_exactly else scores
+
+    def _processed(self, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        processed: torch.Tensor = self._processors(self._ids[:, : self._length], scores)
+        if self._constraint:  # some processors force a token, or forbid all that are left
+            processed = processed.masked_fill(scores == -torch.inf, -torch.inf)
+            return processed if processed.isfinite().any() else scores
+        return processed
+
+
+class ForcedTokens:
+    """Chooses given tokens, whatever the logits are."""
+
+    is_argmax = False
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        import torch
+
+        self._tokens = torch.tensor(tokens)
+        self.restart()
+
+    def restart(self) -> None:
+        self._next = 0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token id, a scalar on the device of the logits."""
+        self._tokens = self._tokens.to(logits.device)
+        token = self._tokens[self._next]
+        self._next += 1
+        return token
 
 
 def _logits_processors(

@@ -64,15 +64,20 @@ class Scheduler:
         self.size = self.size or _rows_that_fit(self.model, sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Drops a sequence, whether it waits or is being answered."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        elif sequence in self._batch.sequences:
-            self._batch.remove(sequence)
+        """Drops a sequence and its replay, whether they wait or are being answered."""
+        for one in filter(None, (sequence, sequence.replay)):
+            if one in self.waiting:
+                self.waiting.remove(one)
+            elif one in self._batch.sequences:
+                self._batch.remove(one)
 
-    def step(self, admit: bool = True) -> list[tuple[int, Answer | LlavaError]]:
-        """Adds a token to each sequence, with `admit` also to waiting ones that fit -> the outcomes, by number."""
-        joining = self._next_to_join() if admit else []
+    def drop_new(self) -> None:
+        """Drops the sequences that wait and were not begun."""
+        self.waiting = [sequence for sequence in self.waiting if sequence.has_begun]
+
+    def step(self) -> list[tuple[int, Answer | LlavaError]]:
+        """Adds a token to each sequence, also to waiting ones that fit -> the outcomes, by number."""
+        joining = self._next_to_join()
         try:
             if joining:
                 self._batch.join(joining)
@@ -81,9 +86,21 @@ class Scheduler:
             if not is_out_of_memory(error):
                 raise
         else:
-            return [(sequence.number, sequence.finish()) for sequence in complete]
+            return self._outcomes(complete)
         # Outside of the handler, because the error refers to what did not fit.
         return self._shrink({sequence.number: sequence for sequence in [*self._batch.sequences, *joining]})
+
+    def _outcomes(self, complete: list[Sequence]) -> list[tuple[int, Answer | LlavaError]]:
+        """The answers of sequences by number; where there is a replay, it waits, and its answer comes later."""
+        outcomes: list[tuple[int, Answer | LlavaError]] = []
+        for sequence in complete:
+            outcome = _outcome(sequence)
+            if sequence.replay and isinstance(outcome, Answer):
+                sequence.replay.follow(sequence, outcome)
+                self.add(sequence.replay)
+            else:
+                outcomes.append((sequence.number, outcome))
+        return outcomes
 
     def _next_to_join(self) -> list[Sequence]:
         """Takes sequences from those that wait: in their order where somebody waits for each.
@@ -124,6 +141,13 @@ class Scheduler:
                 sequence.restart()
         self.waiting[:0] = sequences.values()
         return []
+
+
+def _outcome(sequence: Sequence) -> Answer | LlavaError:
+    try:
+        return sequence.finish()
+    except LlavaError as error:
+        return error
 
 
 def _rows_that_fit(model: Any, sequence: Sequence) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from llava_cli.engine.base import Answer, FinishReason
+from llava_cli.engine.base import Answer, Confidence, FinishReason
+from llava_cli.engine.generate.confidence import confidence_in
+from llava_cli.engine.generate.constraint import Constraint
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.positions import Positions
-from llava_cli.engine.generate.sampler import Sampler
+from llava_cli.engine.generate.sampler import ForcedTokens, Sampler
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +46,8 @@ class Token:
 class Sequence:
     """Request `number`: its prompt, as `inputs` of the model, and the tokens of its answer.
 
-    An answer is complete after one of `end_tokens`, a stop text of the detokenizer or `max_tokens` tokens.
+    An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: behind
+    a stop text or, where it has to have a form, when that is complete. Such a form is its own detokenizer.
     """
 
     images: tuple[str, ...] = ()
@@ -55,13 +59,21 @@ class Sequence:
     """Of its tokens; the batch that it joins asks the model for them."""
     cached_tokens: int = 0
     """How many of the prompt's tokens need not be read, because the prompt cache has them."""
+    text_of: Callable[[list[int], int], str] | None = None
+    """Makes text of a token of the answer, by its number, for people; None where nobody asks for confidence."""
+    records: bool = False
+    """Whether it wants the log-probability of each token that it gets; see `record`."""
+    replay: Follower | None = None
+    """What is to be answered after it, and completes its answer."""
+    has_begun: bool = False
+    """Whether a batch has taken it; once no more answers are begun, this one is still to be finished."""
 
     def __init__(
         self,
         number: int,
         inputs: dict[str, torch.Tensor],
-        sampler: Sampler,
-        detokenizer: Detokenizer,
+        sampler: Sampler | ForcedTokens,
+        detokenizer: Detokenizer | Constraint,
         end_tokens: Container[int],
         max_tokens: int,
         begin: float,
@@ -77,6 +89,7 @@ class Sequence:
         self.ids = list(self.prompt)
         """The prompt's tokens, then the answer's."""
         self._pieces: list[str] = []
+        self._log_probabilities: list[torch.Tensor] = []
         self._has_ended = False
 
     def restart(self) -> None:
@@ -97,23 +110,72 @@ class Sequence:
             top = self.top_logprobs
             self.on_token(Token(text, None if top is None else Likelihood.of(token, logits, top)))
 
+    def record(self, log_probability: torch.Tensor) -> None:
+        """Keeps the log-probability of the next token, a scalar on the model's device, which nobody waits for here."""
+        self._log_probabilities.append(log_probability)
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The answer's tokens so far; one that ends it is among them."""
+        return self.ids[len(self.prompt) :]
+
+    def log_probabilities(self) -> list[float]:
+        """Of the answer's tokens, if it `records`."""
+        import torch
+
+        return list(torch.stack(self._log_probabilities).tolist())
+
     @property
     def is_complete(self) -> bool:
         return self._has_ended or self._detokenizer.stopped or len(self.ids) >= self.max_length
 
     def finish(self) -> Answer:
-        """The whole answer, after its last token."""
+        """The whole answer, after its last token. Raises `UsageError` if the form that it has to have cannot go on."""
         text = self._detokenizer.flush()
         self._pieces.append(text)
         if self.on_token and text:
             self.on_token(Token(text))
+        whole = "".join(self._pieces)
         reason: FinishReason = "stop" if self._has_ended or self._detokenizer.stopped else "length"
+        constraint = self._detokenizer if isinstance(self._detokenizer, Constraint) else None
         return Answer(
-            text="".join(self._pieces),
+            text=whole,
             finish_reason=reason,
             prompt_tokens=len(self.prompt),
             cached_tokens=self.cached_tokens,
-            answer_tokens=len(self.ids) - len(self.prompt),
+            answer_tokens=len(self.answer_ids),
             first_token_seconds=self._first_token - self._begin,
             total_seconds=time.perf_counter() - self._begin,
+            data=constraint.data(whole) if constraint and reason == "stop" else None,
+            confidence=self._confidence(),
         )
+
+    def _confidence(self) -> Confidence | None:
+        return confidence_in(self.log_probabilities(), partial(self.text_of, self.answer_ids)) if self.text_of else None
+
+
+class Follower(Sequence):
+    """The same question about other pictures, asked after the first; its answer is the first one with its `sight`."""
+
+    has_begun = True
+
+    def follow(self, answered: Sequence, answer: Answer) -> None:
+        """Takes a complete sequence and its answer; to be called before this one is read."""
+        raise NotImplementedError
+
+
+class Replay(Follower):
+    """Says the tokens of the first answer again."""
+
+    records = True
+
+    def __init__(self, number: int, inputs: dict[str, torch.Tensor], detokenizer: Detokenizer) -> None:
+        super().__init__(number, inputs, ForcedTokens(()), detokenizer, (), 0, time.perf_counter())
+
+    def follow(self, answered: Sequence, answer: Answer) -> None:
+        self._answer, self._log_probability = answer, sum(answered.log_probabilities())
+        self.sampler = ForcedTokens(answered.answer_ids)
+        self.max_length = len(self.prompt) + len(answered.answer_ids)
+
+    def finish(self) -> Answer:
+        return replace(self._answer, sight=self._log_probability - sum(self.log_probabilities()))
