@@ -1,26 +1,24 @@
 """What labelled rows have shown of a model that chooses: how far to trust its probabilities, and from where on.
 
-A promise of `--max-error 2%` is this: with 95 % certainty, which is about the labelled rows being an unlucky draw, of
-the answers that are not left open at most 2 % are wrong in the long run, if what is asked is like what was labelled
-(exchangeable with it: the same kind of pictures, asked the same).
+`--max-error 2%` promises this: of the answers that are not left open, at most 2 % are wrong in the long run. It holds
+with 95 % certainty (the labelled rows may be an unlucky draw), if labelled rows and later ones are independent draws
+from the same distribution: the same kind of pictures, asked the same.
 
 That error is R(t) = P(wrong | the calibrated probability of the best choice is at least t). Conformal risk control
-(Angelopoulos et al., arXiv 2208.02814) bounds the mean of a loss that only grows as t falls, such as P(answered and
-wrong) among all rows. R(t) need not be monotone, and a bound of a mean over all draws of labelled rows says little of
-the one at hand. So the threshold is found by the same authors' Learn then Test (arXiv 2110.01052), which bounds R(t)
-itself, with high probability:
+(Angelopoulos et al., arXiv 2208.02814) bounds a loss that only grows as t falls, such as P(answered and wrong) among
+all rows, and bounds its mean over all draws of labelled rows. R(t) need not be monotone, and users have a single draw.
+So the threshold is found by Learn then Test (Angelopoulos et al., arXiv 2110.01052), which bounds R(t) itself, with
+high probability; the bound on P(answered and wrong) follows, for that is at most R(t):
 
-1. `THRESHOLDS`, t_1 to t_m, are fixed before a row is seen. Of the n_j rows that reach t_j, k_j are wrong. Given n_j,
-   k_j is binomial with n_j trials of probability R(t_j).
-2. The upper confidence bound of Clopper and Pearson (Biometrika 26, 1934) is exact: u_j is the probability at which
-   k_j or fewer wrong rows of n_j would be as improbable as delta / m.
-3. By Bonferroni's inequality, R(t_j) <= u_j holds for all j at once with probability 1 - delta. So any t_j whose u_j is
-   at most the wished error may be taken, also after looking at all of them; the lowest one answers most.
+1. `THRESHOLDS`, t_1 to t_m, are fixed before a row is seen. Of the n_j labelled rows that reach t_j, k_j are wrong.
+   Given n_j, k_j is binomial: n_j trials of probability R(t_j).
+2. The upper bound of Clopper and Pearson (Biometrika 26, 1934) is exact: u_j is the p at which k_j or fewer wrong rows
+   of n_j have the probability delta / m.
+3. By Bonferroni's inequality, R(t_j) <= u_j for all j at once with probability 1 - delta. So any t_j whose u_j is at
+   most the wished error may be taken, also after looking at all of them; the lowest one answers most.
 
-The bound on P(answered and wrong) follows, since it is at most R(t).
-
-The temperature is fitted to the same rows. With two choices it moves no row past another; with more, a single number
-can hardly adapt to the labels of hundreds of rows, which `benchmarks/calibration.py` measures as well.
+The temperature is fitted to the same rows. With two choices it moves no row past another. With more it may, but it is
+one number from hundreds of rows: `benchmarks/calibration.py` measures that the promise holds with twelve choices.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.batch.rows import error_object, is_unsure
@@ -145,7 +145,7 @@ class JudgedEngine(Engine):
         try:
             if self._unusable:
                 raise self._unusable
-            second = self._larger.answer(request.conversation, request.sampling)
+            second = self._larger.answer(request.conversation, replace(request.sampling, sight=False))
         except LlavaError as error:
             if isinstance(error, ModelUnusable):  # which every other question would meet, too
                 self._unusable = error
