@@ -152,6 +152,8 @@ SCHEMA_DEPTH = 64
 SCHEMA_ITEMS = 100_000
 SCHEMA_FIELDS_CHARACTERS = 10_000
 """Of a schema that is written as a line of fields."""
+SCHEMA_MULTIPLE = 100_000
+"""The product of the different significant digits behind `multipleOf`: a state is made for each remainder."""
 REGEX_CHARACTERS = 10_000
 GRAMMAR_BYTES = 100_000
 COUNTED_NAMES = 1_000

@@ -200,11 +200,15 @@ class _Fields:
         place = place or self._tokens[self._next].place
         return UsageError(self._source, f"{printable(reason)} (character {place})", _EXAMPLE)
 
-    def _expect(self, mark: str) -> None:
-        if self._peek() != mark:
-            found = f"{self._peek()!r} stands" if self._peek() else "the line ends"
-            raise self._error(f"{found} where {mark!r} should")
+    def _expect(self, *marks: str) -> None:
+        """Takes one of the marks."""
+        if self._peek() not in marks:
+            raise self._unexpected(self._tokens[self._next], " or ".join(repr(mark) for mark in marks if mark))
         self._take()
+
+    def _unexpected(self, found: _Token, expected: str) -> UsageError:
+        words = f"{found.text!r} stands" if found.text else "the line ends"
+        return self._error(f"{words} where {expected} should", found.place)
 
     def _object(self, end: str) -> dict[str, Any]:
         """Fields up to the mark `end`, or to the end of the line."""
@@ -225,7 +229,7 @@ class _Fields:
             properties[key] = _TYPES["str"] if self._peek() in (",", end) else self._type()
             if self._peek() == end:
                 break
-            self._expect(",")
+            self._expect(",", end)
         return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
     def _type(self) -> dict[str, Any]:
@@ -235,8 +239,7 @@ class _Fields:
             return self._nested("{", "}")
         first = self._take()
         if first.is_mark or not first.text:
-            found = f"{first.text!r} stands" if first.text else "the line ends"
-            raise self._error(f"{found} where a type should", first.place)
+            raise self._unexpected(first, "a type")
         if self._peek() != "|" and not first.text.startswith('"'):
             if first.text not in _TYPES:
                 words = f"{first.text!r} is no type; there are {', '.join(_TYPES)}, A|B|C, [a list] and {{an object}}"

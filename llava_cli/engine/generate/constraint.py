@@ -13,7 +13,9 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from llava_cli import limits
 from llava_cli.errors import ModelUnusable, UsageError
@@ -273,7 +275,13 @@ def _byte_level() -> dict[str, int]:
 
 
 def _lark_of_schema(flag: str, text: str) -> str:
-    schema = _kept(flag, json.loads(text)) | {"x-guidance": _JSON_STYLE | _JSON_EXACT}
+    plain = json.loads(text)
+    if not _Endings(plain).has_one(plain):
+        raise UsageError(flag, "no answer can satisfy it: what it asks for never ends", _HINTS["schema"])
+    if prod(_multiples(plain)) > limits.SCHEMA_MULTIPLE:
+        reason = f"multipleOf has too many digits, of which {limits.SCHEMA_MULTIPLE:,} remainders would be made"
+        raise UsageError(flag, reason, _HINTS["schema"])
+    schema = _kept(flag, plain) | {"x-guidance": _JSON_STYLE | _JSON_EXACT}
     return f"start: %json {json.dumps(schema, ensure_ascii=False)}\n{_OPTIONS}"
 
 
@@ -304,6 +312,78 @@ _HINTS = {
     "regex": "the syntax is that of Rust's regex: no look-around, no back-references",
     "grammar": "the syntax is Lark's, as llguidance reads it",
 }
+
+
+class _Endings:
+    """Whether a schema has any finite answer: one that has to have itself as a part has none."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._open: set[str] = set()
+        self._finite: set[str] = set()
+        self._steps = 0
+
+    def has_one(self, schema: Any) -> bool:
+        """True too for what is no schema, which others find out."""
+        self._steps += 1
+        if not isinstance(schema, dict) or self._steps > limits.SCHEMA_ITEMS:
+            return True
+        is_object, is_list = (schema.get("type") == kind for kind in ("object", "array"))
+        parts = [*_listed(schema, "allOf"), *([schema] if isinstance(schema.get("$ref"), str) else [])]
+        if is_object and isinstance(properties := schema.get("properties"), dict):
+            parts += [properties.get(name) for name in _listed(schema, "required") if isinstance(name, str)]
+        if is_list and isinstance(least := schema.get("minItems"), int):
+            items = [*_listed(schema, "prefixItems"), *([schema.get("items")] * (least > 0))]
+            parts += items[:least]
+        if not all(self._ends(part) if part is schema else self.has_one(part) for part in parts):
+            return False
+        return all(any(map(self.has_one, one)) for key in ("anyOf", "oneOf") if (one := _listed(schema, key)))
+
+    def _ends(self, schema: dict[str, Any]) -> bool:
+        """Whether what it refers to has a finite answer, in which it does not occur again."""
+        name = schema["$ref"]
+        if name in self._finite or name in self._open:
+            return name in self._finite
+        self._open.add(name)
+        if is_finite := self.has_one(_resolved(self._root, name)):
+            self._finite.add(name)
+        self._open.discard(name)
+        return is_finite
+
+
+def _listed(schema: dict[str, Any], key: str) -> list[Any]:
+    return value if isinstance(value := schema.get(key), list) else []
+
+
+def _resolved(root: Any, reference: str) -> Any:
+    """What a reference within a schema points to (RFC 6901); None for any other."""
+    if not reference.startswith("#"):
+        return None
+    found = root
+    for part in unquote(reference[1:]).split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        elif isinstance(found, dict) and name in found:
+            found = found[name]
+        else:
+            return None
+    return found
+
+
+def _multiples(schema: Any) -> set[int]:
+    """The significant digits of each `multipleOf` in a schema, as whole numbers."""
+    if isinstance(schema, list):
+        return set().union(*map(_multiples, schema))
+    if not isinstance(schema, dict):
+        return set()
+    number = schema.get("multipleOf")
+    own = {_digits_of(number)} if isinstance(number, (int, float)) and number else set()
+    return own.union(*map(_multiples, schema.values()))
+
+
+def _digits_of(number: float) -> int:
+    return int(re.sub(r"[eE].*|[-.]", "", repr(number)).strip("0") or 1)
 
 
 def _kept(flag: str, schema: Any) -> Any:
@@ -355,6 +435,8 @@ _WORDS = (
     (r"(?s).*?\nerror: ([^\n]+).*", r"\1"),
     (r"(?s).*lookarounds not supported yet.*", r"look-around, such as \\b, is not supported"),
     (r"(?s)NoExtension.*", "no text fits it"),
+    (r"(?s)Unsatisfiable schema: Regex is empty.*", "no text fits it"),
+    (r"(?s)Unsatisfiable schema: (.*)", r"no answer can satisfy it: \1"),
     (r"(?s)oneOf constraints.*", "oneOf can be kept only where its schemas exclude each other; anyOf takes any"),
     (r"(?s)Resource ('.*') is not present.*", r"\1 is elsewhere, and not fetched"),
     (r"(?s)Unimplemented keys: \[(.*)\].*", r"\1 cannot be kept"),
