@@ -156,6 +156,8 @@ SCHEMA_MULTIPLE = 100_000
 """The product of the different significant digits behind `multipleOf`: a state is made for each remainder."""
 REGEX_CHARACTERS = 10_000
 GRAMMAR_BYTES = 100_000
+GRAMMAR_STATES = 50_000
+"""Of the automaton that is made of a schema, regex or grammar as answers go on: 1 to 2 kB each."""
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000

@@ -38,7 +38,7 @@ _TYPES: dict[str, dict[str, Any]] = {
     "time": {"type": "string", "pattern": "^([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?$"},
 }
 _BOUNDS = bounded_json.Bounds(limits.SCHEMA_BYTES, limits.SCHEMA_DEPTH, limits.SCHEMA_ITEMS)
-_FILE_NAME = re.compile(r"[^\s,|\[\]{}\"]*(/[^\s,|\[\]{}\"]*|\.(json|lark))")
+_WORD = re.compile(r'[^\s,|\[\]{}"]+')
 _START_RULE = re.compile(r"^\s*[!?]?start\b[^:\n]*:", re.M)
 _TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|([,?|\[\]{}])|([^\s,?|\[\]{}"]+))')
 """A text in quotes, a mark, or a word."""
@@ -49,7 +49,8 @@ def parse_schema(source: str, value: Any) -> str:
 
     Raises `UsageError` or `InputMissing`, about `source`, for what is no such thing.
     """
-    if isinstance(value, str) and (data := _content(source, value, limits.SCHEMA_BYTES)) is not None:
+    is_name = isinstance(value, str) and not value.lstrip().startswith("{")
+    if is_name and (data := _content(source, value, limits.SCHEMA_BYTES)) is not None:
         return _canonical(f"{source} {printable(value)}", _from_json(f"{source} {printable(value)}", data))
     return written_schema(source, value)
 
@@ -100,7 +101,7 @@ def _content(source: str, name: str, most: int) -> bytes | None:
     """What the file with this name has; None if it is the name of none."""
     try:
         if not os.path.exists(name):
-            if _FILE_NAME.fullmatch(name):
+            if _WORD.fullmatch(name) and ("/" in name or name.endswith((".json", ".lark"))):
                 raise InputMissing(f"{source} {printable(name)}", "there is no such file")
             return None
         return regular_files.read(name, most)

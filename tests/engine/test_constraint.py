@@ -346,8 +346,8 @@ def test_numbers_that_no_float_can_be_are_the_largest_one(engines: Engines) -> N
         ({"regex": r"(a)\1"}, "--regex: backreferences are not supported"),
         ({"grammar": "start: x"}, '--grammar: line 1, column 8: unknown name: "x"'),
         ({"grammar": 'start: "a'}, "--grammar: line 1, column 10: lexer error"),
-        ({"grammar": 'start: <image> "a"'}, "'<image>' is no Lark: an answer is text without special tokens"),
-        ({"grammar": "start: <[5]>"}, "special tokens"),
+        ({"grammar": 'start: <image> "a"'}, "<image> is a special token, and an answer is text"),
+        ({"grammar": "start: <[5]>"}, "special token"),
         ({"grammar": "start: start"}, "no text fits it"),
     ],
 )
@@ -368,6 +368,12 @@ def test_commands_say_so_before_they_load_or_write_anything(
         assert result.stderr.startswith(f"llava: {option}: ")
         assert result.stderr.count("\n") == 2  # the error and the hint
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_form_that_needs_too_many_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "GRAMMAR_STATES", 10)
+    with pytest.raises(UsageError, match=r"--regex: .*too many states"):
+        constraint([bytes([byte]) for byte in range(256)] + [None], regex="(abc|bcd|cde){1,30}")
 
 
 def test_what_looks_like_special_tokens_and_is_text() -> None:

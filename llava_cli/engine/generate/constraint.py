@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _PRIVATE_USE = "\U000f0000"
 """From here on there are stand-ins for special tokens (`prompts/special_tokens.py`), which no answer has."""
-_COMPILED = 64
+_COMPILED = 16
 """Grammars that are kept."""
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -125,10 +125,10 @@ class Grammars:
         return np.array(list(self.without_space), np.int64), np.array(list(self.without_space.values()), np.int64)
 
     def _compiled(self, key: str, text: str) -> LLMatcher:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        flag = OPTIONS[key].flag
-        matcher = LLMatcher(self._tokenizer, _LARK[key](flag, text), log_level=0)
+        flag, bounds = OPTIONS[key].flag, LLParserLimits(max_lexer_states=limits.GRAMMAR_STATES, verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, _LARK[key](flag, text), log_level=0, limits=bounds)
         if not (error := matcher.get_error()):
             probe = matcher.deep_copy()
             probe.compute_bitmask()
@@ -294,8 +294,8 @@ def _lark_of_regex(flag: str, text: str) -> str:
 
 def _lark_of_grammar(flag: str, text: str) -> str:
     rest = _LARK_TEXTS.sub("", text)
-    if match := re.search(r"<[^>\n]*>?|@\w*|%llguidance", rest):
-        reason = f"{one_line(match[0])!r} is no Lark: an answer is text without special tokens"
+    if match := re.search(r"<[^>\n]*>?", rest):
+        reason = f"{one_line(match[0])} is a special token, and an answer is text"
         raise UsageError(flag, reason, "quote it to mean its text")
     return f"{text}\n{_OPTIONS}"
 
@@ -308,7 +308,7 @@ _LARK: dict[str, Callable[[str, str], str]] = {
     "grammar": _lark_of_grammar,
 }
 _HINTS = {
-    "schema": "docs/guide/structured.md lists what a schema may have",
+    "schema": "what is kept: type, enum, const, properties, items, anyOf, allOf, $ref, pattern, format and bounds",
     "regex": "the syntax is that of Rust's regex: no look-around, no back-references",
     "grammar": "the syntax is Lark's, as llguidance reads it",
 }
