@@ -33,7 +33,8 @@ from transformers import PreTrainedTokenizerFast
 from llava_cli import Answer, Conversation, LlavaError, Sampling, load
 from llava_cli.engine import Request
 from llava_cli.engine.generate.batch import Batch
-from llava_cli.engine.generate.constraint import Grammars, token_bytes
+from llava_cli.engine.generate.constraint import Grammars
+from llava_cli.engine.generate.token_bytes import token_bytes
 from llava_cli.engine.local import LocalEngine
 
 MAX_TOKENS = 300

@@ -23,7 +23,8 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 from llava_cli import Answer, Sampling, limits, load
 from llava_cli.engine import Request
 from llava_cli.engine.forward import Forward
-from llava_cli.engine.generate.constraint import Constraint, Grammars, check, token_bytes
+from llava_cli.engine.generate.constraint import Constraint, Grammars, check
+from llava_cli.engine.generate.token_bytes import token_bytes
 from llava_cli.engine.local import LocalEngine
 from llava_cli.errors import ModelUnusable, UsageError
 
@@ -317,6 +318,16 @@ def test_numbers_that_no_float_can_be_are_the_largest_one(engines: Engines) -> N
     assert one.data("12345678901234567890") == 12345678901234567890
 
 
+def chain(length: int) -> dict[str, Any]:
+    """A schema of objects in objects, each by a reference; a stack without bounds would end at three times as many."""
+    inner = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(length)}
+    return {"$defs": inner | {f"a{length}": {"type": "null"}}, "$ref": "#/$defs/a0"}
+
+
+def rules(length: int) -> str:
+    return "start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(length)) + f'a{length}: "x"'
+
+
 @for_each(
     "options, words",
     [
@@ -341,6 +352,7 @@ def test_numbers_that_no_float_can_be_are_the_largest_one(engines: Engines) -> N
         ({"schema": {"allOf": [{"multipleOf": n} for n in (7919, 7.907, -79.01)]}}, "multipleOf has too many"),
         ({"schema": {"$ref": "#"}}, "never ends"),
         ({"schema": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}}, "never ends"),
+        ({"schema": chain(limits.SCHEMA_REF_DEPTH)}, "its [$]refs nest more than 256 levels"),
         ({"regex": "("}, "--regex: unclosed group"),
         ({"regex": r"a\b"}, r"--regex: look-around, such as \\b, is not supported"),
         ({"regex": r"(a)\1"}, "--regex: backreferences are not supported"),
@@ -349,6 +361,10 @@ def test_numbers_that_no_float_can_be_are_the_largest_one(engines: Engines) -> N
         ({"grammar": 'start: <image> "a"'}, "<image> is a special token, and an answer is text"),
         ({"grammar": "start: <[5]>"}, "special token"),
         ({"grammar": "start: start"}, "no text fits it"),
+        ({"grammar": 'start: %json {"not": {}}'}, '--grammar: "not" cannot be kept'),
+        ({"grammar": "start: %json [1]"}, "what follows %json is no JSON schema"),
+        ({"grammar": 'start: %json {"a"'}, "what follows %json is not JSON"),
+        ({"grammar": rules(limits.GRAMMAR_RULES)}, "more than 500 rules and terminals"),
     ],
 )
 def test_what_cannot_be_kept_is_said_without_a_model(options: dict[str, Any], words: str) -> None:
@@ -376,7 +392,15 @@ def test_a_form_that_needs_too_many_states(monkeypatch: pytest.MonkeyPatch) -> N
         constraint([bytes([byte]) for byte in range(256)] + [None], regex="(abc|bcd|cde){1,30}")
 
 
-def test_what_looks_like_special_tokens_and_is_text() -> None:
+def test_what_only_looks_wrong() -> None:
+    check(Sampling(schema=chain(60)))
+    check(Sampling(grammar=rules(300)))
+    tree = {
+        "type": "object",
+        "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+        "required": ["next"],
+    }
+    check(Sampling(schema=tree))
     for grammar in ('start: "<image>"', "start: /<b>/", 'start: "a" // <image>\n', 'start: %json {"const": "<image>"}'):
         check(Sampling(grammar=grammar))
 
