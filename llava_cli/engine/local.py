@@ -13,7 +13,7 @@ from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.generate.batch import Batch, can_batch
 from llava_cli.engine.generate.choices import ChoiceReplay, ChoiceSequence, ChoiceTree
-from llava_cli.engine.generate.constraint import Grammars, token_bytes
+from llava_cli.engine.generate.constraint import Grammars
 from llava_cli.engine.generate.detokenizer import Detokenizer, text_of
 from llava_cli.engine.generate.end_tokens import all_end_tokens
 from llava_cli.engine.generate.picture_inputs import count_pictures
@@ -23,6 +23,7 @@ from llava_cli.engine.generate.sampler import Sampler
 from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Follower, Replay, Sequence, Token
 from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
+from llava_cli.engine.generate.token_bytes import token_bytes
 from llava_cli.engine.model_patch import ModelPatch
 from llava_cli.engine.sight import unseen
 from llava_cli.errors import LlavaError, ModelUnusable, PromptTooLong, is_out_of_memory, model_errors
