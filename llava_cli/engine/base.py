@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any, Literal
 
 from llava_cli.conversation import Conversation
-from llava_cli.errors import LlavaError
+from llava_cli.errors import DeviceLost, LlavaError
 from llava_cli.images.reader import open_picture
 from llava_cli.models.families import Family
 from llava_cli.settings import Sampling
@@ -122,6 +122,8 @@ class Engine(ABC):
     def _outcome(self, request: Request) -> Answer | LlavaError:
         try:
             return self.answer(request.conversation, request.sampling)
+        except DeviceLost:
+            raise
         except LlavaError as error:
             return error
 

@@ -22,7 +22,7 @@ from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Sequence, Token
 from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
 from llava_cli.engine.model_patch import ModelPatch
-from llava_cli.errors import LlavaError, PromptTooLong, is_out_of_memory, model_errors
+from llava_cli.errors import DeviceLost, LlavaError, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
 from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import Sampling
@@ -165,6 +165,8 @@ class LocalEngine(Engine):
             try:
                 sequence = self.prepare(number, request)
                 yield sequence if self.can_batch(sequence) else (number, request)
+            except DeviceLost:
+                raise
             except LlavaError as error:
                 yield number, error
 
