@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.hardware.allocator import empty_device_cache
+
 if TYPE_CHECKING:
     import torch
 
@@ -59,3 +61,10 @@ class Forward:
         ids, places = torch.tensor([tokens, positions], device=self._device).unsqueeze(-1)
         logits = self({"input_ids": ids}, cache, mask, places).float()
         return logits, logits.argmax(-1)
+
+
+def release_memory(model: Any) -> None:
+    """Frees what decoding keeps for later steps, and what torch keeps of a device's memory, where that has run out."""
+    if graphs := getattr(model, "decode_graphs", None):
+        graphs.release()
+    empty_device_cache(model.device.type)

@@ -60,12 +60,17 @@ class RoomyLayer(DynamicLayer):
             self._set_size(name, len(old), old.shape[2] + tokens)
 
     def move_into(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Makes these buffers [rows or more, heads, tokens or more, head_dim] the layer's own, with what it holds."""
+        """Makes these buffers [rows or more, heads, tokens or more, head_dim] the layer's own, with what it holds.
+
+        All else in them becomes 0: what a mask hides of an infinity is still no number.
+        """
         for name, buffer in zip(_BOTH, (keys, values), strict=True):
-            old = getattr(self, name)
             if self._buffers.get(name) is not buffer:
+                old = getattr(self, name).clone()  # it may be in the same memory, in another shape
+                setattr(self, name, old)  # whole at any time, whenever Ctrl-C comes
+                buffer.zero_()
                 rows, _, tokens, _ = old.shape
-                buffer[:rows, :, :tokens] = old.clone()  # it may have been in the same memory, in another shape
+                buffer[:rows, :, :tokens] = old
                 self._buffers[name] = buffer
                 self._set_size(name, rows, tokens)
 

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
+from llava_cli.engine.forward import release_memory
 from llava_cli.engine.generate.batch import Batch, can_batch
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.end_tokens import all_end_tokens
@@ -101,6 +102,7 @@ class LocalEngine(Engine):
             if is_out_of_memory(error):
                 self._streamed = None
                 self._last_prompt.clear()
+                release_memory(self.network)
             raise
         finally:
             if self._streamed is batch and batch.sequences:  # it was not completed, and may be continued from
