@@ -28,11 +28,12 @@ class Forward:
         """`inputs` [rows, tokens] as a processor makes them, without what the cache holds already.
 
         `mask` [rows, columns] is true where a token is, of the cache's too, and `positions` [rows, tokens] are theirs;
-        without them there is no padding.
+        without them there is no padding. All may be in the host's memory.
         """
         import torch
 
         with torch.inference_mode():
+            mask = None if mask is None else mask.to(self._device, non_blocking=True)
             inputs = {name: value.to(self._device, non_blocking=True) for name, value in inputs.items()}
             decoder = getattr(self.model, "token_forward", None)
             if len(inputs) == inputs["input_ids"].shape[1] == 1 and self._head and decoder:

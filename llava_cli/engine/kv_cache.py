@@ -185,6 +185,8 @@ class RoomyCache(Cache):
     def copy_row(self, row: int, columns: torch.Tensor | slice) -> RoomyCache:
         """A cache of one row: a copy of those tokens (a mask [columns], or a slice)."""
         copy, layers = RoomyCache(), list[Any](self.layers)
+        if not isinstance(columns, slice):
+            columns = columns.nonzero()[:, 0]  # for a mask each layer would wait until it is known how many there are
         for index, layer in enumerate(layers):
             one = slice(row, row + 1)
             columns = columns if isinstance(columns, slice) else columns.to(layer.keys.device)
