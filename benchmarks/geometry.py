@@ -52,7 +52,7 @@ def make_processor() -> LlavaProcessor:
 
 
 def random_llava(size: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """CLIP-L/336 (576 image tokens) before a decoder of LLaVA-1.5's kind, vocabulary 32064, that never ends by itself."""
+    """CLIP-L/336 (576 image tokens) before a decoder of LLaVA-1.5's kind, vocabulary 32064, that never ends."""
     processor = make_processor()
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(

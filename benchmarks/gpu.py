@@ -44,6 +44,7 @@ QUESTION = (
 )
 ANSWER_TOKENS, BATCH_TOKENS, REPEATS = 64, 32, 5
 COMPILE_SECONDS = 90
+HEAD = "| | first token, ms | of the limit + 10 ms | decode, tokens/s | of the limit |\n|---|---|---|---|---|"
 Figures = dict[str, float]
 
 
@@ -303,14 +304,15 @@ class Report:
         self.limit = speed / token_bytes(engine.network)
         self.first_limit = prompt_flops(engine.network, tokens) / rate
         yield f"torch {torch.__version__}; copies at {speed / 1e9:,.0f} GB/s, products at {rate / 1e12:,.1f} TFLOP/s."
-        yield f"A token reads {token_bytes(engine.network) / 1e9:.2f} GB: at most {self.limit:,.0f} tokens/s. Picture and"
-        yield f"prompt, {tokens} tokens, take at least {1e3 * self.first_limit:.1f} ms. The weights were made in {made:.1f} s.\n"
+        size, first = token_bytes(engine.network) / 1e9, 1e3 * self.first_limit
+        yield f"A token reads {size:.2f} GB: at most {self.limit:,.0f} tokens/s. Picture and prompt, {tokens} tokens,"
+        yield f"take at least {first:.1f} ms. The weights were made in {made:.1f} s.\n"
         yield from self._one_at_a_time(engine)
         yield from self._batches(engine, batches)
         if self.clock.has(60, "the pieces of a step"):
             yield from gpu_pieces.lines(engine.network, self.device)
         if self.clock.has(COMPILE_SECONDS + 30, "generate with a static cache, compiled"):
-            yield "\n| | first token, ms | of the limit + 10 ms | decode, tokens/s | of the limit |\n|---|---|---|---|---|"
+            yield f"\n{HEAD}"
             with without_graphs(engine.network), engine.patch.undone():
                 yield self._try("generate, static cache, compiled", ask_compiled, engine, COMPILE_SECONDS)
         if self.device == "cuda":
@@ -326,7 +328,7 @@ class Report:
     def _one_at_a_time(self, engine: LocalEngine) -> Iterator[str]:
         from llava_cli.engine.gpu.patch import describe
 
-        yield "| | first token, ms | of the limit + 10 ms | decode, tokens/s | of the limit |\n|---|---|---|---|---|"
+        yield HEAD
         ours = median(ask_ours, engine)
         yield self._row("llava", ours)
         how = describe(engine.network)
