@@ -146,6 +146,10 @@ ROW_ITEMS = 1_000_000
 CHOICES = 256
 """Answers that a model chooses from; each is read in up to eight spellings."""
 CHOICE_CHARACTERS = 1_000
+CALIBRATION_ROWS = 1_000_000
+"""Labelled rows that a calibration is fitted to: they are in memory."""
+CALIBRATION_LEVELS = 1_000
+"""Thresholds in a calibration's file."""
 SCHEMA_BYTES = 1_000_000
 """Of a JSON schema that answers must fit."""
 SCHEMA_DEPTH = 64
