@@ -24,7 +24,7 @@ UNSURE = "unsure"
 WAITING_PER_REQUEST = 4
 """Questions that may wait for the larger model, with their pictures, for each that it is asked at a time."""
 MAX_BEHIND = 256
-"""Requests that may be drawn after one that still waits for the larger model: behind it, the runner's rows pile up."""
+"""Requests that may be drawn after one that waits for the larger model: the runner gives no more than some hundreds."""
 
 
 @dataclass(frozen=True)
