@@ -104,13 +104,14 @@ def to_line(row: dict[str, Any], ascii_only: bool = False) -> bytes:
 
 
 def warning_flags(answer: Answer, question: str) -> list[str]:
-    """Signs that an answer went wrong: empty, repeated, cut_off, echoes_prompt."""
+    """Signs that an answer went wrong: empty, repeated, cut_off, echoes_prompt, blind."""
     text = answer.text
     flags = {
         "empty": not text.strip(),
         "repeated": is_repetitive(text[-4000:] + " "),
         "cut_off": answer.finish_reason == "length",
         "echoes_prompt": (len(question) > 7 and _normalized(question) in _normalized(text)) or "ASSISTANT:" in text,
+        "blind": answer.is_blind,
     }
     return [name for name, is_set in flags.items() if is_set]
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ from llava_cli.batch.journal import Journal
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
-from llava_cli.batch.runner import answer_tasks, conversation_of, sampling_of
+from llava_cli.batch.runner import answer_tasks, conversation_of, sampled, sampling_of
 from llava_cli.batch.source import Source
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
@@ -42,6 +43,8 @@ class Job:
     retry: bool = False
     repair: bool = False
     verify: int = 0
+    sight: int = 0
+    """Of how many rows to tell the sight."""
     allow_truncated: bool = False
     allow_urls: bool = False
     quiet: bool = False
@@ -106,11 +109,13 @@ def _open_journal(job: Job, journal: Journal, tally: Tally) -> Job:
 def _run_settings(job: Job) -> dict[str, Any]:
     """What all rows of a run have in common; with other settings the run cannot be resumed."""
     settings, source = job.settings, job.source
+    sight = {"sight": job.sight} if job.sight else {}
     return {
         "llava": ".".join(__version__.split(".")[:2]),
         **identify(settings),
         "system": settings.system,
         **settings.sampling.said(),
+        **sight,
         "fit": settings.load.fit,
         "visual_tokens": settings.load.visual_tokens,
         "allow_truncated": job.allow_truncated,
@@ -140,16 +145,20 @@ def _answer(
             show(tally.rows, tally.failed, pictures, tally.tokens - tokens_before)
             yield row
 
+    def of_sample(tasks: Iterable[Task], numbers: Iterable[int]) -> Iterable[Task]:
+        total = journal.total if journal else None
+        return sampled(zip(numbers, tasks, strict=False), job.sight, total) if job.sight else tasks
+
     with render.counting(journal.total if journal else None, job.quiet) as show:
         if journal is None:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
-            for row in rows(tasks):
+            for row in rows(of_sample(tasks, count())):
                 sys.stdout.write(to_line(row, ascii_only).decode())
                 sys.stdout.flush()
         else:
             if journal.to_redo:
-                journal.replace(rows(journal.tasks_to_redo()))
-            for row in rows(tasks) if stop.go_on() else ():
+                journal.replace(rows(of_sample(journal.tasks_to_redo(), journal.to_redo)))
+            for row in rows(of_sample(tasks, count(journal.done))) if stop.go_on() else ():
                 journal.append(row)
     if not last_image:
         return "nothing left to do"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,10 @@ ExtendOpt = Annotated[bool, typer.Option("--extend", help="Take in pictures that
 RetryOpt = Annotated[bool, typer.Option("--retry-errors", help="Ask again where a row has an error.")]
 RepairOpt = Annotated[bool, typer.Option("--repair", help="Ask again where a row is damaged; keeps what was there.")]
 VerifyOpt = Annotated[int, typer.Option("--verify", metavar="N", min=0, help="Ask N rows again alone, and compare.")]
+SightOpt = Annotated[
+    int,
+    typer.Option("--sight", metavar="N", min=0, help="Of N rows, tell how far the answer depends on the picture."),
+]
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
@@ -68,6 +73,7 @@ def batch(
     retry_errors: RetryOpt = False,
     repair: RepairOpt = False,
     verify: VerifyOpt = 0,
+    sight_sample: SightOpt = 0,
     *,
     context: typer.Context,
     allow_truncated: TruncatedOpt = False,
@@ -87,6 +93,7 @@ def batch(
     by its content: questions may have any name, or come on stdin. What is skipped in a folder is counted on stderr.
     """
     from llava_cli.batch.run import Job, run
+    from llava_cli.batch.runner import check_form
     from llava_cli.batch.source import Source
     from llava_cli.batch.source_arguments import expand, split_question
     from llava_cli.batch.source_check import check_source
@@ -102,7 +109,8 @@ def batch(
     size = _size(batch_size)
     sources, question = split_question(words or [""])
     all_questions = (*([question] if question is not None else []), *(questions or []))
-    source = Source(expand(sources), all_questions, tuple(include or ()), null, root)
+    check = partial(check_form, sampling=settings.sampling, is_local=not settings.remote.server)
+    source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check)
     check_source(source, allow_urls, to_file)
     job = Job(
         source=source,
@@ -114,6 +122,7 @@ def batch(
         retry=retry_errors,
         repair=repair,
         verify=verify,
+        sight=sight_sample,
         allow_truncated=allow_truncated,
         allow_urls=allow_urls,
         quiet=quiet,
