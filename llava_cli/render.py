@@ -67,6 +67,18 @@ def show_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def confidence_line(answer: Answer) -> str:
+    """What is told about an answer besides its text, in one line; empty where nobody asked."""
+    parts = []
+    if sure := answer.confidence:
+        parts.append(
+            f"confidence {sure.mean:.2f}, lowest {sure.lowest:.2f} at {json.dumps(sure.lowest_token, ensure_ascii=False)}"
+        )
+    if answer.sight is not None:
+        parts.append(f"sight {answer.sight:.2f}" + (": blind" if answer.is_blind else ""))
+    return printable(" · ".join(parts))
+
+
 def stats(answer: Answer, engine: Engine) -> str:
     """Times, speed and memory of an answer, in one line."""
     decoding = answer.total_seconds - answer.first_token_seconds

@@ -55,6 +55,8 @@ def ask(
         render.show_json(render.answer_object(answer, conversation, engine))
     else:
         answer = render.show(engine.stream(conversation, settings.sampling))
+        if line := render.confidence_line(answer):
+            render.note(line)
     if answer.finish_reason == "length" and settings.sampling.grammar_option and not quiet:
         render.note(f"cut off after {answer.answer_tokens} tokens, so it is not complete; --max-tokens N allows more")
     if stats:
