@@ -71,9 +71,8 @@ def confidence_line(answer: Answer) -> str:
     """What is told about an answer besides its text, in one line; empty where nobody asked."""
     parts = []
     if sure := answer.confidence:
-        parts.append(
-            f"confidence {sure.mean:.2f}, lowest {sure.lowest:.2f} at {json.dumps(sure.lowest_token, ensure_ascii=False)}"
-        )
+        token = json.dumps(sure.lowest_token, ensure_ascii=False)
+        parts.append(f"confidence {sure.mean:.2f}, lowest {sure.lowest:.2f} at {token}")
     if answer.sight is not None:
         parts.append(f"sight {answer.sight:.2f}" + (": blind" if answer.is_blind else ""))
     return printable(" · ".join(parts))
