@@ -284,6 +284,15 @@ BAD_LINES = {
     '{"image": "a.png", "max_tokens": true}': "'max_tokens' is not what it should be",
     '{"image": "a.png", "max_tokens": "9"}': "'max_tokens' is not what it should be",
     '{"image": "a.png", "answer": {"a": 1}}': "'answer' is not what it should be",
+    '{"image": "a.png", "choices": ["/etc/hostname"]}': "'choices': there has to be more than one choice",
+    '{"image": "a.png", "choices": "red|Red."}': "'choices': 'red' and 'Red.' may be spelled alike",
+    '{"image": "a.png", "choices": {"a": 1}}': "'choices': not a list of texts",
+    '{"image": "a.png", "choices": ["a", "\\ud800"]}': "'choices': not UTF-8",
+    '{"image": "a.png", "choices": "a|b", "regex": "a"}': "'regex': 'choices' says already what an answer is",
+    '{"image": "a.png", "schema": {"type": "objekt"}}': "'schema': invalid type: objekt",
+    '{"image": "a.png", "schema": 3}': "'schema': neither a JSON schema nor fields",
+    '{"image": "a.png", "regex": "(a"}': "'regex': unclosed group",
+    '{"image": "a.png", "grammar": "q.jsonl"}': "'grammar': no Lark grammar with a rule `start`",
 }
 
 
@@ -296,6 +305,27 @@ def test_a_bad_line_of_questions_is_named(line: str, run: Run, monkeypatch: pyte
     assert (result.exit_code, result.stdout) == (65, "")
     assert result.stderr.splitlines()[0] == f"llava: q.jsonl, line 3: {BAD_LINES[line]}"
     assert Path("out.jsonl").read_bytes() == b""
+
+
+def test_rows_with_forms_of_their_own(run: Run) -> None:
+    """They replace the command's, and survive in the manifest; none of them is taken for a file's name."""
+    draw("a.png")
+    Path("blue or green").write_text("no\n")
+    lines: list[Row] = [
+        {"image": "a.png", "question": "a color?", "regex": "blue or green", "max_tokens": 20},
+        {"image": "a.png", "question": "how many?", "schema": "count 1|2, size small|large", "max_tokens": 60},
+        {"image": "a.png", "question": "a color?", "grammar": 'start: "teal" | "pink"'},
+        {"image": "a.png", "question": "what shape?"},
+    ]
+    Path("q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    common = ("--regex", "a (square|circle)")
+    assert run("batch", "q.jsonl", *common, "-o", "out.jsonl").exit_code == 0
+    rows = rows_in(Path("out.jsonl").read_bytes())
+    assert [rows[0]["answer"], rows[3]["answer"]] == ["blue or green", "a circle"]
+    assert list(rows[1]["data"]) == ["count", "size"] and rows[2]["answer"] in ("teal", "pink")
+    Path("q.csv").write_text("image,question,regex,schema\na.png,a?,blue or green,\na.png,how many?,,count 1|none\n")
+    first, second = rows_of(run("batch", "q.csv", *common))
+    assert (first["answer"], list(second["data"])) == ("blue or green", ["count"])
 
 
 TOO_MUCH = {
@@ -1059,6 +1089,29 @@ def test_a_signal_lets_what_is_in_hand_finish_and_the_same_command_goes_on(
     assert typed.decode().split("\0")[:-1] == ["llava", *words]
     assert run(*words).exit_code == 0
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_a_sample_with_sight_is_the_same_after_a_stop(
+    photos: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evenly spread over the rows of a run; where nobody knows how many there will be, the first ones."""
+    command = [*photos, "--sight", "4", "-o", "out.jsonl"]
+    with monkeypatch.context() as patch:
+        signalled(patch, (3, signal.SIGINT))
+        assert run(*command).exit_code == 130
+    begun = rows_in(Path("out.jsonl").read_bytes())
+    assert run(*command).exit_code == 0
+    rows = rows_in(Path("out.jsonl").read_bytes())
+    assert rows[: len(begun)] == begun and 0 < len(begun) < len(rows) == 12
+    assert [number for number, row in enumerate(rows) if "sight" in row] == [0, 3, 6, 9]
+    assert all(row["sight"] > 1 for row in rows if "sight" in row)
+    assert ["sight" in row for row in rows_of(run(*photos, "--sight", "2"))] == [True, True, *[False] * 10]
+
+
+def test_an_answer_that_needs_no_picture_is_flagged(run: Run) -> None:
+    draw("a.png")
+    (row,) = rows_of(run("batch", "a.png", "what is the capital of france?", "--sight", "1"))
+    assert (abs(row["sight"]) < 0.01, row["flags"]) == (True, ["blind"])
 
 
 def test_without_an_output_a_signal_ends_on_a_whole_row(
