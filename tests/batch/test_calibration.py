@@ -371,7 +371,7 @@ class Weather(Told):
 
 
 class Larger(Weather):
-    """It says `rain` of everything; of what has `bad` in its name, that it cannot; after `gone`, nothing any more."""
+    """It says `rain` of everything but of what has `free`, `bad` or `gone` in its name."""
 
     model, where = "large", "http://large/v1"
 
@@ -385,6 +385,8 @@ class Larger(Weather):
         self.together.wait(60)
         if "bad" in name:
             raise ServerFailed("large", "answers with nothing")
+        if "free" in name:
+            return Answer("It rains.", "stop", 5, 0, 3, 0.0, 0.0)
         if "gone" in name:
             raise ModelUnusable("large", "the key is wrong")
         return Answer("rain", "stop", 5, 0, 1, 0.0, 0.0, {"rain": 0.9, "sunny": 0.1}, 0.9)
@@ -437,6 +439,13 @@ def test_a_larger_model_is_asked_about_what_is_open_several_at_a_time() -> None:
     said = {"model": "large", "answer": "rain", "probabilities": {"rain": 0.9, "sunny": 0.1}, "answer_probability": 0.9}
     failed = {"model": "large", "error": {"type": "ServerFailed", "message": "answers with nothing"}}
     assert details == [None, said, failed, None, said]
+
+
+def test_a_larger_model_that_does_not_choose() -> None:
+    asked = request("0.5-sunny-free")
+    answer = JudgedEngine(Weather(), promise(0.6), Larger()).answer(asked.conversation, asked.sampling)
+    error = {"type": "NoAnswer", "message": "answers with none of the choices: It rains."}
+    assert answer.text == "unsure" and answer.details()["escalated"]["error"] == error
 
 
 def test_a_larger_model_that_is_gone_is_not_asked_again() -> None:
