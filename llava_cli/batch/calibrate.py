@@ -43,8 +43,8 @@ _SUM_ERROR = 0.01
 
 @dataclass
 class Labelled:
-    """The rows that can be learned from: `probabilities` of each choice, and the column of the right one in `labels`,
-    -1 where that is none of the choices."""
+    """The rows that can be learned from: `probabilities` as the row has them, the model's own choice first, and the
+    number of the right choice in `labels`, -1 where that is none of the `choices`."""
 
     choices: tuple[str, ...] = ()
     models: set[str] = field(default_factory=set)
@@ -102,7 +102,7 @@ def _add(found: Labelled, row: dict[str, Any]) -> None:
     if len(found.labels) == limits.CALIBRATION_ROWS:
         raise ValueError(f"more than {limits.CALIBRATION_ROWS:,} rows")
     found.models.add(str(row.get("model")))
-    found.probabilities.append({choice: probabilities[choice] for choice in found.choices})
+    found.probabilities.append(probabilities)
     # The likeliest of the right ones, where there are several: with one label a row, the likelihood is convex.
     right = [choice for choice in found.choices if is_right(choice, expected)]
     found.labels.append(found.choices.index(max(right, key=probabilities.__getitem__)) if right else -1)
@@ -149,7 +149,7 @@ def fit(labelled: Labelled, made_with: dict[str, Any], choices: tuple[str, ...] 
 
 def matrix(labelled: Labelled) -> Array:
     """[rows, choices]: log-probabilities, in the order of `labelled.choices`."""
-    values = np.array([list(row.values()) for row in labelled.probabilities])
+    values = np.array([[row[choice] for choice in labelled.choices] for row in labelled.probabilities])
     logs: Array = np.log(np.maximum(values, SMALLEST))
     return logs
 
@@ -175,18 +175,14 @@ def fit_temperature(logs: Array, labels: Labels) -> float:
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
-    return min(max(round(math.exp(-middle), _DIGITS), TEMPERATURES[0]), TEMPERATURES[1])
-
-
-_DIGITS = 6
+    return min(max(round(math.exp(-middle), 6), TEMPERATURES[0]), TEMPERATURES[1])
 
 
 def scored(calibration: Calibration, labelled: Labelled) -> tuple[Array, NDArray[np.bool_]]:
     """For each row, the calibrated probability of its best choice, and whether that choice is right."""
-    rows = [calibration.calibrated(row) for row in labelled.probabilities]
-    scores = np.array([max(row.values()) for row in rows])
-    best = matrix(labelled).argmax(1)
-    return scores, best == np.array(labelled.labels)
+    scores = np.array([max(calibration.calibrated(row).values()) for row in labelled.probabilities])
+    best = [labelled.choices.index(max(row, key=row.__getitem__)) for row in labelled.probabilities]
+    return scores, np.array(best) == np.array(labelled.labels)
 
 
 def calibration_error(scores: Array, right: NDArray[np.bool_]) -> float:

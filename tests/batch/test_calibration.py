@@ -271,6 +271,15 @@ def test_rows_that_nothing_is_learned_from_are_counted(run: Run) -> None:
     assert "297" not in result.stderr and "for --max-error 5% 117 rows are needed" in result.stderr
 
 
+def test_of_equals_the_models_own_choice_counts(run: Run) -> None:
+    """It is the first of a row, whatever the order of the rows before."""
+    write(
+        [row({"sunny": 0.9, "rain": 0.1}), row({"rain": 0.5, "sunny": 0.5}, "rain"), row({"rain": 0.5, "sunny": 0.5})]
+    )
+    table = run("calibrate", "labelled.jsonl").stdout.splitlines()
+    assert table[0].split("\t")[1:4] == ["3", "100.00%", "1"]
+
+
 @for_each(
     "last, reason",
     [
