@@ -82,6 +82,8 @@ def read_labelled(source: Path) -> Labelled:
             _add(found, row)
         except ValueError as error:
             raise BadData(f"{name}, line {number}", str(error)) from None
+    if rows.is_torn:
+        found.left_out["not whole"] += 1
     if not found.labels:
         why = ", ".join(f"{count:,} {reason}" for reason, count in found.left_out.most_common())
         raise BadData(name, f"no row has probabilities and a right answer ({why or 'it is empty'})", _LABEL)
@@ -254,13 +256,13 @@ def _notes(calibration: Calibration, labelled: Labelled, output: Path) -> Iterat
     plain = Calibration({}, calibration.choices, calibration.rows, 1.0, ())
     before, after = (calibration_error(*scored(one, labelled)) for one in (plain, calibration))
     yield (
-        f"{calibration.rows:,} rows · temperature {calibration.temperature:.3g} · expected calibration error on them "
+        f"{_rows(calibration.rows)} · temperature {calibration.temperature:.3g} · expected calibration error on them "
         f"{before:.4f}, calibrated {after:.4f}"
     )
     for reason, count in labelled.left_out.most_common():
-        yield f"left out: {count:,} rows {reason}"
+        yield f"left out: {_rows(count)} {reason}"
     if outside := labelled.labels.count(-1):
-        yield f"{outside:,} rows count as wrong: their right answer is none of the choices"
+        yield f"{_rows(outside)} counted as wrong: the right answer is none of the choices"
     if "checkpoint" not in calibration.made_with:
         yield "of the model only its name is known: there are no settings beside the rows, or a server answered"
     yield f'"at most" holds for all thresholds at once with {1 - DELTA:.0%} certainty, for questions like these'
@@ -272,3 +274,7 @@ def _notes(calibration: Calibration, labelled: Labelled, output: Path) -> Iterat
     choices = files.quoted(",".join(calibration.choices))
     use = f"--choices {choices} --calibration {files.quoted(output)} --max-error {percent(wish)}"
     yield f"{printable(str(output))} is written; to use it:\n  llava batch … {use}"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"

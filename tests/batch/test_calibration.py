@@ -261,12 +261,13 @@ def test_rows_that_nothing_is_learned_from_are_counted(run: Run) -> None:
         row(sure, "snow"),
         row(sure) | failed,
     ]
-    write(rows)
+    with write(rows).open("a") as file:
+        file.write('{"image": "a batch is running')
     result = run("calibrate", "labelled.jsonl")
     assert result.exit_code == 0, result.stderr
     assert "3 rows · temperature" in result.stderr
-    for line in ("1 rows without a right answer", "1 rows without choices", "1 rows failed", "1 rows count as wrong"):
-        assert line in result.stderr
+    for what in ("without a right answer", "without choices", "failed", "not whole", "counted as wrong"):
+        assert f"1 row {what}" in result.stderr
     assert result.stdout.splitlines()[-1].split("\t")[1:4] == ["3", "100.00%", "1"]
     assert "297" not in result.stderr and "for --max-error 5% 117 rows are needed" in result.stderr
 
