@@ -298,6 +298,21 @@ def test_formats_are_kept_as_strict_validators_have_them(name: str, right: list[
         assert not accepts(json.dumps(text), schema=schema), text
 
 
+def test_an_object_has_its_own_names_unless_its_schema_speaks_of_others() -> None:
+    plain = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
+    more = '{"a": null, "b": 1}'
+    assert not accepts(more, schema=plain)
+    assert not accepts(f"[{more}]", schema={"items": {"$ref": "#/$defs/x"}, "type": "array", "$defs": {"x": plain}})
+    for schema in (
+        plain | {"additionalProperties": True},
+        {"allOf": [plain, {"type": "object", "properties": {"b": {"type": "integer"}}}]},
+        {"$ref": "#/$defs/x", "properties": {"b": {}}, "$defs": {"x": plain}},
+        {"anyOf": [plain], "properties": {"b": {}}},
+        {"type": "object", "properties": {"a": {}}, "required": ["a", "b"]},
+    ):
+        assert accepts(more, schema=schema), schema
+
+
 def test_json_is_written_in_one_way() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "string"}}
     assert accepts('{"a": 1, "b": "é\\n"}', schema=schema)
