@@ -49,6 +49,11 @@ def check(sampling: Sampling) -> None:
         _bytes_alone().constraint(sampling)
 
 
+def fits(sampling: Sampling, text: str) -> bool:
+    """Whether a text has the form that its answers must have. Raises as `check` does."""
+    return _bytes_alone().constraint(sampling).fits(text.encode(errors="replace"))
+
+
 class Grammars:
     """The grammars of one tokenizer, whose tokens are these bytes; None is a token that no text has.
 
@@ -161,6 +166,11 @@ class Constraint:
     def flush(self) -> str:
         """The text that was still held back, of an unfinished character."""
         return self._decoder.decode(b"", final=True)
+
+    def fits(self, tokens: Sequence[int]) -> bool:
+        """Whether these tokens may be all of a whole answer."""
+        matcher = self._new_matcher.deep_copy()
+        return matcher.try_consume_tokens(list(tokens)) == len(tokens) and matcher.is_accepting()
 
     @property
     def stopped(self) -> bool:
