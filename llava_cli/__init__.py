@@ -1,12 +1,16 @@
 """Answers questions about pictures with LLaVA models on this machine.
 
-    from llava_cli import load
+    from llava_cli import check, load
 
     engine = load("llava-1.5-7b", precision="4bit")
     print(engine.ask("img.jpg", "what is this?"))
 
-`load` returns an `Engine`. `Conversation`, `Sampling` and `open_picture` are for what `ask` does not cover: several
-turns, streaming, prepared pictures. Importing this package does not import torch.
+    if engine.check("page.png", "the Save button is visible", at_least=0.9):
+        ...
+
+`load` returns an `Engine`; `check` alone takes the user's own model, and loads it once. `Conversation`, `Sampling` and
+`open_picture` are for what `ask` does not cover: several turns, streaming, prepared pictures. Importing this package
+does not import torch.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from llava_cli.checking import Check
     from llava_cli.conversation import Conversation, Picture, Turn
     from llava_cli.engine import Answer, Chunk, Engine
     from llava_cli.errors import LlavaError
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Answer": "engine",
+    "Check": "checking",
     "Chunk": "engine",
     "Conversation": "conversation",
     "Engine": "engine",
@@ -32,12 +38,14 @@ _MODULES = {
     "Picture": "conversation",
     "Sampling": "settings",
     "Turn": "conversation",
+    "check": "loader",
     "load": "loader",
     "open_picture": "images.reader",
 }
 
 __all__ = [
     "Answer",
+    "Check",
     "Chunk",
     "Conversation",
     "Engine",
@@ -45,6 +53,7 @@ __all__ = [
     "Picture",
     "Sampling",
     "Turn",
+    "check",
     "load",
     "open_picture",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -27,10 +29,12 @@ from llava_cli.prompts.sandbox import TextSandbox
 from llava_cli.settings import Attention, Device, Fit, LoadOptions, Precision, Settings, is_fast
 
 if TYPE_CHECKING:
+    from llava_cli.checking import Check
     from llava_cli.engine import Engine
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.model_patch import ModelPatch
     from llava_cli.hardware.device import Plan
+    from llava_cli.images.reader import Source
     from llava_cli.models.weights import LoadedModel
     from llava_cli.prompts.prompter import Prompter
 
@@ -53,6 +57,20 @@ def load(
     file. Raises `ModelUnusable`, `OutOfMemory` or `UsageError`.
     """
     return load_engine(Settings.resolve(**locals()).load)
+
+
+@cache
+def default_engine() -> Engine:
+    """The engine of the user's own settings, opened once a process: `llava serve`'s, or a model that is loaded here."""
+    return open_engine(Settings.resolve(), lambda line: warnings.warn(line, stacklevel=2))
+
+
+def check(images: Source | Sequence[Source], statement: str, at_least: float = 0.5) -> Check:
+    """Whether a statement about pictures is true, by the `default_engine`: `if check("page.png", "it is empty"): …`
+
+    Raises what `Engine.check` raises.
+    """
+    return default_engine().check(images, statement, at_least)
 
 
 Tell = Callable[[str], None]

@@ -15,11 +15,12 @@ from typing import Any
 from llava_cli import files, render
 from llava_cli.chat.export import export, save
 from llava_cli.chat.session import Chat
+from llava_cli.choices import parse_choices
 from llava_cli.conversation import Picture
 from llava_cli.engine import Chunk
 from llava_cli.errors import InputMissing, UsageError
 from llava_cli.images.reader import SUFFIXES, is_url, local_path, open_picture
-from llava_cli.settings import Sampling
+from llava_cli.settings import OPTIONS, Sampling
 from llava_cli.untrusted_text import printable
 
 Result = str | Generator[Chunk, None, None] | None
@@ -161,7 +162,7 @@ def _retry(chat: Chat, _: str) -> Result:
 
 def _set(chat: Chat, arguments: str) -> Result:
     name, *values = re.split("[ =]", arguments, maxsplit=1)
-    names = Sampling.names()
+    names = [name for name in Sampling.names() if name not in ("choices", "otherwise", "at_least")]  # see /choices
     if not name:
         return "\n".join(f"{name} {getattr(chat.sampling, name)}" for name in names)
     name = name.replace("-", "_")
@@ -175,6 +176,21 @@ def _set(chat: Chat, arguments: str) -> Result:
         chat.note(f"{name} {getattr(chat.sampling, name)}")
         return None
     return f"{name} {getattr(chat.sampling, name)}"
+
+
+def _choices(chat: Chat, typed: str) -> Result:
+    if not typed:
+        return ", ".join(chat.sampling.choices) or "none; /choices A,B,C answers with one of them"
+    match = _CHOICES.fullmatch(typed)
+    assert match
+    choices = () if typed == "none" else parse_choices("/choices", match[1])
+    at_least = OPTIONS["at_least"].convert("--at-least", match[3]) if match[3] else None
+    chat.sampling = replace(chat.sampling, choices=choices, otherwise=match[2], at_least=at_least)
+    chat.note(f"choices: {', '.join(choices) or 'none'}")
+    return None
+
+
+_CHOICES = re.compile(r"(.*?)(?: +--or +(.+?) +--at-least +(\S+))?", re.DOTALL)
 
 
 def _system(chat: Chat, text: str) -> Result:
@@ -229,6 +245,7 @@ COMMANDS = {
     "undo": Command(_undo, "", "Take back the last question and its answer."),
     "retry": Command(_retry, "", "Ask the last question again."),
     "set": Command(_set, "[NAME [VALUE]]", "Show or change how answers are made: /set temperature 0.7"),
+    "choices": Command(_choices, "[A,B,C]", "Answer with one of these; /choices none: with anything."),
     "system": Command(_system, "[TEXT]", "Show or change the instructions before the conversation; /system none."),
     "prompt": Command(_prompt, "", "Print the conversation exactly as the model reads it."),
     "stats": Command(_stats, "", "Print what the last answer took."),

@@ -71,6 +71,7 @@ def process_line(chat: Chat, line: str, quiet: bool = False, stats: bool = False
     elif result is not None:
         with closing(result):
             answer = render.show(result)
+        render.note_details(answer, quiet)
         if stats:
             render.note(render.stats(answer, chat.engine))
 

@@ -16,19 +16,24 @@ USAGE = 'llava ask img.jpg "what is this?"'
 
 
 def conversation_from(
-    args: list[str] | None, settings: Settings, allow_truncated: bool = False, quiet: bool = False
+    args: list[str] | None,
+    settings: Settings,
+    allow_truncated: bool = False,
+    quiet: bool = False,
+    words: str = "QUESTION",
+    usage: str = USAGE,
 ) -> Conversation:
     """Turns `[IMAGE]... QUESTION` into a conversation with one question, its pictures opened.
 
     If all arguments are pictures, the question is read from stdin. Raises `UsageError` without a question,
-    `PromptTooLong` for one without an end.
+    `PromptTooLong` for one without an end; `words` and `usage` say what is missing and how it is given.
     """
     *sources, question = args or [""]
     if args and _is_picture(question, sources):
         sources, question = args, "" if "-" in args else _stdin()
     pictures = [open_named(source, allow_truncated, quiet) for source in sources]
     if not question.strip():
-        raise UsageError("QUESTION", "there is none", USAGE)
+        raise UsageError(words, "there is none", usage)
     return Conversation(system=settings.system).ask(question, pictures)
 
 

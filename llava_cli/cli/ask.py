@@ -38,6 +38,10 @@ def ask(
     llava ask before.png after.png "what changed?"
 
     llava ask - "how many people are there?" < img.jpg
+
+    llava ask img.jpg "how is the weather?" --choices sunny,cloudy,rain
+
+    llava ask bill.jpg "read this bill" --schema "shop, date, total float, items [name, price float]"
     """
     settings = settings_of(context)
     conversation = conversation_from(args, settings, allow_truncated, quiet)
@@ -55,8 +59,7 @@ def ask(
         render.show_json(render.answer_object(answer, conversation, engine))
     else:
         answer = render.show(engine.stream(conversation, settings.sampling))
-        if line := render.confidence_line(answer):
-            render.note(line)
+        render.note_details(answer, quiet)
     if answer.finish_reason == "length" and settings.sampling.grammar_option and not quiet:
         render.note(f"cut off after {answer.answer_tokens} tokens, so it is not complete; --max-tokens N allows more")
     if stats:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from os import PathLike
 from typing import Any, Literal
 
-from llava_cli.conversation import Conversation
+from llava_cli.checking import SAMPLING, YES, Check, check_threshold, question_about
+from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import LlavaError
-from llava_cli.images.reader import open_picture
+from llava_cli.images.reader import Source, picture_from
 from llava_cli.models.families import Family
 from llava_cli.settings import Sampling
 
-Source = str | PathLike[str]
 FinishReason = Literal["stop", "length"]
 
 
@@ -175,12 +173,28 @@ class Engine(ABC):
             return error
 
     def ask(self, images: Source | Sequence[Source], question: str, system: str | None = None, **sampling: Any) -> str:
-        """The answer to one question about one or more pictures (paths, URLs).
+        """The answer to one question about one or more pictures: paths, URLs, a file's bytes, Pillow's images.
 
         Keywords are the fields of `Sampling`: `engine.ask("img.jpg", "what is this?", max_tokens=20)`.
         """
-        sources = [images] if isinstance(images, (str, PathLike)) else images
-        pictures = [open_picture(os.fspath(source)) for source in sources]
         unset = frozenset(Sampling.names()) - sampling.keys()
-        talk = Conversation(system=system).ask(question, pictures)
-        return self.answer(talk, Sampling(**sampling, unset=unset)).text
+        conversation = Conversation(system=system).ask(question, _pictures_from(images))
+        return self.answer(conversation, Sampling(**sampling, unset=unset)).text
+
+    def check(
+        self, images: Source | Sequence[Source], statement: str, at_least: float = 0.5, system: str | None = None
+    ) -> Check:
+        """Whether a statement about one or more pictures, as in `ask`, is true: `at_least` as probable as that.
+
+        Raises `UsageError` unless 0.5 <= `at_least` <= 1.
+        """
+        check_threshold(at_least)
+        conversation = Conversation(system=system).ask(question_about(statement, self.model), _pictures_from(images))
+        answer = self.answer(conversation, SAMPLING)
+        assert answer.probabilities is not None and answer.answer_probability is not None
+        return Check(statement, answer.probabilities[YES], at_least, answer.answer_probability)
+
+
+def _pictures_from(images: Source | Sequence[Source]) -> list[Picture]:
+    several = isinstance(images, Sequence) and not isinstance(images, (str, bytes))
+    return [picture_from(source) for source in (images if several else [images])]  # type: ignore[arg-type,union-attr]

@@ -43,6 +43,26 @@ class Forward:
                 logits = self.model(**rows | inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             return logits[:, -1]
 
+    def tree(self, ids: torch.Tensor, cache: Any, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Reads tokens that need not follow each other -> logits behind each [rows, tokens, vocabulary].
+
+        `ids` and `positions` are [rows, tokens].
+        `mask` [rows, tokens, columns] is true for the tokens that each one sees, of the cache's too, itself among them.
+        """
+        import torch
+
+        with torch.inference_mode():
+            # A lone token of each row is read as in a decode step.
+            mask = mask[:, 0] if ids.shape[1] == 1 else mask[:, None]
+            ids, mask, positions = (tensor.to(self._device) for tensor in (ids, mask, positions))
+            options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+            if self._head and (decoder := getattr(self.model, "token_forward", None)):
+                hidden = decoder(inputs_embeds=self._embed(ids), **options).last_hidden_state
+                logits: torch.Tensor = self._head(hidden)
+            else:
+                logits = self.model(input_ids=ids, use_cache=True, **options).logits
+            return logits
+
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], cache: Any, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -177,6 +177,13 @@ class RoomyCache(Cache):
         for layer in self.layers:
             layer.truncate(length)
 
+    def copy_rows(self, rows: list[int]) -> RoomyCache:
+        """A cache with a copy of those rows."""
+        copy, layers = RoomyCache(), list[Any](self.layers)
+        for index, layer in enumerate(layers):
+            copy.update(layer.keys[rows], layer.values[rows], index)
+        return copy
+
     def copy_row(self, row: int, columns: torch.Tensor | slice) -> RoomyCache:
         """A cache of one row: a copy of those tokens (a mask [columns], or a slice)."""
         copy, layers = RoomyCache(), list[Any](self.layers)

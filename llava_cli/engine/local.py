@@ -12,6 +12,7 @@ from uuid import uuid4
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.generate.batch import Batch, can_batch
+from llava_cli.engine.generate.choices import ChoiceReplay, ChoiceSequence, ChoiceTree
 from llava_cli.engine.generate.constraint import Grammars, token_bytes
 from llava_cli.engine.generate.detokenizer import Detokenizer, text_of
 from llava_cli.engine.generate.end_tokens import all_end_tokens
@@ -20,11 +21,11 @@ from llava_cli.engine.generate.prefetch import Prefetcher
 from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.sampler import Sampler
 from llava_cli.engine.generate.scheduler import Scheduler
-from llava_cli.engine.generate.sequence import Replay, Sequence, Token
+from llava_cli.engine.generate.sequence import Follower, Replay, Sequence, Token
 from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
 from llava_cli.engine.model_patch import ModelPatch
 from llava_cli.engine.sight import unseen
-from llava_cli.errors import LlavaError, PromptTooLong, is_out_of_memory, model_errors
+from llava_cli.errors import LlavaError, ModelUnusable, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
 from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import Sampling
@@ -32,6 +33,8 @@ from llava_cli.settings import Sampling
 if TYPE_CHECKING:
     import torch
 
+MAX_TREES = 64
+"""Lists of choices whose tokens are kept."""
 GATHER_SECONDS = 0.05
 """How long an idle model waits for one more prompt before it begins with those that are there."""
 
@@ -54,6 +57,7 @@ class LocalEngine(Engine):
         self.prompter, self.family = prompter, prompter.family
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.network = model
+        self._trees: dict[tuple[str, ...], ChoiceTree] = {}
         self._last_prompt = PromptCache(None, getattr(model.config, "image_token_id", None))
         self._streamed: Batch | None = None
 
@@ -74,6 +78,16 @@ class LocalEngine(Engine):
     def grammars(self) -> Grammars:
         """What says which of its tokens may come next, in an answer of a given form."""
         return Grammars(token_bytes(self.prompter.tokenizer), self.end_tokens)
+
+    def _choice_tree(self, choices: tuple[str, ...]) -> ChoiceTree:
+        """The tokens of choices; the last ones that were asked for are kept."""
+        if not self.end_tokens:
+            reason = "has no token that ends an answer, so nobody can say how probable a whole one is"
+            raise ModelUnusable(self.model, reason, "ask without --choices")
+        if choices not in self._trees:
+            tree = ChoiceTree(choices, self.prompter.answer_ids, self.end_tokens)
+            self._trees = {**dict(list(self._trees.items())[-MAX_TREES:]), choices: tree}
+        return self._trees[choices]
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         pieces: list[str] = []
@@ -118,7 +132,7 @@ class LocalEngine(Engine):
             if self._streamed is batch and batch.sequences:  # it was not completed, and may be continued from
                 batch.remove(sequence)
 
-    def _replayed(self, replay: Replay) -> Answer:
+    def _replayed(self, replay: Follower) -> Answer:
         """Its answer; the prompt cache stays as it is."""
         if self.can_batch(replay):
             batch = Batch(self.network)
@@ -223,16 +237,23 @@ class LocalEngine(Engine):
         sequence.on_token, sequence.top_logprobs = on_token, top_logprobs
         return sequence
 
-    def _replay_of(self, sequence: Sequence, request: Request) -> Replay | None:
+    def _replay_of(self, sequence: Sequence, request: Request) -> Follower | None:
         """What is to be answered after a sequence to know its sight; None if nobody asks, or there are no pictures."""
         if not request.sampling.sight or not request.conversation.pictures:
             return None
         conversation = unseen(request.conversation)
-        replay = Replay(sequence.number, self._encode(conversation), Detokenizer(self.prompter.tokenizer))
+        inputs, tokenizer = self._encode(conversation), self.prompter.tokenizer
+        replay: Follower
+        if isinstance(sequence, ChoiceSequence):
+            replay = ChoiceReplay(sequence.number, inputs, sequence.tree, request.sampling, tokenizer, 0.0)
+        else:
+            replay = Replay(sequence.number, inputs, Detokenizer(tokenizer))
         replay.images = tuple(_identity(picture) for picture in conversation.pictures)
         return replay
 
     def _sequence_of(self, number: int, inputs: dict[str, torch.Tensor], sampling: Sampling, begin: float) -> Sequence:
+        if sampling.choices:
+            return self._choice_sequence(number, inputs, sampling, begin)
         prompt = inputs["input_ids"].to(self.network.device)
         max_tokens = self._max_tokens(prompt.shape[1], sampling.max_tokens)
         constraint = self.grammars.constraint(sampling) if sampling.grammar_option else None
@@ -242,6 +263,17 @@ class LocalEngine(Engine):
         sequence = Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
         sequence.text_of = partial(text_of, self.prompter.tokenizer) if sampling.confidence else None
         sequence.records = sampling.confidence or sampling.sight
+        return sequence
+
+    def _choice_sequence(
+        self, number: int, inputs: dict[str, torch.Tensor], sampling: Sampling, begin: float
+    ) -> ChoiceSequence:
+        tree, length = self._choice_tree(sampling.choices), inputs["input_ids"].shape[1]
+        if self._max_tokens(length, tree.depth + 1) <= tree.depth:
+            reason = f"{length} tokens, and {tree.depth} of a choice; {self.model} reads at most {self.context}"
+            raise PromptTooLong("prompt", reason, "llava prompt prints it and counts its tokens")
+        sequence = ChoiceSequence(number, inputs, tree, sampling, self.prompter.tokenizer, begin)
+        sequence.text_of = partial(text_of, self.prompter.tokenizer) if sampling.confidence else None
         return sequence
 
     def inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:

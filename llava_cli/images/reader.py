@@ -6,10 +6,12 @@ Only regular files are read, up to a limit of bytes.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
 from functools import cache
+from typing import TYPE_CHECKING, Union
 
 from llava_cli import files, limits, regular_files
 from llava_cli.conversation import Picture
@@ -17,6 +19,11 @@ from llava_cli.errors import InputMissing, LlavaError, os_reason, printable
 from llava_cli.images.sandbox import SandboxPool, shown_name, too_large
 from llava_cli.regular_files import NotRegular, TooLarge
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Source = Union[str, os.PathLike[str], bytes, "Image", Picture]
+"""A path, a URL, a file's bytes, Pillow's image, or a picture that is open."""
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
     *(".heic", ".heif", ".hif"),
@@ -72,6 +79,22 @@ def open_picture(source: str, allow_truncated: bool = False, public: bool = Fals
     """
     source = local_path(source)
     picture = sandbox_pool().open(source, read(source, public), allow_truncated)
+    if isinstance(picture, LlavaError):
+        raise picture
+    return picture
+
+
+def picture_from(source: Source) -> Picture:
+    """A picture from what a program has. Raises as `open_picture`."""
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return open_picture(os.fspath(source))
+    if not isinstance(source, bytes):
+        file = io.BytesIO()
+        source.save(file, "PNG")  # the only way to a picture is a file's: upright, RGB, on white
+        source = file.getvalue()
+    picture = sandbox_pool().open("picture", source, False)
     if isinstance(picture, LlavaError):
         raise picture
     return picture

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from copy import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import limits
 from llava_cli.conversation import Conversation
-from llava_cli.errors import ModelUnusable, PromptTooLong
+from llava_cli.errors import LlavaError, ModelUnusable, PromptTooLong
 from llava_cli.models.families import Family
 from llava_cli.prompts.chat_template import ChatTemplate, Messages, choose_template, is_shipped, template_hint
 from llava_cli.prompts.image_processor import ImageProcessor
@@ -79,6 +80,7 @@ class Prompter:
         """A prompter that shares everything with this one but the format, as in `chat_template.choose_template`."""
         other = copy(self)
         other._template = other._load_template(name)
+        other.__dict__.pop("_before_answer", None)
         return other
 
     def render(self, conversation: Conversation) -> str:
@@ -99,6 +101,37 @@ class Prompter:
             if processed:
                 self.image_processor.last = processed
             return self._encode(conversation, images)
+
+    def answer_ids(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of texts as answers, without what ends them: as the template puts an answer behind a prompt.
+
+        Each is tokenized together with what stands before it, since its first letters may merge with that.
+        """
+        before, between = self._before_answer
+        with self._lock:
+            head = self._plain_ids(before)
+            found = []
+            for text in texts:
+                ids = self._plain_ids(before + between + self._special_tokens.hide(text))
+                is_behind = ids[: len(head)] == head
+                found.append(ids[len(head) :] if is_behind else self._plain_ids(self._special_tokens.hide(text)))
+            return found
+
+    @cached_property
+    def _before_answer(self) -> tuple[str, str]:
+        """The end of each prompt, and what the template puts between it and an answer, such as a space."""
+        question, answer = "llava-example", "llava-answer"
+        asked = Conversation().ask(question)
+        try:
+            prompt, whole = self._render(asked), self._render(asked.answered(answer))
+        except LlavaError:  # a template that refuses the example says so when a real question is asked
+            return "", ""
+        end, before = prompt.rpartition(question)[2], whole.partition(answer)[0]
+        return end, before.removeprefix(prompt) if before.startswith(prompt) else ""
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.processor.tokenizer([text], add_special_tokens=False)["input_ids"][0] if text else []
+        return ids
 
     def encode_example(self) -> dict[str, torch.Tensor]:
         """The model's inputs for an image token and a picture that is not square; leaves the image cache empty."""

@@ -521,3 +521,19 @@ def test_odd_paths_are_errors_in_a_line(line: str, run: Run) -> None:
 def test_path_in_quotes(run: Run, other: Path) -> None:
     for typed in (f"'{other}'", str(other).replace(" ", "\\ ")):
         assert "yellow" in run("chat", "-q", input=f"/image {typed}\nwhat is this?\n").stdout
+
+
+def test_choices_of_a_chat(run: Run, drawing: Path) -> None:
+    lines = [
+        *("/choices", "/choices red,green", "/choices", "what color is the circle?"),
+        *("/choices star,cross --or unsure --at-least 0.999999", "what is this?", "/choices none", "is there a star?"),
+    ]
+    result = run("chat", drawing, "-q", input="\n".join(lines))
+    assert result.stdout.splitlines() == [
+        *("none; /choices A,B,C answers with one of them", "red, green", "red", "unsure", "no")
+    ]
+    refused = run("chat", drawing, "-q", input="/choices red")
+    assert (refused.exit_code, refused.stderr.splitlines()[0]) == (
+        2,
+        "llava: --choices: there has to be more than one choice",
+    )

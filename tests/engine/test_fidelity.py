@@ -23,19 +23,6 @@ from llava_cli.settings import LoadOptions
 Engines = Callable[[str], LocalEngine]
 
 
-@pytest.fixture(scope="session")
-def references(checkpoint: Callable[[str], Path]) -> Callable[[str], Reference]:
-    """The reference for a family's tiny checkpoint, loaded once."""
-    loaded: dict[str, Reference] = {}
-
-    def get(family: str) -> Reference:
-        if family not in loaded:
-            loaded[family] = reference(family, checkpoint(family))
-        return loaded[family]
-
-    return get
-
-
 def same_tokens(engine: LocalEngine, by: Reference, talk: Conversation) -> list[int]:
     """The greedy answer, which has to be that of `generate`."""
     (expected,) = by.tokens(engine, talk)

@@ -4,73 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import zip_longest
-from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import families
 from helpers.engines import ours, picture
-from helpers.fidelity import Reference
+from helpers.made_family import MOST, ONE_TURN, SAME, WIDE, Family
 from helpers.other_families import OTHERS
 from helpers.static_steps import stepping
 from helpers.tables import for_each
-from transformers import AutoModelForImageTextToText
 
-from llava_cli import Answer, Conversation, Sampling, load
+from llava_cli import Answer, Conversation, Sampling
 from llava_cli.engine import Request
 from llava_cli.engine.generate.positions import Positions
 from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Sequence, Token
 from llava_cli.engine.generate.sequential import generate_alone
-from llava_cli.engine.local import LocalEngine
 
-MOST = 8
 SAMPLING = Sampling(max_tokens=MOST)
-SAME, WIDE = picture(60, 60, 1), picture(200, 50, 2)
-ONE_TURN = [
-    Conversation().ask("what is this?", [SAME]),
-    Conversation().ask("what color is the thing on the left?", [SAME]),
-    Conversation().ask("what changed?", [WIDE, SAME, picture(50, 90, 3)]),
-]
-TURNS = (
-    Conversation()
-    .ask("what is this?", [SAME])
-    .answered("a cat")
-    .ask("and this?", [WIDE])
-    .answered("a dog")
-    .ask("which is larger?")
-)
-NO_PICTURE = Conversation().ask("who are you?")
-
-
-class Family(NamedTuple):
-    """A tiny checkpoint as we and as transformers alone read it."""
-
-    engine: LocalEngine
-    by: Reference
-    talks: list[Conversation]
-    """Those that its format has."""
-
-    def expected(self, *talks: Conversation) -> list[list[int]]:
-        return self.by.tokens(self.engine, *talks, max_new_tokens=MOST)
-
-
-@pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
-    """A family by name, made once."""
-    made: dict[str, Family] = {}
-
-    def get(name: str) -> Family:
-        if name not in made:
-            folder = families.save_made(OTHERS[name], tmp_path_factory.mktemp(name))
-            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-            by = Reference(families.processor_like(OTHERS[name]()[1], folder), model)
-            talks = ONE_TURN if name.startswith("paligemma") else [*ONE_TURN, TURNS, NO_PICTURE]
-            made[name] = Family(load(str(folder), precision="fp32", device="cpu"), by, talks)
-        return made[name]
-
-    return get
 
 
 @for_each("name", OTHERS)

@@ -78,6 +78,7 @@ def kernels(config: Any, bf16: bool) -> list[Kernel]:
 class Decoder:
     """Replaces a decoder's `forward`: [rows, tokens, hidden_size] -> of the last token alone [rows, 1, hidden_size].
 
+    Of all tokens where each has a mask of its own (`attention_mask` [rows, 1, tokens, columns]).
     Calls that it does not serve, for example with another cache than `RoomyCache`, go to the original `forward`.
     """
 

@@ -142,7 +142,8 @@ def prefill(
     """Many tokens through all layers: x [rows, tokens, hidden_size] -> the last ones, normed [rows, 1, hidden_size].
 
     cos and sin [rows or 1, tokens, head_dim / 2]; `mask` [rows, cached + new tokens] is True where a token is, None is
-    all tokens. In the last layer only the last tokens go beyond keys and values.
+    all tokens. In the last layer only the last tokens go beyond keys and values. With a mask of each token's own
+    [rows, 1, tokens, cached + new tokens] all tokens are computed and returned.
     """
     from llava_cli.engine.cpu.jit.decoder_ops import apply_rope
 
@@ -151,7 +152,8 @@ def prefill(
     buffers.begin(x, cos, sin)
     qkv_heads = buffers.qkv.view(rows, tokens, -1, first.head_dim).transpose(1, 2)
     query, new_key = qkv_heads[:, : first.heads], qkv_heads[:, : first.kv_heads]
-    after = buffers
+    after, last_only = buffers, tokens > 1 and (mask is None or mask.dim() == 2)
+    attention_mask = mask[:, None, None] if mask is not None and mask.dim() == 2 else mask
     for layer in layers:
         _run(buffers.before_attention(layer))
         layer_cache = _layer_cache(cache, layer.index)
@@ -159,17 +161,16 @@ def prefill(
         if cached and tokens >= _TRIM_MIN_TOKENS:
             allocator.trim_heap()
         apply_rope(buffers.qkv, buffers.cos, buffers.sin, keys, values, layer.heads, rows, cached)()
-        if layer is layers[-1] and tokens > 1:
+        if layer is layers[-1] and last_only:
             after, query = Activations(layer, rows, 1, norm.weight.dtype), query[:, :, -1:]
             after.residual.copy_(buffers.residual.view(rows, tokens, -1)[:, -1])
-        attention_mask = None if mask is None else mask[:, None, None]
         attn_out, _ = attend(
             layer.attention, query, layer_cache.keys, layer_cache.values, attention_mask, layer.scaling, is_causal=True
         )
         after.attn_out.copy_(attn_out.view(after.attn_out.shape))
         _run(after.after_attention(layer))
     after.norm(norm)()
-    return after.normed[:, None]
+    return after.normed.view(rows, after.tokens, -1)
 
 
 def _layer_cache(cache: RoomyCache, index: int) -> Any:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from llava_cli.engine.forward import Forward
+from llava_cli.engine.generate.choice_pass import read_trees
+from llava_cli.engine.generate.choices import ChoiceSequence
 from llava_cli.engine.generate.confidence import token_log_probabilities
 from llava_cli.engine.generate.picture_inputs import PER_IMAGE_INPUTS, SHARED_INPUTS, pictures_from, stack_pictures
 from llava_cli.engine.generate.positions import Positions
@@ -129,9 +131,14 @@ class Batch:
             self.logits = torch.cat(logits)
 
     def step(self) -> list[Sequence]:
-        """Adds a token to every sequence. Returns those whose answer is then complete, which have left the batch."""
+        """Adds a token to every sequence. Returns those whose answer is then complete, which have left the batch.
+
+        Where some choose from a list, their answers are completed, and the others wait.
+        """
         import torch
 
+        if choosing := [row for row, sequence in enumerate(self.sequences) if isinstance(sequence, ChoiceSequence)]:
+            return self._choose(choosing)
         with torch.inference_mode():
             logits, likeliest = self._decode() if self.logits is None else (self.logits, self.logits.argmax(-1))
             self.logits = None
@@ -151,6 +158,20 @@ class Batch:
         if complete:
             self._remove(complete)
         return leaving
+
+    def _choose(self, rows: list[int]) -> list[Sequence]:
+        """Completes the answers of rows that choose from a list."""
+        import torch
+
+        choosing = [self.sequences[row] for row in rows]
+        with torch.inference_mode():
+            is_all = len(rows) == len(self.sequences)
+            cache = self._cache if is_all else self._cache.copy_rows(rows)
+            mask = self._mask if is_all or self._mask is None else self._mask[rows]
+            logits = self.logits if is_all or self.logits is None else self.logits[rows]
+            read_trees(self._forward, cast("list[ChoiceSequence]", choosing), cache, mask, logits)
+        self._remove(rows)
+        return choosing
 
     def _record(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
         """Tells sequences that want it how probable their next token is: [rows, vocabulary] and [rows]."""
@@ -281,6 +302,9 @@ class Batch:
                 if mask is not None:
                     mask[row] = mask[-1]
                     mask = mask[:-1]
+                if self.logits is not None:
+                    self.logits[row] = self.logits[-1]
+                    self.logits = self.logits[:-1]
             for layer in self._cache.layers:
                 layer.drop_rows(rows[::-1])
             if mask is not None:

@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import limits
@@ -21,8 +21,10 @@ from llava_cli.settings import OPTIONS, Sampling
 from llava_cli.untrusted_text import one_line
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from llguidance import LLMatcher, LLTokenizer
+    from numpy.typing import NDArray
 
 _PRIVATE_USE = "\U000f0000"
 """From here on there are stand-ins for special tokens (`prompts/special_tokens.py`), which no answer has."""
@@ -83,7 +85,7 @@ class Grammars:
     """
 
     def __init__(self, tokens: Sequence[bytes | None], end_tokens: Collection[int]) -> None:
-        from llguidance import LLTokenizer
+        from llguidance import LLTokenizer as Tokenizer
 
         # A model without end tokens never ends by itself: the token behind its last is never chosen.
         ends = sorted(end_tokens) or [len(tokens)]
@@ -91,8 +93,7 @@ class Grammars:
         for end in ends:
             texts[end] = None
         self._vocabulary = _Vocabulary(texts, ends)
-        self._tokenizer: LLTokenizer = LLTokenizer(self._vocabulary, eos_token=ends)  # type: ignore[arg-type]
-        self._spaced: tuple[list[int], list[int]] | None = None
+        self._tokenizer: LLTokenizer = Tokenizer(self._vocabulary, eos_token=ends)  # type: ignore[arg-type]
         self._compile = lru_cache(_COMPILED)(self._compiled)
         self._lock = threading.Lock()
 
@@ -107,21 +108,19 @@ class Grammars:
     def bytes_of(self, token: int) -> bytes:
         return self._vocabulary.tokens[token]
 
-    @property
-    def spaced(self) -> tuple[list[int], list[int]]:
-        """The ids of tokens that begin with a space, and beside each the one of the same token without it.
+    @cached_property
+    def without_space(self) -> dict[int, int]:
+        """Of each token that begins with a space the one without it; -1 where it is nothing but a space."""
+        tokens = self._vocabulary.tokens
+        ids = {text: number for number, text in enumerate(tokens)} | {b"": -1}
+        return {i: ids[text[1:]] for i, text in enumerate(tokens) if text[:1] == b" " and text[1:] in ids}
 
-        -1 stands for a token that is nothing but a space.
-        """
-        if self._spaced is None:
-            tokens = self._vocabulary.tokens
-            ids = {text: number for number, text in enumerate(tokens) if text}
-            pairs = [(i, ids.get(text[1:], -2)) for i, text in enumerate(tokens) if text[:1] == b" " and len(text) > 1]
-            pairs = [pair for pair in pairs if pair[1] >= 0] + [
-                (i, -1) for i, text in enumerate(tokens) if text == b" "
-            ]
-            self._spaced = [space for space, _ in pairs], [bare for _, bare in pairs]
-        return self._spaced
+    @cached_property
+    def spaced(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same as two arrays."""
+        import numpy as np
+
+        return np.array(list(self.without_space), np.int64), np.array(list(self.without_space.values()), np.int64)
 
     def _compiled(self, key: str, text: str) -> LLMatcher:
         from llguidance import LLMatcher
@@ -152,7 +151,6 @@ class Constraint:
         self._matcher = self._new_matcher.deep_copy()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._has_begun = False
-        self._without_space: dict[int, int] = {}
         self._problem = ""
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
@@ -161,34 +159,26 @@ class Constraint:
         import torch
 
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, count=logits.shape[-1], bitorder="little")
         self._problem = self._matcher.get_error()
-        if not self._has_begun and not self._problem:
-            self._allow_a_space(allowed)
+        allowed = np.unpackbits(bits, count=logits.shape[-1], bitorder="little")
+        if not self._has_begun:
+            spaced, bare = (
+                ids[: np.searchsorted(self._grammars.spaced[0], len(allowed))] for ids in self._grammars.spaced
+            )
+            allowed[spaced] |= (bare < 0) | (bits[bare >> 3] >> (bare & 7) & 1).astype(bool)
         if self._problem or not allowed.any():
             self._problem = self._problem or "the model has no token for what has to come next"
             return logits
         may_come = torch.from_numpy(allowed).view(torch.bool).to(logits.device)
         return torch.where(may_come, logits, -torch.inf)
 
-    def _allow_a_space(self, allowed: Any) -> None:
-        """Allows tokens that are allowed without their first space, in `allowed` [vocabulary]."""
-        import numpy as np
-
-        spaced, bare = (np.array(ids, np.int64) for ids in self._grammars.spaced)
-        is_new = (spaced < len(allowed)) & (bare < len(allowed))
-        spaced, bare = spaced[is_new], bare[is_new]
-        is_new = (allowed[spaced] == 0) & ((bare < 0) | (allowed[bare] == 1))
-        self._without_space = dict(zip(spaced[is_new].tolist(), bare[is_new].tolist(), strict=True))
-        allowed[spaced[is_new]] = 1
-
     def append(self, token: int, show: bool = True) -> str:
         """The text of one more token, which is no end token."""
         if self._problem:
             return ""
+        if not self._has_begun and not self._matcher.validate_tokens([token]):
+            token = self._grammars.without_space[token]
         self._has_begun = True
-        token = self._without_space.pop(token, token)
-        self._without_space = {}
         if token < 0:
             return ""
         if not self._matcher.consume_token(token):

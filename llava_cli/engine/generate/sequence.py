@@ -46,7 +46,7 @@ class Token:
 class Sequence:
     """Request `number`: its prompt, as `inputs` of the model, and the tokens of its answer.
 
-    An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: after
+    An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: behind
     a stop text or, where it has to have a form, when that is complete. Such a form is its own detokenizer.
     """
 
@@ -63,7 +63,7 @@ class Sequence:
     """Makes text of a token of the answer, by its number, for people; None where nobody asks for confidence."""
     records: bool = False
     """Whether it wants the log-probability of each token that it gets; see `record`."""
-    replay: Replay | None = None
+    replay: Follower | None = None
     """What is to be answered after it, and completes its answer."""
     has_begun: bool = False
     """Whether a batch has taken it; once no more answers are begun, this one is still to be finished."""
@@ -152,16 +152,25 @@ class Sequence:
         return confidence_in(self.log_probabilities(), partial(self.text_of, self.answer_ids)) if self.text_of else None
 
 
-class Replay(Sequence):
-    """Says the tokens of an answer again about other pictures; its answer is that one, with its `sight`."""
+class Follower(Sequence):
+    """The same question about other pictures, asked after the first; its answer is the first one with its `sight`."""
 
-    records = has_begun = True
+    has_begun = True
+
+    def follow(self, answered: Sequence, answer: Answer) -> None:
+        """Takes a complete sequence and its answer; to be called before this one is read."""
+        raise NotImplementedError
+
+
+class Replay(Follower):
+    """Says the tokens of the first answer again."""
+
+    records = True
 
     def __init__(self, number: int, inputs: dict[str, torch.Tensor], detokenizer: Detokenizer) -> None:
         super().__init__(number, inputs, ForcedTokens(()), detokenizer, (), 0, time.perf_counter())
 
     def follow(self, answered: Sequence, answer: Answer) -> None:
-        """Takes a complete sequence and its answer; to be called before this one is read."""
         self._answer, self._log_probability = answer, sum(answered.log_probabilities())
         self.sampler = ForcedTokens(answered.answer_ids)
         self.max_length = len(self.prompt) + len(answered.answer_ids)

@@ -9,8 +9,11 @@ by the model itself, in the steps in which its `generate` does it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.engine.generate.choice_pass import read_alone
+from llava_cli.engine.generate.choices import ChoiceSequence
 from llava_cli.engine.generate.confidence import token_log_probabilities
 from llava_cli.engine.generate.sequence import Sequence
 
@@ -31,6 +34,17 @@ class LonePrompt:
         options["position_ids"] = model._prepare_position_ids_for_generation(self._ids, dict(options))
         options["past_key_values"] = DynamicCache(config=model.config.get_text_config(decoder=True))
         self._options: dict[str, Any] = {**options, "use_cache": True, "logits_to_keep": 1}
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._model.device
+        return device
+
+    def fork(self) -> LonePrompt:
+        """Another reading of the same tokens, which goes on by itself from here."""
+        other = copy(self)
+        other._options = {**self._options, "past_key_values": deepcopy(self._options["past_key_values"])}
+        return other
 
     def __call__(self, token: torch.Tensor | None = None) -> torch.Tensor:
         """Reads the prompt, or the next token [1, 1] of its answer -> logits [1, vocabulary] after it."""
@@ -56,6 +70,10 @@ class LonePrompt:
 def generate_alone(model: Any, sequence: Sequence) -> Iterator[None]:
     """Appends a token to the sequence each time it is advanced, until the answer is complete."""
     read = LonePrompt(model, sequence.inputs)
+    if isinstance(sequence, ChoiceSequence):
+        sequence.choose(read_alone(read, sequence.tree))
+        yield
+        return
     token = None
     while True:
         logits = read(token)
