@@ -33,14 +33,28 @@ DECODERS: dict[str, dict[str, Any]] = {
 SIDE, PATCH = 336, 14
 
 
-def random_llava(size: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """CLIP-L/336 (576 image tokens) before a decoder of LLaVA-1.5's kind, vocabulary 32064, that never ends by itself.
-
-    The tokenizer is the built-in model's: its tokens are shorter than real ones, its prompts are real text.
-    """
+def make_processor() -> LlavaProcessor:
+    """The tokenizer is the built-in model's: its tokens are shorter than real ones, its prompts are real text."""
     processor = AutoProcessor.from_pretrained(builtin_folder())
     tokenizer = processor.tokenizer
     tokenizer.model_max_length = 4096
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_convert_rgb=True
+    )
+    return LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=processor.chat_template,
+    )
+
+
+def random_llava(size: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """CLIP-L/336 (576 image tokens) before a decoder of LLaVA-1.5's kind, vocabulary 32064, that never ends."""
+    processor = make_processor()
+    tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -67,17 +81,7 @@ def random_llava(size: str, dtype: torch.dtype) -> tuple[LlavaForConditionalGene
     finally:
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = []
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_convert_rgb=True
-    )
-    return model, LlavaProcessor(
-        pictures,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=processor.chat_template,
-    )
+    return model, processor
 
 
 def write(size: str, folder: str | Path) -> None:

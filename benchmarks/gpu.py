@@ -1,30 +1,39 @@
 """A GPU's figures in one process: `python benchmarks/gpu.py --size 7B --precision bf16 [--results FILE]`.
 
-A LLaVA of real geometry gets random weights on the card itself; nothing is downloaded or written. Every contender
-answers the same questions about new pictures of noise, 64 tokens each, with the same weights: this tool with its
-captured step, this tool without it, and transformers' `generate`, which reads one picture at a time. Decoding is held
-against the card's own limit: the bytes of a token's weights over the bandwidth that a large copy reached; the first
-token against the floating-point operations of picture and prompt over what a large product reached.
+A LLaVA of real geometry gets random weights on the card itself. Every contender answers the same questions about new
+pictures of noise, 64 tokens each, with the same weights: this tool with its captured step, this tool without it, and
+transformers' `generate`, which reads one picture at a time, with the cache that it takes by itself and with a static
+one. Decoding is held against the card's own limit: the bytes of a token's weights over the bandwidth that a large copy
+reached; the first token against the floating-point operations of picture and prompt over what a large product reached.
 
-`--device cpu --size tiny` tries the script itself.
+After `--seconds` no part is begun that is not expected to end in time; what is left out is said. The last table has
+each figure that must hold beside its bound. `--device cpu --size tiny` tries the script itself.
 """
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `llava` does, before torch is imported
+
 import argparse
 import gc
+import shutil
+import signal
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import gpu_pieces
 import torch
-from geometry import random_llava
+from geometry import make_processor, random_llava
 from PIL import Image
 
-from llava_cli import Conversation, Picture, Sampling
+from llava_cli import Conversation, Picture, Sampling, load
 from llava_cli.engine import Answer, Request
 from llava_cli.engine.local import LocalEngine
 from llava_cli.engine.model_patch import ModelPatch
@@ -34,7 +43,56 @@ QUESTION = (
     "what is in this picture? and what color is the largest of all the things in it? and what is above it, or below it?"
 )
 ANSWER_TOKENS, BATCH_TOKENS, REPEATS = 64, 32, 5
+COMPILE_SECONDS = 90
+HEAD = "| | first token, ms | of the limit + 10 ms | decode, tokens/s | of the limit |\n|---|---|---|---|---|"
 Figures = dict[str, float]
+
+
+class Bound(NamedTuple):
+    """A figure that must hold."""
+
+    name: str
+    found: float
+    least: float
+
+    def row(self) -> str:
+        return (
+            f"| {self.name} | {self.found:.2f} | {self.least:.2f} | {'yes' if self.found >= self.least else '**no**'} |"
+        )
+
+
+class Clock:
+    """How much time is left."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.skipped: list[str] = []
+
+    @property
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def has(self, seconds: float, part: str) -> bool:
+        """Whether a part that takes so long can be begun."""
+        if self.left < seconds:
+            self.skipped.append(f"{part} ({seconds:.0f} s of {max(0.0, self.left):.0f})")
+        return self.left >= seconds
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises `TimeoutError` in what takes longer."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(max(1, round(seconds)))
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # ---------------------------------------------------------------- the card
@@ -117,7 +175,8 @@ def token_bytes(model: Any) -> int:
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     embeddings = model.get_input_embeddings().weight
     weights = [p for p in (*decoder.parameters(), *head.parameters()) if p is not embeddings]
-    return sum(p.numel() * p.element_size() for p in weights)
+    scales = [state.absmax for p in weights if (state := getattr(p, "quant_state", None))]
+    return sum(p.numel() * p.element_size() for p in (*weights, *scales))
 
 
 def prompt_flops(model: Any, tokens: int) -> float:
@@ -132,7 +191,7 @@ def prompt_flops(model: Any, tokens: int) -> float:
 # ---------------------------------------------------------------- who answers
 
 
-class Clock:
+class TokenTimes:
     """A streamer of transformers': when each token came. `generate` shows it the prompt first."""
 
     def __init__(self) -> None:
@@ -164,7 +223,7 @@ def ask_ours(engine: LocalEngine, tokens: int) -> Figures:
 
 
 def ask_generate(engine: LocalEngine, tokens: int, **options: Any) -> Figures:
-    clock, begin = Clock(), time.perf_counter()
+    clock, begin = TokenTimes(), time.perf_counter()
     inputs = engine.prompter.encode(Conversation().ask(QUESTION, [picture()]))
     inputs = {
         k: v.to(engine.network.device, engine.network.dtype if v.is_floating_point() else v.dtype)
@@ -207,49 +266,146 @@ def without_graphs(model: Any) -> Iterator[None]:
 # ---------------------------------------------------------------- the table
 
 
-def report(size: str, precision: str, device: str, batches: list[int]) -> Iterator[str]:
-    from llava_cli.engine.gpu.patch import describe
+def ask_static(engine: LocalEngine, tokens: int) -> Figures:
+    return ask_generate(engine, tokens, cache_implementation="static", disable_compile=True)
 
-    card = torch.cuda.get_device_name() if device == "cuda" else "a CPU, to try the script"
-    yield f"## {size} in {precision} on {card}\n"
-    speed, rate = bandwidth(device), matrix_rate(device, torch.bfloat16)
-    begin = time.perf_counter()
-    engine = make_engine(size, precision, device)
-    model = engine.network
-    made = time.perf_counter() - begin
-    tokens = engine.count(Conversation().ask(QUESTION, [picture()]))
-    limit = speed / token_bytes(model)
-    first_limit = prompt_flops(model, tokens) / rate
-    size_read, floor = token_bytes(model) / 1e9, 1e3 * first_limit
-    yield f"torch {torch.__version__}; copies at {speed / 1e9:,.0f} GB/s, products at {rate / 1e12:,.1f} TFLOP/s."
-    yield f"A token reads {size_read:.2f} GB: at most {limit:,.0f} tokens/s. Picture and prompt, {tokens} tokens,"
-    yield f"take at least {floor:.1f} ms. The weights were made in {made:.1f} s.\n"
-    yield "| | first token, ms | of the limit + 10 ms | decode, tokens/s | of the limit |\n|---|---|---|---|---|"
 
-    def row(name: str, figures: Figures) -> str:
-        first = f"{1e3 * figures['first']:.1f} | {figures['first'] / (first_limit + 0.01):.2f}"
-        return f"| {name} | {first} | {figures['decode']:.1f} | {figures['decode'] / limit:.2%} |"
+def ask_compiled(engine: LocalEngine, tokens: int) -> Figures:
+    return ask_generate(engine, tokens, cache_implementation="static")
 
-    yield row("llava", median(ask_ours, engine))
-    how = describe(model)
-    with without_graphs(model):
-        yield row("llava, kernel by kernel", median(ask_ours, engine))
-        with engine.patch.undone():
-            yield row("transformers' generate", median(ask_generate, engine))
-    yield f"\nTokens are made by a step that is: {how}.\n"
-    yield "| pictures at a time | pictures/s | of generate, one at a time |\n|---|---|---|"
-    with without_graphs(model), engine.patch.undone():
-        begin = time.perf_counter()
-        for _ in range(3):
-            ask_generate(engine, BATCH_TOKENS)
-        alone = 3 / (time.perf_counter() - begin)
-    yield f"| 1, generate | {alone:.2f} | 1.00 |"
-    for rows in batches:
-        batch(engine, rows)
-        found = batch(engine, rows)
-        yield f"| {rows} | {found:.2f} | {found / alone:.2f} |"
+
+@contextmanager
+def cudnn_attention(device: str) -> Iterator[None]:
+    """As torch has it by itself: on an H100 and later it may take cuDNN's, which plans anew for each length."""
     if device == "cuda":
-        yield f"\nMemory: {torch.cuda.max_memory_reserved() / 1e9:.1f} GB at most.\n"
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+class Report:
+    """One model on one device, part by part."""
+
+    def __init__(self, size: str, precision: str, device: str, clock: Clock) -> None:
+        self.size, self.precision, self.device, self.clock = size, precision, device, clock
+        self.bounds: list[Bound] = []
+
+    def lines(self, batches: list[int], measures_load: bool) -> Iterator[str]:
+        card = torch.cuda.get_device_name() if self.device == "cuda" else "a CPU, to try the script"
+        yield f"## {self.size} in {self.precision} on {card}\n"
+        speed, rate = bandwidth(self.device), matrix_rate(self.device, torch.bfloat16)
+        begin = time.perf_counter()
+        engine = make_engine(self.size, self.precision, self.device)
+        made = time.perf_counter() - begin
+        tokens = engine.count(Conversation().ask(QUESTION, [picture()]))
+        self.limit = speed / token_bytes(engine.network)
+        self.first_limit = prompt_flops(engine.network, tokens) / rate
+        yield f"torch {torch.__version__}; copies at {speed / 1e9:,.0f} GB/s, products at {rate / 1e12:,.1f} TFLOP/s."
+        size, first = token_bytes(engine.network) / 1e9, 1e3 * self.first_limit
+        yield f"A token reads {size:.2f} GB: at most {self.limit:,.0f} tokens/s. Picture and prompt, {tokens} tokens,"
+        yield f"take at least {first:.1f} ms. The weights were made in {made:.1f} s.\n"
+        yield from self._one_at_a_time(engine)
+        yield from self._batches(engine, batches)
+        if self.clock.has(60, "the pieces of a step"):
+            yield from gpu_pieces.lines(engine.network, self.device)
+        if self.clock.has(COMPILE_SECONDS + 30, "generate with a static cache, compiled"):
+            yield f"\n{HEAD}"
+            with without_graphs(engine.network), engine.patch.undone():
+                yield self._try("generate, static cache, compiled", ask_compiled, engine, COMPILE_SECONDS)
+        if self.device == "cuda":
+            yield f"\nMemory: {torch.cuda.max_memory_reserved() / 1e9:.1f} GB at most."
+        if measures_load and self.precision == "bf16" and self.clock.has(100, "loading from a folder"):
+            yield from self._load(engine)
+        if self.clock.skipped:
+            yield f"\nLeft out, for want of time: {', '.join(self.clock.skipped)}."
+        yield f"\n| {self.size} {self.precision}: must hold | found | at least | held |\n|---|---|---|---|"
+        for bound in self.bounds:
+            yield bound.row()
+
+    def _one_at_a_time(self, engine: LocalEngine) -> Iterator[str]:
+        from llava_cli.engine.gpu.patch import describe
+
+        yield HEAD
+        ours = median(ask_ours, engine)
+        yield self._row("llava", ours)
+        how = describe(engine.network)
+        theirs: list[Figures] = []
+        with without_graphs(engine.network):
+            yield self._row("llava, kernel by kernel", median(ask_ours, engine))
+            with engine.patch.undone():
+                theirs.append(median(ask_generate, engine))
+                yield self._row("transformers' generate", theirs[0])
+                if self.device == "cuda" and self.clock.has(30, "generate with cuDNN's attention"):
+                    with cudnn_attention(self.device):
+                        theirs.append(median(ask_generate, engine))
+                    yield self._row("generate, as torch chooses its attention", theirs[1])
+                if self.clock.has(30, "generate with a static cache"):
+                    yield self._try("generate, static cache", ask_static, engine, 30)
+        yield f"\nTokens are made by a step that is: {how}.\n"
+        best = max(figures["decode"] for figures in theirs)
+        share = 0.55 if self.precision == "bf16" else 0.0
+        self.bounds.append(Bound("decode, times generate's", ours["decode"] / best, 2))
+        self.bounds.append(Bound("decode, share of the limit", ours["decode"] / self.limit, share))
+        self.bounds.append(
+            Bound("first token, limit + 10 ms over it", (self.first_limit + 0.01) / ours["first"], 1 / 1.3)
+        )
+
+    def _row(self, name: str, figures: Figures) -> str:
+        first = f"{1e3 * figures['first']:.1f} | {figures['first'] / (self.first_limit + 0.01):.2f}"
+        return f"| {name} | {first} | {figures['decode']:.1f} | {figures['decode'] / self.limit:.2%} |"
+
+    def _try(self, name: str, ask: Callable[[LocalEngine, int], Figures], engine: LocalEngine, seconds: float) -> str:
+        """A contender's row, or why there is none."""
+        try:
+            with limited(min(seconds, max(1.0, self.clock.left))):
+                return self._row(name, median(ask, engine))
+        except Exception as error:
+            return f"| {name} | {type(error).__name__}: {str(error).partition(chr(10))[0][:80]} | | | |"
+
+    def _batches(self, engine: LocalEngine, batches: list[int]) -> Iterator[str]:
+        yield "| pictures at a time | pictures/s | of generate, one at a time |\n|---|---|---|"
+        with without_graphs(engine.network), engine.patch.undone():
+            begin = time.perf_counter()
+            for _ in range(3):
+                ask_generate(engine, BATCH_TOKENS)
+            alone = 3 / (time.perf_counter() - begin)
+        yield f"| 1, generate | {alone:.2f} | 1.00 |"
+        best = 0.0
+        for rows in batches:
+            if not self.clock.has(4 * rows / max(alone, best), f"{rows} at a time"):
+                continue
+            batch(engine, rows)
+            found = batch(engine, rows)
+            best = max(best, found)
+            yield f"| {rows} | {found:.2f} | {found / alone:.2f} |"
+        self.bounds.append(Bound("pictures/s of a batch, times generate's", best / alone, 5))
+
+    def _load(self, engine: LocalEngine) -> Iterator[str]:
+        """From files in memory: what a start takes apart from the disk. The engine's weights are gone after it."""
+        place = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        folder = tempfile.mkdtemp(dir=place)
+        os.environ["LLAVA_CACHE"] = f"{folder}/cache"
+        try:
+            engine.network.save_pretrained(f"{folder}/model", max_shard_size="2GB")
+            make_processor().save_pretrained(f"{folder}/model")
+            engine.patch.undo()
+            engine.network.to("meta")
+            gc.collect()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            yield "\n| loaded from files in memory | s |\n|---|---|"
+            for name, precision in (("bf16", "bf16"), ("4bit, the first start", "4bit"), ("4bit, later", "4bit")):
+                if self.clock.has(45, f"loading in {name}"):
+                    begin = time.perf_counter()
+                    load(f"{folder}/model", precision=precision, device=self.device)  # type: ignore[arg-type]
+                    wait(self.device)
+                    yield f"| {name} | {time.perf_counter() - begin:.1f} |"
+                    gc.collect()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
@@ -258,10 +414,15 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=("bf16", "4bit"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batches", default="8,32,128")
+    parser.add_argument("--seconds", type=float, default=480, help="how long all of it may take")
+    parser.add_argument("--load", action="store_true", help="also measure loading, from files in /dev/shm")
     parser.add_argument("--results", type=Path, help="a file that the section is added to")
     args = parser.parse_args()
+    clock = Clock(args.seconds)
+    report = Report(args.size, args.precision, args.device, clock)
     batches = [int(rows) for rows in args.batches.split(",")]
-    for line in report(args.size, args.precision, args.device, batches):
+
+    for line in report.lines(batches, args.load):
         print(line, flush=True)
         if args.results:
             with args.results.open("a") as file:

@@ -8,6 +8,7 @@
     │   └── NoAnswer        65   a server's model answered nothing, refused, or was cut off by a filter
     ├── InputMissing        66   a file or URL that is not there, or cannot be read
     ├── ModelUnusable       69   unknown, absent, damaged or unsuitable checkpoint
+    │   └── DeviceLost      69   a GPU that does nothing more for this process
     ├── ServerFailed        69   a server that did not answer, despite retries
     ├── OutOfMemory         71   this machine has too little memory for what was asked
     ├── OutputTaken         73   the output is another run's, or cannot be written
@@ -66,6 +67,10 @@ class ModelUnusable(LlavaError):
     exit_code = 69
 
 
+class DeviceLost(ModelUnusable):
+    """After this every further answer of the process would fail, too."""
+
+
 class ServerFailed(LlavaError):
     exit_code = 69
 
@@ -113,6 +118,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
+_LOST_WORDS = (
+    *("illegal memory access", "illegal instruction", "misaligned address", "invalid program counter"),
+    *("device-side assert", "unspecified launch failure", "launch timed out", "hardware stack error"),
+    *("operation not supported on global/shared address space", "uncorrectable ecc", "uncorrectable nvlink"),
+)
+"""CUDA's words for the errors that leave a process "in an inconsistent state", to end it (`cudaError_t`'s manual)."""
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether a GPU has met an error that it reports at each call from now on."""
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST_WORDS)
+
+
 @contextmanager
 def model_errors(model: str, what: str, hint: str = "") -> Iterator[None]:
     """Translates whatever torch, transformers and their Rust parts raise: `llava: MODEL: WHAT (their message)`."""
@@ -125,6 +143,9 @@ def model_errors(model: str, what: str, hint: str = "") -> Iterator[None]:
             raise
         if is_out_of_memory(error):
             raise OutOfMemory(model, "not enough memory", "llava models lists what fits this machine") from error
+        if is_device_lost(error):
+            hint = "start it again; LLAVA_FAST=0 leaves out captured steps, --device cpu the GPU"
+            raise DeviceLost(model, f"the GPU has failed ({message_line(error)})", hint) from error
         raise ModelUnusable(model, f"{what} ({message_line(error)})", hint) from error
 
 

@@ -146,14 +146,26 @@ ROW_ITEMS = 1_000_000
 CHOICES = 256
 """Answers that a model chooses from; each is read in up to eight spellings."""
 CHOICE_CHARACTERS = 1_000
+CALIBRATION_ROWS = 1_000_000
+"""Labelled rows that a calibration is fitted to: they are in memory."""
+CALIBRATION_LEVELS = 1_000
+"""Thresholds in a calibration's file."""
 SCHEMA_BYTES = 1_000_000
 """Of a JSON schema that answers must fit."""
 SCHEMA_DEPTH = 64
+SCHEMA_REF_DEPTH = 256
+"""With what its `$ref`s point to in their place; llguidance's stack ends at three times as many levels."""
 SCHEMA_ITEMS = 100_000
 SCHEMA_FIELDS_CHARACTERS = 10_000
 """Of a schema that is written as a line of fields."""
+SCHEMA_MULTIPLE = 100_000
+"""The product of the different significant digits behind `multipleOf`: a state is made for each remainder."""
 REGEX_CHARACTERS = 10_000
 GRAMMAR_BYTES = 100_000
+GRAMMAR_RULES = 500
+"""Rules and terminals of a Lark grammar: llguidance's stack ends where a thousand refer to each other in a chain."""
+GRAMMAR_STATES = 50_000
+"""Of the automaton that is made of a schema, regex or grammar as answers go on: 1 to 2 kB each."""
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000

@@ -38,7 +38,7 @@ _TYPES: dict[str, dict[str, Any]] = {
     "time": {"type": "string", "pattern": "^([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?$"},
 }
 _BOUNDS = bounded_json.Bounds(limits.SCHEMA_BYTES, limits.SCHEMA_DEPTH, limits.SCHEMA_ITEMS)
-_FILE_NAME = re.compile(r"[^\s,|\[\]{}\"]*(/[^\s,|\[\]{}\"]*|\.(json|lark))")
+_WORD = re.compile(r'[^\s,|\[\]{}"]+')
 _START_RULE = re.compile(r"^\s*[!?]?start\b[^:\n]*:", re.M)
 _TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|([,?|\[\]{}])|([^\s,?|\[\]{}"]+))')
 """A text in quotes, a mark, or a word."""
@@ -49,7 +49,8 @@ def parse_schema(source: str, value: Any) -> str:
 
     Raises `UsageError` or `InputMissing`, about `source`, for what is no such thing.
     """
-    if isinstance(value, str) and (data := _content(source, value, limits.SCHEMA_BYTES)) is not None:
+    is_name = isinstance(value, str) and not value.lstrip().startswith("{")
+    if is_name and (data := _content(source, value, limits.SCHEMA_BYTES)) is not None:
         return _canonical(f"{source} {printable(value)}", _from_json(f"{source} {printable(value)}", data))
     return written_schema(source, value)
 
@@ -100,7 +101,7 @@ def _content(source: str, name: str, most: int) -> bytes | None:
     """What the file with this name has; None if it is the name of none."""
     try:
         if not os.path.exists(name):
-            if _FILE_NAME.fullmatch(name):
+            if _WORD.fullmatch(name) and ("/" in name or name.endswith((".json", ".lark"))):
                 raise InputMissing(f"{source} {printable(name)}", "there is no such file")
             return None
         return regular_files.read(name, most)
@@ -200,11 +201,15 @@ class _Fields:
         place = place or self._tokens[self._next].place
         return UsageError(self._source, f"{printable(reason)} (character {place})", _EXAMPLE)
 
-    def _expect(self, mark: str) -> None:
-        if self._peek() != mark:
-            found = f"{self._peek()!r} stands" if self._peek() else "the line ends"
-            raise self._error(f"{found} where {mark!r} should")
+    def _expect(self, *marks: str) -> None:
+        """Takes one of the marks."""
+        if self._peek() not in marks:
+            raise self._unexpected(self._tokens[self._next], " or ".join(repr(mark) for mark in marks if mark))
         self._take()
+
+    def _unexpected(self, found: _Token, expected: str) -> UsageError:
+        words = f"{found.text!r} stands" if found.text else "the line ends"
+        return self._error(f"{words} where {expected} should", found.place)
 
     def _object(self, end: str) -> dict[str, Any]:
         """Fields up to the mark `end`, or to the end of the line."""
@@ -225,7 +230,7 @@ class _Fields:
             properties[key] = _TYPES["str"] if self._peek() in (",", end) else self._type()
             if self._peek() == end:
                 break
-            self._expect(",")
+            self._expect(",", end)
         return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
     def _type(self) -> dict[str, Any]:
@@ -235,8 +240,7 @@ class _Fields:
             return self._nested("{", "}")
         first = self._take()
         if first.is_mark or not first.text:
-            found = f"{first.text!r} stands" if first.text else "the line ends"
-            raise self._error(f"{found} where a type should", first.place)
+            raise self._unexpected(first, "a type")
         if self._peek() != "|" and not first.text.startswith('"'):
             if first.text not in _TYPES:
                 words = f"{first.text!r} is no type; there are {', '.join(_TYPES)}, A|B|C, [a list] and {{an object}}"

@@ -213,6 +213,7 @@ class ServerOptions(_Options):
     api_key: str | None = _option(
         None, "The key that is sent to the server, and that `llava serve` asks for over TCP.", secret=True
     )
+    escalate_key: str | None = _option(None, "The key that is sent to the server of --escalate.", secret=True)
     concurrency: int = _option(8, "Requests at a time to the --server.", metavar="N", bounds=(1, 1024))
 
 

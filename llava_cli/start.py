@@ -16,6 +16,9 @@ from llava_cli import signals
 
 _PICTURE_COMMANDS = ("ask", "chat")
 """Commands that open pictures first."""
+NVIDIA_DRIVER = "/dev/nvidiactl"
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The variables that torch reads them from; since 2.10 the first one is for every kind of GPU."""
 
 
 @contextmanager
@@ -60,6 +63,7 @@ def main() -> None:
         os.environ.update(
             {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
         )
+    let_segments_grow()
     signals.start()
     if sys.argv[1:2] and sys.argv[1] in _PICTURE_COMMANDS and len(sys.argv) > 2:
         _begin_sandbox()
@@ -69,6 +73,16 @@ def main() -> None:
     fast_start.start()
     register(*sys.argv[1:2])
     app(prog_name="llava")
+
+
+def let_segments_grow() -> None:
+    """On an NVIDIA GPU lets torch enlarge the blocks of memory that it has, unless the user has other settings for it.
+
+    A KV cache that grows would leave its old memory behind in blocks too small for the new one. torch reads the
+    variable while it is imported; before 2.10 it takes no notice of it.
+    """
+    if os.path.exists(NVIDIA_DRIVER) and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def _fill_closed_streams() -> None:

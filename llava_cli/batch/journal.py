@@ -21,7 +21,7 @@ from typing import Any
 from llava_cli import files, limits, regular_files
 from llava_cli.batch import run_settings
 from llava_cli.batch.lines import bounded_lines, is_too_long
-from llava_cli.batch.rows import is_complete, parse_row, to_line
+from llava_cli.batch.rows import is_complete, parse_row, to_ask_again, to_line
 from llava_cli.batch.tasks import Task, merge_tasks
 from llava_cli.errors import BadData, OutputError, OutputTaken, os_reason
 from llava_cli.untrusted_text import printable
@@ -165,7 +165,7 @@ class Journal:
                     damaged[-1] = end
                 elif row is None:
                     damaged.extend((begin, end))
-                if row is None or (retry and row["status"] == "error"):
+                if row is None or (retry and to_ask_again(row)):
                     self.to_redo.append(number)
                 else:
                     on_row(Task.from_line(task), row)

@@ -27,7 +27,7 @@ def report(source: Path, output: Path, first: int = 1, quiet: bool = False, root
     """
     rows = RowsFile(source)
     rows.check()
-    _check_output(output, source)
+    check_output(output, source)
     if first > max(rows.total, 1):
         raise UsageError("--from", f"the last row is {rows.total:,}", "llava report --help")
     if rows.is_torn and not quiet:
@@ -48,7 +48,7 @@ def report(source: Path, output: Path, first: int = 1, quiet: bool = False, root
         render.note("\n  ".join(lines))
 
 
-def _check_output(output: Path, source: Path) -> None:
+def check_output(output: Path, source: Path) -> None:
     """Raises `UsageError` or `OutputTaken` if the page would replace its own rows, or cannot be written."""
     name, hint = printable(str(output)), "give another file to -o"
     if os.path.realpath(output) == os.path.realpath(source):

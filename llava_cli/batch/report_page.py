@@ -15,13 +15,16 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from heapq import nlargest
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.report_pictures import PictureFolders, thumbnail
 from llava_cli.batch.report_rows import RowsFile
+from llava_cli.batch.rows import escalation_error, is_number
 from llava_cli.batch.tasks import Task
 from llava_cli.untrusted_text import for_page, printable
 
@@ -30,6 +33,10 @@ MAX_THUMBNAILS = 5_000
 MAX_ROWS = 100_000
 """Rows of a page; a browser takes a few seconds for these, and fails at millions."""
 THUMBNAIL_SIDE = 160
+MAX_BARS = 16
+"""Choices of a row that are shown, the likeliest ones."""
+_RANGES = {"threshold": (0, 1), "answer_probability": (0, 1), "sight": (-1e9, 1e9)}
+"""Of a row's numbers; JSON cannot tell the page of others, such as infinity."""
 _ROWS_PER_ELEMENT = 1_000
 """A browser does not parse JSON of any length at once."""
 
@@ -112,9 +119,30 @@ def page_fields(number: int, row: dict[str, Any]) -> dict[str, Any]:
         fields["right"] = right
     if expected is not None:
         fields["expected"] = for_page(" / ".join(map(str, expected)) if isinstance(expected, list) else str(expected))
+    fields |= scores(row)
     facts = {"id": row.get("id"), "model": row.get("model"), "tokens": row.get("answer_tokens")}
     facts["sha256"] = row.get("sha256")
     return fields | {name: for_page(str(value)) for name, value in facts.items() if value is not None}
+
+
+def scores(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of its certainty, as far as these are numbers in their ranges, and texts."""
+    probabilities, confidence, escalated = (row.get(name) for name in ("probabilities", "confidence", "escalated"))
+    fields = {name: row[name] for name, bounds in _RANGES.items() if is_number(row.get(name), *bounds)}
+    if isinstance(probabilities, dict):
+        numbers = [(choice, p) for choice, p in probabilities.items() if is_number(p, 0, 1)]
+        likeliest = nlargest(MAX_BARS, numbers, key=itemgetter(1))
+        fields["bars"] = [(for_page(choice), p) for choice, p in likeliest]
+    if isinstance(confidence, dict) and all(is_number(confidence.get(name), 0, 1) for name in ("mean", "lowest")):
+        fields |= {"mean": confidence["mean"], "lowest": confidence["lowest"]}
+        fields["token"] = for_page(str(confidence.get("lowest_token", "")))
+    if isinstance(escalated, dict):
+        error = escalation_error(row)
+        words = f"failed: {error.get('message')}" if error else str(escalated.get("answer"))
+        fields["escalated"] = [for_page(str(escalated.get("model"))), for_page(words)]
+    if isinstance(row.get("guess"), str):
+        fields["guess"] = for_page(row["guess"])
+    return fields
 
 
 def _to_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A file of rows that a report reads twice: to check all of it before the first picture is opened, and to show it."""
+"""A file of rows that is read twice: to check all of it before any work is done, and to do it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class PictureFacts:
 def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaError, model: str) -> dict[str, Any]:
     """A row with the nine `_KEYS`, and with optional ones where they say something."""
     answer = outcome if isinstance(outcome, Answer) else None
-    error = {"type": type(outcome).__name__, "message": outcome.reason} if isinstance(outcome, LlavaError) else None
+    error = error_object(outcome) if isinstance(outcome, LlavaError) else None
     row: dict[str, Any] = {
         "image": task.image,
         "question": task.question,
@@ -57,9 +57,13 @@ def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaEr
         row["flags"] = flags
     if answer:
         row |= answer.details()
+    is_open = answer is not None and is_unsure(answer)
+    if is_open:
+        row["guess"] = next(iter(row["probabilities"]))
     if task.answer is not None:
         row["expected"] = task.answer
-        row["right"] = bool(answer) and is_right(answer.text if answer else "", task.answer)
+        if not is_open:  # which is neither right nor wrong
+            row["right"] = bool(answer) and is_right(answer.text if answer else "", task.answer)
     if picture and picture.frames > 1:
         row["frames"] = picture.frames
     if picture and picture.truncated:
@@ -69,6 +73,27 @@ def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaEr
     except UnicodeEncodeError:
         row["path_b64"] = base64.b64encode(os.fsencode(task.image)).decode()
     return row
+
+
+def error_object(error: LlavaError) -> dict[str, str]:
+    return {"type": type(error).__name__, "message": error.reason}
+
+
+def is_unsure(answer: Answer) -> bool:
+    """Whether an answer from choices is none of them, since none was probable enough."""
+    return bool(answer.probabilities) and answer.text not in (answer.probabilities or ())
+
+
+def escalation_error(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The error that a larger model ended with, which was asked about an unsure row."""
+    escalated = row.get("escalated")
+    error = escalated.get("error") if isinstance(escalated, dict) else None
+    return error if isinstance(error, dict) else None
+
+
+def to_ask_again(row: dict[str, Any]) -> bool:
+    """Whether a row has an error, of its model or of the larger one."""
+    return row["status"] == "error" or escalation_error(row) is not None
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
@@ -88,14 +113,24 @@ def is_complete(row: dict[str, Any]) -> bool:
     if not row.keys() >= set(_KEYS):
         return False
     is_answered = isinstance(row["answer"], str) and type(row["answer_tokens"]) is int
-    is_failed = isinstance(row["error"], dict) and isinstance(row["error"].get("type"), str)
+    is_failed = _is_error(row["error"])
     flags = row.get("flags", [])
     return (
         (is_answered if row["status"] == "ok" else is_failed and row["status"] == "error")
         and isinstance(flags, list)
         and all(isinstance(flag, str) for flag in flags)
         and isinstance(row.get("right", False), bool)
+        and (escalation_error(row) is None or _is_error(escalation_error(row)))
     )
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("type"), str)
+
+
+def is_number(value: Any, least: float, most: float) -> bool:
+    """Whether a value from outside is a number in a range; NaN is in none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def to_line(row: dict[str, Any], ascii_only: bool = False) -> bytes:
@@ -104,13 +139,14 @@ def to_line(row: dict[str, Any], ascii_only: bool = False) -> bytes:
 
 
 def warning_flags(answer: Answer, question: str) -> list[str]:
-    """Signs that an answer went wrong: empty, repeated, cut_off, echoes_prompt, blind."""
+    """Signs that an answer went wrong, or is none: empty, repeated, cut_off, echoes_prompt, unsure, blind."""
     text = answer.text
     flags = {
         "empty": not text.strip(),
         "repeated": is_repetitive(text[-4000:] + " "),
         "cut_off": answer.finish_reason == "length",
         "echoes_prompt": (len(question) > 7 and _normalized(question) in _normalized(text)) or "ASSISTANT:" in text,
+        "unsure": is_unsure(answer),
         "blind": answer.is_blind,
     }
     return [name for name, is_set in flags.items() if is_set]

@@ -16,6 +16,7 @@ from typing import Any
 from llava_cli import render, signals
 from llava_cli._version import __version__
 from llava_cli.batch.journal import Journal
+from llava_cli.batch.judged_engine import JudgedEngine, Promise
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
@@ -43,6 +44,9 @@ class Job:
     retry: bool = False
     repair: bool = False
     verify: int = 0
+    promise: Promise | None = None
+    escalate: Settings | None = None
+    """Those of the larger model."""
     sight: int = 0
     """Of how many rows to tell the sight."""
     allow_truncated: bool = False
@@ -55,12 +59,16 @@ def run(job: Job) -> int:
     tally, stop = Tally(job.verify), StopSignal(job.quiet)
     with ExitStack() as stack:
         journal = tasks = None
+        larger = _open_larger(job)
         if job.output is None:
+            if job.promise:
+                job = _with_one_precision(job, None)
+                _run_settings(job, larger)  # holds the calibration against them
             tasks = job.source.checked_tasks()
         else:
             journal = Journal(job.output)
             stack.callback(journal.close)
-            job = _open_journal(job, journal, tally)
+            job = _open_journal(job, journal, tally, larger)
             if journal.done < journal.total or journal.to_redo or job.verify:
                 tasks = journal.tasks()
         source_is_read = journal is not None or not job.source.is_stream
@@ -74,6 +82,8 @@ def run(job: Job) -> int:
             engine = open_engine(job.settings, render.note, render.notes(job.quiet))
         if not job.quiet:
             render.note_demo_model(job.settings.load, engine)
+        if job.promise or larger:
+            engine = JudgedEngine(engine, job.promise, larger, job.settings.remote.concurrency)
         stack.enter_context(stop)
         speed = _answer(job, journal, tasks, tally, engine, loader, stop)
         if job.verify and not stop.signal:
@@ -91,12 +101,31 @@ def _note_what_is_left_out(job: Job) -> None:
         render.note(line)
 
 
-def _open_journal(job: Job, journal: Journal, tally: Tally) -> Job:
+def _open_larger(job: Job) -> Engine | None:
+    """The model that is asked about what the first one leaves open. Raises as `RemoteEngine`."""
+    if job.escalate is None:
+        return None
+    try:
+        return open_engine(job.escalate, render.note)
+    except LlavaError as error:
+        for word, ours in _ESCALATE_WORDS.items():
+            error.hint = error.hint.replace(word, ours)
+        raise
+
+
+_ESCALATE_WORDS = {"--server": "--escalate", "-m NAME": "--escalate-model NAME", "LLAVA_API_KEY": "LLAVA_ESCALATE_KEY"}
+"""What the options of a first server are called for the larger model."""
+
+
+def _with_one_precision(job: Job, saved: str | None) -> Job:
+    return replace(job, settings=with_one_precision(job.settings, saved, render.notes(job.quiet)))
+
+
+def _open_journal(job: Job, journal: Journal, tally: Tally, larger: Engine | None) -> Job:
     """Locks the output, checks that its rows are this job's, and counts them; returns the job with its precision."""
     journal.lock()
-    settings = with_one_precision(job.settings, journal.saved_precision(), render.notes(job.quiet))
-    job = replace(job, settings=settings)
-    added, removed = journal.begin(_run_settings(job), job.source.tasks(), job.extend)
+    job = _with_one_precision(job, journal.saved_precision())
+    added, removed = journal.begin(_run_settings(job, larger), job.source.tasks(), job.extend)
     if not job.quiet and (added or removed):
         action = "are taken in" if job.extend else "are left out; --extend takes them in"
         changes = [f"{added} rows were added to the source since and {action}"] if added else []
@@ -106,11 +135,14 @@ def _open_journal(job: Job, journal: Journal, tally: Tally) -> Job:
     return job
 
 
-def _run_settings(job: Job) -> dict[str, Any]:
-    """What all rows of a run have in common; with other settings the run cannot be resumed."""
+def _run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
+    """What all rows of a run have in common; with other settings the run cannot be resumed.
+
+    Raises `BadData` if the calibration was made with others.
+    """
     settings, source = job.settings, job.source
     sight = {"sight": job.sight} if job.sight else {}
-    return {
+    found = {
         "llava": ".".join(__version__.split(".")[:2]),
         **identify(settings),
         "system": settings.system,
@@ -122,6 +154,13 @@ def _run_settings(job: Job) -> dict[str, Any]:
         "questions": source.questions,
         "root": str(Path(source.folder).resolve()),
     }
+    if job.promise:
+        calibration = job.promise.calibration
+        calibration.check(found)
+        found["calibration"] = {"temperature": calibration.temperature, "threshold": job.promise.threshold}
+    if larger:
+        found["escalate"] = f"{larger.model} at {larger.where}"
+    return found
 
 
 def _answer(
@@ -199,7 +238,7 @@ def _finish(job: Job, tally: Tally, stop: StopSignal, speed: str) -> int:
         if job.output is not None:
             render.note(f"stopped; to go on:\n  {job.command}")
         return 128 + stop.signal
-    return 1 if tally.failed or job.source.skipped.unreadable.count else 0
+    return 1 if tally.failed or tally.escalation_errors or job.source.skipped.unreadable.count else 0
 
 
 class StopSignal:

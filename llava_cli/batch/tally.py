@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from llava_cli.batch.rows import escalation_error
 from llava_cli.batch.tasks import Task
 from llava_cli.untrusted_text import one_line
 
@@ -27,6 +28,9 @@ class Tally:
     right: int = 0
     flags: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
+    escalated: int = 0
+    """Rows that a larger model was asked about."""
+    escalation_errors: Counter[str] = field(default_factory=Counter)
     sample: list[tuple[Task, str]] = field(default_factory=list)
     """Tasks with their answers."""
 
@@ -39,6 +43,10 @@ class Tally:
         if "right" in row:
             self.judged += 1
             self.right += row["right"]
+        if "escalated" in row:
+            self.escalated += 1
+            if error := escalation_error(row):
+                self.escalation_errors[error["type"]] += 1
         if row["status"] == "error":
             self.failed += 1
             self.errors[row["error"]["type"]] += 1
@@ -57,6 +65,10 @@ class Tally:
             parts[1] += f" ({_most_common(self.errors)})"
         if self.judged:
             parts.append(f"{self.right} of {self.judged} right, {self.right / self.judged:.2%}")
+        if self.escalated:
+            parts.append(f"{self.escalated} escalated")
+        if self.escalation_errors:
+            parts[-1] += f", of which failed: {_most_common(self.escalation_errors)}"
         if self.flags:
             parts.append(f"flagged: {_most_common(self.flags)}")
         return " · ".join(parts)

@@ -13,7 +13,7 @@ from contextlib import closing
 from llava_cli import limits, render
 from llava_cli.chat.commands import Leave, parse_command, run_command, unattached_picture
 from llava_cli.chat.session import Chat
-from llava_cli.errors import BadData, LlavaError
+from llava_cli.errors import BadData, DeviceLost, LlavaError
 from llava_cli.untrusted_text import decoded
 
 Read = Callable[[], str]
@@ -21,7 +21,7 @@ Read = Callable[[], str]
 
 
 def converse(chat: Chat, read: Read, quiet: bool = False, stats: bool = False) -> None:
-    """A chat at a terminal, until Ctrl-D, /exit, or a second Ctrl-C on an empty line."""
+    """A chat at a terminal, until Ctrl-D, /exit, or a second Ctrl-C on an empty line. Raises `DeviceLost`."""
     interrupts = 0
     while True:
         try:
@@ -41,6 +41,8 @@ def converse(chat: Chat, read: Read, quiet: bool = False, stats: bool = False) -
             return
         except KeyboardInterrupt:
             chat.note("stopped")
+        except DeviceLost:
+            raise
         except LlavaError as error:
             render.show_error(error)
 

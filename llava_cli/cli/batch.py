@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +13,11 @@ import typer
 from llava_cli.cli import app
 from llava_cli.cli.options import ANSWERING, FORM, QuietOpt, TruncatedOpt, settings_of, with_options
 from llava_cli.errors import UsageError
+from llava_cli.files import quoted
+from llava_cli.settings import LoadOptions, Settings
 
 if TYPE_CHECKING:
+    from llava_cli.batch.judged_engine import Promise
     from llava_cli.batch.source import Source
 
 WordsArg = Annotated[
@@ -51,6 +55,23 @@ ExtendOpt = Annotated[bool, typer.Option("--extend", help="Take in pictures that
 RetryOpt = Annotated[bool, typer.Option("--retry-errors", help="Ask again where a row has an error.")]
 RepairOpt = Annotated[bool, typer.Option("--repair", help="Ask again where a row is damaged; keeps what was there.")]
 VerifyOpt = Annotated[int, typer.Option("--verify", metavar="N", min=0, help="Ask N rows again alone, and compare.")]
+CalibrationOpt = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="With --choices: what `llava calibrate` has learned of them."),
+]
+ErrorOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--max-error", metavar="2%|0.02", help="With --calibration: answer so that no more are wrong, else `unsure`."
+    ),
+]
+EscalateOpt = Annotated[
+    str | None,
+    typer.Option("--escalate", metavar="URL", help="Ask the larger model of this server about what stays unsure."),
+]
+LargerOpt = Annotated[
+    str | None, typer.Option("--escalate-model", metavar="NAME", help="Which of the models of that server.")
+]
 SightOpt = Annotated[
     int,
     typer.Option("--sight", metavar="N", min=0, help="Of N rows, tell how far the answer depends on the picture."),
@@ -73,6 +94,10 @@ def batch(
     retry_errors: RetryOpt = False,
     repair: RepairOpt = False,
     verify: VerifyOpt = 0,
+    calibration: CalibrationOpt = None,
+    max_error: ErrorOpt = None,
+    escalate: EscalateOpt = None,
+    escalate_model: LargerOpt = None,
     sight_sample: SightOpt = 0,
     *,
     context: typer.Context,
@@ -89,6 +114,8 @@ def batch(
 
     llava batch questions.jsonl -o answers.jsonl
 
+    llava batch photos/ "the weather?" --choices sunny,rain --calibration weather.cal.json --max-error 2%
+
     Each picture, each path of a list and each line of a questions file has its own row, in their order. SOURCE is known
     by its content: questions may have any name, or come on stdin. What is skipped in a folder is counted on stderr.
     """
@@ -103,7 +130,10 @@ def batch(
     to_file = None if output is None or str(output) == "-" else output
     if to_file is None and (extend or retry_errors or repair):
         raise UsageError("--extend, --retry-errors, --repair", "are about a file of rows", USAGE)
+    if max_error is not None and context.params["otherwise"] is not None:
+        _leave_to(context, max_error)
     settings = settings_of(context)
+    promise = _promise(settings, calibration, max_error)
     if settings.remote.server and batch_size != "auto":
         raise UsageError("--batch-size", f"{settings.remote.server} decides that", "--concurrency N requests at a time")
     size = _size(batch_size)
@@ -122,6 +152,8 @@ def batch(
         retry=retry_errors,
         repair=repair,
         verify=verify,
+        promise=promise,
+        escalate=_larger_model(settings, max_error, escalate, escalate_model),
         sight=sight_sample,
         allow_truncated=allow_truncated,
         allow_urls=allow_urls,
@@ -133,8 +165,6 @@ def batch(
 
 def _command(source: Source) -> str:
     """The command line that resumes this run; a pipe is written as `…`."""
-    from llava_cli.files import quoted
-
     words = ["<(…)" if source.is_substituted and word == source.words[0] else quoted(word) for word in sys.argv[1:]]
     command = " ".join(["llava", *words])
     return f"… | {command}" if source.is_stdin else command
@@ -147,3 +177,44 @@ def _size(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError("--batch-size", f"{text!r} is neither auto nor a number", USAGE)
     return int(text)
+
+
+def _leave_to(context: typer.Context, max_error: str) -> None:
+    """`--or` without --at-least: the calibration says where its word is the answer. Raises `UsageError` for both."""
+    if context.params["at_least"] is not None:
+        raise UsageError("--at-least", f"--max-error {max_error} decides that", "give one of them")
+    context.params["at_least"] = 0.0
+
+
+def _promise(settings: Settings, calibration: Path | None, max_error: str | None) -> Promise | None:
+    """What --calibration and --max-error ask for. Raises `UsageError`, or as `Calibration.read` and `.threshold`."""
+    if calibration is None:
+        if max_error is not None:
+            raise UsageError("--max-error", "there is no --calibration to tell", "llava calibrate --help")
+        return None
+    from llava_cli.batch.calibration import Calibration, parse_error
+    from llava_cli.batch.judged_engine import UNSURE, Promise
+
+    found = Calibration.read(calibration)
+    if not settings.sampling.choices:
+        words = quoted(",".join(found.choices))
+        raise UsageError("--calibration", "is about choices, and there are none", f"--choices {words}")
+    if max_error is None:
+        return Promise(found)
+    if (error := parse_error(max_error)) is None:
+        raise UsageError("--max-error", f"{max_error!r} is no part of all: 2% or 0.02", USAGE)
+    if settings.sampling.otherwise is None and UNSURE in settings.sampling.choices:
+        raise UsageError("--choices", f"{UNSURE!r} is what --max-error says", "--or WORD has it say another word")
+    return Promise(found, found.threshold(error))
+
+
+def _larger_model(settings: Settings, max_error: str | None, url: str | None, model: str | None) -> Settings | None:
+    """The settings of the model that --escalate asks. Raises `UsageError` where nothing could stay unsure."""
+    if url is None:
+        if model is not None:
+            raise UsageError("--escalate-model", "there is no --escalate", "--escalate URL is its server")
+        return None
+    if max_error is None and settings.sampling.at_least is None:
+        raise UsageError("--escalate", "nothing can stay unsure", "--calibration FILE --max-error 2% says what does")
+    remote = replace(settings.remote, server=url, api_key=settings.remote.escalate_key)
+    return replace(settings, load=LoadOptions(model=model), remote=remote)

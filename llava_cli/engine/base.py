@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from llava_cli.checking import SAMPLING, YES, Check, check_threshold, question_about
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.errors import LlavaError
+from llava_cli.errors import DeviceLost, LlavaError
 from llava_cli.images.reader import Source, picture_from
 from llava_cli.models.families import Family
 from llava_cli.settings import Sampling
@@ -169,6 +169,8 @@ class Engine(ABC):
     def _outcome(self, request: Request) -> Answer | LlavaError:
         try:
             return self.answer(request.conversation, request.sampling)
+        except DeviceLost:
+            raise
         except LlavaError as error:
             return error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llava_cli.hardware.allocator import empty_device_cache
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,11 +28,12 @@ class Forward:
         """`inputs` [rows, tokens] as a processor makes them, without what the cache holds already.
 
         `mask` [rows, columns] is true where a token is, of the cache's too, and `positions` [rows, tokens] are theirs;
-        without them there is no padding.
+        without them there is no padding. All may be in the host's memory.
         """
         import torch
 
         with torch.inference_mode():
+            mask = None if mask is None else mask.to(self._device, non_blocking=True)
             inputs = {name: value.to(self._device, non_blocking=True) for name, value in inputs.items()}
             decoder = getattr(self.model, "token_forward", None)
             if len(inputs) == inputs["input_ids"].shape[1] == 1 and self._head and decoder:
@@ -79,3 +82,10 @@ class Forward:
         ids, places = torch.tensor([tokens, positions], device=self._device).unsqueeze(-1)
         logits = self({"input_ids": ids}, cache, mask, places).float()
         return logits, logits.argmax(-1)
+
+
+def release_memory(model: Any) -> None:
+    """Frees what decoding keeps for later steps, and what torch keeps of a device's memory, where that has run out."""
+    if graphs := getattr(model, "decode_graphs", None):
+        graphs.release()
+    empty_device_cache(model.device.type)

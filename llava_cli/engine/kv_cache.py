@@ -60,12 +60,17 @@ class RoomyLayer(DynamicLayer):
             self._set_size(name, len(old), old.shape[2] + tokens)
 
     def move_into(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Makes these buffers [rows or more, heads, tokens or more, head_dim] the layer's own, with what it holds."""
+        """Makes these buffers [rows or more, heads, tokens or more, head_dim] the layer's own, with what it holds.
+
+        All else in them becomes 0: what a mask hides of an infinity is still no number.
+        """
         for name, buffer in zip(_BOTH, (keys, values), strict=True):
-            old = getattr(self, name)
             if self._buffers.get(name) is not buffer:
+                old = getattr(self, name).clone()  # it may be in the same memory, in another shape
+                setattr(self, name, old)  # whole at any time, whenever Ctrl-C comes
+                buffer.zero_()
                 rows, _, tokens, _ = old.shape
-                buffer[:rows, :, :tokens] = old.clone()  # it may have been in the same memory, in another shape
+                buffer[:rows, :, :tokens] = old
                 self._buffers[name] = buffer
                 self._set_size(name, rows, tokens)
 
@@ -187,6 +192,8 @@ class RoomyCache(Cache):
     def copy_row(self, row: int, columns: torch.Tensor | slice) -> RoomyCache:
         """A cache of one row: a copy of those tokens (a mask [columns], or a slice)."""
         copy, layers = RoomyCache(), list[Any](self.layers)
+        if not isinstance(columns, slice):
+            columns = columns.nonzero()[:, 0]  # for a mask each layer would wait until it is known how many there are
         for index, layer in enumerate(layers):
             one = slice(row, row + 1)
             columns = columns if isinstance(columns, slice) else columns.to(layer.keys.device)

@@ -11,9 +11,10 @@ from uuid import uuid4
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
+from llava_cli.engine.forward import release_memory
 from llava_cli.engine.generate.batch import Batch, can_batch
 from llava_cli.engine.generate.choices import ChoiceReplay, ChoiceSequence, ChoiceTree
-from llava_cli.engine.generate.constraint import Grammars, token_bytes
+from llava_cli.engine.generate.constraint import Grammars
 from llava_cli.engine.generate.detokenizer import Detokenizer, text_of
 from llava_cli.engine.generate.end_tokens import all_end_tokens
 from llava_cli.engine.generate.picture_inputs import count_pictures
@@ -23,9 +24,10 @@ from llava_cli.engine.generate.sampler import Sampler
 from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Follower, Replay, Sequence, Token
 from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
+from llava_cli.engine.generate.token_bytes import token_bytes
 from llava_cli.engine.model_patch import ModelPatch
 from llava_cli.engine.sight import unseen
-from llava_cli.errors import LlavaError, ModelUnusable, PromptTooLong, is_out_of_memory, model_errors
+from llava_cli.errors import DeviceLost, LlavaError, ModelUnusable, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
 from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import Sampling
@@ -127,6 +129,7 @@ class LocalEngine(Engine):
             if is_out_of_memory(error):
                 self._streamed = None
                 self._last_prompt.clear()
+                release_memory(self.network)
             raise
         finally:
             if self._streamed is batch and batch.sequences:  # it was not completed, and may be continued from
@@ -204,6 +207,8 @@ class LocalEngine(Engine):
             try:
                 sequence = self.prepare(number, request)
                 yield sequence if self.can_batch(sequence) else (number, request)
+            except DeviceLost:
+                raise
             except LlavaError as error:
                 yield number, error
 

@@ -368,8 +368,8 @@ def _quantization_config(name: str, plan: Plan, config: Any, dtype: torch.dtype,
     if decoder is model:
         raise ModelUnusable(name, f"cannot be loaded in {plan.precision}: its language model is not apart")
     inner = set(decoder.modules())
-    # On a CPU rows must be whole blocks of 64 weights.
-    block = 64 if plan.precision == "4bit" and plan.device == "cpu" else 1
+    # Rows that are not whole blocks of 64 weights: a CPU cannot multiply them, a GPU is slow, with a warning each time.
+    block = 64 if plan.precision == "4bit" else 1
     skipped = [
         path
         for path, m in model.named_modules()

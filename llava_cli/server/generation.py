@@ -14,7 +14,7 @@ from llava_cli.engine.base import Answer, Request, always
 from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Sequence, Token
-from llava_cli.errors import LlavaError, ModelUnusable, message_line, model_errors
+from llava_cli.errors import DeviceLost, LlavaError, ModelUnusable, message_line, model_errors
 from llava_cli.hardware.allocator import TRIM_EVERY, trim_heap
 from llava_cli.hardware.memory import free_memory
 
@@ -59,6 +59,9 @@ class GenerationService:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_closing = False
         self._answered = 0  # since the heap was trimmed
+        self.device_lost: DeviceLost | None = None
+        self.on_device_lost: Callable[[], object] = lambda: None
+        """Called once, in any thread, when no further request can be answered."""
         self._thread = threading.Thread(target=self._run, name="llava engine", daemon=True)
         self._thread.start()
 
@@ -85,7 +88,11 @@ class GenerationService:
             raise ClientGone
         number = next(self._numbers)
         on_token = on_event if stream or top_logprobs is not None else None
-        sequence = self.engine.prepare(number, request, on_token, top_logprobs)
+        try:
+            sequence = self.engine.prepare(number, request, on_token, top_logprobs)
+        except DeviceLost as error:
+            self._lose_device(error)
+            raise
         pending = PendingRequest(number, on_event, sequence if self.engine.can_batch(sequence) else request)
         self._inbox.put(lambda: self._start(pending))
         return pending
@@ -115,6 +122,7 @@ class GenerationService:
                 with model_errors(self.engine.model, "fails while answering"):
                     outcomes = self._scheduler.step()
             except LlavaError as error:
+                self._lose_device(error)
                 outcomes = [(number, error) for number in list(self._pending)]
                 self._scheduler = Scheduler(self.engine.network, self._scheduler.size, self.prompt_cache)
             for number, outcome in outcomes:
@@ -139,9 +147,15 @@ class GenerationService:
                 if chunk.answer:
                     pending.on_event(chunk.answer)
         except LlavaError as error:
+            self._lose_device(error)
             pending.on_event(error)
         except Exception as error:  # the thread continues for the others
             pending.on_event(ModelUnusable(self.engine.model, f"fails while answering ({message_line(error)})"))
+
+    def _lose_device(self, error: LlavaError) -> None:
+        if isinstance(error, DeviceLost) and self.device_lost is None:
+            self.device_lost = error
+            self.on_device_lost()
 
     def _drop(self, pending: PendingRequest) -> None:
         if self._pending.pop(pending.number, None) and isinstance(pending.work, Sequence):

@@ -58,7 +58,7 @@ def serve(
 
     `hint` gets a line where `auto` takes fewer bits than are best here.
 
-    Raises `UsageError`, `OutputTaken`, and what loading a model raises.
+    Raises `UsageError`, `OutputTaken`, what loading a model raises, and `DeviceLost` once its answers are sent.
     """
     _check_dependencies()
     address.check()
@@ -81,6 +81,8 @@ def serve(
             asyncio.run(_run(app, sockets, service, policy, lambda: on_ready(server_info())))
         finally:
             service.pictures.close()
+        if generation.device_lost:
+            raise generation.device_lost
 
 
 def _check_dependencies() -> None:
@@ -162,9 +164,11 @@ async def _run(
         server.force_exit = server.should_exit
         server.should_exit = service.is_stopping = True
 
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         if not signals.is_ignored(number):
-            asyncio.get_running_loop().add_signal_handler(number, stop)
+            loop.add_signal_handler(number, stop)
+    service.generation.on_device_lost = partial(loop.call_soon_threadsafe, stop)
 
     async def stop_when_idle(seconds: float) -> None:
         while service.running or time.monotonic() - service.last_request <= seconds:

@@ -184,6 +184,74 @@ def test_filters_join_and_the_search_narrows_them(many: Path, opened: Open) -> N
     assert numbers(page) == [2, 2000]
 
 
+def weather(number: int, best: float, **more: Any) -> dict[str, Any]:
+    rest = (1 - best) / 2
+    probabilities = {"sunny": best, "rain": rest, "snow": rest}
+    return row(f"{number}.png", "sunny", probabilities=probabilities, answer_probability=0.9, threshold=0.75, **more)
+
+
+def sort(page: Page, measure: str) -> None:
+    page.get_by_label("Sort").select_option(measure)
+
+
+def test_probabilities_are_bars_with_the_threshold(tmp_path: Path, opened: Open) -> None:
+    """As wide as they say, the mark where the threshold is; rows are sorted and filtered by what they are sure of."""
+    escalated = {"model": "larger", "answer": "rain"}
+    lost = {"model": "larger", "error": {"type": "ServerFailed", "message": "does not answer"}}
+    many = {f"choice {number}": 1 / 8 for number in range(8)}
+    rows = [
+        weather(1, 0.9),
+        weather(2, 0.6, flags=["unsure"], guess="sunny"),
+        weather(3, 0.5, escalated=escalated),
+        weather(4, 0.7, flags=["unsure", "blind"], escalated=lost),
+        row("5.png", "a long answer", confidence={"mean": 0.8, "lowest": 0.1, "lowest_token": " long"}, sight=-0.25),
+        row("6.png", "choice 0", probabilities=many),
+        row("7.png", "none"),
+    ]
+    report(write(tmp_path / "out.jsonl", *rows), tmp_path / "out.html", quiet=True)
+    page = opened(tmp_path / "out.html")
+    first = page.locator("article").first
+    widths = first.locator(".track").evaluate_all("all => all.map(one => one.clientWidth)")
+    filled = first.locator(".fill").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
+    assert [part / width for part, width in zip(filled, widths, strict=True)] == pytest.approx(
+        [0.9, 0.05, 0.05], abs=0.01
+    )
+    assert first.locator(".mark").evaluate("one => one.style.left") == "75%"
+    expect(first.locator(".bars")).to_contain_text("0.900")
+    expect(page.locator("article .mark")).to_have_count(4)
+    expect(page.locator("article").nth(5)).to_contain_text("and 4 more")
+    expect(page.locator("article").nth(2)).to_contain_text("larger: rain")
+    expect(page.locator("article").nth(3)).to_contain_text("larger: failed: does not answer")
+    for name, found in (("unsure 2", [2, 4]), ("blind 1", [4]), ("escalated 2", [3, 4])):
+        button = page.get_by_role("button", name=name, exact=True)
+        button.click()
+        assert numbers(page) == found
+        button.click()
+    for measure, found in (("probability", [6, 3, 2, 4, 1]), ("mean confidence", [5]), ("sight", [5])):
+        sort(page, measure)
+        assert numbers(page) == found
+    sort(page, "probability")
+    page.get_by_label("at most").fill("0.6")
+    assert numbers(page) == [6, 3, 2]
+    page.keyboard.press("j")  # which is no number, and no key of the page's while one is typed
+    assert numbers(page) == [6, 3, 2]
+    page.get_by_role("button", name="unsure 2").click()
+    assert numbers(page) == [2]
+    sort(page, "in order")
+    assert numbers(page) == [2, 4]
+    expect(page.locator("#limit")).to_be_hidden()
+    page.locator("article button").nth(1).click()
+    for words in ("probabilities", "threshold", "0.75", "larger: failed", "probability of all choices"):
+        expect(page.locator("#big")).to_contain_text(words)
+
+
+def test_a_page_without_probabilities_has_nothing_to_sort_by(many: Path, opened: Open) -> None:
+    page = opened(many)
+    expect(page.locator("#order")).to_be_hidden()
+    for name in ("unsure", "blind", "escalated"):
+        expect(page.get_by_role("button", name=name)).to_have_count(0)
+
+
 def test_keys_go_through_the_rows(many: Path, opened: Open) -> None:
     page = opened(many)
     page.keyboard.press("j")
@@ -294,6 +362,10 @@ def test_rows_are_shown_and_never_run(tmp_path: Path, run: Run, opened: Open) ->
         row(HOSTILE, HOSTILE, HOSTILE, **more),
         row(f"javascript:alert(1)\n{turned}", turned, turned, __proto__={"thumb": HOSTILE}),
         row("x", None, error={"type": HOSTILE, "message": HOSTILE}, sha256=HOSTILE),
+        row("x", "y", probabilities={HOSTILE: 0.5, "a": "0.5", "b": float("nan"), "c": 7, "d": None}, threshold="0.5"),
+        row("x", "y", probabilities=[1], escalated=HOSTILE, confidence={"mean": 2, "lowest": HOSTILE}, sight=[HOSTILE]),
+        row("x", "y", guess=HOSTILE, escalated={"model": HOSTILE, "answer": HOSTILE}, answer_probability=HOSTILE),
+        row("x", "y", escalated={"model": 7, "error": {"message": HOSTILE}}, probabilities={}, sight=float("inf")),
         row("x", "y", id=float("nan"), error="z", flags="empty", right="no", expected=1, answer_tokens=HOSTILE),
     )
     source = next(tmp_path.glob("*.jsonl"))
@@ -310,7 +382,9 @@ def test_rows_are_shown_and_never_run(tmp_path: Path, run: Run, opened: Open) ->
     )
     expect(page.locator("article .answer").nth(2)).to_have_text(f"{HOSTILE}: {HOSTILE}")
     expect(page.locator("article .name").nth(1)).to_contain_text(r"javascript:alert(1)\n\u202eevil")
-    for _ in range(4):
+    expect(page.locator("article .bars")).to_have_count(2)  # of the one good number, and of none
+    expect(page.locator("article .bars").first).to_have_text(f"{HOSTILE}0.500")
+    for _ in range(8):
         page.keyboard.press("j")
         page.keyboard.press("Enter")
         expect(page.locator("#big")).to_be_visible()

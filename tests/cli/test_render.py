@@ -50,7 +50,7 @@ def test_no_line_on_a_terminal_gives_orders(monkeypatch: pytest.MonkeyPatch) -> 
     with terminal(monkeypatch) as screen:
         render.say(HOSTILE)
         render.note(HOSTILE)
-        render.note_details(replace(ANSWER, confidence=Confidence(0.9, 0.4, HOSTILE), sight=0.0))
+        render.note(render.confidence_line(replace(ANSWER, confidence=Confidence(0.9, 0.4, HOSTILE), sight=0.0)))
         render.show_error(ModelUnusable(HOSTILE, HOSTILE, HOSTILE))
         render.table(["", ""], [[HOSTILE, HOSTILE]])
         render.show_json({HOSTILE: HOSTILE})

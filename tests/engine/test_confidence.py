@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,3 +133,5 @@ def test_ask_and_batch_print_it(run: Run, drawing: Path, tmp_path: Path) -> None
     assert 0 < asked["confidence"]["lowest"] <= asked["confidence"]["mean"] <= 1
     assert row["confidence"]["lowest_token"] == asked["confidence"]["lowest_token"]
     assert "confidence" not in json.loads(run("ask", drawing, "what is this?", "--json").stdout)
+    line = run("ask", drawing, "what color is the circle?", "--confidence", "--sight", "-q").stderr
+    assert re.fullmatch(r'confidence [01]\.\d\d, lowest [01]\.\d\d at "\S+" · sight \d+\.\d\d\n', line)

@@ -10,6 +10,7 @@ from bitsandbytes.nn import Linear8bitLt
 from helpers.tables import for_each
 
 from llava_cli.engine.gpu.decode_graphs import obstacle
+from llava_cli.engine.gpu.decode_step import DecodeStep, Shape
 from llava_cli.engine.gpu.static_cache import KvArena
 from llava_cli.engine.kv_cache import RoomyCache
 
@@ -66,6 +67,35 @@ def test_rows_are_chosen_where_the_layers_are() -> None:
     cache.batch_select_indices(torch.tensor([0, 2, 2, 1]))
     assert {x.device.type for x in content(cache)} == {"meta"}
     assert {tuple(x.shape) for x in content(cache)} == {(4, HEADS, 4, HEAD_DIM)}
+
+
+def test_what_rows_see_follows_what_the_batch_says() -> None:
+    """Although it is only written where a step has not left it so, and the batch changes its mask in place."""
+    cache, arena = filled(3, 4), KvArena()
+    arena.grow(cache, 4, 16)
+    model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(get_text_config=dict))
+    step = DecodeStep(model, arena, cache, Shape(4, 16))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+
+    def seen(mask: torch.Tensor | None, rows: int, column: int) -> torch.Tensor:
+        step.set_inputs([1] * rows, [5] * rows, column, mask)
+        step._mask.index_fill_(3, step._column, True)  # as the step does itself
+        return step._mask[:rows, 0, 0, : column + 1]
+
+    def grown(mask: torch.Tensor) -> torch.Tensor:
+        return torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+    assert torch.equal(seen(mask, 3, 4), mask)
+    mask = grown(mask)
+    assert torch.equal(seen(mask, 3, 5), mask)
+    mask[0] = mask[2]
+    mask = grown(mask)
+    assert torch.equal(seen(mask, 3, 6), mask)
+    assert seen(None, 3, 7).all() and seen(None, 3, 8).all()
+    mask = grown(grown(grown(mask)))
+    assert torch.equal(seen(mask, 3, 9), mask)
+    assert torch.equal(seen(mask[:2], 2, 9), mask[:2])
+    assert step._mask[3].sum() == 2  # nobody's row sees one column, and the new one
 
 
 @for_each(

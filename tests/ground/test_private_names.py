@@ -17,6 +17,7 @@ WINGS = {
     "convert": ["convert"],
     "cpu": ["engine/cpu"],
     "engine": ["engine"],
+    "gpu": ["engine"],
     "ground": ["*.py"],
     "hardware": ["hardware"],
     "helpers/kernels.py": ["engine/cpu"],

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.tables import for_each
 
+from llava_cli import start
 from llava_cli.errors import is_out_of_memory
 from llava_cli.hardware import memory
 from llava_cli.hardware.allocator import read_once
@@ -124,3 +125,22 @@ def test_a_models_cards(placed: dict[str, object], main: str, cards: list[int] |
 )
 def test_all_words_for_memory_that_has_run_out(words: str) -> None:
     assert is_out_of_memory(RuntimeError(words))
+
+
+@for_each(
+    "driver, variables, expected",
+    [
+        ("nvidiactl", {}, "expandable_segments:True"),
+        ("none", {}, None),
+        ("nvidiactl", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ("nvidiactl", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_blocks_of_an_nvidia_gpus_memory_may_grow(
+    driver: str, variables: dict[str, str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(start, "NVIDIA_DRIVER", str(tmp_path / driver))
+    monkeypatch.setattr(os, "environ", dict(variables))
+    start.let_segments_grow()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

@@ -14,11 +14,13 @@ from helpers.command import Run
 from helpers.engines import kinds
 from helpers.tables import for_each
 from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llava_cli import Conversation, Sampling, load
 from llava_cli.conversation import Picture
 from llava_cli.errors import UsageError
-from llava_cli.hardware.device import choose_plan
+from llava_cli.hardware.device import Plan, choose_plan
+from llava_cli.models.weights import _quantization_config
 
 TALK = Conversation().ask("what is this?", [Picture("red", Image.new("RGB", (80, 50), "red"), sha256="")])
 
@@ -64,6 +66,21 @@ def test_only_the_decoder_is_quantized(
     assert any("projector" in n or "connector" in n for n in found)
     assert "lm_head" in found
     assert engine.answer(TALK, Sampling(max_tokens=3)).answer_tokens > 0
+
+
+@for_each("device, precision", [("cpu", "4bit"), ("cuda", "4bit"), ("cuda", "8bit")])
+def test_rows_that_are_not_whole_blocks_have_no_4_bits_on_any_device(
+    device: str, precision: str, checkpoint: Callable[[str], Path]
+) -> None:
+    config = AutoConfig.from_pretrained(checkpoint("smolvlm"))
+    plan = Plan(device, precision, "sdpa", "as asked")
+    skipped = _quantization_config("smolvlm", plan, config, torch.bfloat16, False).llm_int8_skip_modules
+    model = AutoModelForImageTextToText.from_config(config)
+    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".text_model." in n]
+    odd = {n for n in layers if model.get_submodule(n).in_features % 64}
+    assert {*layers} > odd > set()
+    assert odd & {*skipped} == (odd if precision == "4bit" else set())
+    assert not ({*layers} - odd) & {*skipped}
 
 
 def test_4bit_is_nf4_and_computes_in_what_the_cpu_is_fast_in() -> None:

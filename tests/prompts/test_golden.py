@@ -277,3 +277,14 @@ def tokenizer_line(options: LoadOptions) -> tuple[bool, str]:
     checks = list(checkup(options))
     assert [check for check in checks if not check.good] == []
     return next((check.good, check.words) for check in checks if check.name == "tokenizer")
+
+
+@for_each("name", REAL)
+def test_an_answer_alone_has_the_tokens_that_it_has_in_the_whole_text(name: str, real: Callable[[str], Path]) -> None:
+    prompter = load_prompter(LoadOptions(model=str(real(name))))
+    for answer in ("Yes", "no.", "not sure", "a red car", "日本", "3", "</s>", "<image> x"):
+        asked = conversation([("{}what is this?", "")])
+        length = prompter.encode(asked)["input_ids"].shape[1]
+        whole = prompter.encode(asked.answered(answer))["input_ids"][0].tolist()
+        (ids,) = prompter.answer_ids([answer])
+        assert whole[length : length + len(ids)] == ids, answer

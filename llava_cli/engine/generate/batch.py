@@ -25,8 +25,10 @@ from llava_cli.models.families import READS_PARTS, READS_WHOLE
 if TYPE_CHECKING:
     import torch
 
-PREFILL_TOKENS = 1536
-"""Tokens, padding included, that one forward pass reads: with twice as many a small model is a sixth slower."""
+PREFILL_TOKENS = {"cuda": 8192}
+"""Tokens, padding included, that one forward pass reads, by device; what it makes of pictures is held at once, too."""
+_OTHER_PREFILL_TOKENS = 1536
+"""On a CPU a small model is a sixth slower with twice as many."""
 _TOKEN_TYPES = "token_type_ids"
 """A model input [1, tokens] with a number for each kind of token: those of a picture, for example, see each other."""
 _NO_TYPE = -1
@@ -72,7 +74,9 @@ class Batch:
         self._can_share = not getattr(model.config.get_text_config(), "sliding_window", None)
         self._cache: Any = None
         self._columns = 0  # of the cache, that all of its layers hold for sure
-        self._mask: torch.Tensor | None = None  # [rows, columns], true where a token is; None without padding
+        # [rows, columns], true where a token is; None without padding. In the host's memory, as all masks here: to ask
+        # a device whether there is padding is to wait for it.
+        self._mask: torch.Tensor | None = None
         self.logits: torch.Tensor | None = None
         """[rows, vocabulary] for the next step, if reading the prompt gave them."""
 
@@ -107,7 +111,8 @@ class Batch:
         import torch
 
         logits = [self._decode()[0]] if self._reads_whole and self.sequences else []
-        parts = list(_forward_passes(groups))
+        most = PREFILL_TOKENS.get(self.model.device.type, _OTHER_PREFILL_TOKENS)
+        parts = list(_forward_passes(groups, most))
         width = max(_width(part) for part in parts)
         mask = self._full_mask() if self.sequences else None
         if mask is not None:
@@ -226,7 +231,7 @@ class Batch:
         logits = self._read(spans, cache, mask, stack_pictures([span.sequence.inputs for span in spans]))
         if any(len(group.sequences) > 1 for group in groups):
             rows = [i for i, group in enumerate(groups) for _ in group.sequences]
-            index = torch.tensor(rows, device=mask.device)
+            index = torch.tensor(rows)
             cache.batch_select_indices(index)
             spans = [_Span(s, group.prefix, len(s.ids) - 1) for group in groups for s in group.sequences]
             rest = self._mask_of(spans)
@@ -272,7 +277,7 @@ class Batch:
         lengths = [end - begin for _, begin, end in spans]
         width = max(lengths)
         mask = [[False] * (width - length) + [True] * length for length in lengths]
-        return torch.tensor(mask, device=self.model.device).view(len(lengths), width).bool()
+        return torch.tensor(mask).view(len(lengths), width).bool()
 
     def _reserve(self, mask: torch.Tensor, rows: int, width: int, cache: RoomyCache | None = None) -> torch.Tensor:
         """Gives the cache space for that many rows and columns -> the mask with as many columns."""
@@ -315,7 +320,7 @@ class Batch:
 
         if self._mask is not None:
             return self._mask
-        return torch.ones(len(self.sequences), self._columns, dtype=torch.bool, device=self.model.device)
+        return torch.ones(len(self.sequences), self._columns, dtype=torch.bool)
 
     def _set_mask(self, mask: torch.Tensor) -> None:
         self._columns, self._mask = mask.shape[1], None if mask.all() else mask
@@ -336,13 +341,13 @@ def _token_types(span: _Span, width: int) -> torch.Tensor:
     return pad(types, (width - span.end, span.end - types.shape[1]), value=_NO_TYPE)
 
 
-def _forward_passes(groups: collections.abc.Sequence[_Group]) -> Iterator[collections.abc.Sequence[_Group]]:
-    """As many groups at a time as one forward pass reads; a sequence with a cached prefix alone."""
+def _forward_passes(groups: collections.abc.Sequence[_Group], most: int) -> Iterator[collections.abc.Sequence[_Group]]:
+    """As many groups at a time as have `most` tokens; a sequence with a cached prefix alone."""
     first, widest = 0, 0
     for last, group in enumerate(groups):
         widest = max(widest, group.prefix)
         is_alone = bool(group.cached or groups[first].cached)
-        if (is_alone or (last - first + 1) * widest > PREFILL_TOKENS) and last > first:
+        if (is_alone or (last - first + 1) * widest > most) and last > first:
             yield groups[first:last]
             first, widest = last, group.prefix
     yield groups[first:]

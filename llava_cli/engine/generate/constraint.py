@@ -1,7 +1,7 @@
 """Answers of a given form: which tokens may come next, by llguidance, from a JSON schema, a regex or a grammar.
 
 llguidance works on bytes: a token may come if its bytes fit what the grammar has next, so a text is split into tokens
-as the model likes. What llguidance would accept without keeping it is replaced or refused here (`_kept`).
+as the model likes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import limits
-from llava_cli.errors import ModelUnusable, UsageError
+from llava_cli.engine.generate.kept_schema import SCHEMA_HINT, kept_schema
+from llava_cli.errors import UsageError, plain_message
 from llava_cli.settings import OPTIONS, Sampling
 from llava_cli.untrusted_text import one_line
 
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from numpy.typing import NDArray
 
-_PRIVATE_USE = "\U000f0000"
-"""From here on there are stand-ins for special tokens (`prompts/special_tokens.py`), which no answer has."""
-_COMPILED = 64
+_COMPILED = 16
 """Grammars that are kept."""
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -36,36 +35,9 @@ _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 _JSON_EXACT = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": 'nrbtf\\"'}
 """Without \\u each name of an object can be written in one way only, so that none is there twice."""
 
-_DAY = (
-    r"([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)-"  # 0000 is no year
-    r"((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
-)
-_LEAP_DAY = r"([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][48]|[13579][26]|[2468]0)00)-02-29"
-_CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-_HOST = r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,59}[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]{0,59}[a-zA-Z0-9])?){0,3}"
-_MAILBOX = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]{1,15}(\.[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]{1,15}){0,3}"
-_NO_PUNYCODE = r"^([^-]|-[^-])*$"
-_FORMATS: dict[str, tuple[str, ...]] = {
-    "date": (f"^({_DAY}|{_LEAP_DAY})$",),
-    "time": (f"^{_CLOCK}$",),
-    "date-time": (f"^({_DAY}|{_LEAP_DAY})T{_CLOCK}$",),
-    "hostname": (f"^{_HOST}$", _NO_PUNYCODE),
-    "email": (f"^{_MAILBOX}@{_HOST}$", r"@([^-]|-[^-])*$"),
-}
-"""Patterns for what llguidance's own are too generous about: leap days and seconds, lengths, labels like `xn--`."""
-_OWN_FORMATS = ("duration", "ipv4", "ipv6", "uuid", "uri")
-"""Formats that it keeps."""
-_OTHER_FORMATS = (
-    *("idn-email", "idn-hostname", "uri-reference", "iri", "iri-reference", "uri-template"),
-    *("json-pointer", "relative-json-pointer", "regex"),
-)
-"""Other formats that JSON Schema defines; of any that it does not, nothing is asked."""
-_DATA = ("const", "enum", "default", "examples", "example")
-"""Keywords with values of which none is a schema."""
-_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-"""Keywords with schemas by name."""
-_LARK_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?!/)(?:[^/\\\n]|\\.)+/|(?://|#)[^\n]*')
-"""Strings, regexes and comments of a Lark grammar."""
+_LARK_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?!/)(?:[^/\\\n]|\\.)+/|(?://|#)[^\n]*|(%json)\s*')
+"""Strings, regexes and comments of a Lark grammar, and what is before a JSON schema."""
+_LARK_RULE = re.compile(r"[\w.-]+\s*(?:\[[^\]]*\]\s*)?:")
 
 
 def check(sampling: Sampling) -> None:
@@ -123,10 +95,10 @@ class Grammars:
         return np.array(list(self.without_space), np.int64), np.array(list(self.without_space.values()), np.int64)
 
     def _compiled(self, key: str, text: str) -> LLMatcher:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        flag = OPTIONS[key].flag
-        matcher = LLMatcher(self._tokenizer, _LARK[key](flag, text), log_level=0)
+        flag, bounds = OPTIONS[key].flag, LLParserLimits(max_lexer_states=limits.GRAMMAR_STATES, verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, _LARK[key](flag, text), log_level=0, limits=bounds)
         if not (error := matcher.get_error()):
             probe = matcher.deep_copy()
             probe.compute_bitmask()
@@ -223,58 +195,13 @@ def _bytes_alone() -> Grammars:
     return Grammars([bytes([byte]) for byte in range(256)] + [None], [256])
 
 
-def token_bytes(tokenizer: Any) -> list[bytes | None]:
-    """The bytes that each token of a transformers tokenizer adds to a text, None for control tokens.
-
-    Raises `ModelUnusable` for a tokenizer that joins its tokens in another way.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    to_bytes = _decoder_of(json.loads(backend.decoder.__getstate__()) if backend and backend.decoder else {})
-    if not to_bytes:
-        reason = "joins tokens in a way for which --schema, --regex and --grammar are not made"
-        raise ModelUnusable("the checkpoint's tokenizer", reason, "--choices works with every model")
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    tokens: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
-    for word, number in vocabulary.items():
-        tokens[number] = to_bytes(word)
-    for number, added in tokenizer.added_tokens_decoder.items():
-        is_text = not added.special and added.content < _PRIVATE_USE
-        tokens[number] = added.content.encode() if is_text else None
-    return tokens
-
-
-def _decoder_of(decoder: Mapping[str, Any]) -> Callable[[str], bytes] | None:
-    """token -> bytes, as a decoder of `tokenizers` with this state joins them; None for others."""
-    steps = decoder.get("decoders", [decoder])
-    kinds = {step.get("type") for step in steps}
-    if kinds == {"ByteLevel"}:
-        letters = _byte_level()
-        return lambda word: bytes(letters[c] for c in word) if letters.keys() >= set(word) else word.encode()
-    replaces = all(step["pattern"] == {"String": "▁"} and step["content"] == " " for step in steps if "pattern" in step)
-    if kinds & {"Metaspace", "ByteFallback"} and kinds <= _SENTENCEPIECE_STEPS and replaces:
-        return _from_sentencepiece
-    return None
-
-
-_SENTENCEPIECE_STEPS = {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _from_sentencepiece(word: str) -> bytes:
-    byte = _BYTE.fullmatch(word)
-    return bytes([int(byte[1], 16)]) if byte else word.replace("▁", " ").encode(errors="replace")
-
-
-def _byte_level() -> dict[str, int]:
-    """The letters that stand for bytes in byte-level vocabularies (GPT-2's `bytes_to_unicode`)."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 def _lark_of_schema(flag: str, text: str) -> str:
-    schema = _kept(flag, json.loads(text)) | {"x-guidance": _JSON_STYLE | _JSON_EXACT}
-    return f"start: %json {json.dumps(schema, ensure_ascii=False)}\n{_OPTIONS}"
+    return f"start: {_inline_schema(flag, json.loads(text))}\n{_OPTIONS}"
+
+
+def _inline_schema(flag: str, schema: dict[str, Any]) -> str:
+    kept = kept_schema(flag, schema) | {"x-guidance": _JSON_STYLE | _JSON_EXACT}
+    return f"%json {json.dumps(kept, ensure_ascii=False)}"
 
 
 def _lark_of_regex(flag: str, text: str) -> str:
@@ -285,11 +212,35 @@ def _lark_of_regex(flag: str, text: str) -> str:
 
 
 def _lark_of_grammar(flag: str, text: str) -> str:
-    rest = _LARK_TEXTS.sub("", text)
-    if match := re.search(r"<[^>\n]*>?|@\w*|%llguidance", rest):
-        reason = f"{one_line(match[0])!r} is no Lark: an answer is text without special tokens"
+    """A grammar whose schemas are kept. Raises `UsageError` for special tokens, and for more rules than are safe."""
+    parts, rest, place = [], [], 0
+    while match := _LARK_TEXTS.search(text, place):
+        parts.append(text[place : match.start()])
+        rest.append(text[place : match.start()])
+        place = match.end()
+        if match[1]:
+            schema, place = _schema_at(flag, text, place)
+            parts.append(_inline_schema(flag, schema))
+        else:
+            parts.append(match[0])
+    outside = " ".join([*rest, text[place:]])
+    if token := re.search(r"<[^>\n]*>?", outside):
+        reason = f"{one_line(token[0])} is a special token, and an answer is text"
         raise UsageError(flag, reason, "quote it to mean its text")
-    return f"{text}\n{_OPTIONS}"
+    if len(_LARK_RULE.findall(outside)) > limits.GRAMMAR_RULES:
+        raise UsageError(flag, f"more than {limits.GRAMMAR_RULES} rules and terminals", _HINTS["grammar"])
+    return "".join([*parts, text[place:], "\n", _OPTIONS])
+
+
+def _schema_at(flag: str, text: str, place: int) -> tuple[dict[str, Any], int]:
+    """The schema that begins in a grammar at this place, and where it ends."""
+    try:
+        schema, end = json.JSONDecoder().raw_decode(text, place)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(flag, f"what follows %json is not JSON ({plain_message(error)})", _HINTS["grammar"]) from None
+    if not isinstance(schema, dict):
+        raise UsageError(flag, "what follows %json is no JSON schema, which is an object", _HINTS["grammar"])
+    return schema, end
 
 
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
@@ -300,43 +251,10 @@ _LARK: dict[str, Callable[[str, str], str]] = {
     "grammar": _lark_of_grammar,
 }
 _HINTS = {
-    "schema": "docs/guide/structured.md lists what a schema may have",
+    "schema": SCHEMA_HINT,
     "regex": "the syntax is that of Rust's regex: no look-around, no back-references",
     "grammar": "the syntax is Lark's, as llguidance reads it",
 }
-
-
-def _kept(flag: str, schema: Any) -> Any:
-    """A schema of which llguidance keeps everything. Raises `UsageError`."""
-    if isinstance(schema, list):
-        return [_kept(flag, item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {}
-    for key, value in schema.items():
-        if key in _NAMED and isinstance(value, dict):
-            kept[key] = {name: _kept(flag, one) for name, one in value.items()}
-        else:
-            kept[key] = value if key in _DATA else _kept(flag, value)
-    required, least = schema.get("required"), schema.get("minProperties")
-    if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
-        raise UsageError(flag, "minProperties can only be kept by names that are required", _HINTS["schema"])
-    if isinstance(schema.get("format"), str):
-        _keep_format(flag, kept)
-    return kept
-
-
-def _keep_format(flag: str, schema: dict[str, Any]) -> None:
-    name = schema["format"]
-    if name in _OTHER_FORMATS:
-        known = ", ".join(sorted((*_FORMATS, *_OWN_FORMATS)))
-        raise UsageError(flag, f"the format {name!r} cannot be kept; those that can are {known}", "give a pattern")
-    if name not in _OWN_FORMATS:
-        del schema["format"]
-        patterns = [{"pattern": pattern} for pattern in _FORMATS.get(name, ())]
-        schema["allOf"] = [*schema.get("allOf", []), *patterns]
-        if not schema["allOf"]:
-            del schema["allOf"]
 
 
 def _parsed(text: str) -> Any:
@@ -355,6 +273,8 @@ _WORDS = (
     (r"(?s).*?\nerror: ([^\n]+).*", r"\1"),
     (r"(?s).*lookarounds not supported yet.*", r"look-around, such as \\b, is not supported"),
     (r"(?s)NoExtension.*", "no text fits it"),
+    (r"(?s)Unsatisfiable schema: Regex is empty.*", "no text fits it"),
+    (r"(?s)Unsatisfiable schema: (.*)", r"no answer can satisfy it: \1"),
     (r"(?s)oneOf constraints.*", "oneOf can be kept only where its schemas exclude each other; anyOf takes any"),
     (r"(?s)Resource ('.*') is not present.*", r"\1 is elsewhere, and not fetched"),
     (r"(?s)Unimplemented keys: \[(.*)\].*", r"\1 cannot be kept"),

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from llava_cli.engine.base import Answer
+from llava_cli.engine.forward import release_memory
 from llava_cli.engine.generate.batch import Batch
 from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.sequence import Sequence
@@ -132,6 +133,7 @@ class Scheduler:
         if self._prompt_cache is not None:
             self._prompt_cache.clear()
         self._batch = Batch(self.model, self._prompt_cache)
+        release_memory(self.model)
         if len(sequences) == 1:
             hint = "llava batch --retry-errors asks again"
             return [(number, OutOfMemory("memory", "not enough for this prompt", hint)) for number in sequences]

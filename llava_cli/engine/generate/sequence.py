@@ -46,7 +46,7 @@ class Token:
 class Sequence:
     """Request `number`: its prompt, as `inputs` of the model, and the tokens of its answer.
 
-    An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: behind
+    An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: after
     a stop text or, where it has to have a form, when that is complete. Such a form is its own detokenizer.
     """
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.gpu.decode_step import DecodeStep, Shape
 from llava_cli.engine.gpu.static_attention import REPLACED, Unsupported
 from llava_cli.engine.gpu.static_cache import KvArena
 from llava_cli.engine.kv_cache import RoomyCache
-from llava_cli.errors import is_out_of_memory
+from llava_cli.errors import is_out_of_memory, message_line
 from llava_cli.hardware.memory import cards_of, free_memory
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ MANY_ROWS, CAPACITY_STEP = 16, 256
 """From so many rows on, capacities are multiples of this instead."""
 CAPTURE_AFTER = 12
 """Steps of a shape before it is captured."""
-MAX_GRAPHS = 24
-"""Captured shapes at a time; each takes some 40 MB."""
+MAX_SHAPES = 24
+"""Shapes at a time; each takes some 40 MB once it is captured."""
 ARENA_SHARE = 0.7
 """Of the free memory, how much the static KV cache may take; larger batches are computed without it."""
 
@@ -36,15 +37,25 @@ Capture = Callable[[DecodeStep], Replay]
 """Computes a step and captures it -> what computes it again."""
 
 
+@dataclass
+class _KnownShape:
+    """The step of a shape."""
+
+    step: DecodeStep
+    may_be_captured: bool
+    runs: int = 0
+    """How often it was computed."""
+    replay: Replay | None = None
+    """Computes it once it is captured."""
+
+
 class DecodeGraphs:
     """The steps of one model, by their shapes."""
 
     def __init__(self, model: Any, capture: Capture | None = None) -> None:
         """Without `capture`, which is the device's own, steps are computed as they are."""
         self._model, self._capture, self._arena = model, capture, KvArena()
-        self._steps: OrderedDict[Shape, DecodeStep] = OrderedDict()
-        self._runs: dict[Shape, int] = {}
-        self._replays: dict[Shape, Replay] = {}
+        self._shapes: OrderedDict[Shape, _KnownShape] = OrderedDict()  # least recently used first
         self._is_unsupported = False
         self.problem: str | None = None
         """Why steps are not captured, if that was tried."""
@@ -52,12 +63,12 @@ class DecodeGraphs:
     @property
     def shapes(self) -> int:
         """How many shapes there are steps for."""
-        return len(self._steps)
+        return len(self._shapes)
 
     @property
     def captured(self) -> int:
         """How many shapes are captured."""
-        return len(self._replays)
+        return sum(known.replay is not None for known in self._shapes.values())
 
     def __call__(
         self,
@@ -73,23 +84,36 @@ class DecodeGraphs:
         attention cannot be computed in one.
         """
         column = cache.get_seq_length()
-        shape = _shape(len(tokens), column + 1)
-        if self._is_unsupported or not self._make_room(cache, shape):
+        if self._is_unsupported or not (known := self._known(cache, _shape(len(tokens), column + 1))):
             return None
-        if shape not in self._steps:
-            self._steps[shape] = DecodeStep(self._model, self._arena, cache, shape)
-        self._steps.move_to_end(shape)
-        step = self._steps[shape]
+        step = known.step
         self._arena.adopt(cache, step.cache)
         step.set_inputs(tokens, positions, column, mask)
         try:
-            self._run(step)
+            self._run(known)
         except Unsupported as error:
             self._is_unsupported, self.problem = True, str(error)
-            self._forget()
+            self.release()
             return None
-        cache.extend(1)
+        cache.extend(1)  # on the host, while the device computes
         return step.outputs(len(tokens))
+
+    def release(self) -> None:
+        """Frees all that is kept for the next steps."""
+        self._shapes.clear()
+        self._arena.release()
+
+    def _known(self, cache: RoomyCache, shape: Shape) -> _KnownShape | None:
+        """A shape's step, made where there is none yet; None where there is no memory for it."""
+        if shape not in self._shapes:
+            if not self._make_room(cache, shape):
+                return None
+            step = DecodeStep(self._model, self._arena, cache, shape)
+            self._shapes[shape] = _KnownShape(step, self._capture is not None)
+            if len(self._shapes) > MAX_SHAPES:
+                self._shapes.popitem(last=False)
+        self._shapes.move_to_end(shape)
+        return self._shapes[shape]
 
     def _make_room(self, cache: RoomyCache, shape: Shape) -> bool:
         if self._arena.fits(cache, shape.rows, shape.capacity):
@@ -98,38 +122,30 @@ class DecodeGraphs:
         if needed > ARENA_SHARE * free_memory(self._model.device.type, cards_of(self._model)):
             self._arena.evict()
             return False
-        self._forget()
+        self._shapes.clear()  # they refer to the buffers that are about to go
         self._arena.grow(cache, shape.rows, shape.capacity)
         return True
 
-    def _run(self, step: DecodeStep) -> None:
-        shape = step.shape
-        if replay := self._replays.get(shape):
-            replay()
-            return
-        self._runs[shape] = self._runs.get(shape, 0) + 1
-        if self._capture is None or self.problem or self._runs[shape] < CAPTURE_AFTER:
-            step.compute()
-            return
-        try:
-            self._replays[shape] = replay = self._capture(step)
-        except Exception as error:
-            if isinstance(error, Unsupported) or is_out_of_memory(error):
-                raise
-            self.problem = f"could not be captured ({error})"
-            self._replays.clear()
-            step.compute()
-            return
-        replay()
-        if len(self._replays) > MAX_GRAPHS:
-            oldest = next(shape for shape in self._steps if shape in self._replays)
-            del self._replays[oldest], self._steps[oldest], self._runs[oldest]
+    def _run(self, known: _KnownShape) -> None:
+        known.runs += 1
+        is_due = known.may_be_captured and not known.replay and known.runs >= CAPTURE_AFTER
+        if is_due and not self.problem:
+            self._try_to_capture(known)
+        (known.replay or known.step.compute)()
 
-    def _forget(self) -> None:
-        """Drops what refers to buffers that are about to move."""
-        self._steps.clear()
-        self._runs.clear()
-        self._replays.clear()
+    def _try_to_capture(self, known: _KnownShape) -> None:
+        """Where it fails, nothing but the outputs' buffers has changed, and the step is computed as before."""
+        assert self._capture
+        try:
+            known.replay = self._capture(known.step)
+        except Unsupported:
+            raise
+        except Exception as error:
+            known.may_be_captured = False
+            if not is_out_of_memory(error):  # another shape may need less
+                self.problem = f"could not be captured ({message_line(error)})"
+                for other in self._shapes.values():
+                    other.replay = None
 
 
 def _shape(rows: int, tokens: int) -> Shape:

@@ -43,7 +43,8 @@ class DecodeStep:
         self._column = self._numbers[-1:]
         self._mask = torch.zeros(rows, 1, 1, capacity, dtype=torch.bool, device=device)
         self.cache = arena.layers(cache, rows, capacity, self._column)
-        self._unpadded: tuple[int, int] | None = None
+        self._seen: torch.Tensor | tuple[int, int] | None = None
+        """What the mask shows after the step: as `set_inputs` was told, or [rows, columns] without padding."""
         self._logits: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None
 
@@ -52,20 +53,24 @@ class DecodeStep:
     ) -> None:
         """The last token of each row, its position, and the column that keys and values are written to.
 
-        `mask` [rows, column + 1] is true where a token is; None where there is no padding.
+        `mask` [rows, column + 1], in the host's memory, is true where a token is; None where there is no padding.
         """
         import torch
 
         rows, spare = len(tokens), [0] * (self.shape.rows - len(tokens))
         self._host.copy_(torch.tensor([*tokens, *spare, *positions, *spare, column]))
         self._numbers.copy_(self._host, non_blocking=True)
-        if mask is not None:
+        if not self._is_seen(rows, column, mask):
             self._write_mask(rows, column, mask)
-            self._unpadded = None
-        elif self._unpadded != (rows, column):
-            self._write_mask(rows, column, None)
-        if mask is None:
-            self._unpadded = rows, column + 1
+        self._seen = (rows, column + 1) if mask is None else mask.clone()
+
+    def _is_seen(self, rows: int, column: int, mask: torch.Tensor | None) -> bool:
+        """Whether the step before let the same rows see the same columns, up to the new one."""
+        import torch
+
+        if mask is None or not isinstance(self._seen, torch.Tensor):
+            return mask is None and self._seen == (rows, column)
+        return torch.equal(self._seen, mask[:, :-1])
 
     def _write_mask(self, rows: int, column: int, mask: torch.Tensor | None) -> None:
         """Rows that nobody uses see one column: attention to none would be 0 / 0."""

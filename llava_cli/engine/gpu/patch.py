@@ -41,4 +41,5 @@ def describe(model: Any) -> str:
         return "launched kernel by kernel: as transformers does"
     if graphs.problem:
         return f"launched kernel by kernel: {graphs.problem}"
-    return f"captured, {graphs.captured} shapes" if graphs.captured else "captured after a few tokens"
+    shapes = f"{graphs.captured} shape{'s' * (graphs.captured > 1)}"
+    return f"captured, {shapes}" if graphs.captured else "captured after a few tokens"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,22 +32,29 @@ class SeenColumns:
     """Which columns [rows, 1, 1, capacity] the token at `column` [1] sees, by the layers' sliding windows."""
 
     def __init__(self, mask: torch.Tensor, column: torch.Tensor) -> None:
-        self._masks: dict[int | None, torch.Tensor] = {None: mask}
-        self._column = column
+        self._mask, self._column = mask, column
+        self._biases: dict[tuple[int | None, torch.dtype, torch.device], torch.Tensor] = {}
 
-    def within(self, window: int | None) -> torch.Tensor:
-        """Of the last `window` columns; None is all."""
+    def bias(self, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """What is added to scores: 0 where one of the last `window` columns (None: of all) is seen, else -inf.
+
+        It is computed once a step for all layers, which attention would otherwise do of a mask in each.
+        """
         import torch
 
-        if window not in self._masks:
-            mask = self._masks[None]
-            columns = torch.arange(mask.shape[-1], device=mask.device)
-            self._masks[window] = mask & (columns > self._column - (window or 0))
-        return self._masks[window]
+        key = window, dtype, device
+        if key not in self._biases:
+            mask = self._mask
+            if window is not None:
+                columns = torch.arange(mask.shape[-1], device=mask.device)
+                mask = mask & (columns > self._column - window)
+            bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+            self._biases[key] = bias.to(device)  # a layer may be on another card
+        return self._biases[key]
 
 
-_seen: list[SeenColumns] = []
-"""Of the step that is being computed."""
+_seen: ContextVar[SeenColumns] = ContextVar("seen")
+"""By the step that is being computed."""
 
 
 def attend(
@@ -69,8 +77,8 @@ def attend(
         raise Unsupported(f"attention with {found[0]}")
     rows, heads, _, _ = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, query.shape[3])
-    mask = _seen[-1].within(sliding_window).to(query.device)  # a layer may be on another card
-    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    bias = _seen.get().bias(sliding_window, query.dtype, query.device)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scaling)
     return out.reshape(rows, 1, heads, value.shape[3]), None
 
 
@@ -82,9 +90,9 @@ def static_attention(config: Any, seen: SeenColumns) -> Iterator[None]:
     AttentionInterface.register(NAME, attend)  # and no mask function: then transformers makes no masks
     before = getattr(config, _ATTENTION)
     setattr(config, _ATTENTION, NAME)
-    _seen.append(seen)
+    outer = _seen.set(seen)
     try:
         yield
     finally:
-        _seen.pop()
+        _seen.reset(outer)
         setattr(config, _ATTENTION, before)

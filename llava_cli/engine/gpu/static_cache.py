@@ -69,13 +69,19 @@ class KvArena:
     def grow(self, cache: RoomyCache, rows: int, capacity: int) -> None:
         """Replaces the buffers by larger ones; whoever owned the old ones keeps what it had in them."""
         self.evict()
-        self._flat = []
+        self.release()
         layer: Any
+        flat = []
         for layer in cache.layers:
             keys, values = (
                 old.new_zeros(rows * old.shape[1] * capacity * old.shape[3]) for old in (layer.keys, layer.values)
             )
-            self._flat.append((keys, values))
+            flat.append((keys, values))
+        self._flat = flat  # all of them, or none where memory runs out
+
+    def release(self) -> None:
+        """Leaves the buffers to the cache that is in them; without one they are free."""
+        self._flat, self._owner = [], None
 
     def layers(self, cache: RoomyCache, rows: int, capacity: int, column: torch.Tensor) -> Cache:
         """The buffers in a shape, as transformers' cache."""

@@ -1,0 +1,183 @@
+"""JSON schemas of which llguidance keeps everything: what it would accept and not keep is replaced or refused here."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import Any
+from urllib.parse import unquote
+
+from llava_cli import limits
+from llava_cli.errors import UsageError
+
+SCHEMA_HINT = "what is kept: type, enum, const, properties, items, anyOf, allOf, $ref, pattern, format and bounds"
+
+_DAY = (
+    r"([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)-"  # 0000 is no year
+    r"((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+)
+_LEAP_DAY = r"([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][48]|[13579][26]|[2468]0)00)-02-29"
+_CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_HOST = r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,59}[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]{0,59}[a-zA-Z0-9])?){0,3}"
+_MAILBOX = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]{1,15}(\.[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]{1,15}){0,3}"
+_NO_PUNYCODE = r"^([^-]|-[^-])*$"
+_FORMATS: dict[str, tuple[str, ...]] = {
+    "date": (f"^({_DAY}|{_LEAP_DAY})$",),
+    "time": (f"^{_CLOCK}$",),
+    "date-time": (f"^({_DAY}|{_LEAP_DAY})T{_CLOCK}$",),
+    "hostname": (f"^{_HOST}$", _NO_PUNYCODE),
+    "email": (f"^{_MAILBOX}@{_HOST}$", r"@([^-]|-[^-])*$"),
+}
+"""Patterns for what llguidance's own are too generous about: leap days and seconds, lengths, labels like `xn--`."""
+_OWN_FORMATS = ("duration", "ipv4", "ipv6", "uuid", "uri")
+"""Formats that it keeps."""
+_OTHER_FORMATS = (
+    *("idn-email", "idn-hostname", "uri-reference", "iri", "iri-reference", "uri-template"),
+    *("json-pointer", "relative-json-pointer", "regex"),
+)
+"""Other formats that JSON Schema defines; of any that it does not, nothing is asked."""
+_DATA = ("const", "enum", "default", "examples", "example")
+"""Keywords with values of which none is a schema."""
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords with schemas by name."""
+
+
+def kept_schema(flag: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema that means the same, of which everything is kept. Raises `UsageError`, about `flag`, for others."""
+    if _is_too_deep(schema, schema, 0, {}, set()):
+        raise UsageError(flag, f"its $refs nest more than {limits.SCHEMA_REF_DEPTH} levels", SCHEMA_HINT)
+    if not _Endings(schema).has_one(schema):
+        raise UsageError(flag, "no answer can satisfy it: what it asks for never ends", SCHEMA_HINT)
+    if prod(_multiples(schema)) > limits.SCHEMA_MULTIPLE:
+        raise UsageError(flag, "multipleOf has too many digits", "a multiple of 10 or 0.01 has one")
+    kept: dict[str, Any] = _kept(flag, schema)
+    return kept
+
+
+def _is_too_deep(schema: Any, root: Any, depth: int, reached: dict[str, int], path: set[str]) -> bool:
+    """Whether a part of `root` at this depth has others too far below it, and below what it refers to.
+
+    `reached` has how deep each reference has been met, `path` those that this part is below.
+    """
+    if depth > limits.SCHEMA_REF_DEPTH:
+        return True
+    if isinstance(schema, list):
+        return any(_is_too_deep(part, root, depth + 1, reached, path) for part in schema)
+    if not isinstance(schema, dict):
+        return False
+    name = schema.get("$ref")
+    if isinstance(name, str) and name not in path and reached.get(name, -1) < depth:
+        reached[name] = depth
+        if _is_too_deep(_resolved(root, name), root, depth + 1, reached, path | {name}):
+            return True
+    return any(_is_too_deep(part, root, depth + 1, reached, path) for part in schema.values())
+
+
+class _Endings:
+    """Whether a schema has any finite answer: one that has to have itself as a part has none."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._open: set[str] = set()
+        self._finite: set[str] = set()
+        self._steps = self._depth = 0
+
+    def has_one(self, schema: Any) -> bool:
+        """True too for what is no schema, which others find out, and for what takes long to find out."""
+        self._steps += 1
+        if not isinstance(schema, dict) or self._steps > limits.SCHEMA_ITEMS or self._depth > limits.SCHEMA_REF_DEPTH:
+            return True
+        self._depth += 1
+        has_one = self._has_one(schema)
+        self._depth -= 1
+        return has_one
+
+    def _has_one(self, schema: dict[str, Any]) -> bool:
+        is_object, is_list = (schema.get("type") == kind for kind in ("object", "array"))
+        parts = [*_listed(schema, "allOf"), *([schema] if isinstance(schema.get("$ref"), str) else [])]
+        if is_object and isinstance(properties := schema.get("properties"), dict):
+            parts += [properties.get(name) for name in _listed(schema, "required") if isinstance(name, str)]
+        if is_list and isinstance(least := schema.get("minItems"), int):
+            items = [*_listed(schema, "prefixItems"), *([schema.get("items")] * (least > 0))]
+            parts += items[:least]
+        if not all(self._ends(part) if part is schema else self.has_one(part) for part in parts):
+            return False
+        return all(any(map(self.has_one, one)) for key in ("anyOf", "oneOf") if (one := _listed(schema, key)))
+
+    def _ends(self, schema: dict[str, Any]) -> bool:
+        """Whether what it refers to has a finite answer, in which it does not occur again."""
+        name = schema["$ref"]
+        if name in self._finite or name in self._open:
+            return name in self._finite
+        self._open.add(name)
+        if is_finite := self.has_one(_resolved(self._root, name)):
+            self._finite.add(name)
+        self._open.discard(name)
+        return is_finite
+
+
+def _listed(schema: dict[str, Any], key: str) -> list[Any]:
+    return value if isinstance(value := schema.get(key), list) else []
+
+
+def _resolved(root: Any, reference: str) -> Any:
+    """What a reference within a schema points to (RFC 6901); None for any other."""
+    if not reference.startswith("#"):
+        return None
+    found = root
+    for part in unquote(reference[1:]).split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        elif isinstance(found, dict) and name in found:
+            found = found[name]
+        else:
+            return None
+    return found
+
+
+def _multiples(schema: Any) -> set[int]:
+    """The significant digits of each `multipleOf` in a schema, as whole numbers."""
+    if isinstance(schema, list):
+        return set().union(*map(_multiples, schema))
+    if not isinstance(schema, dict):
+        return set()
+    number = schema.get("multipleOf")
+    own = {_digits_of(number)} if isinstance(number, (int, float)) and number else set()
+    return own.union(*map(_multiples, schema.values()))
+
+
+def _digits_of(number: float) -> int:
+    return int(re.sub(r"[eE].*|[-.]", "", repr(number)).strip("0") or 1)
+
+
+def _kept(flag: str, schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_kept(flag, item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            kept[key] = {name: _kept(flag, one) for name, one in value.items()}
+        else:
+            kept[key] = value if key in _DATA else _kept(flag, value)
+    required, least = schema.get("required"), schema.get("minProperties")
+    if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+        raise UsageError(flag, "minProperties can only be kept by names that are required", SCHEMA_HINT)
+    if isinstance(schema.get("format"), str):
+        _keep_format(flag, kept)
+    return kept
+
+
+def _keep_format(flag: str, schema: dict[str, Any]) -> None:
+    name = schema["format"]
+    if name in _OTHER_FORMATS:
+        known = ", ".join(sorted((*_FORMATS, *_OWN_FORMATS)))
+        raise UsageError(flag, f"the format {name!r} cannot be kept; those that can are {known}", "give a pattern")
+    if name not in _OWN_FORMATS:
+        del schema["format"]
+        patterns = [{"pattern": pattern} for pattern in _FORMATS.get(name, ())]
+        schema["allOf"] = [*schema.get("allOf", []), *patterns]
+        if not schema["allOf"]:
+            del schema["allOf"]
