@@ -108,7 +108,7 @@ class Scheduler:
     def _first_pass(self, count: int) -> int:
         """Of the first `count` that wait, how many may join now.
 
-        On a GPU, whose pass reads many prompts, those whose answers are read as they are made wait for one pass at most.
+        A pass on a GPU reads many prompts: those who are being answered wait for one at most.
         """
         most = PREFILL_TOKENS.get(self.model.device.type)
         if most is None or self._prompt_cache is None or not self.running:
