@@ -48,6 +48,8 @@ SETS: dict[str, dict[str, Any]] = {
     "numbers": {"kinds": ["number"], "numbers": 1},
 }
 OFF_TOPIC = ["what is the capital of france?", "tell me a joke.", "is the man happy?", "what year is it?"]
+ROWS = 64
+"""Questions at a time."""
 MID_GRAY = "mid-gray"
 """What the package shows."""
 
@@ -109,36 +111,44 @@ MEASURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 class Scorer:
-    """Asks the model, and how probable it finds the tokens of an answer about other pictures."""
+    """Asks the model, and how probable it finds the tokens of its answers about other pictures."""
 
     def __init__(self, engine: LocalEngine) -> None:
         self.engine = engine
 
-    def __call__(self, asked: Asked, rng: Random) -> Scored:
-        answered, text = self.answer(asked.image, asked.question)
-        unseen = {
-            name: self.replayed(answered, image, asked.question)
-            for name, image in others(asked.image.size, rng).items()
-        }
-        return Scored(text == asked.answer, np.array(answered.log_probabilities()), unseen)
+    def __call__(self, asked: list[Asked], seed: int = 0) -> list[Scored]:
+        scored: list[Scored] = []
+        for begin in range(0, len(asked), ROWS):
+            some = asked[begin : begin + ROWS]
+            answered = self.answers(some)
+            shown = [others(one.image.size, Random(f"{seed}/{begin + i}")) for i, one in enumerate(some)]
+            unseen = {name: self.about(answered, some, [images[name] for images in shown]) for name in shown[0]}
+            for number, (one, sequence) in enumerate(zip(some, answered, strict=True)):
+                seen = np.array(sequence.log_probabilities())
+                of_others = {name: rows[number] for name, rows in unseen.items()}
+                scored.append(Scored(sequence.finish().text == one.answer, seen, of_others))
+        return scored
 
-    def answer(self, image: Image.Image, question: str) -> tuple[Sequence, str]:
-        sequence = self.engine.prepare(0, Request(talk(image, question), Sampling(confidence=True)))
-        self._run(sequence)
-        return sequence, sequence.finish().text
+    def answers(self, asked: list[Asked]) -> list[Sequence]:
+        requests = [Request(talk(one.image, one.question), Sampling(confidence=True)) for one in asked]
+        return self._run([self.engine.prepare(number, request) for number, request in enumerate(requests)])
 
-    def replayed(self, answered: Sequence, image: Image.Image, question: str) -> np.ndarray:
-        tokenizer = self.engine.prompter.tokenizer
-        replay = Replay(0, self.engine.inputs(talk(image, question)), Detokenizer(tokenizer))
-        replay.follow(answered, answered.finish())
-        self._run(replay)
-        return np.array(replay.log_probabilities())
+    def about(self, answered: list[Sequence], asked: list[Asked], images: list[Image.Image]) -> list[np.ndarray]:
+        """The log-probabilities of the answers' tokens about other pictures."""
+        replays: list[Sequence] = []
+        for sequence, one, image in zip(answered, asked, images, strict=True):
+            inputs = self.engine.inputs(talk(image, one.question))
+            replays.append(replay := Replay(0, inputs, Detokenizer(self.engine.prompter.tokenizer)))
+            replay.images = (f"{id(image)}",)
+            replay.follow(sequence, sequence.finish())
+        return [np.array(replay.log_probabilities()) for replay in self._run(replays)]
 
-    def _run(self, sequence: Sequence) -> None:
+    def _run(self, sequences: list[Sequence]) -> list[Sequence]:
         batch = Batch(self.engine.network)
-        batch.join([sequence])
-        while not batch.step():
-            pass
+        batch.join(sequences)
+        while batch.sequences:
+            batch.step()
+        return sequences
 
 
 def talk(image: Image.Image, question: str) -> Conversation:
@@ -178,15 +188,18 @@ def print_areas(found: dict[str, list[Scored]]) -> None:
 
 def print_blind(scorer: Scorer, asked: list[Asked], scored: list[Scored]) -> None:
     """Of answers to the gray picture as answers about the real one, and of answers that need no picture."""
-    guesses = []
-    for one in asked:
-        guess, _ = scorer.answer(Image.new("RGB", one.image.size, GRAY), one.question)
-        about_real = scorer.replayed(guess, one.image, one.question)
-        guesses.append(float(about_real.sum()) - sum(guess.log_probabilities()))
+    guesses: list[float] = []
+    for begin in range(0, len(asked), ROWS):
+        some = asked[begin : begin + ROWS]
+        gray = [Asked(Image.new("RGB", one.image.size, GRAY), one.question, one.answer) for one in some]
+        said = scorer.answers(gray)
+        about_real = scorer.about(said, some, [one.image for one in some])
+        guesses += [
+            float(real.sum()) - sum(guess.log_probabilities()) for real, guess in zip(about_real, said, strict=True)
+        ]
     seen = [one.total() for one in scored]
-    declined = [
-        scorer(Asked(one.image, question, ""), Random(0)).total() for one in asked[:50] for question in OFF_TOPIC
-    ]
+    needless = [Asked(one.image, question, "") for one in asked[:25] for question in OFF_TOPIC]
+    declined = [one.total() for one in scorer(needless)]
     is_seen = [True] * len(seen) + [False] * len(guesses)
     print(f"\nAUC of answers about the picture against those to a gray one: {area(seen + guesses, is_seen):.3f}")
     for label, sights in (
@@ -207,11 +220,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--each", type=int, default=1000, help="questions of each set")
+    parser.add_argument("--each", type=int, default=600, help="questions of each set")
     args = parser.parse_args()
     scorer = Scorer(load(args.model, precision=args.precision))
     asked = {name: list(drawings(name, args.each)) for name in SETS} | {"easy-VQA": list(from_easy_vqa(args.each))}
-    found = {name: [scorer(one, Random(number)) for number, one in enumerate(some)] for name, some in asked.items()}
+    found = {name: scorer(some) for name, some in asked.items()}
     print_areas(found)
     some = next(iter(SETS))
     print_blind(scorer, asked[some], found[some])

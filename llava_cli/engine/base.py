@@ -32,7 +32,7 @@ BLIND = 0.01
 """The sight below which an answer does not depend on the picture.
 
 That is an answer hardly 1 % more probable than with a gray one, or choices of which 1 % of the probability moves. Where
-a model really does not look, rounding makes less than 0.001, in 4 bits too (`benchmarks/sight.py`).
+the built-in model needs no picture, sight is below 0.001, in 4 bits too (`benchmarks/sight.py`).
 """
 
 

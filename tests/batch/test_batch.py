@@ -316,6 +316,7 @@ def test_rows_with_forms_of_their_own(run: Run) -> None:
         {"image": "a.png", "question": "how many?", "schema": "count 1|2, size small|large", "max_tokens": 60},
         {"image": "a.png", "question": "a color?", "grammar": 'start: "teal" | "pink"'},
         {"image": "a.png", "question": "what shape?"},
+        {"image": "a.png", "question": "what shape?", "choices": ["circle", "star", "blue or green"]},
     ]
     Path("q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     common = ("--regex", "a (square|circle)")
@@ -323,9 +324,12 @@ def test_rows_with_forms_of_their_own(run: Run) -> None:
     rows = rows_in(Path("out.jsonl").read_bytes())
     assert [rows[0]["answer"], rows[3]["answer"]] == ["blue or green", "a circle"]
     assert list(rows[1]["data"]) == ["count", "size"] and rows[2]["answer"] in ("teal", "pink")
-    Path("q.csv").write_text("image,question,regex,schema\na.png,a?,blue or green,\na.png,how many?,,count 1|none\n")
-    first, second = rows_of(run("batch", "q.csv", *common))
+    assert (rows[4]["answer"], set(rows[4]["probabilities"])) == ("circle", {"circle", "star", "blue or green"})
+    table = ("image,question,regex,schema,choices", "a.png,a?,blue or green,,", "a.png,how many?,,count 1|none,")
+    Path("q.csv").write_text("\n".join([*table, 'a.png,a?,,,"circle,star"', "a.png,a?,,,circle|star"]))
+    first, second, *others = rows_of(run("batch", "q.csv", *common))
     assert (first["answer"], list(second["data"])) == ("blue or green", ["count"])
+    assert [sorted(row["probabilities"]) for row in others] == [["circle", "star"]] * 2
 
 
 TOO_MUCH = {

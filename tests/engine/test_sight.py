@@ -121,6 +121,17 @@ def test_gray_pictures_stand_where_the_others_did() -> None:
     assert [turn.question for turn in gray.turns] == ["or", "why?"]
 
 
+def test_of_choices_it_is_how_far_their_distribution_moves(engines: Engines) -> None:
+    engine, asked = engines("llava-llama"), Sampling(choices=("a cat", "a dog", "no"))
+    talks = [CONVERSATIONS[case] for case in ("one", "two", "later")]
+    found = dict(engine.answer_many([Request(talk, replace(asked, sight=True)) for talk in talks]))
+    for number, talk in enumerate(talks):
+        seen, gray = (engine.answer(one, asked).probabilities for one in (talk, unseen(talk)))
+        assert seen and gray
+        assert sight(found[number]) == pytest.approx(total_variation(seen, gray), abs=1e-5)
+        assert sight(engine.answer(talk, replace(asked, sight=True))) == pytest.approx(sight(found[number]), abs=1e-5)
+
+
 def test_how_far_a_distribution_moves() -> None:
     assert total_variation({"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}) == 1
     assert total_variation({"a": 0.5, "b": 0.3, "c": 0.2}, {"a": 0.2, "b": 0.3, "c": 0.5}) == pytest.approx(0.3)
