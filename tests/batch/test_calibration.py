@@ -20,6 +20,7 @@ from helpers.servers import in_thread
 from helpers.tables import for_each
 from PIL import Image, ImageDraw
 
+from llava_cli import limits
 from llava_cli.batch import run as module
 from llava_cli.batch.calibrate import Labelled, calibration_error, fit, fit_temperature, scored
 from llava_cli.batch.calibration import (
@@ -320,6 +321,13 @@ def test_nothing_to_learn_from(run: Run) -> None:
     assert run("calibrate", "labelled.jsonl", "--plot", "no/such.svg").exit_code == 73
 
 
+def test_more_rows_than_fit_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CALIBRATION_ROWS", 2)
+    write([row({"sunny": 0.9, "rain": 0.1})] * 3)
+    result = run("calibrate", "labelled.jsonl")
+    assert result.exit_code == 65 and "labelled.jsonl, line 3: more than 2 rows" in result.stderr
+
+
 def test_rows_of_two_models(run: Run) -> None:
     sure = {"sunny": 0.9, "rain": 0.1}
     write([row(sure), row(sure, model="other")])
@@ -353,7 +361,7 @@ SOUND: Row = {
         {"levels": [{"threshold": 2.0, "answered": 5, "wrong": 1}]},
         {"levels": [{"threshold": 0.0}]},
         {"levels": 7},
-        {"levels": SOUND["levels"] * 501},
+        {"levels": SOUND["levels"] * limits.CALIBRATION_LEVELS},
         {"made_with": []},
         {"made_with": {"root": "/"}},
         {"more": 1},
