@@ -50,7 +50,8 @@ OWN_BODY_BYTES = 280_000_000
 """Of the user's own commands: two pictures of the largest size that they open, in base64."""
 BODIES_BYTES = 256_000_000
 """Of all request bodies over TCP that are not parsed yet, together."""
-BODY_DEPTH = 16
+BODY_DEPTH = 72
+"""Of a body's JSON: a schema in it may have `SCHEMA_DEPTH` levels."""
 WAITING_BYTES = 1_000_000_000
 """Of all parsed requests over TCP that wait for their pictures to be opened, together."""
 LARGE_BODY_BYTES = 1_000_000
@@ -65,6 +66,10 @@ TEXT_CHARACTERS = 1_000_000
 """Of a request's text without its pictures."""
 REQUEST_STOPS = 64
 """Texts that end an answer; each token is checked against each of them."""
+REQUEST_SCHEMA_CHARACTERS = 100_000
+"""Of a schema over TCP: one of this size compiles in 2 s, during which others wait."""
+REQUEST_CHOICES_CHARACTERS = 4_000
+"""Of all choices of a request over TCP: each is read in up to eight spellings, in one step."""
 REQUEST_PICTURES = 64
 REQUEST_PICTURE_BYTES = 20_000_000
 REQUEST_PIXELS = 100_000_000

@@ -81,6 +81,16 @@ class LocalEngine(Engine):
         """What says which of its tokens may come next, in an answer of a given form."""
         return Grammars(token_bytes(self.prompter.tokenizer), self.end_tokens)
 
+    def prepare_form(self, sampling: Sampling) -> None:
+        """Reads what an answer's form needs, once for all its answers.
+
+        Raises `UsageError` for a form that no answer of this model can have.
+        """
+        if sampling.choices:
+            self._choice_tree(sampling.choices)
+        elif sampling.grammar_option:
+            self.grammars.constraint(sampling)
+
     def _choice_tree(self, choices: tuple[str, ...]) -> ChoiceTree:
         """The tokens of choices; the last ones that were asked for are kept."""
         if not self.end_tokens:

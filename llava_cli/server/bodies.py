@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from llava_cli import limits
 from llava_cli.bounded_json import Bounds, Scanner, TooMuch
+from llava_cli.server.answer_form import FIELDS
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.chat_request import ChatRequest, validation_error
 from llava_cli.server.worker_lane import WorkerLane
@@ -147,7 +148,7 @@ def parse_chat_request(data: bytearray) -> ChatRequest:
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is no JSON") from None
     try:
-        return ChatRequest.model_validate(value)
+        return ChatRequest.model_validate(_without_nulls(value))
     except ValidationError as error:
         raise validation_error(error.errors(include_url=False, include_context=False, include_input=False)) from None
 
@@ -161,12 +162,25 @@ def _decode_utf8(data: bytearray) -> str:
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's members without those that are null. A duplicate is refused: parsers differ in which one counts."""
+    """An object's members. A duplicate is refused: parsers differ in which one counts."""
     if len(members := dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
         duplicate = one_line(next(name for name in names if names.count(name) > 1))
         raise ApiError(400, f"the body has {duplicate!r} twice in one object")
-    return {name: value for name, value in members.items() if value is not None}
+    return members
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the members that are null, which many clients send for nothing; in a schema null says something."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: member if name in FIELDS else _without_nulls(member)
+        for name, member in value.items()
+        if member is not None
+    }
 
 
 def _bounded_number(convert: Callable[[str], N]) -> Callable[[str], N]:

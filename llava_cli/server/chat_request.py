@@ -14,16 +14,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from llava_cli import limits
 from llava_cli.conversation import Conversation
 from llava_cli.errors import UsageError
+from llava_cli.server.answer_form import DEFAULTS, FIELDS, AnswerForm
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.chat_messages import Message, OpenUrl, build_conversation
 from llava_cli.server.content_parts import ImageUrl, check_unknown
-from llava_cli.settings import Sampling
+from llava_cli.settings import OPTIONS, Sampling
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "thinking": ({"type": "disabled"},),
@@ -78,6 +78,15 @@ class ChatRequest(BaseModel):
     logprobs: bool | None = False
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     n: Int | None = 1
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_choice: Any = None
+    guided_regex: Any = None
+    guided_json: Any = None
+    guided_grammar: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    llava: Any = None
 
     def check(self) -> None:
         """Raises `ApiError` for anything that is not supported or exceeds a limit."""
@@ -98,7 +107,17 @@ class ChatRequest(BaseModel):
         """The URLs of all images, in order. Raises `ApiError`."""
         return [part.url for _, parts in self._messages() for part in parts if isinstance(part, ImageUrl)]
 
-    def sampling(self, defaults: Sampling) -> Sampling:
+    @property
+    def has_form(self) -> bool:
+        """Whether a form of the answer is asked for, which takes a while to read."""
+        return any(getattr(self, name) is not None for name in FIELDS)
+
+    def form(self) -> AnswerForm:
+        """The form that the answer has to have. Raises `ApiError`."""
+        fields = {name: getattr(self, name) for name in FIELDS}
+        return AnswerForm({name: value for name, value in fields.items() if value is not None})
+
+    def sampling(self, defaults: Sampling, form: AnswerForm) -> Sampling:
         """The sampling options, `defaults` where the request has none. Raises `ApiError`."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         stop = tuple(filter(None, (self.stop,) if isinstance(self.stop, str) else self.stop or ())) or None
@@ -109,12 +128,20 @@ class ChatRequest(BaseModel):
             "seed": self.seed,
             "stop": stop,
         }
-        options = {name: value for name, value in options.items() if value is not None}
+        options = {name: value for name, value in options.items() if value is not None} | form.options
+        values = {name: getattr(defaults, name) for name in Sampling.names()}
+        if form.form:
+            values.update((name, OPTIONS[name].default) for name in (*DEFAULTS, "stop"))
+            if stop and form.form != "choices":
+                raise ApiError(400, f"stop: {form.places[form.form]} says already where an answer ends", "stop")
         try:
-            values = {name: getattr(defaults, name) for name in Sampling.names()} | options
-            return Sampling(**values, unset=defaults.unset - options.keys())
+            sampling = Sampling(**(values | options), unset=defaults.unset - options.keys())
         except UsageError as error:
-            raise ApiError(400, str(error), error.thing) from None
+            raise form.error(error) from None
+        if self.logprobs and sampling.choices:
+            reason = "logprobs: the answer is chosen, not generated; its message's `llava` has the probabilities"
+            raise ApiError(400, reason, "logprobs", "unsupported_parameter")
+        return sampling
 
     def question(self, default_system: str | None, open_url: OpenUrl) -> Conversation:
         """The conversation, whose last message must be a question. Raises `ApiError`."""

@@ -24,7 +24,7 @@ class ChatResponse:
         self._decode_token = decode_token
 
     def completion(self, answer: Answer, likelihoods: Sequence[Likelihood] | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        message = {"role": "assistant", "content": answer.text, "refusal": None, **details(answer)}
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
         choice["logprobs"] = self._logprobs(likelihoods)
         return {**self._head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
@@ -56,6 +56,11 @@ class ChatResponse:
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._decode_token(token)
         return {"token": text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(text.encode())}
+
+
+def details(answer: Answer) -> dict[str, Any]:
+    """The member of a message, or of a stream's last delta, with what was asked for besides the text."""
+    return {"llava": answer.details()} if answer.details() else {}
 
 
 def _usage(answer: Answer) -> dict[str, Any]:

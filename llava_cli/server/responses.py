@@ -16,6 +16,7 @@ from llava_cli.engine.generate.sequence import Likelihood
 from llava_cli.errors import LlavaError
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.chat_request import ChatRequest
+from llava_cli.server.chat_response import details
 from llava_cli.server.service import Event, PendingAnswer, Service
 
 EVENT_STREAM = "text/event-stream"
@@ -87,7 +88,7 @@ async def stream_events(
             likelihoods = [event.likelihood] if event.likelihood else None
             yield _event(response.chunk({"content": event.text}, likelihoods=likelihoods))
             event = await pending.next()
-        yield _event(response.chunk({}, event.finish_reason))
+        yield _event(response.chunk(details(event), event.finish_reason))
         if options.include_usage:
             yield _event(response.usage_chunk(event))
         yield b"data: [DONE]\n\n"

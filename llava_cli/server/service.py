@@ -13,7 +13,7 @@ from uuid import uuid4
 from llava_cli.engine import Answer
 from llava_cli.engine import Request as EngineRequest
 from llava_cli.engine.generate.sequence import Token
-from llava_cli.errors import LlavaError
+from llava_cli.errors import LlavaError, ModelUnusable, UsageError
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.bodies import RequestBodies
 from llava_cli.server.chat_request import ChatRequest
@@ -22,7 +22,7 @@ from llava_cli.server.generation import GenerationService, PendingRequest
 from llava_cli.server.metrics import Metrics
 from llava_cli.server.pictures import PictureOpener, RequestPictures
 from llava_cli.server.worker_lane import WorkerLane
-from llava_cli.settings import Settings
+from llava_cli.settings import Sampling, Settings
 
 Event = Token | Answer
 """A piece of an answer, or at last the whole of it."""
@@ -40,6 +40,8 @@ class Service:
         self.bodies, self.pictures = RequestBodies(), RequestPictures(allow_urls)
         self.logprobs_lane = WorkerLane(1)
         """For responses with probabilities: up to half a second of decoding single tokens."""
+        self._form_lanes = {is_own: WorkerLane(1) for is_own in (False, True)}
+        """For schemas, regular expressions and grammars: some take seconds to compile."""
         self.started = self.last_request = time.monotonic()
         self.metrics = Metrics(lambda: self.running, lambda: generation.prompt_cache.nbytes)
         self.is_stopping = False
@@ -74,7 +76,7 @@ class Service:
         """
         defaults = Settings() if is_own else self.settings  # our own commands send every option that matters
         top = (chat.top_logprobs or 0) if chat.logprobs else None
-        sampling, canceled = chat.sampling(defaults.sampling), threading.Event()
+        canceled = threading.Event()
         pending = PendingAnswer(self, is_own)
 
         def is_wanted() -> bool:
@@ -85,6 +87,10 @@ class Service:
             return self.generation.submit(request, pending.put, chat.stream, top, is_wanted)
 
         try:
+            if chat.has_form:
+                sampling = await self._form_lanes[is_own].run(lambda: self._formed(chat, defaults.sampling, is_own))
+            else:
+                sampling = chat.sampling(defaults.sampling, chat.form())
             urls = chat.image_urls()
             pending.request = await self.pictures.use(urls, is_own, is_wanted, prepare, self.generation.cancel)
         except BaseException:
@@ -92,6 +98,18 @@ class Service:
             pending.close()
             raise
         return pending
+
+    def _formed(self, chat: ChatRequest, defaults: Sampling, is_own: bool) -> Sampling:
+        """The options of a request whose answer has a form, which is one that an answer can have. Raises `ApiError`."""
+        form = chat.form()
+        if not is_own:
+            form.check_size()
+        sampling = chat.sampling(defaults, form)
+        try:
+            self.generation.engine.prepare_form(sampling)
+        except (UsageError, ModelUnusable) as error:
+            raise form.error(error) from None
+        return sampling
 
     async def prompt(self, chat: ChatRequest) -> dict[str, Any]:
         """The prompt that the model would read, and its number of tokens. Only for the user's own commands."""

@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 from helpers.command import Run
-from helpers.faults import Told
+from helpers.faults import Pictures, Told
 from helpers.picture_bytes import BAD_BYTES, encoded, frames, make_names, noise
 from helpers.tables import for_each
 from helpers.terminal import Open
@@ -32,10 +33,14 @@ from llava_cli import limits, load
 from llava_cli.batch import run as module
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import is_repetitive
+from llava_cli.batch.runner import MAX_PENDING, answer_tasks
+from llava_cli.batch.tasks import Task
 from llava_cli.cli import app
 from llava_cli.engine.generate.batch import Batch
 from llava_cli.engine.local import LocalEngine
+from llava_cli.engine.remote.thread_pool import MAX_BEHIND, answer_in_threads
 from llava_cli.errors import LlavaError, OutOfMemory
+from llava_cli.settings import Settings
 
 QUESTION = "what is this?"
 KEYS = ["image", "question", "answer", "status", "error", "model", "finish_reason", "answer_tokens", "sha256"]
@@ -1273,3 +1278,27 @@ def test_a_reader_that_has_seen_enough(held: list[str], marked: Callable[[], lis
         said = process.stderr.read()
     assert (process.returncode, said) == (0, b"")
     assert marked() == []
+
+
+def test_a_slow_answer_of_a_server_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind it, no more tasks are begun than the runner admits: it would wait for the answer for ever."""
+    gate, done = threading.Event(), list[str]()
+
+    class Server(Told):
+        def answer_many(self, requests: Any, size: int | None = None, go_on: Any = None) -> Any:
+            def answer(request: Any) -> Any:
+                name = request.conversation.turns[-1].pictures[0].name
+                if name == "0":
+                    gate.wait(60)
+                return self.answer(request.conversation, request.sampling)
+
+            for number, _, outcome in answer_in_threads(enumerate(requests), answer, 4, go_on):
+                done.append(str(number))
+                if len(done) == MAX_BEHIND:  # all that may be begun
+                    gate.set()
+                yield number, outcome
+
+    tasks = (Task(str(number), "q") for number in range(2 * MAX_PENDING))
+    rows = answer_tasks(Server(), tasks, Pictures(), Settings(), None, lambda: True)
+    assert [row["image"] for _, row in rows] == [str(number) for number in range(2 * MAX_PENDING)]
+    assert done.index("0") == MAX_BEHIND

@@ -194,7 +194,7 @@ def test_a_picture_that_takes_its_decoder_down(serve: Serve, hooked: Path) -> No
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError),
         ({"frequency_penalty": 1.5}, openai.BadRequestError),
         ({"modalities": ["text", "audio"]}, openai.BadRequestError),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError),
+        ({"response_format": {"type": "xml"}}, openai.BadRequestError),
     ],
 )
 def test_what_cannot_be_done_is_refused(

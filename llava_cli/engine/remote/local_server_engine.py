@@ -18,6 +18,7 @@ from llava_cli import limits
 from llava_cli.bounded_http import Deadline, Response, send_request
 from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
+from llava_cli.engine.remote.dialects import LLAVA
 from llava_cli.engine.remote.image_urls import original_file_url
 from llava_cli.engine.remote.local_socket import UnixHTTPConnection, is_trusted_socket, server_info
 from llava_cli.engine.remote.openai_client import OpenAIClient, skip_shown
@@ -43,7 +44,7 @@ class LocalServerEngine(Engine):
     ) -> None:
         self._path, self._load, self._notify = path, load, notify
         self._fallback: Engine | None = None
-        self._client = OpenAIClient("llava serve", self._post, original_file_url)
+        self._client = OpenAIClient("llava serve", self._post, original_file_url, dialect=LLAVA)
         self.model, self.precision, self.device = info["model"], info["precision"], info["device"]
         self.context, self.where = info["context"], f"llava serve (pid {info['pid']})"
         self.family: Family | None = next((family for family in FAMILIES if family.name == info["family"]), None)

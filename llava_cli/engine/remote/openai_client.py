@@ -18,6 +18,8 @@ from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Chunk, Request
 from llava_cli.engine.remote import openai_response
 from llava_cli.engine.remote.answer_builder import AnswerBuilder
+from llava_cli.engine.remote.answer_checks import Fits, checked_answer
+from llava_cli.engine.remote.dialects import PLAIN, Dialect
 from llava_cli.engine.remote.openai_errors import Hint, error_from
 from llava_cli.engine.remote.openai_messages import ImageUrl, messages
 from llava_cli.engine.remote.openai_response import HtmlResponse, MalformedResponse, RetryableError
@@ -26,7 +28,12 @@ from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import one_line
 
 CHAT_PATH = "chat/completions"
-_FALLBACKS = {"max_tokens": "max_completion_tokens", "stream_options": None}
+_FALLBACKS = {
+    "max_tokens": "max_completion_tokens",
+    "stream_options": None,
+    "logprobs": None,
+    "top_logprobs": None,
+}
 """Parameters that some servers reject, and what to send instead: another name, or nothing."""
 _TITLE = rb"<title[^<>]{0,99}>([^<>]{1,999})</title"
 
@@ -38,7 +45,8 @@ class OpenAIClient:
     """Sends chat completion requests to one server.
 
     `name` is what errors call the server, `post` sends to it, `image_url` turns a picture into a URL that it accepts,
-    `model` is the model to ask for, and `hint` gives the next command to type after an HTTP status.
+    `model` is the model to ask for, and `hint` gives the next command to type after an HTTP status. `dialect` is how
+    the server names the form of an answer, and `fits` tells whether a text has it.
     """
 
     def __init__(
@@ -48,22 +56,30 @@ class OpenAIClient:
         image_url: ImageUrl,
         model: str | None = None,
         hint: Hint = lambda status: "",
+        dialect: Dialect = PLAIN,
+        fits: Fits = lambda sampling, text: True,
     ) -> None:
         self._name, self._post, self._image_url, self._hint = name, post, image_url, hint
+        self._dialect, self._fits = dialect, fits
         self._model = {"model": model} if model else {}
         self._replacements: dict[str, str | None] = {}
         """The parameters that this server has rejected, with their fallbacks."""
 
     def complete(self, request: Request) -> Answer:
         """The whole answer. Raises `RetryableError` or a `LlavaError`."""
-        *_, last = self._chunks(self._body(request.conversation, request.sampling))
+        *_, last = self._chunks(self._body(request.conversation, request.sampling), request.sampling)
         assert last.answer is not None
         return last.answer
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Generator[Chunk, None, None]:
         """The answer as it arrives. Raises `RetryableError`, also if it breaks off, or a `LlavaError`."""
+        if sampling.choices and not self._dialect.is_llava:  # which one it is shows at its end
+            answer = self.complete(Request(conversation, sampling))
+            yield Chunk(answer.text)
+            yield Chunk("", answer)
+            return
         body = {**self._body(conversation, sampling), "stream": True, "stream_options": {"include_usage": True}}
-        return self._chunks(body)
+        yield from self._chunks(body, sampling)
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The JSON object that a path answers with. Raises `RetryableError` or a `LlavaError`."""
@@ -99,7 +115,7 @@ class OpenAIClient:
             payload = {"error": data.decode("utf-8", "replace")}
         return error_from(self._name, self._hint, response.status, payload, response.header("Retry-After"))
 
-    def _chunks(self, body: dict[str, Any]) -> Generator[Chunk, None, None]:
+    def _chunks(self, body: dict[str, Any], sampling: Sampling) -> Generator[Chunk, None, None]:
         """The answer in one piece or in several; some servers do not do what `stream` asks for."""
         builder, is_done = AnswerBuilder(), False
         with self.response_errors(), closing(self._send(CHAT_PATH, body)) as response:
@@ -122,20 +138,12 @@ class OpenAIClient:
         if failure := builder.failure():
             hint = "--max-tokens N lets it say more" if builder.finish_reason == "length" else ""
             raise NoAnswer(self._name, failure, hint)
-        yield Chunk("", builder.answer())
+        answer, dialect = builder.answer(), self._dialect
+        yield Chunk("", checked_answer(self._name, dialect, self._fits, sampling, answer, builder.logprobs))
 
     def _body(self, conversation: Conversation, sampling: Sampling) -> dict[str, Any]:
-        """The request for the conversation's next answer.
-
-        Options that nobody has set and that have their default value are left out: newer models accept no other value.
-        """
-        defaults = Sampling()
-        options = {
-            name: value
-            for name in Sampling.names()
-            if (value := getattr(sampling, name)) not in (None, ())
-            and (name not in sampling.unset or value != getattr(defaults, name))
-        }
+        """The request for the conversation's next answer. Raises `UsageError` for what the server cannot do."""
+        options = self._dialect.fields(sampling, self._name)
         return {**self._model, "messages": messages(conversation, self._image_url), **options}
 
     def _send(self, path: str, body: dict[str, Any]) -> Response:

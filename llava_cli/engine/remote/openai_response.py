@@ -5,6 +5,7 @@ https://platform.openai.com/docs/api-reference/chat, and the variants that other
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 from llava_cli import bounded_json, limits
 from llava_cli.bounded_http import Deadline, NotHttp, Response
 from llava_cli.bounded_json import TooMuch
+from llava_cli.engine.base import Confidence
+from llava_cli.engine.remote.choice_logprobs import TokenLogprobs
 from llava_cli.errors import plain_message
 from llava_cli.untrusted_text import one_line
 
@@ -164,6 +167,43 @@ def finish_reason(choice: dict[str, Any]) -> str | None:
     """Why the answer ended, in OpenAI's terms; None if it has not ended. Raises `MalformedResponse`."""
     reason = choice.get("finish_reason")
     return None if reason is None else _FINISH_REASONS.get(as_text(reason).lower(), "stop")
+
+
+def token_logprobs(choice: dict[str, Any]) -> list[TokenLogprobs]:
+    """The log-probabilities of a choice's tokens; none where they are not told. Raises `MalformedResponse`."""
+    content = choice["logprobs"].get("content") if isinstance(choice.get("logprobs"), dict) else None
+    return [
+        TokenLogprobs(*_logprob(token), dict(_logprob(other) for other in token.get("top_logprobs") or []))
+        for token in map(as_object, content if isinstance(content, list) else [])
+    ]
+
+
+def _logprob(token: Any) -> tuple[str, float]:
+    """A token's text and log-probability."""
+    fields = as_object(token)
+    return as_text(fields.get("token")), min(_number(fields.get("logprob")), 0.0)
+
+
+def answer_details(choice: dict[str, Any]) -> dict[str, Any]:
+    """What `llava serve` says of an answer besides its text, as fields of `Answer`. Raises `MalformedResponse`."""
+    told = as_object(as_object(choice.get("delta") or choice.get("message") or {}).get("llava") or {})
+    details: dict[str, Any] = {name: _number(told[name]) for name in ("answer_probability", "sight") if name in told}
+    if "data" in told:
+        details["data"] = told["data"]
+    if "probabilities" in told:
+        details["probabilities"] = {as_text(k): _number(p) for k, p in as_object(told["probabilities"]).items()}
+    if "confidence" in told:
+        fields = as_object(told["confidence"])
+        mean, lowest = _number(fields.get("mean")), _number(fields.get("lowest"))
+        details["confidence"] = Confidence(mean, lowest, as_text(fields.get("lowest_token")))
+    return details
+
+
+def _number(value: Any) -> float:
+    """A finite number. Raises `MalformedResponse`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < sys.float_info.max:
+        raise MalformedResponse
+    return float(value)
 
 
 def is_error(event: dict[str, Any]) -> bool:

@@ -15,7 +15,9 @@ from llava_cli import limits
 from llava_cli.bounded_http import Deadline, Response, connect, connect_through, send_request, start_tls
 from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
+from llava_cli.engine.remote.answer_checks import Fits
 from llava_cli.engine.remote.base_url import base_url
+from llava_cli.engine.remote.dialects import DIALECTS, PLAIN
 from llava_cli.engine.remote.image_urls import original_file_url, portable_url
 from llava_cli.engine.remote.openai_client import OpenAIClient, skip_shown
 from llava_cli.engine.remote.openai_messages import messages
@@ -51,14 +53,21 @@ class RemoteEngine(Engine):
     """Answers with the model called `model` behind `url`, or with the only model there.
 
     `concurrency` is how many requests of `answer_many` are sent at a time; `notify` gets one line when the server has
-    to be asked again. Raises `UsageError` if `url` is not an address, and `ModelUnusable` if nobody answers there, the
-    key is wrong, or the server has several models and `model` does not choose one.
+    to be asked again; `fits` tells whether a text has the form of an answer. Raises `UsageError` if `url` is not an
+    address, and `ModelUnusable` if nobody answers there, the key is wrong, or the server has several models and `model`
+    does not choose one.
     """
 
     precision = device = ""  # known only to the server
 
     def __init__(
-        self, url: str, key: str | None, model: str | None, concurrency: int, notify: Callable[[str], None]
+        self,
+        url: str,
+        key: str | None,
+        model: str | None,
+        concurrency: int,
+        notify: Callable[[str], None],
+        fits: Fits = lambda sampling, text: True,
     ) -> None:
         self.where = base_url(url)
         self._notify, self._concurrency = notify, concurrency
@@ -73,9 +82,10 @@ class RemoteEngine(Engine):
         self._names = [str(entry["id"]) for entry in models]
         name = model or self._only_model()
         self.model = one_line(name)
-        is_llava_serve = any(entry.get("owned_by") == "llava" for entry in models)
-        image_url = original_file_url if is_llava_serve else portable_url  # it decodes pictures as we do
-        self._client = OpenAIClient(self.where, self._post, image_url, name, self._hint)
+        owners = (str(entry.get("owned_by")) for entry in models)
+        dialect = next((DIALECTS[owner] for owner in owners if owner in DIALECTS), PLAIN)
+        image_url = original_file_url if dialect.is_llava else portable_url  # it decodes pictures as we do
+        self._client = OpenAIClient(self.where, self._post, image_url, name, self._hint, dialect, fits)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         shown = ""
@@ -96,11 +106,11 @@ class RemoteEngine(Engine):
         size: int | None = None,
         go_on: Callable[[], bool] = always,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
-        """As `Engine.answer_many`; raises an error that every request would meet: a wrong key, no server, or nothing
-        but failures."""
+        """As `Engine.answer_many`; raises an error that every request would meet: a wrong key, no server, what it
+        cannot do, or nothing but failures."""
         failures = 0
         for number, _, outcome in answer_in_threads(enumerate(requests), self._complete, self._concurrency, go_on):
-            if not isinstance(outcome, (Answer, LlavaError)) or isinstance(outcome, ModelUnusable):
+            if not isinstance(outcome, (Answer, LlavaError)) or isinstance(outcome, (ModelUnusable, UsageError)):
                 raise outcome
             is_failure = isinstance(outcome, (BadData, ServerFailed)) and not isinstance(outcome, NoAnswer)
             failures = failures + 1 if is_failure else 0
