@@ -12,7 +12,6 @@ from uuid import uuid4
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.generate.batch import Batch, can_batch
-from llava_cli.engine.generate.constraint import Grammars
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.end_tokens import all_end_tokens
 from llava_cli.engine.generate.picture_inputs import count_pictures
@@ -22,7 +21,6 @@ from llava_cli.engine.generate.sampler import Sampler
 from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Sequence, Token
 from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
-from llava_cli.engine.generate.token_bytes import token_bytes
 from llava_cli.engine.model_patch import ModelPatch
 from llava_cli.errors import LlavaError, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
@@ -31,6 +29,8 @@ from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
     import torch
+
+    from llava_cli.engine.generate.constraint import Grammars
 
 GATHER_SECONDS = 0.05
 """How long an idle model waits for one more prompt before it begins with those that are there."""
@@ -73,6 +73,9 @@ class LocalEngine(Engine):
     @cached_property
     def grammars(self) -> Grammars:
         """What says which of its tokens may come next, in an answer of a given form."""
+        from llava_cli.engine.generate.constraint import Grammars
+        from llava_cli.engine.generate.token_bytes import token_bytes
+
         return Grammars(token_bytes(self.prompter.tokenizer), self.end_tokens)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
@@ -210,7 +213,9 @@ class LocalEngine(Engine):
         sampler = Sampler(self.network, sampling, prompt, max_tokens, self.end_tokens, constraint)
         stop = (*sampling.stop, *(self.network.generation_config.stop_strings or ()))
         detokenizer = constraint or Detokenizer(self.prompter.tokenizer, stop)
-        return Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
+        sequence = Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
+        sequence.constraint = constraint
+        return sequence
 
     def inputs(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The prompt's tensors on the model's device, pixels in the vision tower's dtype."""
