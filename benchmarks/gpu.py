@@ -21,6 +21,7 @@ import gc
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -157,15 +158,14 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
     """The decoder's linear layers in nf4, one at a time, as bitsandbytes does it when a checkpoint is loaded."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    how: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
     for module in list(model.get_decoder().modules()):
         for name, layer in list(module.named_children()):
             if type(layer) is torch.nn.Linear:
-                weight, device = layer.weight.data, layer.weight.device
                 with torch.device("meta"):
-                    small = Linear4bit(
-                        layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
-                    )
-                small.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to(device)
+                    small = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, **how)
+                weight = layer.weight
+                small.weight = Params4bit(weight.data, requires_grad=False, **how).to(weight.device)
                 setattr(module, name, small)
     gc.collect()
 
@@ -319,6 +319,9 @@ class Report:
             yield f"\nMemory: {torch.cuda.max_memory_reserved() / 1e9:.1f} GB at most."
         if measures_load and self.precision == "bf16" and self.clock.has(100, "loading from a folder"):
             yield from self._load(engine)
+
+    def table(self) -> Iterator[str]:
+        """What was left out, and the figures that must hold, as far as they are known."""
         if self.clock.skipped:
             yield f"\nLeft out, for want of time: {', '.join(self.clock.skipped)}."
         yield f"\n| {self.size} {self.precision}: must hold | found | at least | held |\n|---|---|---|---|"
@@ -422,11 +425,19 @@ def main() -> None:
     report = Report(args.size, args.precision, args.device, clock)
     batches = [int(rows) for rows in args.batches.split(",")]
 
-    for line in report.lines(batches, args.load):
+    def tell(line: str) -> None:
         print(line, flush=True)
         if args.results:
             with args.results.open("a") as file:
                 file.write(line + "\n")
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        for line in report.lines(batches, args.load):
+            tell(line)
+    finally:  # whatever has ended it
+        for line in report.table():
+            tell(line)
 
 
 if __name__ == "__main__":

@@ -25,17 +25,30 @@ def spellings(choice: str) -> tuple[str, ...]:
 
 
 def parse_choices(source: str, value: Any) -> tuple[str, ...]:
-    """Choices as a user gives them: several texts, each a choice; or one, with commas between them, or a file's name.
+    """Choices as a user gives them: several texts, each a choice; or one text, or a file's name.
 
-    A file has a choice in each line. Raises `UsageError` or `InputMissing`, about `source`, for what is no such thing.
+    A text is as `written_choices` has it, and a file has a choice in each line. Raises `UsageError` or `InputMissing`,
+    about `source`, for what is no such thing.
     """
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise UsageError(source, "not a list of texts", _EXAMPLE)
-    if len(texts) == 1:
+    if isinstance(texts, (list, tuple)) and len(texts) == 1 and isinstance(texts[0], str):
         lines = _lines_of(source, texts[0])
-        texts = texts[0].split(",") if lines is None else [line for line in lines if line.strip()]
-    return tuple(text.strip() for text in texts)
+        value = texts[0] if lines is None else [line for line in lines if line.strip()]
+    return written_choices(source, value)
+
+
+def written_choices(source: str, value: Any) -> tuple[str, ...]:
+    """As `parse_choices`, where it is not the user who gives them: never a file's name.
+
+    In one text there is `|` between choices, or a comma where there is no `|`.
+    """
+    if isinstance(value, str):
+        value = value.split("|" if "|" in value else ",")
+    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+        raise UsageError(source, "not a list of texts", _EXAMPLE)
+    if any(text != text.encode("utf-8", "ignore").decode() for text in value):
+        raise UsageError(source, "not UTF-8", _EXAMPLE)
+    return tuple(text.strip() for text in value)
 
 
 def _lines_of(source: str, text: str) -> list[str] | None:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,11 +67,13 @@ _LITTLE = 0.5
 
 
 def note_details(answer: Answer, quiet: bool = False) -> None:
-    """Notes for a person what an answer has besides its text, if stderr is a terminal; and always what warns."""
+    """Notes what was asked for besides an answer's text, bars for choices if stderr is a terminal, and what warns."""
+    if line := confidence_line(answer):
+        note(line)
     if quiet:
         return
     if sys.stderr.isatty():
-        for line in _detail_lines(answer):
+        for line in _bars(answer.probabilities or {}):
             note(line)
     if answer.answer_probability is not None:
         note_answer_probability(answer.answer_probability)
@@ -83,18 +85,13 @@ def note_answer_probability(mass: float) -> None:
         note(f"llava: {mass:.1%} of this model's answers are among the choices: the question may not fit them")
 
 
-def _detail_lines(answer: Answer) -> Iterator[str]:
-    choices = list((answer.probabilities or {}).items())[:_SHOWN_CHOICES]
-    width = max((len(printable(choice)) for choice, _ in choices), default=0)
-    for choice, probability in choices:
+def _bars(probabilities: Mapping[str, float]) -> Iterator[str]:
+    shown = list(probabilities.items())[:_SHOWN_CHOICES]
+    width = max((len(printable(choice)) for choice, _ in shown), default=0)
+    for choice, probability in shown:
         yield f"  {printable(choice):{width}} {probability:6.1%} {'█' * round(probability * _BAR)}".rstrip()
-    if more := len(answer.probabilities or {}) - len(choices):
+    if more := len(probabilities) - len(shown):
         yield f"  and {more} less probable"
-    if confidence := answer.confidence:
-        token = printable(confidence.lowest_token.strip() or repr(confidence.lowest_token))
-        yield f"  confidence {confidence.mean:.1%}; least sure of {token}: {confidence.lowest:.1%}"
-    if answer.sight is not None:
-        yield f"  sight {answer.sight:.2f}" + (": the answer does not depend on the picture" * (answer.sight <= 0))
 
 
 def show_json(value: Any) -> None:
@@ -102,6 +99,17 @@ def show_json(value: Any) -> None:
     ascii_only = sys.stdout.isatty() or "utf" not in (sys.stdout.encoding or "").lower()
     sys.stdout.write(for_json_line(json.dumps(value, ensure_ascii=ascii_only)) + "\n")
     sys.stdout.flush()
+
+
+def confidence_line(answer: Answer) -> str:
+    """What is told about an answer besides its text, in one line; empty where nobody asked."""
+    parts = []
+    if sure := answer.confidence:
+        token = json.dumps(sure.lowest_token, ensure_ascii=False)
+        parts.append(f"confidence {sure.mean:.2f}, lowest {sure.lowest:.2f} at {token}")
+    if answer.sight is not None:
+        parts.append(f"sight {answer.sight:.2f}" + (": blind" if answer.is_blind else ""))
+    return printable(" · ".join(parts))
 
 
 def stats(answer: Answer, engine: Engine) -> str:

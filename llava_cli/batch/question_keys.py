@@ -16,6 +16,9 @@ _SYNONYMS = {
     "id": "questionid qid uid uuid",
     "answer": "answers label gold goldanswer groundtruth gt expected target reference",
     "system": "systemprompt systemmessage",
+    "choices": "options option candidates classes answerchoices answeroptions multiplechoices",
+    "schema": "jsonschema outputschema responseschema responseformat",
+    "regex": "regexp pattern",
     "max_tokens": "maxnewtokens maxlength maxcompletiontokens",
 }
 """Our key -> synonyms in lower case, without the characters between their words."""

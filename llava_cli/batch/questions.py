@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from typing import IO, Any
@@ -20,21 +21,31 @@ from llava_cli.batch import foreign_files
 from llava_cli.batch.lines import bounded_lines, is_too_long, parse_line
 from llava_cli.batch.listing import STDIN, Layout, Listing
 from llava_cli.batch.question_keys import KEY_CHARACTERS, has_rows, jq_path, jq_value, meant_key, shown
-from llava_cli.batch.tasks import Task, expected_answer, is_valid
+from llava_cli.batch.tasks import FORMS, Task, expected_answer, is_valid
 from llava_cli.bounded_json import Bounds, TooMuch, loads
-from llava_cli.errors import BadData
+from llava_cli.errors import BadData, UsageError
+from llava_cli.settings import OPTIONS
 
+Check = Callable[[Task], None]
 EXAMPLE = '{"image": "a.jpg", "question": "what is this?"}'
+_FORM_EXAMPLES = {
+    "choices": '"choices": ["sunny", "rain"]',
+    "schema": '"schema": "shop, total float, items [name, price float]"',
+    "regex": '"regex": "[0-9]+ (cats|dogs)"',
+}
 _MAX_NAMES = 6
 """Keys or columns that a message lists."""
-_FIELDS = tuple(field.name for field in fields(Task))
+_FIELDS = tuple(field.name for field in fields(Task) if field.name != "sight")
 
 
 class Questions:
-    """The tasks in a listing; `default_questions` are for rows without a question of their own."""
+    """The tasks in a listing; `default_questions` are for rows without a question of their own.
 
-    def __init__(self, listing: Listing, default_questions: Sequence[str]) -> None:
-        self.listing, self.default_questions = listing, default_questions
+    `check` raises `UsageError` for a task that cannot be asked.
+    """
+
+    def __init__(self, listing: Listing, default_questions: Sequence[str], check: Check) -> None:
+        self.listing, self.default_questions, self._check = listing, default_questions, check
         self.ignored: Counter[str] = Counter()
         """How many rows have a key that is ignored; counted when all rows are read for the first time."""
         self._is_counted = False
@@ -53,6 +64,9 @@ class Questions:
         values = {name: row[name] for name in _FIELDS if row.get(name) is not None}
         self._count_ignored(row)
         values["answer"] = expected_answer(values.get("answer"))
+        for name in FORMS.keys() & values.keys():
+            with _errors_at(place):
+                values[name] = FORMS[name](OPTIONS[name].flag, values[name])
         invalid = [name for name, value in values.items() if value is not None and not is_valid(name, value)]
         if invalid:
             raise BadData(place, f"{invalid[0]!r} is not what it should be", EXAMPLE)
@@ -61,7 +75,10 @@ class Questions:
         if missing:
             raise self._missing(place, row, missing)
         for question in questions:
-            yield Task(question=question, **values)
+            task = Task(question=question, **values)
+            with _errors_at(place):
+                self._check(task)
+            yield task
 
     def _count_ignored(self, row: dict[str, Any]) -> None:
         for key, value in () if self._is_counted else row.items():
@@ -170,6 +187,20 @@ def _parse(listing: Listing, place: str, parse: Callable[[bytes], Any], data: by
         raise BadData(place, "not UTF-8", f"iconv -f latin1 -t utf-8 {listing.typed} | llava batch - …") from None
     except ValueError:
         raise BadData(place, "not JSON", EXAMPLE) from None
+
+
+@contextmanager
+def _errors_at(place: str) -> Iterator[None]:
+    """Makes an error about options one about a row, which has keys in their place."""
+    try:
+        yield
+    except UsageError as error:
+        thing, reason = error.thing, error.reason
+        for name in FORMS:
+            thing, reason = (text.replace(OPTIONS[name].flag, repr(name)) for text in (thing, reason))
+        by_flag = {OPTIONS[name].flag: example for name, example in _FORM_EXAMPLES.items()}
+        hint = by_flag.get(error.hint.partition(" ")[0], error.hint)
+        raise BadData(f"{place}: {thing}", reason, hint) from None
 
 
 def _count_note(key: str, count: int) -> str:

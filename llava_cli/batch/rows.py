@@ -139,7 +139,7 @@ def to_line(row: dict[str, Any], ascii_only: bool = False) -> bytes:
 
 
 def warning_flags(answer: Answer, question: str) -> list[str]:
-    """Signs that an answer went wrong, or is none: empty, repeated, cut_off, echoes_prompt, unsure."""
+    """Signs that an answer went wrong, or is none: empty, repeated, cut_off, echoes_prompt, unsure, blind."""
     text = answer.text
     flags = {
         "empty": not text.strip(),
@@ -147,6 +147,7 @@ def warning_flags(answer: Answer, question: str) -> list[str]:
         "cut_off": answer.finish_reason == "length",
         "echoes_prompt": (len(question) > 7 and _normalized(question) in _normalized(text)) or "ASSISTANT:" in text,
         "unsure": is_unsure(answer),
+        "blind": answer.is_blind,
     }
     return [name for name, is_set in flags.items() if is_set]
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +20,7 @@ from llava_cli.batch.judged_engine import JudgedEngine, Promise
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
-from llava_cli.batch.runner import answer_tasks, conversation_of, sampling_of
+from llava_cli.batch.runner import answer_tasks, conversation_of, sampled, sampling_of
 from llava_cli.batch.source import Source
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
@@ -46,6 +47,8 @@ class Job:
     promise: Promise | None = None
     escalate: Settings | None = None
     """Those of the larger model."""
+    sight: int = 0
+    """Of how many rows to tell the sight."""
     allow_truncated: bool = False
     allow_urls: bool = False
     quiet: bool = False
@@ -138,11 +141,13 @@ def _run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
     Raises `BadData` if the calibration was made with others.
     """
     settings, source = job.settings, job.source
+    sight = {"sight": job.sight} if job.sight else {}
     found = {
         "llava": ".".join(__version__.split(".")[:2]),
         **identify(settings),
         "system": settings.system,
         **settings.sampling.said(),
+        **sight,
         "fit": settings.load.fit,
         "visual_tokens": settings.load.visual_tokens,
         "allow_truncated": job.allow_truncated,
@@ -179,16 +184,20 @@ def _answer(
             show(tally.rows, tally.failed, pictures, tally.tokens - tokens_before)
             yield row
 
+    def of_sample(tasks: Iterable[Task], numbers: Iterable[int]) -> Iterable[Task]:
+        total = journal.total if journal else None
+        return sampled(zip(numbers, tasks, strict=False), job.sight, total) if job.sight else tasks
+
     with render.counting(journal.total if journal else None, job.quiet) as show:
         if journal is None:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
-            for row in rows(tasks):
+            for row in rows(of_sample(tasks, count())):
                 sys.stdout.write(to_line(row, ascii_only).decode())
                 sys.stdout.flush()
         else:
             if journal.to_redo:
-                journal.replace(rows(journal.tasks_to_redo()))
-            for row in rows(tasks) if stop.go_on() else ():
+                journal.replace(rows(of_sample(journal.tasks_to_redo(), journal.to_redo)))
+            for row in rows(of_sample(tasks, count(journal.done))) if stop.go_on() else ():
                 journal.append(row)
     if not last_image:
         return "nothing left to do"

@@ -10,21 +10,51 @@ from typing import Any
 
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import PictureFacts, make_row
-from llava_cli.batch.tasks import Task
+from llava_cli.batch.tasks import FORMS, Task
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Engine, Request
+from llava_cli.engine.generate.constraint import check
 from llava_cli.errors import LlavaError
 from llava_cli.hardware.allocator import TRIM_EVERY, trim_heap
-from llava_cli.settings import Sampling, Settings
+from llava_cli.settings import OPTIONS, Sampling, Settings
 
 MAX_PENDING = 1024
 """Tasks that may be begun and not yet yielded: otherwise all others would pile up in memory behind a slow one."""
 
 
 def sampling_of(task: Task, sampling: Sampling) -> Sampling:
-    if not task.max_tokens:
-        return sampling
-    return replace(sampling, max_tokens=task.max_tokens, unset=sampling.unset - {"max_tokens"})
+    """The run's options, with those of a row in their place; a row's form replaces whatever form the run's has.
+
+    Raises `UsageError` for options that exclude each other.
+    """
+    own: dict[str, Any] = {name: value for name in FORMS if (value := getattr(task, name)) is not None}
+    if own:
+        of_choices = () if "choices" in own else ("otherwise", "at_least")
+        own = {name: OPTIONS[name].default for name in (*FORMS, *of_choices)} | own
+    if task.max_tokens:
+        own["max_tokens"] = task.max_tokens
+    if task.sight:
+        own["sight"] = True
+    return replace(sampling, **own, unset=sampling.unset - own.keys()) if own else sampling
+
+
+def check_form(task: Task, sampling: Sampling, is_local: bool) -> None:
+    """Raises `UsageError` for a row's form that no answer can have here."""
+    if any(getattr(task, name) is not None for name in FORMS):
+        options = sampling_of(task, sampling)
+        if is_local:
+            check(options)
+
+
+def sampled(tasks: Iterable[tuple[int, Task]], count: int, total: int | None) -> Iterator[Task]:
+    """Tasks by the numbers of their rows -> tasks, of which `count` are to have their sight told.
+
+    They are spread evenly over `total` rows or, where nobody knows how many there will be, are the first ones. Which
+    they are follows from their numbers, so that a run that is resumed goes on with the same ones.
+    """
+    for number, task in tasks:
+        is_in_sample = number < count if total is None else number * count % max(total, 1) < count
+        yield replace(task, sight=True) if is_in_sample else task
 
 
 def conversation_of(task: Task, picture: Picture, settings: Settings) -> Conversation:

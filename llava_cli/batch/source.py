@@ -13,7 +13,7 @@ from itertools import chain
 from llava_cli import files
 from llava_cli.batch.folders import SkippedFiles, find_pictures
 from llava_cli.batch.listing import STDIN, Layout, Listing
-from llava_cli.batch.questions import Questions
+from llava_cli.batch.questions import Check, Questions
 from llava_cli.batch.roots import is_below, resolve
 from llava_cli.batch.tasks import Task, sort_paths
 from llava_cli.errors import InputMissing
@@ -36,6 +36,8 @@ class Source:
     include: Sequence[str] = ()
     null: bool = False
     root: str | None = None
+    check: Check = lambda task: None
+    """Raises `UsageError` for a row of questions that cannot be asked."""
     skipped: SkippedFiles = field(default_factory=SkippedFiles, init=False)
     """What is in its folders and is not a picture."""
     _first_image: str | None = field(default=None, init=False)
@@ -65,7 +67,9 @@ class Source:
 
     @cached_property
     def _questions(self) -> Questions | None:
-        return Questions(self.listing, self._distinct_questions) if self.listing and self.is_questions else None
+        if not self.listing or not self.is_questions:
+            return None
+        return Questions(self.listing, self._distinct_questions, self.check)
 
     @property
     def is_questions(self) -> bool:

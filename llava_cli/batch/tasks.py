@@ -9,11 +9,14 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 from llava_cli.batch.lines import parse_line
-from llava_cli.errors import BadData, OutputError
+from llava_cli.choices import check_choices, written_choices
+from llava_cli.errors import BadData, OutputError, UsageError
 from llava_cli.paths import scratch_folder
+from llava_cli.schemas import parse_regex, written_grammar, written_schema
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,12 @@ class Task:
     max_tokens: int | None = None
     answer: str | tuple[str, ...] | None = None
     """The right answer, or several that are right, if the source has one."""
+    choices: tuple[str, ...] | None = None
+    schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    sight: bool | None = None
+    """Whether it is in the sample of which the sight is told; no source says so."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -41,8 +50,7 @@ class Task:
         """A task from a line of a manifest. Raises `BadData`."""
         try:
             values = parse_line(line)
-            if isinstance(values.get("answer"), list):
-                values["answer"] = tuple(values["answer"])
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             task = cls(**values)
             values = [(field, getattr(task, field.name)) for field in fields(cls)]
             if all(value is field.default or _VALIDATORS[field.name](value) for field, value in values):
@@ -52,6 +60,28 @@ class Task:
         raise BadData("manifest", "damaged", "give another file to -o")
 
 
+def _choices(source: str, value: Any) -> tuple[str, ...]:
+    check_choices(source, choices := written_choices(source, value))
+    return choices
+
+
+FORMS: dict[str, Callable[[str, Any], Any]] = {
+    "choices": _choices,
+    "schema": written_schema,
+    "regex": parse_regex,
+    "grammar": written_grammar,
+}
+"""Makes an answer's form, as an option has it, of what a source of questions says; none of them opens a file."""
+
+
+def _is_parsed(parse: Callable[[str, Any], Any], value: Any) -> bool:
+    """Whether a form is what a source's becomes: it must not be the name of a file, which an option may be."""
+    try:
+        return bool(value == parse("", value))
+    except UsageError:
+        return False
+
+
 _VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "image": lambda value: isinstance(value, str) and value != "" and "\0" not in value,
     "question": lambda value: isinstance(value, str) and value.strip() != "",
@@ -59,6 +89,8 @@ _VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "system": lambda value: isinstance(value, str),
     "max_tokens": lambda value: type(value) is int and 1 <= value <= 1_000_000,
     "answer": lambda value: isinstance(value, (str, tuple)) and all(isinstance(text, str) for text in value),
+    **{name: partial(_is_parsed, parse) for name, parse in FORMS.items()},
+    "sight": lambda value: isinstance(value, bool),
 }
 
 

@@ -18,6 +18,7 @@ from llava_cli.cli.options import (
     settings_of,
     with_options,
 )
+from llava_cli.errors import UsageError
 
 
 @app.command()
@@ -44,6 +45,8 @@ def ask(
     """
     settings = settings_of(context)
     conversation = conversation_from(args, settings, allow_truncated, quiet)
+    if settings.sampling.sight and not conversation.pictures:
+        raise UsageError("--sight", "there is no picture", 'llava ask img.jpg "what is this?" --sight')
     with render.spinner("loading the model", quiet):
         from llava_cli.loader import open_engine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,10 @@ EscalateOpt = Annotated[
 LargerOpt = Annotated[
     str | None, typer.Option("--escalate-model", metavar="NAME", help="Which of the models of that server.")
 ]
+SightOpt = Annotated[
+    int,
+    typer.Option("--sight", metavar="N", min=0, help="Of N rows, tell how far the answer depends on the picture."),
+]
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
@@ -93,6 +98,7 @@ def batch(
     max_error: ErrorOpt = None,
     escalate: EscalateOpt = None,
     escalate_model: LargerOpt = None,
+    sight_sample: SightOpt = 0,
     *,
     context: typer.Context,
     allow_truncated: TruncatedOpt = False,
@@ -114,6 +120,7 @@ def batch(
     by its content: questions may have any name, or come on stdin. What is skipped in a folder is counted on stderr.
     """
     from llava_cli.batch.run import Job, run
+    from llava_cli.batch.runner import check_form
     from llava_cli.batch.source import Source
     from llava_cli.batch.source_arguments import expand, split_question
     from llava_cli.batch.source_check import check_source
@@ -132,7 +139,8 @@ def batch(
     size = _size(batch_size)
     sources, question = split_question(words or [""])
     all_questions = (*([question] if question is not None else []), *(questions or []))
-    source = Source(expand(sources), all_questions, tuple(include or ()), null, root)
+    check = partial(check_form, sampling=settings.sampling, is_local=not settings.remote.server)
+    source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check)
     check_source(source, allow_urls, to_file)
     job = Job(
         source=source,
@@ -146,6 +154,7 @@ def batch(
         verify=verify,
         promise=promise,
         escalate=_larger_model(settings, max_error, escalate, escalate_model),
+        sight=sight_sample,
         allow_truncated=allow_truncated,
         allow_urls=allow_urls,
         quiet=quiet,

@@ -28,6 +28,14 @@ class Confidence:
     """The text of the least probable one."""
 
 
+BLIND = 0.01
+"""The sight below which an answer does not depend on the picture.
+
+That is an answer hardly 1 % more probable than with a gray one, or choices of which 1 % of the probability moves. Where
+the built-in model needs no picture, sight is below 0.001, in 4 bits too (`benchmarks/sight.py`).
+"""
+
+
 @dataclass(frozen=True)
 class Answer:
     """A whole answer and what it took."""
@@ -54,6 +62,11 @@ class Answer:
     """How far the answer depends on the picture: how much its log-probability falls, in nats, with a gray one in its
     place; with choices, how far their distribution changes (total variation distance, 0 to 1)."""
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether its sight is known, and says that the model did not look."""
+        return self.sight is not None and self.sight < BLIND
+
     def details(self) -> dict[str, Any]:
         """What was asked for besides the text, as JSON has it; nothing that was not asked for."""
         details = {
@@ -61,7 +74,7 @@ class Answer:
             "answer_probability": self.answer_probability and round(self.answer_probability, 6),
             "data": self.data,
             "confidence": self.confidence and _rounded(asdict(self.confidence)),
-            "sight": self.sight and round(self.sight, 4),
+            "sight": None if self.sight is None else round(self.sight, 4) + 0.0,  # no -0.0
         }
         return {name: value for name, value in details.items() if value is not None}
 

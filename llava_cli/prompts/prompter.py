@@ -131,7 +131,14 @@ class Prompter:
 
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self.processor.tokenizer([text], add_special_tokens=False)["input_ids"][0] if text else []
+        self._check_ids(max(ids, default=0))
         return ids
+
+    def _check_ids(self, highest: int) -> None:
+        """Raises `ModelUnusable` where the model does not know the highest of some tokens."""
+        if self._vocab_size and highest >= self._vocab_size:
+            reason = f"makes token {highest} of a prompt, and the model has {self._vocab_size}"
+            raise ModelUnusable("the checkpoint's tokenizer", reason, "take tokenizer and config of one model")
 
     def encode_example(self) -> dict[str, torch.Tensor]:
         """The model's inputs for an image token and a picture that is not square; leaves the image cache empty."""
@@ -155,9 +162,7 @@ class Prompter:
         options = {"add_special_tokens": False} if text.startswith(self.tokenizer.bos_token or "\0") else {}
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt", **options))
         inputs.pop("labels", None)  # PaliGemma's, for training
-        if self._vocab_size and (highest := int(inputs["input_ids"].max())) >= self._vocab_size:
-            reason = f"makes token {highest} of a prompt, and the model has {self._vocab_size}"
-            raise ModelUnusable("the checkpoint's tokenizer", reason, "take tokenizer and config of one model")
+        self._check_ids(int(inputs["input_ids"].max()))
         if images and self.visual_tokens:
             inputs = self._limit_image_tokens(inputs, len(images), self.visual_tokens)
         return inputs

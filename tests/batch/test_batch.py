@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 from helpers.command import Run
-from helpers.faults import Told
+from helpers.faults import Pictures, Told
 from helpers.picture_bytes import BAD_BYTES, encoded, frames, make_names, noise
 from helpers.tables import for_each
 from helpers.terminal import Open
@@ -32,10 +33,14 @@ from llava_cli import limits, load
 from llava_cli.batch import run as module
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import is_repetitive
+from llava_cli.batch.runner import MAX_PENDING, answer_tasks
+from llava_cli.batch.tasks import Task
 from llava_cli.cli import app
 from llava_cli.engine.generate.batch import Batch
 from llava_cli.engine.local import LocalEngine
+from llava_cli.engine.remote.thread_pool import MAX_BEHIND, answer_in_threads
 from llava_cli.errors import LlavaError, OutOfMemory
+from llava_cli.settings import Settings
 
 QUESTION = "what is this?"
 KEYS = ["image", "question", "answer", "status", "error", "model", "finish_reason", "answer_tokens", "sha256"]
@@ -279,6 +284,15 @@ BAD_LINES = {
     '{"image": "a.png", "max_tokens": true}': "'max_tokens' is not what it should be",
     '{"image": "a.png", "max_tokens": "9"}': "'max_tokens' is not what it should be",
     '{"image": "a.png", "answer": {"a": 1}}': "'answer' is not what it should be",
+    '{"image": "a.png", "choices": ["/etc/hostname"]}': "'choices': there has to be more than one choice",
+    '{"image": "a.png", "choices": "red|Red."}': "'choices': 'red' and 'Red.' may be spelled alike",
+    '{"image": "a.png", "choices": {"a": 1}}': "'choices': not a list of texts",
+    '{"image": "a.png", "choices": ["a", "\\ud800"]}': "'choices': not UTF-8",
+    '{"image": "a.png", "choices": "a|b", "regex": "a"}': "'regex': 'choices' says already what an answer is",
+    '{"image": "a.png", "schema": {"type": "objekt"}}': "'schema': invalid type: objekt",
+    '{"image": "a.png", "schema": 3}': "'schema': neither a JSON schema nor fields",
+    '{"image": "a.png", "regex": "(a"}': "'regex': unclosed group",
+    '{"image": "a.png", "grammar": "q.jsonl"}': "'grammar': no Lark grammar with a rule `start`",
 }
 
 
@@ -291,6 +305,31 @@ def test_a_bad_line_of_questions_is_named(line: str, run: Run, monkeypatch: pyte
     assert (result.exit_code, result.stdout) == (65, "")
     assert result.stderr.splitlines()[0] == f"llava: q.jsonl, line 3: {BAD_LINES[line]}"
     assert Path("out.jsonl").read_bytes() == b""
+
+
+def test_rows_with_forms_of_their_own(run: Run) -> None:
+    """They replace the command's, and survive in the manifest; none of them is taken for a file's name."""
+    draw("a.png")
+    Path("blue or green").write_text("no\n")
+    lines: list[Row] = [
+        {"image": "a.png", "question": "a color?", "regex": "blue or green", "max_tokens": 20},
+        {"image": "a.png", "question": "how many?", "schema": "count 1|2, size small|large", "max_tokens": 60},
+        {"image": "a.png", "question": "a color?", "grammar": 'start: "teal" | "pink"'},
+        {"image": "a.png", "question": "what shape?"},
+        {"image": "a.png", "question": "what shape?", "choices": ["circle", "star", "blue or green"]},
+    ]
+    Path("q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    common = ("--regex", "a (square|circle)")
+    assert run("batch", "q.jsonl", *common, "-o", "out.jsonl").exit_code == 0
+    rows = rows_in(Path("out.jsonl").read_bytes())
+    assert [rows[0]["answer"], rows[3]["answer"]] == ["blue or green", "a circle"]
+    assert list(rows[1]["data"]) == ["count", "size"] and rows[2]["answer"] in ("teal", "pink")
+    assert (rows[4]["answer"], set(rows[4]["probabilities"])) == ("circle", {"circle", "star", "blue or green"})
+    table = ("image,question,regex,schema,choices", "a.png,a?,blue or green,,", "a.png,how many?,,count 1|none,")
+    Path("q.csv").write_text("\n".join([*table, 'a.png,a?,,,"circle,star"', "a.png,a?,,,circle|star"]))
+    first, second, *others = rows_of(run("batch", "q.csv", *common))
+    assert (first["answer"], list(second["data"])) == ("blue or green", ["count"])
+    assert [sorted(row["probabilities"]) for row in others] == [["circle", "star"]] * 2
 
 
 TOO_MUCH = {
@@ -1056,6 +1095,29 @@ def test_a_signal_lets_what_is_in_hand_finish_and_the_same_command_goes_on(
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
 
+def test_a_sample_with_sight_is_the_same_after_a_stop(
+    photos: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evenly spread over the rows of a run; where nobody knows how many there will be, the first ones."""
+    command = [*photos, "--sight", "4", "-o", "out.jsonl"]
+    with monkeypatch.context() as patch:
+        signalled(patch, (3, signal.SIGINT))
+        assert run(*command).exit_code == 130
+    begun = rows_in(Path("out.jsonl").read_bytes())
+    assert run(*command).exit_code == 0
+    rows = rows_in(Path("out.jsonl").read_bytes())
+    assert rows[: len(begun)] == begun and 0 < len(begun) < len(rows) == 12
+    assert [number for number, row in enumerate(rows) if "sight" in row] == [0, 3, 6, 9]
+    assert all(row["sight"] > 1 for row in rows if "sight" in row)
+    assert ["sight" in row for row in rows_of(run(*photos, "--sight", "2"))] == [True, True, *[False] * 10]
+
+
+def test_an_answer_that_needs_no_picture_is_flagged(run: Run) -> None:
+    draw("a.png")
+    (row,) = rows_of(run("batch", "a.png", "what is the capital of france?", "--sight", "1"))
+    assert (abs(row["sight"]) < 0.01, row["flags"]) == (True, ["blind"])
+
+
 def test_without_an_output_a_signal_ends_on_a_whole_row(
     photos: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1216,3 +1278,27 @@ def test_a_reader_that_has_seen_enough(held: list[str], marked: Callable[[], lis
         said = process.stderr.read()
     assert (process.returncode, said) == (0, b"")
     assert marked() == []
+
+
+def test_a_slow_answer_of_a_server_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind it, no more tasks are begun than the runner admits: it would wait for the answer for ever."""
+    gate, done = threading.Event(), list[str]()
+
+    class Server(Told):
+        def answer_many(self, requests: Any, size: int | None = None, go_on: Any = None) -> Any:
+            def answer(request: Any) -> Any:
+                name = request.conversation.turns[-1].pictures[0].name
+                if name == "0":
+                    gate.wait(60)
+                return self.answer(request.conversation, request.sampling)
+
+            for number, _, outcome in answer_in_threads(enumerate(requests), answer, 4, go_on):
+                done.append(str(number))
+                if len(done) == MAX_BEHIND:  # all that may be begun
+                    gate.set()
+                yield number, outcome
+
+    tasks = (Task(str(number), "q") for number in range(2 * MAX_PENDING))
+    rows = answer_tasks(Server(), tasks, Pictures(), Settings(), None, lambda: True)
+    assert [row["image"] for _, row in rows] == [str(number) for number in range(2 * MAX_PENDING)]
+    assert done.index("0") == MAX_BEHIND

@@ -17,7 +17,7 @@ from helpers.command import Run
 from helpers.faults import Told
 from helpers.peer import say, serving
 from helpers.tables import for_each
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from llava_cli.batch import run as module
 from llava_cli.batch.calibrate import Labelled, calibration_error, fit, fit_temperature, scored
@@ -371,7 +371,7 @@ class Weather(Told):
 
 
 class Larger(Weather):
-    """It says `rain` of everything; of what has `bad` in its name, that it cannot; after `gone`, nothing any more."""
+    """It says `rain` of everything but of what has `free`, `bad` or `gone` in its name."""
 
     model, where = "large", "http://large/v1"
 
@@ -385,6 +385,8 @@ class Larger(Weather):
         self.together.wait(60)
         if "bad" in name:
             raise ServerFailed("large", "answers with nothing")
+        if "free" in name:
+            return Answer("It rains.", "stop", 5, 0, 3, 0.0, 0.0)
         if "gone" in name:
             raise ModelUnusable("large", "the key is wrong")
         return Answer("rain", "stop", 5, 0, 1, 0.0, 0.0, {"rain": 0.9, "sunny": 0.1}, 0.9)
@@ -437,6 +439,13 @@ def test_a_larger_model_is_asked_about_what_is_open_several_at_a_time() -> None:
     said = {"model": "large", "answer": "rain", "probabilities": {"rain": 0.9, "sunny": 0.1}, "answer_probability": 0.9}
     failed = {"model": "large", "error": {"type": "ServerFailed", "message": "answers with nothing"}}
     assert details == [None, said, failed, None, said]
+
+
+def test_a_larger_model_that_does_not_choose() -> None:
+    asked = request("0.5-sunny-free")
+    answer = JudgedEngine(Weather(), promise(0.6), Larger()).answer(asked.conversation, asked.sampling)
+    error = {"type": "NoAnswer", "message": "answers with none of the choices: It rains."}
+    assert answer.text == "unsure" and answer.details()["escalated"]["error"] == error
 
 
 def test_a_larger_model_that_is_gone_is_not_asked_again() -> None:
@@ -640,3 +649,39 @@ def test_no_larger_model_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         result = run(*PROMISED, "--escalate", peer.url)
         assert result.exit_code == 69 and "LLAVA_ESCALATE_KEY=…" in result.stderr
         assert not any("Authorization" in headers for headers in peer.headers)  # which is another server's
+
+
+def test_the_built_in_model_is_calibrated_and_keeps_its_promise(run: Run, here: Path) -> None:
+    colors, shapes = ("red", "green", "blue", "yellow", "black"), ("circle", "rectangle")
+    lines = []
+    for color in colors:
+        for shape in shapes:
+            image = Image.new("RGB", (96, 96), "white")
+            pen = ImageDraw.Draw(image)
+            (pen.ellipse if shape == "circle" else pen.rectangle)((20, 24, 70, 74), fill=color)
+            image.save(name := f"{color}-{shape}.png")
+            asked = {f"is there a {other} shape?": other == color for other in colors}
+            asked |= {f"is there a {other}?": other == shape for other in shapes}
+            asked |= {f"is there a {other} {shape}?": other == color for other in colors}
+            lines += [{"image": name, "question": q, "answer": "yes" if is_so else "no"} for q, is_so in asked.items()]
+    Path("questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("batch", "questions.jsonl", "-m", "builtin", "-p", "fp32", "-q")
+    chosen = ("--choices", "yes,no", "-o", "labelled.jsonl")
+    assert run(*words, *chosen).exit_code == 0
+    rows = rows_of("labelled.jsonl")
+    assert len(rows) == 120 and all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
+    result = run("calibrate", "labelled.jsonl", "-o", "cal.json")
+    assert result.exit_code == 0, result.stderr
+    right = sum(row["right"] for row in rows)
+    assert right >= 117  # a free answer is hardly ever wrong about so much
+    assert result.stdout.splitlines()[0].split("\t")[1:4] == ["120", "100.00%", str(120 - right)]
+    calibration = Calibration.read(here / "cal.json")
+    error = f"{math.ceil(1000 * min(map(calibration.at_most, calibration.levels))) / 10}%"
+    promised = ("--choices", "yes,no", "--calibration", "cal.json", "--max-error", error, "-o", "out.jsonl")
+    assert run(*words, *promised).exit_code == 0
+    threshold = calibration.threshold(parse_error(error) or 0)
+    for row, before in zip(rows_of("out.jsonl"), rows, strict=True):
+        assert row["probabilities"] == calibration.calibrated(before["probabilities"])
+        assert row["threshold"] == threshold
+        is_sure = max(row["probabilities"].values()) >= threshold
+        assert row["answer"] == (before["answer"] if is_sure else "unsure")

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from helpers.screen import Screen
 from llava_cli import render
 from llava_cli.cli.prompt import show_difference
 from llava_cli.engine import Answer, Chunk
+from llava_cli.engine.base import Confidence
 from llava_cli.errors import LlavaError, ModelUnusable
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2Ja\tb\nc\u202ed\x9b31m\r"
@@ -48,6 +50,7 @@ def test_no_line_on_a_terminal_gives_orders(monkeypatch: pytest.MonkeyPatch) -> 
     with terminal(monkeypatch) as screen:
         render.say(HOSTILE)
         render.note(HOSTILE)
+        render.note(render.confidence_line(replace(ANSWER, confidence=Confidence(0.9, 0.4, HOSTILE), sight=0.0)))
         render.show_error(ModelUnusable(HOSTILE, HOSTILE, HOSTILE))
         render.table(["", ""], [[HOSTILE, HOSTILE]])
         render.show_json({HOSTILE: HOSTILE})

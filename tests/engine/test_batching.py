@@ -13,6 +13,10 @@ from helpers.families import FAMILIES
 from llava_cli import Answer, Conversation, Sampling
 from llava_cli.engine import Request
 from llava_cli.engine.forward import Forward
+from llava_cli.engine.generate.batch import PREFILL_TOKENS, Batch
+from llava_cli.engine.generate.prompt_cache import PromptCache
+from llava_cli.engine.generate.scheduler import Scheduler
+from llava_cli.engine.generate.sequence import Sequence
 from llava_cli.engine.local import LocalEngine
 from llava_cli.errors import LlavaError, PromptTooLong
 
@@ -133,6 +137,35 @@ def test_no_more_are_begun_once_it_should_stop(engines: Engines) -> None:
         done.append(number)
     assert done == [0, 1, 2, 3]  # those that had been begun
     assert len(begun) < 100
+
+
+def test_on_a_gpu_who_is_being_answered_waits_for_one_pass_over_new_prompts(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, asked = engines("llava-llama"), requests(Sampling(max_tokens=8))
+    alone = [engine.answer(request.conversation, request.sampling).text for request in asked]
+    waiting = [engine.prepare(number, request) for number, request in enumerate(asked)]
+    most = max(len(sequence.prompt) for sequence in waiting)
+    monkeypatch.setitem(PREFILL_TOKENS, "cpu", most)
+    joined: list[int] = []
+    join = Batch.join
+
+    def recording(self: Batch, sequences: list[Sequence]) -> None:
+        joined.append(sum(len(sequence.prompt) for sequence in sequences))
+        join(self, sequences)
+
+    monkeypatch.setattr(Batch, "join", recording)
+    prompts = PromptCache(1 << 24, engine.network.config.image_token_id)
+    scheduler, found = Scheduler(engine.network, 16, prompts), dict[int, str]()
+    scheduler.add(waiting[0])
+    scheduler.step()
+    for sequence in waiting[1:]:
+        scheduler.add(sequence)
+    while scheduler.running or scheduler.waiting:
+        found |= {number: answer.text for number, answer in scheduler.step() if isinstance(answer, Answer)}
+    assert len(joined) > 2
+    assert max(joined) <= most
+    assert [found[number] for number in sorted(found)] == alone
 
 
 def test_an_error_of_the_requests_is_not_swallowed(engines: Engines) -> None:

@@ -194,6 +194,8 @@ def test_tokens_of_a_tree() -> None:
     assert list(tree.parts(3)) == [[0, 1, 2], [0, 3, 4, 5], [4, 5, 6, 7]]
     with pytest.raises(UsageError, match="has no tokens for 'x'"):
         ChoiceTree(("x", "y"), lambda texts: [[] for _ in texts], {1})
+    with pytest.raises(UsageError, match="the same tokens for 'x' and 'y'"):
+        ChoiceTree(("x", "y"), lambda texts: [[0] for _ in texts], {1})
 
 
 def test_what_cannot_be_chosen(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,12 @@ from helpers.tables import for_each
 from llava_cli import Answer, Sampling, load
 from llava_cli.engine import Request
 from llava_cli.engine.base import Confidence
-from llava_cli.engine.generate.confidence import confidence_in, token_log_probabilities
+from llava_cli.engine.generate.confidence import (
+    LEAST_LOG_PROBABILITY,
+    as_numbers,
+    confidence_in,
+    token_log_probabilities,
+)
 from llava_cli.engine.generate.detokenizer import text_of
 from llava_cli.engine.local import LocalEngine
 
@@ -116,9 +122,8 @@ def test_the_text_of_a_token_is_what_a_person_reads(engines: Engines) -> None:
 
 def test_what_overflows_is_no_confidence() -> None:
     logits = torch.tensor([[math.nan, 0.0], [-math.inf, 0.0], [0.0, 0.0]])
-    assert token_log_probabilities(logits, torch.zeros(3, dtype=torch.long)).exp().tolist() == pytest.approx(
-        [0, 0, 0.5]
-    )
+    found = as_numbers([*token_log_probabilities(logits, torch.zeros(3, dtype=torch.long))])
+    assert found == pytest.approx([LEAST_LOG_PROBABILITY, LEAST_LOG_PROBABILITY, -math.log(2)])
 
 
 def test_ask_and_batch_print_it(run: Run, drawing: Path, tmp_path: Path) -> None:
@@ -128,3 +133,5 @@ def test_ask_and_batch_print_it(run: Run, drawing: Path, tmp_path: Path) -> None
     assert 0 < asked["confidence"]["lowest"] <= asked["confidence"]["mean"] <= 1
     assert row["confidence"]["lowest_token"] == asked["confidence"]["lowest_token"]
     assert "confidence" not in json.loads(run("ask", drawing, "what is this?", "--json").stdout)
+    line = run("ask", drawing, "what color is the circle?", "--confidence", "--sight", "-q").stderr
+    assert re.fullmatch(r'confidence [01]\.\d\d, lowest [01]\.\d\d at "\S+" · sight \d+\.\d\d\n', line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from helpers.families import FAMILIES
 from llava_cli import Answer, Conversation, Sampling, load, open_picture
 from llava_cli.engine import Request
 from llava_cli.engine.forward import Forward
+from llava_cli.engine.gpu import decode_graphs
+from llava_cli.engine.gpu.decode_step import DecodeStep
 from llava_cli.engine.local import LocalEngine
 from llava_cli.errors import OutOfMemory, UsageError, model_errors
 from llava_cli.hardware.device import choose_plan
@@ -165,6 +168,42 @@ def test_captured_steps_give_the_plain_paths_tokens(family: str, engines: Engine
     assert graphs.captured > 0
 
 
+def test_graphs_are_captured_again_after_the_cache_has_grown(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which drops them all, and with them their memory."""
+    engine, sampling = engines("llava-llama"), Sampling(max_tokens=250)
+    with engine.patch.undone():
+        expected = engine.answer(CONVERSATIONS["one"], sampling).text
+    monkeypatch.setattr(decode_graphs, "LEAST_CAPACITY", 64)
+    graphs = engine.network.decode_graphs
+    for _ in range(2):
+        graphs.release()
+        assert engine.answer(CONVERSATIONS["one"], sampling).text == expected
+        assert graphs.problem is None
+        assert graphs.captured > 0
+
+
+def test_steps_are_captured_while_another_thread_uses_the_card(engines: Engines) -> None:
+    engine, sampling, over = engines("llava-llama"), Sampling(max_tokens=40), threading.Event()
+    with engine.patch.undone():
+        expected = engine.answer(CONVERSATIONS["one"], sampling).text
+    graphs = engine.network.decode_graphs
+
+    def copy() -> None:
+        while not over.is_set():
+            torch.ones(1 << 20).cuda().sum().item()
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    try:
+        for _ in range(5):
+            graphs.release()
+            assert engine.answer(CONVERSATIONS["one"], sampling).text == expected
+            assert (graphs.problem, graphs.captured) == (None, 1)
+    finally:
+        over.set()
+        thread.join()
+
+
 def answers(engine: LocalEngine, asked: list[Request], size: int) -> list[str]:
     return [answer.text for _, answer in sorted(engine.answer_many(iter(asked), size)) if isinstance(answer, Answer)]
 
@@ -242,3 +281,22 @@ def test_free_memory_is_that_of_all_gpus() -> None:
 def test_memory_that_is_not_there_is_said() -> None:
     with pytest.raises(OutOfMemory), model_errors("builtin", "fails while answering"):
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+
+def test_a_step_that_cannot_be_captured_is_computed(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last test: a capture that failed may leave torch's allocator in a state that is not the usual one."""
+    engine, compute = engines("llava-llama"), DecodeStep.compute
+    expected = engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=40)).text
+
+    def waiting(self: DecodeStep) -> None:
+        compute(self)
+        self._column.item()
+
+    monkeypatch.setattr(DecodeStep, "compute", waiting)
+    graphs = engine.network.decode_graphs
+    graphs.release()
+    for _ in range(2):
+        assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=40)).text == expected
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert graphs.problem
+    assert not graphs.captured

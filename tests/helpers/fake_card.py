@@ -143,14 +143,14 @@ def _register() -> None:
 def on_card(model: torch.nn.Module) -> Iterator[None]:
     """Within, a model's weights are on the card, and this thread can make tensors there."""
     _register()
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    before = []
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            before.append((own, dict(own)))
-            for name, tensor in own.items():
-                if tensor is not None:
-                    moved = CardTensor(tensor.detach())
-                    own[name] = torch.nn.Parameter(moved, False) if own is module._parameters else moved
+        for name, weight in list(module.named_parameters(recurse=False)):
+            before.append((module, name, weight))
+            setattr(module, name, torch.nn.Parameter(CardTensor(weight.detach()), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            before.append((module, name, buffer))
+            setattr(module, name, CardTensor(buffer))
     lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(…, device=)` asks for its copy where we can see it
     try:
@@ -158,5 +158,5 @@ def on_card(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(lifts)
-        for own, tensors in before:
-            own.update(tensors)
+        for module, name, tensor in before:
+            setattr(module, name, tensor)

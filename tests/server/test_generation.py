@@ -110,6 +110,20 @@ def test_another_picture_is_another_prompt(
     assert ask(serving, talk).cached_tokens > 8
 
 
+def test_confidence_and_sight(
+    service: Callable[[str], GenerationService], engines: Callable[[str], LocalEngine]
+) -> None:
+    """Of a request that is answered to its end; of one that is cancelled, nothing is left."""
+    serving, asked = service("llava-llama"), replace(SAMPLING, confidence=True, sight=True)
+    talk = Conversation().ask("what is this?", [seen(1)])
+    _, gone = begin(serving, talk, replace(asked, max_tokens=600))
+    serving.cancel(gone)
+    found, alone = ask(serving, talk, asked), engines("llava-llama").answer(talk, asked)
+    assert found.confidence and alone.confidence and serving.running == 0
+    assert found.confidence.mean == pytest.approx(alone.confidence.mean, abs=1e-5)
+    assert found.sight == pytest.approx(alone.sight, abs=1e-4)
+
+
 def test_who_comes_later_does_not_wait(service: Callable[[str], GenerationService]) -> None:
     """It joins at the next step, and may be answered before those that were there."""
     serving = service("llava-llama")

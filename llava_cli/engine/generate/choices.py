@@ -32,10 +32,13 @@ ROOT = -1
 """Stands for the end of the prompt, from which all choices go on."""
 
 
+_OTHER = "leave it out, or take another word"
+
+
 class ChoiceTree:
     """The tokens of choices in all their spellings; a node stands behind its parent, and before its children.
 
-    `tokenize` gives a text's tokens as an answer. Raises `UsageError` for a choice that has none.
+    `tokenize` gives the tokens of texts as answers. Raises `UsageError` for a choice that has none, or another one's.
     """
 
     def __init__(
@@ -53,9 +56,14 @@ class ChoiceTree:
         self.ends: list[tuple[int, ...]] = []
         """Of each choice: the nodes that end its spellings."""
         paths = [[tuple(ids) for ids in tokenize(list(spellings(choice))) if ids] for choice in choices]
+        owners: dict[tuple[int, ...], str] = {}
         for choice, its_paths in zip(choices, paths, strict=True):
             if not its_paths:
-                raise UsageError("--choices", f"this model has no tokens for {printable(repr(choice))}")
+                raise UsageError("--choices", f"this model has no tokens for {printable(repr(choice))}", _OTHER)
+            if taken := next((owners[path] for path in its_paths if path in owners), None):
+                both = f"{printable(repr(taken))} and {printable(repr(choice))}"
+                raise UsageError("--choices", f"this model has the same tokens for {both}", _OTHER)
+            owners.update(dict.fromkeys(its_paths, choice))
         nodes: dict[tuple[int, ...], int] = {}
         # Sorted, a path stands before those that go on from it, and all of those before the next one.
         for path in sorted(path for its_paths in paths for path in its_paths):

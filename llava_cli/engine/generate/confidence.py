@@ -23,8 +23,15 @@ def token_log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch
     most, less than it changes where logits are rounded to bf16.
     """
     logits = logits.float()
-    log_probabilities = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    return log_probabilities.nan_to_num(nan=LEAST_LOG_PROBABILITY, neginf=LEAST_LOG_PROBABILITY)
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def as_numbers(log_probabilities: Sequence[torch.Tensor]) -> list[float]:
+    """Scalars on a device as finite numbers."""
+    import torch
+
+    least = LEAST_LOG_PROBABILITY
+    return list(torch.stack(list(log_probabilities)).nan_to_num(nan=least, neginf=least).tolist())
 
 
 def confidence_in(log_probabilities: Sequence[float], text_of: Callable[[int], str]) -> Confidence:

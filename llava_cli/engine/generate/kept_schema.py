@@ -38,19 +38,27 @@ _OTHER_FORMATS = (
 """Other formats that JSON Schema defines; of any that it does not, nothing is asked."""
 _DATA = ("const", "enum", "default", "examples", "example")
 """Keywords with values of which none is a schema."""
+_OTHER_NAMES = {"additionalProperties", "patternProperties", "minProperties", "anyOf", "oneOf", "$ref"}
+"""Keywords that speak of names besides those in `properties`."""
+_NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$defs", "definitions", "$comment"}
+"""Keywords to which no value is held."""
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords with schemas by name."""
 
 
 def kept_schema(flag: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema that means the same, of which everything is kept. Raises `UsageError`, about `flag`, for others."""
+    """A schema of which everything is kept, and whose values all fit the given one. Raises `UsageError` for others.
+
+    An object has the names in its `properties`, and others only where the schema speaks of them: else a model that does
+    not know when to end adds names for ever. Where a value has to fit several schemas, each may name some of its own.
+    """
     if _is_too_deep(schema, schema, 0, {}, set()):
         raise UsageError(flag, f"its $refs nest more than {limits.SCHEMA_REF_DEPTH} levels", SCHEMA_HINT)
     if not _Endings(schema).has_one(schema):
         raise UsageError(flag, "no answer can satisfy it: what it asks for never ends", SCHEMA_HINT)
     if prod(_multiples(schema)) > limits.SCHEMA_MULTIPLE:
         raise UsageError(flag, "multipleOf has too many digits", "a multiple of 10 or 0.01 has one")
-    kept: dict[str, Any] = _kept(flag, schema)
+    kept: dict[str, Any] = _kept(flag, schema, is_open=_is_combined(schema))
     return kept
 
 
@@ -143,7 +151,7 @@ def _multiples(schema: Any) -> set[int]:
     if not isinstance(schema, dict):
         return set()
     number = schema.get("multipleOf")
-    own = {_digits_of(number)} if isinstance(number, (int, float)) and number else set()
+    own = {_digits_of(number)} if type(number) in (int, float) and number else set()
     return own.union(*map(_multiples, schema.values()))
 
 
@@ -151,23 +159,48 @@ def _digits_of(number: float) -> int:
     return int(re.sub(r"[eE].*|[-.]", "", repr(number)).strip("0") or 1)
 
 
-def _kept(flag: str, schema: Any) -> Any:
+def _kept(flag: str, schema: Any, is_open: bool) -> Any:
+    """`is_open`: an object that says nothing about other names than its own may have them."""
     if isinstance(schema, list):
-        return [_kept(flag, item) for item in schema]
+        return [_kept(flag, item, is_open) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {}
+    kept: dict[str, Any] = {}
     for key, value in schema.items():
         if key in _NAMED and isinstance(value, dict):
-            kept[key] = {name: _kept(flag, one) for name, one in value.items()}
+            kept[key] = {name: _kept(flag, one, is_open) for name, one in value.items()}
         else:
-            kept[key] = value if key in _DATA else _kept(flag, value)
-    required, least = schema.get("required"), schema.get("minProperties")
-    if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+            kept[key] = value if key in _DATA else _kept(flag, value, is_open)
+    required, least = _listed(schema, "required"), schema.get("minProperties")
+    if isinstance(least, int) and least > max(1, len(required)):
         raise UsageError(flag, "minProperties can only be kept by names that are required", SCHEMA_HINT)
     if isinstance(schema.get("format"), str):
         _keep_format(flag, kept)
+    if not is_open and _has_own_names(schema):
+        kept["additionalProperties"] = False
     return kept
+
+
+def _has_own_names(schema: dict[str, Any]) -> bool:
+    """Whether a schema is that of an object, and speaks of no other names than those of its properties."""
+    names, required = schema.get("properties"), _listed(schema, "required")
+    if schema.get("type") != "object" or not isinstance(names, dict) or _OTHER_NAMES & schema.keys():
+        return False
+    return all(isinstance(name, str) and name in names for name in required)
+
+
+def _is_combined(schema: Any) -> bool:
+    """Whether a schema holds a value to several schemas at once."""
+    if isinstance(schema, list):
+        return any(map(_is_combined, schema))
+    if not isinstance(schema, dict):
+        return False
+    asserted = schema.keys() - _NOTES
+    return (
+        "allOf" in asserted
+        or (len(asserted) > 1 and not asserted.isdisjoint(("anyOf", "oneOf", "$ref")))
+        or any(map(_is_combined, schema.values()))
+    )
 
 
 def _keep_format(flag: str, schema: dict[str, Any]) -> None:
@@ -177,7 +210,5 @@ def _keep_format(flag: str, schema: dict[str, Any]) -> None:
         raise UsageError(flag, f"the format {name!r} cannot be kept; those that can are {known}", "give a pattern")
     if name not in _OWN_FORMATS:
         del schema["format"]
-        patterns = [{"pattern": pattern} for pattern in _FORMATS.get(name, ())]
-        schema["allOf"] = [*schema.get("allOf", []), *patterns]
-        if not schema["allOf"]:
-            del schema["allOf"]
+    if name in _FORMATS and isinstance(others := schema.get("allOf", []), list):
+        schema["allOf"] = [*others, *({"pattern": pattern} for pattern in _FORMATS[name])]

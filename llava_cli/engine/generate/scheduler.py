@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from itertools import accumulate
 from typing import Any
 
 from llava_cli.engine.base import Answer
 from llava_cli.engine.forward import release_memory
-from llava_cli.engine.generate.batch import Batch
+from llava_cli.engine.generate.batch import PREFILL_TOKENS, Batch
 from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.sequence import Sequence
 from llava_cli.errors import LlavaError, OutOfMemory, is_out_of_memory
@@ -117,9 +118,20 @@ class Scheduler:
             return []
         else:
             self._sort_waiting()
-        count = self.size - self.running
+        count = self._first_pass(self.size - self.running)
         joining, self.waiting = self.waiting[:count], self.waiting[count:]
         return joining
+
+    def _first_pass(self, count: int) -> int:
+        """Of the first `count` that wait, how many may join now.
+
+        A pass on a GPU reads many prompts: those who are being answered wait for one at most.
+        """
+        most = PREFILL_TOKENS.get(self.model.device.type)
+        if most is None or self._prompt_cache is None or not self.running:
+            return count
+        ends = accumulate(len(sequence.prompt) for sequence in self.waiting[:count])
+        return min(count, max(1, sum(end <= most for end in ends)))
 
     def _sort_waiting(self) -> None:
         ranks: dict[tuple[str, ...], tuple[int, int]] = {}  # of pictures: the longest prompt and the first number

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llava_cli.engine.base import Answer, Confidence, FinishReason
-from llava_cli.engine.generate.confidence import confidence_in
+from llava_cli.engine.generate.confidence import as_numbers, confidence_in
 from llava_cli.engine.generate.constraint import Constraint
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.positions import Positions
@@ -46,7 +46,7 @@ class Token:
 class Sequence:
     """Request `number`: its prompt, as `inputs` of the model, and the tokens of its answer.
 
-    An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: behind
+    An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: after
     a stop text or, where it has to have a form, when that is complete. Such a form is its own detokenizer.
     """
 
@@ -121,9 +121,7 @@ class Sequence:
 
     def log_probabilities(self) -> list[float]:
         """Of the answer's tokens, if it `records`."""
-        import torch
-
-        return list(torch.stack(self._log_probabilities).tolist())
+        return as_numbers(self._log_probabilities)
 
     @property
     def is_complete(self) -> bool:
