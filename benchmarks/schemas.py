@@ -35,6 +35,7 @@ from llava_cli import Answer, Conversation, LlavaError, Sampling, load
 from llava_cli.engine import Request
 from llava_cli.engine.generate.batch import Batch
 from llava_cli.engine.generate.constraint import Grammars
+from llava_cli.engine.generate.prompt_cache import PromptCache
 from llava_cli.engine.generate.token_bytes import token_bytes
 from llava_cli.engine.local import LocalEngine
 
@@ -89,15 +90,16 @@ def fits(answer: Answer, schema: str) -> bool:
     return validator(schema)(answer.data)
 
 
-def measure_speed(engine: LocalEngine, tokens: int = 64, repeats: int = 12) -> None:
+def measure_speed(engine: LocalEngine, tokens: int = 64, repeats: int = 8) -> None:
     conversation = Conversation().ask("what is this?", [picture(336, 336)])
     texts = {"type": "array", "items": {"type": "string", "pattern": "^[a-z ]*$"}, "minItems": tokens}  # never complete
     schema = {"type": "object", "properties": {"texts": texts}, "required": ["texts"]}
     kinds = {"without": Sampling(max_tokens=tokens), "with": Sampling(max_tokens=tokens, schema=schema)}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    prompt_cache = PromptCache(None, getattr(engine.network.config, "image_token_id", None))
     for repeat in range(repeats + 1):
         for kind, sampling in kinds.items():
-            sequence, batch = engine.prepare(0, Request(conversation, sampling)), Batch(engine.network)
+            sequence, batch = engine.prepare(0, Request(conversation, sampling)), Batch(engine.network, prompt_cache)
             batch.join([sequence])
             batch.step()
             while batch.sequences:

@@ -163,6 +163,10 @@ SCHEMA_REF_DEPTH = 256
 SCHEMA_ITEMS = 100_000
 SCHEMA_FIELDS_CHARACTERS = 10_000
 """Of a schema that is written as a line of fields."""
+SCHEMA_PROPERTIES = 1_000
+"""Of one object; the time grows with their square."""
+SCHEMA_PATTERNS = 64
+"""All `patternProperties` of a schema: each is held against all others."""
 SCHEMA_MULTIPLE = 100_000
 """The product of the different significant digits behind `multipleOf`: a state is made for each remainder."""
 REGEX_CHARACTERS = 10_000

@@ -339,6 +339,10 @@ def chain(length: int) -> dict[str, Any]:
     return {"$defs": inner | {f"a{length}": {"type": "null"}}, "$ref": "#/$defs/a0"}
 
 
+def named(keyword: str, count: int) -> dict[str, Any]:
+    return {"type": "object", keyword: {f"^a{i}$": {"type": "null"} for i in range(count + 1)}}
+
+
 def rules(length: int) -> str:
     return "start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(length)) + f'a{length}: "x"'
 
@@ -367,6 +371,8 @@ def rules(length: int) -> str:
         ({"schema": {"allOf": [{"multipleOf": n} for n in (7919, 7.907, -79.01)]}}, "multipleOf has too many"),
         ({"schema": {"$ref": "#"}}, "never ends"),
         ({"schema": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}}, "never ends"),
+        ({"schema": named("properties", limits.SCHEMA_PROPERTIES)}, "an object with more than 1,000 properties"),
+        ({"schema": {"allOf": [named("patternProperties", limits.SCHEMA_PATTERNS)]}}, "more than 64 patternProp"),
         ({"schema": chain(limits.SCHEMA_REF_DEPTH)}, "its [$]refs nest more than 256 levels"),
         ({"regex": "("}, "--regex: unclosed group"),
         ({"regex": r"a\b"}, r"--regex: look-around, such as \\b, is not supported"),
@@ -410,6 +416,7 @@ def test_a_form_that_needs_too_many_states(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_only_looks_wrong() -> None:
     check(Sampling(schema=chain(60)))
     check(Sampling(grammar=rules(300)))
+    check(Sampling(schema=named("patternProperties", 60)))
     tree = {
         "type": "object",
         "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},

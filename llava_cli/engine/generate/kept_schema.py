@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 from urllib.parse import unquote
@@ -56,10 +57,19 @@ def kept_schema(flag: str, schema: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(flag, f"its $refs nest more than {limits.SCHEMA_REF_DEPTH} levels", SCHEMA_HINT)
     if not _Endings(schema).has_one(schema):
         raise UsageError(flag, "no answer can satisfy it: what it asks for never ends", SCHEMA_HINT)
-    if prod(_multiples(schema)) > limits.SCHEMA_MULTIPLE:
-        raise UsageError(flag, "multipleOf has too many digits", "a multiple of 10 or 0.01 has one")
+    _check_sizes(flag, schema)
     kept: dict[str, Any] = _kept(flag, schema, is_open=_is_combined(schema))
     return kept
+
+
+def _check_sizes(flag: str, schema: dict[str, Any]) -> None:
+    """Raises `UsageError` for what would be compiled for minutes."""
+    if prod({_digits_of(number) for number in _values_of(schema, "multipleOf", (int, float))}) > limits.SCHEMA_MULTIPLE:
+        raise UsageError(flag, "multipleOf has too many digits", "a multiple of 10 or 0.01 has one")
+    if sum(map(len, _values_of(schema, "patternProperties", (dict,)))) > limits.SCHEMA_PATTERNS:
+        raise UsageError(flag, f"more than {limits.SCHEMA_PATTERNS} patternProperties", SCHEMA_HINT)
+    if any(len(names) > limits.SCHEMA_PROPERTIES for names in _values_of(schema, "properties", (dict,))):
+        raise UsageError(flag, f"an object with more than {limits.SCHEMA_PROPERTIES:,} properties", SCHEMA_HINT)
 
 
 def _is_too_deep(schema: Any, root: Any, depth: int, reached: dict[str, int], path: set[str]) -> bool:
@@ -144,18 +154,19 @@ def _resolved(root: Any, reference: str) -> Any:
     return found
 
 
-def _multiples(schema: Any) -> set[int]:
-    """The significant digits of each `multipleOf` in a schema, as whole numbers."""
+def _values_of(schema: Any, key: str, kind: tuple[type, ...]) -> Iterator[Any]:
+    """All values of this name and kind within a schema."""
+    if isinstance(schema, dict):
+        if type(schema.get(key)) in kind:
+            yield schema[key]
+        schema = list(schema.values())
     if isinstance(schema, list):
-        return set().union(*map(_multiples, schema))
-    if not isinstance(schema, dict):
-        return set()
-    number = schema.get("multipleOf")
-    own = {_digits_of(number)} if type(number) in (int, float) and number else set()
-    return own.union(*map(_multiples, schema.values()))
+        for part in schema:
+            yield from _values_of(part, key, kind)
 
 
 def _digits_of(number: float) -> int:
+    """The significant digits of a number, as a whole one."""
     return int(re.sub(r"[eE].*|[-.]", "", repr(number)).strip("0") or 1)
 
 
