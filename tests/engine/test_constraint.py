@@ -20,7 +20,7 @@ from helpers.tables import for_each
 from tokenizers import Tokenizer, decoders, models
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 
-from llava_cli import Answer, Sampling, limits, load
+from llava_cli import Answer, Conversation, Sampling, limits, load, open_picture
 from llava_cli.engine import Request
 from llava_cli.engine.forward import Forward
 from llava_cli.engine.generate.constraint import Constraint, Grammars, check
@@ -445,3 +445,17 @@ def test_rows_have_their_data(run: Run, drawing: Path, tmp_path: Path) -> None:
     row = json.loads(cut.stdout)
     assert "data" not in row
     assert "cut_off" in row["flags"]
+
+
+def test_a_space_that_a_model_puts_before_its_answer_is_no_obstacle(drawing: Path) -> None:
+    """The built-in model's token for "yes" begins with a space, and there is none without it."""
+    engine, picture = load(), [open_picture(str(drawing))]
+    forms: list[dict[str, Any]] = [
+        {"regex": "(yes|no|maybe)"},
+        {"grammar": 'start: "yes" | "no"'},
+        {"grammar": "start: / ?(yes|no)/"},
+    ]
+    for question, answer in (("is there a circle?", "yes"), ("is there a star?", "no")):
+        talk = Conversation().ask(question, picture)
+        for form in forms:
+            assert engine.answer(talk, Sampling(**form)).text.strip() == answer

@@ -56,8 +56,8 @@ def told(*tokens: tuple[str, dict[str, float]], text: str | None = None, **messa
     ("server", "fields"),
     [
         ("vllm", {"structured_outputs": {"choice": LISTED}, "guided_choice": LISTED}),
-        ("sglang", {"regex": "(red|blue|a b)"}),
-        ("llamacpp", {"grammar": 'root ::= "red" | "blue" | "a b"'}),
+        ("sglang", {"regex": " ?(red|blue|a b)"}),
+        ("llamacpp", {"grammar": 'root ::= " "? ("red" | "blue" | "a b")'}),
         ("openai", {}),
     ],
 )

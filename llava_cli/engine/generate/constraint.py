@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import limits
@@ -23,10 +23,8 @@ from llava_cli.settings import OPTIONS, Sampling
 from llava_cli.untrusted_text import one_line
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from llguidance import LLMatcher, LLTokenizer
-    from numpy.typing import NDArray
 
 COMPILED = 16
 """Grammars that are kept."""
@@ -40,6 +38,8 @@ _ANSWER_BOUNDS = Bounds(limits.ROW_BYTES, limits.ANSWER_DEPTH, limits.ROW_ITEMS)
 
 _LARK_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?!/)(?:[^/\\\n]|\\.)+/|(?://|#)[^\n]*|(%json)\s*')
 """Strings, regexes and comments of a Lark grammar, and what is before a JSON schema."""
+_START, _INNER = re.compile(r"\bstart\b"), "llava_answer"
+"""The first rule of a grammar, and what it is called where another one comes before it."""
 _LARK_RULE = re.compile(r"[\w.-]+\s*(?:\[[^\]]*\]\s*)?:")
 
 
@@ -79,54 +79,44 @@ class Grammars:
             texts[end] = None
         self._vocabulary = _Vocabulary(texts, ends)
         self._tokenizer: LLTokenizer = Tokenizer(self._vocabulary, eos_token=ends)  # type: ignore[arg-type]
-        self._compile = lru_cache(COMPILED)(self._matcher_of)
+        self._compile = lru_cache(COMPILED)(self._matchers_of)
         self._lock = threading.Lock()
 
     def constraint(self, sampling: Sampling) -> Constraint:
         """A new answer's. Raises `UsageError`."""
         option = sampling.grammar_option
         assert option
-        matcher = self.compiled(option.key, getattr(sampling, option.key))
-        return Constraint(self, matcher, option.flag, is_json=option.key == "schema")
+        matchers = self.compiled(option.key, getattr(sampling, option.key))
+        return Constraint(self, *matchers, option.flag, is_json=option.key == "schema")
 
-    def compiled(self, key: str, text: str) -> LLMatcher:
-        """The grammar in the text of the option `key`, to be copied for each answer. Raises `UsageError`."""
+    def compiled(self, key: str, text: str) -> tuple[LLMatcher, LLMatcher]:
+        """The grammar in the text of the option `key`, and behind a space, to be copied for each answer.
+
+        Raises `UsageError`.
+        """
         with self._lock:
             return self._compile(key, text)
 
     def bytes_of(self, token: int) -> bytes:
         return self._vocabulary.tokens[token]
 
-    @cached_property
-    def without_space(self) -> dict[int, int]:
-        """Of each token that begins with a space the one without it; -1 where it is nothing but a space."""
-        tokens = self._vocabulary.tokens
-        ids = {text: number for number, text in enumerate(tokens)} | {b"": -1}
-        return {i: ids[text[1:]] for i, text in enumerate(tokens) if text[:1] == b" " and text[1:] in ids}
-
-    @cached_property
-    def spaced(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The same as two arrays."""
-        import numpy as np
-
-        return np.array(list(self.without_space), np.int64), np.array(list(self.without_space.values()), np.int64)
-
-    def _matcher_of(self, key: str, text: str) -> LLMatcher:
+    def _matchers_of(self, key: str, text: str) -> tuple[LLMatcher, LLMatcher]:
+        """A grammar as it is, and behind a space."""
         from llguidance import LLMatcher, LLParserLimits
 
         flag, bounds = OPTIONS[key].flag, LLParserLimits(max_lexer_states=limits.GRAMMAR_STATES, verbose_errors=False)
         try:
-            grammar = _LARK[key](flag, text)
+            grammars = (_LARK[key](flag, text, "start"), f'start: " " {_INNER}\n{_LARK[key](flag, text, _INNER)}')
         except RecursionError:
             raise UsageError(flag, "nested too deep", _HINTS[key]) from None
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=bounds)
+        matcher, spaced = (LLMatcher(self._tokenizer, grammar, log_level=0, limits=bounds) for grammar in grammars)
         if not (error := matcher.get_error()):
             probe = matcher.deep_copy()
             probe.compute_bitmask()
             error = probe.get_error()
         if error:
             raise UsageError(flag, _reason(error), _HINTS[key])
-        return matcher
+        return matcher, spaced
 
 
 class Constraint:
@@ -135,15 +125,16 @@ class Constraint:
     A first token may begin with a space that is not the answer's: many models put one before their first word.
     """
 
-    def __init__(self, grammars: Grammars, matcher: LLMatcher, flag: str, is_json: bool) -> None:
-        self._grammars, self._new_matcher, self._flag, self._is_json = grammars, matcher, flag, is_json
+    def __init__(self, grammars: Grammars, matcher: LLMatcher, spaced: LLMatcher, flag: str, is_json: bool) -> None:
+        self._grammars, self._flag, self._is_json = grammars, flag, is_json
+        self._new_matcher, self._new_spaced = matcher, spaced
         self.restart()
 
     def restart(self) -> None:
         """Forgets the answer so far."""
         self._matcher = self._new_matcher.deep_copy()
+        self._spaced: LLMatcher | None = self._new_spaced.deep_copy()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._has_begun = False
         self._problem = ""
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
@@ -153,12 +144,9 @@ class Constraint:
 
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._problem = self._matcher.get_error()
+        if self._spaced:
+            bits = bits | np.frombuffer(self._spaced.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, count=logits.shape[-1], bitorder="little")
-        if not self._has_begun:
-            spaced, bare = (
-                ids[: np.searchsorted(self._grammars.spaced[0], len(allowed))] for ids in self._grammars.spaced
-            )
-            allowed[spaced] |= (bare < 0) | (bits[bare >> 3] >> (bare & 7) & 1).astype(bool)
         if self._problem or not allowed.any():
             self._problem = self._problem or "the model has no token for what has to come next"
             return logits
@@ -169,15 +157,14 @@ class Constraint:
         """The text of one more token, which is no end token."""
         if self._problem:
             return ""
-        if not self._has_begun and not self._matcher.validate_tokens([token]):
-            token = self._grammars.without_space[token]
-        self._has_begun = True
-        if token < 0:
-            return ""
+        text = self._grammars.bytes_of(token)
+        if self._spaced and not self._matcher.validate_tokens([token]):
+            self._matcher, text = self._spaced, text.removeprefix(b" ")
+        self._spaced = None
         if not self._matcher.consume_token(token):
             self._problem = self._matcher.get_error()
             return ""
-        return self._decoder.decode(self._grammars.bytes_of(token))
+        return self._decoder.decode(text)
 
     def flush(self) -> str:
         """The text that was still held back, of an unfinished character."""
@@ -230,8 +217,8 @@ def _bytes_alone() -> Grammars:
     return Grammars([bytes([byte]) for byte in range(256)] + [None], [256])
 
 
-def _lark_of_schema(flag: str, text: str) -> str:
-    return f"start: {_inline_schema(flag, json.loads(text))}\n{_OPTIONS}"
+def _lark_of_schema(flag: str, text: str, start: str) -> str:
+    return f"{start}: {_inline_schema(flag, json.loads(text))}\n{_OPTIONS}"
 
 
 def _inline_schema(flag: str, schema: dict[str, Any]) -> str:
@@ -239,18 +226,21 @@ def _inline_schema(flag: str, schema: dict[str, Any]) -> str:
     return f"%json {json.dumps(kept, ensure_ascii=False)}"
 
 
-def _lark_of_regex(flag: str, text: str) -> str:
+def _lark_of_regex(flag: str, text: str, start: str) -> str:
     from llguidance import regex_to_lark
 
     line = text.replace("\r", "\\r").replace("\n", "\\n")
-    return f"start: /{regex_to_lark(line, 'd')}/\n{_OPTIONS}"
+    return f"{start}: /{regex_to_lark(line, 'd')}/\n{_OPTIONS}"
 
 
-def _lark_of_grammar(flag: str, text: str) -> str:
-    """A grammar whose schemas are kept. Raises `UsageError` for special tokens, and for more rules than are safe."""
+def _lark_of_grammar(flag: str, text: str, start: str) -> str:
+    """A grammar whose schemas are kept, and whose first rule has another name.
+
+    Raises `UsageError` for special tokens, and for more rules than are safe.
+    """
     parts, rest, place = [], [], 0
     while match := _LARK_TEXTS.search(text, place):
-        parts.append(text[place : match.start()])
+        parts.append(_START.sub(start, text[place : match.start()]))
         rest.append(text[place : match.start()])
         place = match.end()
         if match[1]:
@@ -264,7 +254,7 @@ def _lark_of_grammar(flag: str, text: str) -> str:
         raise UsageError(flag, reason, "quote it to mean its text")
     if len(_LARK_RULE.findall(outside)) > limits.GRAMMAR_RULES:
         raise UsageError(flag, f"more than {limits.GRAMMAR_RULES} rules and terminals", _HINTS["grammar"])
-    return "".join([*parts, text[place:], "\n", _OPTIONS])
+    return "".join([*parts, _START.sub(start, text[place:]), "\n", _OPTIONS])
 
 
 def _schema_at(flag: str, text: str, place: int) -> tuple[dict[str, Any], int]:
@@ -280,7 +270,7 @@ def _schema_at(flag: str, text: str, place: int) -> tuple[dict[str, Any], int]:
 
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
 """Also where only one text can follow, the model chooses the tokens of which it is made."""
-_LARK: dict[str, Callable[[str, str], str]] = {
+_LARK: dict[str, Callable[[str, str, str], str]] = {
     "schema": _lark_of_schema,
     "regex": _lark_of_regex,
     "grammar": _lark_of_grammar,

@@ -73,7 +73,8 @@ class OpenAIClient:
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Generator[Chunk, None, None]:
         """The answer as it arrives. Raises `RetryableError`, also if it breaks off, or a `LlavaError`."""
-        if sampling.choices:  # which one it is shows at its end
+        is_checked = bool(sampling.grammar_option) and not self._dialect.is_llava
+        if sampling.choices or is_checked:  # whether it is an answer shows at its end
             answer = self.complete(Request(conversation, sampling))
             yield Chunk(answer.text)
             yield Chunk("", answer)
