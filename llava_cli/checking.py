@@ -23,8 +23,8 @@ class Check:
     """That it is true, by the model."""
     at_least: float = 0.5
     """How probable it, or its contrary, has to be."""
-    answer_probability: float = field(default=1.0, repr=False)
-    """That the model says yes or no at all."""
+    answer_probability: float | None = field(default=1.0, repr=False)
+    """That the model says yes or no at all; None where a server does not tell."""
 
     @property
     def verdict(self) -> str:
@@ -42,7 +42,7 @@ class Check:
             "verdict": self.verdict,
             "probability": round(self.probability, 6),
             "at_least": self.at_least,
-            "answer_probability": round(self.answer_probability, 6),
+            "answer_probability": self.answer_probability and round(self.answer_probability, 6),
         }
 
 

@@ -63,7 +63,7 @@ def check(
         render.show_json(checked.to_json())
     elif not quiet:
         render.say(f"{checked.verdict} ({checked.probability:.4f})")
-    if not quiet:
+    if not quiet and checked.answer_probability is not None:
         render.note_answer_probability(checked.answer_probability)
     if code := EXIT_CODES[checked.verdict]:
         raise typer.Exit(code)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from llava_cli.checking import SAMPLING, YES, Check, check_threshold, question_about
 from llava_cli.conversation import Conversation, Picture
-from llava_cli.errors import DeviceLost, LlavaError
+from llava_cli.errors import DeviceLost, LlavaError, ServerFailed
 from llava_cli.images.reader import Source, picture_from
 from llava_cli.models.families import Family
 from llava_cli.settings import Sampling
@@ -188,12 +188,14 @@ class Engine(ABC):
     ) -> Check:
         """Whether a statement about one or more pictures, as in `ask`, is true: `at_least` as probable as that.
 
-        Raises `UsageError` unless 0.5 <= `at_least` <= 1.
+        Raises `UsageError` unless 0.5 <= `at_least` <= 1, and `ServerFailed` where a server does not tell.
         """
         check_threshold(at_least)
         conversation = Conversation(system=system).ask(question_about(statement, self.model), _pictures_from(images))
         answer = self.answer(conversation, SAMPLING)
-        assert answer.probabilities is not None and answer.answer_probability is not None
+        if answer.probabilities is None:
+            reason = "does not tell how probable yes and no are"
+            raise ServerFailed(self.where or self.model, reason, "ask a model that is loaded here")
         return Check(statement, answer.probabilities[YES], at_least, answer.answer_probability)
 
 

@@ -58,6 +58,29 @@ def test_ask_is_answered_by_the_server(share: Callable[[], Server], run: Run, dr
     assert one == other
 
 
+@for_each(
+    "words",
+    [
+        ("--choices", "red,blue,green", "--or", "unsure", "--at-least", "1", "--confidence", "--sight"),
+        ("--schema", "color red|blue"),
+        ("--regex", "(red|blue) [a-z]{3}"),
+        ("--grammar", 'start: "red" | "blue"'),
+        ("--confidence", "--sight"),
+    ],
+)
+def test_answers_of_a_form_are_the_same(
+    words: tuple[str, ...], running: Server, monkeypatch: pytest.MonkeyPatch, run: Run, drawing: Path
+) -> None:
+    asked = ("ask", "--json", drawing, QUESTION, *words, *FP32)
+    monkeypatch.setenv("LLAVA_SOCKET", str(drawing.with_name("none")))
+    alone = json.loads(run(*asked).stdout)
+    monkeypatch.setenv("LLAVA_SOCKET", str(running.socket))
+    served = json.loads(run(*asked).stdout)
+    assert served.pop("seconds")["load"] == 0
+    del alone["seconds"]
+    assert served == alone
+
+
 def test_nothing_heavy_is_imported(share: Callable[[], Server], drawing: Path) -> None:
     share()
     script = (

@@ -89,6 +89,39 @@ def test_llama_cpp_refuses(llama: str, run: Run, monkeypatch: pytest.MonkeyPatch
     assert long.stderr.startswith("llava: prompt: request (")
 
 
+def test_llama_cpp_answers_in_a_form(llama: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its grammars choose, with probabilities near those of the model here; its schemas are kept."""
+    monkeypatch.setenv("LLAVA_API_KEY", KEY)
+    asked = ("ask", EXAMPLES / "shapes.png", "what color is the star?", "--json")
+    choices = ("--choices", "red,orange,blue")
+    there = json.loads(run(*asked, *choices, "--confidence", "--server", llama).stdout)
+    here = json.loads(run(*asked, *choices, "-p", "fp32").stdout)
+    assert there["answer"] == here["answer"] == "orange"
+    assert list(there["probabilities"]) == list(here["probabilities"])
+    assert there["probabilities"] == pytest.approx(here["probabilities"], abs=1e-3)
+    assert 0.99 < there["confidence"]["lowest"] <= there["confidence"]["mean"]
+    checked = run("check", "--server", llama, EXAMPLES / "shapes.png", "is there a star?")
+    assert re.fullmatch(r"(yes|no) \(0\.[0-9]{4}\)\n", checked.stdout), checked.stderr
+    data = json.loads(run(*asked, "--schema", "color red|orange", "--server", llama).stdout)["data"]
+    assert data == {"color": "orange"}
+    refused = run(*asked, "--regex", "[0-9]", "--server", llama)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+
+
+def test_transformers_has_no_forms(transformers: str, run: Run) -> None:
+    """It has neither forms nor log-probabilities; what it says by itself may be one of the choices."""
+    asked = ("ask", "--server", transformers, "-m", BUILTIN, EXAMPLES / "shapes.png", "what color is the star?")
+    assert run(*asked, "--choices", "red,orange,blue").stdout == "orange\n"
+    for words, code, message in (
+        (("--choices", "red,blue"), 65, "its answer is none of the choices: orange"),
+        (("--schema", "color"), 65, "its answer is not JSON, though it was asked for: orange"),
+        (("--confidence", "--json"), 69, "does not tell how probable its tokens are"),
+    ):
+        refused = run(*asked, *words)
+        assert (refused.exit_code, refused.stdout) == (code, ""), refused.stderr
+        assert message in refused.stderr
+
+
 @pytest.mark.parametrize("name", ["llama", "transformers"])
 def test_chat(name: str, request: pytest.FixtureRequest, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_API_KEY", KEY)

@@ -100,13 +100,17 @@ def _vllm(name: str) -> Callable[[Any], Fields]:
 
 
 def _alternatives(choices: Sequence[str]) -> Fields:
-    """Choices as a regular expression; only what means something else in one is escaped."""
-    return {"regex": "(" + "|".join(re.sub(r"([\\.^$*+?{}\[\]|()])", r"\\\1", choice) for choice in choices) + ")"}
+    """Choices as a regular expression; only what means something else in one is escaped.
+
+    Many models put a space before their first word. Without it they could not say the tokens that they would.
+    """
+    return {"regex": " ?(" + "|".join(re.sub(r"([\\.^$*+?{}\[\]|()])", r"\\\1", choice) for choice in choices) + ")"}
 
 
 def _gbnf(choices: Sequence[str]) -> Fields:
-    """Choices as a grammar of llama.cpp's, whose texts are written as in JSON."""
-    return {"grammar": "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)}
+    """The same as a grammar of llama.cpp's, whose texts are written as in JSON."""
+    texts = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return {"grammar": f'root ::= " "? ({texts})'}
 
 
 PLAIN = Dialect()

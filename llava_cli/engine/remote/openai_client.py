@@ -28,13 +28,13 @@ from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import one_line
 
 CHAT_PATH = "chat/completions"
-_FALLBACKS = {
-    "max_tokens": "max_completion_tokens",
-    "stream_options": None,
-    "logprobs": None,
-    "top_logprobs": None,
+_FALLBACKS: dict[str, tuple[str | None, str]] = {
+    "max_tokens": ("max_completion_tokens", "max_completion_tokens"),
+    "stream_options": (None, "stream_options"),
+    "logprobs": (None, "logprobs"),
+    "top_logprobs": (None, "logprobs"),
 }
-"""Parameters that some servers reject, and what to send instead: another name, or nothing."""
+"""Parameters that some servers reject: what to send instead, another name or nothing, and what their error says."""
 _TITLE = rb"<title[^<>]{0,99}>([^<>]{1,999})</title"
 
 Post = Callable[[str, dict[str, Any]], Response]
@@ -73,7 +73,8 @@ class OpenAIClient:
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Generator[Chunk, None, None]:
         """The answer as it arrives. Raises `RetryableError`, also if it breaks off, or a `LlavaError`."""
-        if sampling.choices and not self._dialect.is_llava:  # which one it is shows at its end
+        is_checked = bool(sampling.grammar_option) and not self._dialect.is_llava
+        if sampling.choices or is_checked:  # whether it is an answer shows at its end
             answer = self.complete(Request(conversation, sampling))
             yield Chunk(answer.text)
             yield Chunk("", answer)
@@ -167,8 +168,8 @@ class OpenAIClient:
             return False
         new = {
             name: fallback
-            for name, fallback in _FALLBACKS.items()
-            if name in body and name not in self._replacements and (fallback or name) in error.reason
+            for name, (fallback, word) in _FALLBACKS.items()
+            if name in body and name not in self._replacements and word in error.reason
         }
         self._replacements.update(new)
         return bool(new)
