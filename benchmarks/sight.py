@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from llava_cli import Conversation, Sampling, load
+from llava_cli import Answer, Conversation, Sampling, load
 from llava_cli.conversation import Picture
 from llava_cli.engine import Request
 from llava_cli.engine.base import BLIND
@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))
 import questions
 import samples
 from batches import easy_vqa
+from scenes import COLORS
 
 KINDS = [kind for kind in questions.KINDS if kind != "number"]
 SETS: dict[str, dict[str, Any]] = {
@@ -60,8 +61,9 @@ class Asked(NamedTuple):
     answer: str
 
 
-def drawings(name: str, count: int) -> Iterator[Asked]:
-    scene = dict(SETS[name])
+def drawings(name: str, count: int, scene: dict[str, Any]) -> Iterator[Asked]:
+    """`scene` are options of the generator, and the kinds of questions."""
+    scene = dict(scene)
     kinds, number = scene.pop("kinds"), 0
     while count:
         number += 1
@@ -216,6 +218,26 @@ def print_blind(scorer: Scorer, asked: list[Asked], scored: list[Scored]) -> Non
         )
 
 
+def print_choices(engine: LocalEngine, count: int) -> None:
+    """Of answers from a list about six to nine shapes: sight is how far the distribution of the choices moves."""
+    listed = {"yes/no": ("yes", "no"), "color of": tuple(COLORS)}
+    scene = SETS["six to nine shapes"]
+    print()
+    row("AUC of wrong against right choices", "wrong", "probability", "sight")
+    row("---", "---", "---", "---")
+    for kind, choices in listed.items():
+        asked = list(drawings("six to nine shapes", count, {**scene, "kinds": [kind]}))
+        sampling = Sampling(choices=choices, sight=True)
+        answers = dict(engine.answer_many(Request(talk(one.image, one.question), sampling) for one in asked))
+        found = [answer for _, answer in sorted(answers.items()) if isinstance(answer, Answer)]
+        right = [answer.text == one.answer for answer, one in zip(found, asked, strict=True)]
+        scores = (
+            [max((answer.probabilities or {"": 0.0}).values()) for answer in found],
+            [a.sight or 0.0 for a in found],
+        )
+        row(kind, f"{right.count(False)} of {len(right)}", *(f"{area(score, right):.2f}" for score in scores))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin")
@@ -223,11 +245,14 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=600, help="questions of each set")
     args = parser.parse_args()
     scorer = Scorer(load(args.model, precision=args.precision))
-    asked = {name: list(drawings(name, args.each)) for name in SETS} | {"easy-VQA": list(from_easy_vqa(args.each))}
+    asked = {name: list(drawings(name, args.each, scene)) for name, scene in SETS.items()} | {
+        "easy-VQA": list(from_easy_vqa(args.each))
+    }
     found = {name: scorer(some) for name, some in asked.items()}
     print_areas(found)
     some = next(iter(SETS))
     print_blind(scorer, asked[some], found[some])
+    print_choices(scorer.engine, args.each)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ _SUM_ERROR = 0.01
 
 @dataclass
 class Labelled:
-    """The rows that can be learned from: `probabilities` of each choice, and the column of the right one in `labels`,
-    -1 where that is none of the choices."""
+    """The rows that can be learned from: `probabilities` as the row has them, the model's own choice first, and the
+    number of the right choice in `labels`, -1 where that is none of the `choices`."""
 
     choices: tuple[str, ...] = ()
     models: set[str] = field(default_factory=set)
@@ -82,6 +82,8 @@ def read_labelled(source: Path) -> Labelled:
             _add(found, row)
         except ValueError as error:
             raise BadData(f"{name}, line {number}", str(error)) from None
+    if rows.is_torn:
+        found.left_out["not whole"] += 1
     if not found.labels:
         why = ", ".join(f"{count:,} {reason}" for reason, count in found.left_out.most_common())
         raise BadData(name, f"no row has probabilities and a right answer ({why or 'it is empty'})", _LABEL)
@@ -102,7 +104,7 @@ def _add(found: Labelled, row: dict[str, Any]) -> None:
     if len(found.labels) == limits.CALIBRATION_ROWS:
         raise ValueError(f"more than {limits.CALIBRATION_ROWS:,} rows")
     found.models.add(str(row.get("model")))
-    found.probabilities.append({choice: probabilities[choice] for choice in found.choices})
+    found.probabilities.append(probabilities)
     # The likeliest of the right ones, where there are several: with one label a row, the likelihood is convex.
     right = [choice for choice in found.choices if is_right(choice, expected)]
     found.labels.append(found.choices.index(max(right, key=probabilities.__getitem__)) if right else -1)
@@ -149,7 +151,7 @@ def fit(labelled: Labelled, made_with: dict[str, Any], choices: tuple[str, ...] 
 
 def matrix(labelled: Labelled) -> Array:
     """[rows, choices]: log-probabilities, in the order of `labelled.choices`."""
-    values = np.array([list(row.values()) for row in labelled.probabilities])
+    values = np.array([[row[choice] for choice in labelled.choices] for row in labelled.probabilities])
     logs: Array = np.log(np.maximum(values, SMALLEST))
     return logs
 
@@ -175,18 +177,14 @@ def fit_temperature(logs: Array, labels: Labels) -> float:
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
-    return min(max(round(math.exp(-middle), _DIGITS), TEMPERATURES[0]), TEMPERATURES[1])
-
-
-_DIGITS = 6
+    return min(max(round(math.exp(-middle), 6), TEMPERATURES[0]), TEMPERATURES[1])
 
 
 def scored(calibration: Calibration, labelled: Labelled) -> tuple[Array, NDArray[np.bool_]]:
     """For each row, the calibrated probability of its best choice, and whether that choice is right."""
-    rows = [calibration.calibrated(row) for row in labelled.probabilities]
-    scores = np.array([max(row.values()) for row in rows])
-    best = matrix(labelled).argmax(1)
-    return scores, best == np.array(labelled.labels)
+    scores = np.array([max(calibration.calibrated(row).values()) for row in labelled.probabilities])
+    best = [labelled.choices.index(max(row, key=row.__getitem__)) for row in labelled.probabilities]
+    return scores, np.array(best) == np.array(labelled.labels)
 
 
 def calibration_error(scores: Array, right: NDArray[np.bool_]) -> float:
@@ -258,13 +256,13 @@ def _notes(calibration: Calibration, labelled: Labelled, output: Path) -> Iterat
     plain = Calibration({}, calibration.choices, calibration.rows, 1.0, ())
     before, after = (calibration_error(*scored(one, labelled)) for one in (plain, calibration))
     yield (
-        f"{calibration.rows:,} rows · temperature {calibration.temperature:.3g} · expected calibration error on them "
+        f"{_rows(calibration.rows)} · temperature {calibration.temperature:.3g} · expected calibration error on them "
         f"{before:.4f}, calibrated {after:.4f}"
     )
     for reason, count in labelled.left_out.most_common():
-        yield f"left out: {count:,} rows {reason}"
+        yield f"left out: {_rows(count)} {reason}"
     if outside := labelled.labels.count(-1):
-        yield f"{outside:,} rows count as wrong: their right answer is none of the choices"
+        yield f"{_rows(outside)} counted as wrong: the right answer is none of the choices"
     if "checkpoint" not in calibration.made_with:
         yield "of the model only its name is known: there are no settings beside the rows, or a server answered"
     yield f'"at most" holds for all thresholds at once with {1 - DELTA:.0%} certainty, for questions like these'
@@ -276,3 +274,7 @@ def _notes(calibration: Calibration, labelled: Labelled, output: Path) -> Iterat
     choices = files.quoted(",".join(calibration.choices))
     use = f"--choices {choices} --calibration {files.quoted(output)} --max-error {percent(wish)}"
     yield f"{printable(str(output))} is written; to use it:\n  llava batch … {use}"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"

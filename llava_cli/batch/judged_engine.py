@@ -13,9 +13,8 @@ from llava_cli.batch.rows import error_object, is_unsure
 from llava_cli.conversation import Conversation
 from llava_cli.engine import Answer, Chunk, Engine, Request
 from llava_cli.engine.base import always
-from llava_cli.errors import BadData, LlavaError, ModelUnusable, NoAnswer
+from llava_cli.errors import BadData, LlavaError, ModelUnusable
 from llava_cli.settings import Sampling
-from llava_cli.untrusted_text import one_line
 
 if TYPE_CHECKING:
     from llava_cli.batch.calibration import Calibration
@@ -143,13 +142,13 @@ class JudgedEngine(Engine):
     def _escalate(self, request: Request, answer: Answer) -> Answer:
         """The larger model's answer in the place of an open one; or that one, with the reason."""
         assert self._larger
-        sampling = request.sampling
+        sampling = replace(request.sampling, sight=False)
+        if self._promise:  # which is about the first model: the larger one always chooses
+            sampling = replace(sampling, otherwise=None, at_least=None)
         try:
             if self._unusable:
                 raise self._unusable
-            second = self._larger.answer(request.conversation, replace(sampling, sight=False))
-            if second.text not in (*sampling.choices, sampling.otherwise):
-                raise NoAnswer(self._larger.model, f"answers with none of the choices: {one_line(second.text, 40)}")
+            second = self._larger.answer(request.conversation, sampling)
         except LlavaError as error:
             if isinstance(error, ModelUnusable):  # which every other question would meet, too
                 self._unusable = error

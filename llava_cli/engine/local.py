@@ -14,7 +14,6 @@ from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.forward import release_memory
 from llava_cli.engine.generate.batch import Batch, can_batch
 from llava_cli.engine.generate.choices import ChoiceReplay, ChoiceSequence, ChoiceTree
-from llava_cli.engine.generate.constraint import Grammars
 from llava_cli.engine.generate.detokenizer import Detokenizer, text_of
 from llava_cli.engine.generate.end_tokens import all_end_tokens
 from llava_cli.engine.generate.picture_inputs import count_pictures
@@ -24,7 +23,6 @@ from llava_cli.engine.generate.sampler import Sampler
 from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Follower, Replay, Sequence, Token
 from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
-from llava_cli.engine.generate.token_bytes import token_bytes
 from llava_cli.engine.model_patch import ModelPatch
 from llava_cli.engine.sight import unseen
 from llava_cli.errors import DeviceLost, LlavaError, ModelUnusable, PromptTooLong, is_out_of_memory, model_errors
@@ -34,6 +32,8 @@ from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
     import torch
+
+    from llava_cli.engine.generate.constraint import Grammars
 
 MAX_TREES = 64
 """Lists of choices whose tokens are kept."""
@@ -79,6 +79,9 @@ class LocalEngine(Engine):
     @cached_property
     def grammars(self) -> Grammars:
         """What says which of its tokens may come next, in an answer of a given form."""
+        from llava_cli.engine.generate.constraint import Grammars
+        from llava_cli.engine.generate.token_bytes import token_bytes
+
         return Grammars(token_bytes(self.prompter.tokenizer), self.end_tokens)
 
     def prepare_form(self, sampling: Sampling) -> None:
@@ -276,6 +279,7 @@ class LocalEngine(Engine):
         stop = (*sampling.stop, *(self.network.generation_config.stop_strings or ()))
         detokenizer = constraint or Detokenizer(self.prompter.tokenizer, stop)
         sequence = Sequence(number, inputs, sampler, detokenizer, self.end_tokens, max_tokens, begin)
+        sequence.constraint = constraint
         sequence.text_of = partial(text_of, self.prompter.tokenizer) if sampling.confidence else None
         sequence.records = sampling.confidence or sampling.sight
         return sequence

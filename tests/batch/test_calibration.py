@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,9 +16,11 @@ import pytest
 from helpers.command import Run
 from helpers.faults import Told
 from helpers.peer import say, serving
+from helpers.servers import in_thread
 from helpers.tables import for_each
 from PIL import Image, ImageDraw
 
+from llava_cli import limits
 from llava_cli.batch import run as module
 from llava_cli.batch.calibrate import Labelled, calibration_error, fit, fit_temperature, scored
 from llava_cli.batch.calibration import (
@@ -35,7 +37,9 @@ from llava_cli.batch.judged_engine import MAX_BEHIND, JudgedEngine, Promise
 from llava_cli.batch.rows import to_line
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Engine, Request
+from llava_cli.engine.local import LocalEngine
 from llava_cli.errors import BadData, LlavaError, ModelUnusable, ServerFailed
+from llava_cli.images.reader import open_picture
 from llava_cli.settings import Sampling, Settings
 
 CHOICES = ("sunny", "cloudy", "rain")
@@ -258,14 +262,24 @@ def test_rows_that_nothing_is_learned_from_are_counted(run: Run) -> None:
         row(sure, "snow"),
         row(sure) | failed,
     ]
-    write(rows)
+    with write(rows).open("a") as file:
+        file.write('{"image": "a batch is running')
     result = run("calibrate", "labelled.jsonl")
     assert result.exit_code == 0, result.stderr
     assert "3 rows · temperature" in result.stderr
-    for line in ("1 rows without a right answer", "1 rows without choices", "1 rows failed", "1 rows count as wrong"):
-        assert line in result.stderr
+    for what in ("without a right answer", "without choices", "failed", "not whole", "counted as wrong"):
+        assert f"1 row {what}" in result.stderr
     assert result.stdout.splitlines()[-1].split("\t")[1:4] == ["3", "100.00%", "1"]
     assert "297" not in result.stderr and "for --max-error 5% 117 rows are needed" in result.stderr
+
+
+def test_of_equals_the_models_own_choice_counts(run: Run) -> None:
+    """It is the first of a row, whatever the order of the rows before."""
+    write(
+        [row({"sunny": 0.9, "rain": 0.1}), row({"rain": 0.5, "sunny": 0.5}, "rain"), row({"rain": 0.5, "sunny": 0.5})]
+    )
+    table = run("calibrate", "labelled.jsonl").stdout.splitlines()
+    assert table[0].split("\t")[1:4] == ["3", "100.00%", "1"]
 
 
 @for_each(
@@ -307,6 +321,13 @@ def test_nothing_to_learn_from(run: Run) -> None:
     assert run("calibrate", "labelled.jsonl", "--plot", "no/such.svg").exit_code == 73
 
 
+def test_more_rows_than_fit_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CALIBRATION_ROWS", 2)
+    write([row({"sunny": 0.9, "rain": 0.1})] * 3)
+    result = run("calibrate", "labelled.jsonl")
+    assert result.exit_code == 65 and "labelled.jsonl, line 3: more than 2 rows" in result.stderr
+
+
 def test_rows_of_two_models(run: Run) -> None:
     sure = {"sunny": 0.9, "rain": 0.1}
     write([row(sure), row(sure, model="other")])
@@ -340,7 +361,7 @@ SOUND: Row = {
         {"levels": [{"threshold": 2.0, "answered": 5, "wrong": 1}]},
         {"levels": [{"threshold": 0.0}]},
         {"levels": 7},
-        {"levels": SOUND["levels"] * 501},
+        {"levels": SOUND["levels"] * limits.CALIBRATION_LEVELS},
         {"made_with": []},
         {"made_with": {"root": "/"}},
         {"more": 1},
@@ -371,7 +392,7 @@ class Weather(Told):
 
 
 class Larger(Weather):
-    """It says `rain` of everything but of what has `free`, `bad` or `gone` in its name."""
+    """It says `rain` of everything but of what has `bad` or `gone` in its name."""
 
     model, where = "large", "http://large/v1"
 
@@ -385,8 +406,6 @@ class Larger(Weather):
         self.together.wait(60)
         if "bad" in name:
             raise ServerFailed("large", "answers with nothing")
-        if "free" in name:
-            return Answer("It rains.", "stop", 5, 0, 3, 0.0, 0.0)
         if "gone" in name:
             raise ModelUnusable("large", "the key is wrong")
         return Answer("rain", "stop", 5, 0, 1, 0.0, 0.0, {"rain": 0.9, "sunny": 0.1}, 0.9)
@@ -439,13 +458,6 @@ def test_a_larger_model_is_asked_about_what_is_open_several_at_a_time() -> None:
     said = {"model": "large", "answer": "rain", "probabilities": {"rain": 0.9, "sunny": 0.1}, "answer_probability": 0.9}
     failed = {"model": "large", "error": {"type": "ServerFailed", "message": "answers with nothing"}}
     assert details == [None, said, failed, None, said]
-
-
-def test_a_larger_model_that_does_not_choose() -> None:
-    asked = request("0.5-sunny-free")
-    answer = JudgedEngine(Weather(), promise(0.6), Larger()).answer(asked.conversation, asked.sampling)
-    error = {"type": "NoAnswer", "message": "answers with none of the choices: It rains."}
-    assert answer.text == "unsure" and answer.details()["escalated"]["error"] == error
 
 
 def test_a_larger_model_that_is_gone_is_not_asked_again() -> None:
@@ -633,6 +645,31 @@ def test_what_at_least_leaves_open_is_escalated(run: Run, weather: Larger) -> No
     result = run(*WEATHER, *words, "--escalate", "http://large/v1")
     assert [json.loads(line)["answer"] for line in result.stdout.splitlines()] == ["sunny", "rain"]
     assert weather.asked == ["0.6-sunny-b.png"]
+
+
+def test_escalation_to_llava_serve(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engines: Callable[[str], LocalEngine]
+) -> None:
+    """Over HTTP, with probabilities; whatever `--or` says, it chooses."""
+    real = module.open_engine
+    monkeypatch.setattr(module, "open_engine", lambda s, *tell: real(s, *tell) if s.remote.server else Weather())
+    pictures("0.99-sunny-a", *(f"0.6-sunny-{number}" for number in range(6)), "0.99-rain-b")
+    Path("cal.json").write_text(json.dumps(SOUND | {"made_with": {"model": "builtin"}}))
+    larger = engines("llava-llama")
+    with in_thread(larger, tmp_path) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        words = (*WEATHER, "--calibration", "cal.json", "--max-error", "1%", "--or", "who knows", "--escalate", url)
+        result = run(*words, "-o", "out.jsonl")
+        assert result.exit_code == 0, result.stderr
+        assert server.metric("llava_requests_total") == 6
+    first, *asked, last = rows_of("out.jsonl")
+    assert "escalated" not in {**first, **last} and "6 escalated" in result.stderr
+    for row in asked:
+        question = Conversation().ask(row["question"], [open_picture(row["image"])])
+        alone = larger.answer(question, Sampling(choices=("sunny", "rain"), max_tokens=512))
+        assert row["answer"] == row["escalated"]["answer"] == alone.text
+        assert row["escalated"]["probabilities"] == pytest.approx(alone.probabilities, abs=1e-5)
+        assert row["escalated"]["model"] == larger.model and row["probabilities"]["sunny"] < row["threshold"]
 
 
 def test_no_larger_model_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

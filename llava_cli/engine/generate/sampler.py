@@ -10,11 +10,12 @@ from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.generate.constraint import Constraint
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
     import torch
+
+    from llava_cli.engine.generate.constraint import Constraint
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures up to this are greedy: logits divided by less may overflow, and only ties would be drawn at random."""

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from llava_cli.engine.base import Answer, Confidence, FinishReason
 from llava_cli.engine.generate.confidence import as_numbers, confidence_in
-from llava_cli.engine.generate.constraint import Constraint
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.positions import Positions
 from llava_cli.engine.generate.sampler import ForcedTokens, Sampler
 
 if TYPE_CHECKING:
     import torch
+
+    from llava_cli.engine.generate.constraint import Constraint
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Sequence:
     """Request `number`: its prompt, as `inputs` of the model, and the tokens of its answer.
 
     An answer is complete after one of `end_tokens` or `max_tokens` tokens, or where its detokenizer has stopped: after
-    a stop text or, where it has to have a form, when that is complete. Such a form is its own detokenizer.
+    a stop text or, where it has to have a form, when that is complete.
     """
 
     images: tuple[str, ...] = ()
@@ -57,6 +58,8 @@ class Sequence:
     top_logprobs: int | None = None
     positions: Positions
     """Of its tokens; the batch that it joins asks the model for them."""
+    constraint: Constraint | None = None
+    """The form that the answer has to have, if any; it is the detokenizer, too."""
     cached_tokens: int = 0
     """How many of the prompt's tokens need not be read, because the prompt cache has them."""
     text_of: Callable[[list[int], int], str] | None = None
@@ -135,7 +138,6 @@ class Sequence:
             self.on_token(Token(text))
         whole = "".join(self._pieces)
         reason: FinishReason = "stop" if self._has_ended or self._detokenizer.stopped else "length"
-        constraint = self._detokenizer if isinstance(self._detokenizer, Constraint) else None
         return Answer(
             text=whole,
             finish_reason=reason,
@@ -144,7 +146,7 @@ class Sequence:
             answer_tokens=len(self.answer_ids),
             first_token_seconds=self._first_token - self._begin,
             total_seconds=time.perf_counter() - self._begin,
-            data=constraint.data(whole) if constraint and reason == "stop" else None,
+            data=self.constraint.data(whole) if self.constraint and reason == "stop" else None,
             confidence=self._confidence(),
         )
 
