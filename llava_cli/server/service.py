@@ -41,7 +41,7 @@ class Service:
         self.logprobs_lane = WorkerLane(1)
         """For responses with probabilities: up to half a second of decoding single tokens."""
         self._form_lanes = {is_own: WorkerLane(1) for is_own in (False, True)}
-        """For schemas, regular expressions and grammars: some take seconds to compile."""
+        """For schemas, regular expressions and grammars: some take a second to compile."""
         self.started = self.last_request = time.monotonic()
         self.metrics = Metrics(lambda: self.running, lambda: generation.prompt_cache.nbytes)
         self.is_stopping = False
