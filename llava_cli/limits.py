@@ -67,7 +67,7 @@ TEXT_CHARACTERS = 1_000_000
 REQUEST_STOPS = 64
 """Texts that end an answer; each token is checked against each of them."""
 REQUEST_SCHEMA_CHARACTERS = 100_000
-"""Of a schema over TCP: one of this size compiles in 2 s, during which others wait."""
+"""Of a schema over TCP: one of this size compiles in up to 1 s, during which other forms wait."""
 REQUEST_CHOICES_CHARACTERS = 4_000
 """Of all choices of a request over TCP: each is read in up to eight spellings, in one step."""
 FORM_SECONDS = 3.0

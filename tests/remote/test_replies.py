@@ -26,6 +26,7 @@ from llava_cli.bounded_http import Deadline, Response
 from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Request
 from llava_cli.engine.remote import local_server_engine, remote_engine
+from llava_cli.engine.remote.dialects import DIALECTS, PLAIN, Dialect
 from llava_cli.engine.remote.openai_client import OpenAIClient
 from llava_cli.engine.remote.openai_response import RetryableError
 from llava_cli.engine.remote.remote_engine import RemoteEngine
@@ -112,7 +113,7 @@ def head(size: int, status: int = 200) -> bytes:
     return f"HTTP/1.1 {status} It\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n".encode()
 
 
-def client_of(data: bytes) -> OpenAIClient:
+def client_of(data: bytes, dialect: Dialect = PLAIN) -> OpenAIClient:
     """A client of a server that sends these very bytes and hangs up."""
 
     def post(path: str, body: dict[str, Any]) -> Response:
@@ -125,7 +126,7 @@ def client_of(data: bytes) -> OpenAIClient:
             ours.close()
             raise RetryableError(str(error)) from None
 
-    return OpenAIClient("its", post, lambda picture: picture.name)
+    return OpenAIClient("its", post, lambda picture: picture.name, dialect=dialect)
 
 
 def check(ask: Callable[[], Answer]) -> bool:
@@ -144,8 +145,8 @@ def check(ask: Callable[[], Answer]) -> bool:
     return True
 
 
-def whole(client: OpenAIClient) -> Answer:
-    return client.complete(Request(ASKED, Sampling()))
+def whole(client: OpenAIClient, sampling: Sampling = Sampling()) -> Answer:  # noqa: B008
+    return client.complete(Request(ASKED, sampling))
 
 
 def streamed(client: OpenAIClient) -> Answer:
@@ -172,6 +173,26 @@ def test_no_answer_is_a_traceback() -> None:
         data = json.dumps(said).encode()
         answers += check(lambda data=data: whole(client_of(head(len(data)) + data)))  # type: ignore[misc]
     assert 100 < answers < 1100
+
+
+@for_each("dialect", ["llava", "vllm", "openai"])
+def test_no_answer_of_a_form_is_a_traceback(dialect: str) -> None:
+    tokens = [{"token": "red", "logprob": -0.1, "top_logprobs": [{"token": "blue", "logprob": -3}]}]
+    details = {"probabilities": {"red": 0.9, "blue": 0.1}, "answer_probability": 0.5, "data": [1], "sight": 0.2}
+    details["confidence"] = {"mean": 0.5, "lowest": 0.25, "lowest_token": "red"}
+    message = {"role": "assistant", "content": "red", "llava": details}
+    right = {"choices": [{"message": message, "finish_reason": "stop", "logprobs": {"content": tokens}}]}
+    sampling, rng, answers = Sampling(choices=("red", "blue"), confidence=True), Random(8), 0
+
+    def ask(said: Any) -> Answer:
+        data = json.dumps(said).encode()
+        client = client_of(head(len(data)) + data, DIALECTS.get(dialect, PLAIN))
+        return whole(client, sampling)
+
+    assert ask(right).probabilities
+    for _ in range(400):
+        answers += check(lambda: ask(mutated(mutated(right, rng), rng)))
+    assert 30 < answers < 370
 
 
 def test_no_stream_is_a_traceback() -> None:

@@ -6,16 +6,7 @@ import time
 from typing import Any
 
 from llava_cli.engine.base import Answer, FinishReason
-from llava_cli.engine.remote.choice_logprobs import TokenLogprobs
-from llava_cli.engine.remote.openai_response import (
-    Message,
-    answer_details,
-    finish_reason,
-    first_choice,
-    parse_message,
-    token_count,
-    token_logprobs,
-)
+from llava_cli.engine.remote.openai_response import Message, finish_reason, first_choice, parse_message, token_count
 from llava_cli.untrusted_text import one_line
 
 
@@ -29,9 +20,8 @@ class AnswerBuilder:
         self._other: list[Message] = []
         """Messages with something besides text: a refusal, reasoning or tool calls."""
         self._usage: Any = None
-        self._details: dict[str, Any] = {}
-        self.logprobs: list[TokenLogprobs] = []
-        """Of the answer's tokens, where the server tells them."""
+        self.choices: list[dict[str, Any]] = []
+        """What the answer is made of, as it came."""
         self._pieces = 0
         self.has_choices = False
         self.finish_reason: str | None = None
@@ -47,8 +37,7 @@ class AnswerBuilder:
         choice, self.has_choices = first_choice(event), True
         self.finish_reason = finish_reason(choice) or self.finish_reason
         message = parse_message(choice)
-        self.logprobs += token_logprobs(choice)
-        self._details = answer_details(choice) or self._details
+        self.choices.append(choice)
         if message.refusal or message.reasoning or message.has_tool_calls:
             self._other.append(message)
         if text := message.text if self._text else message.text.lstrip():
@@ -88,5 +77,4 @@ class AnswerBuilder:
             answer_tokens=token_count(usage.get("completion_tokens")) or self._pieces,
             first_token_seconds=(self._first_token or now) - self._begin,
             total_seconds=now - self._begin,
-            **self._details,
         )

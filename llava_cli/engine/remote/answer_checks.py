@@ -12,6 +12,7 @@ from llava_cli.choices import spellings
 from llava_cli.engine.base import Answer, Confidence
 from llava_cli.engine.remote.choice_logprobs import TokenLogprobs, choice_probabilities
 from llava_cli.engine.remote.dialects import Dialect
+from llava_cli.engine.remote.openai_response import answer_details, token_logprobs
 from llava_cli.errors import NoAnswer, ServerFailed, printable
 from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import one_line
@@ -23,16 +24,18 @@ _BOUNDS = bounded_json.Bounds(limits.REPLY_BYTES, limits.REPLY_DEPTH, limits.REP
 
 
 def checked_answer(
-    server: str, dialect: Dialect, fits: Fits, sampling: Sampling, answer: Answer, tokens: Sequence[TokenLogprobs]
+    server: str, dialect: Dialect, fits: Fits, sampling: Sampling, answer: Answer, told: Sequence[dict[str, Any]]
 ) -> Answer:
-    """The answer with all that was asked for, from its tokens' log-probabilities if it was not told.
+    """The answer with all that was asked for: as the server has `told`, or from its tokens' log-probabilities.
 
     `fits` is asked about regular expressions and grammars. Raises `NoAnswer` if it has not the form that was asked for,
-    and `ServerFailed` if something else is missing.
+    `ServerFailed` if something else is missing, and `MalformedResponse`.
     """
     if dialect.is_llava:
+        answer = replace(answer, **{name: value for choice in told for name, value in answer_details(choice).items()})
         _check_told(server, sampling, answer)
-    else:
+    elif sampling.confidence or sampling.choices:
+        tokens = [token for choice in told for token in token_logprobs(choice)]
         if sampling.confidence:
             answer = replace(answer, confidence=_confidence(server, tokens))
         if sampling.choices:

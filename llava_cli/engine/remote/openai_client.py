@@ -139,8 +139,9 @@ class OpenAIClient:
         if failure := builder.failure():
             hint = "--max-tokens N lets it say more" if builder.finish_reason == "length" else ""
             raise NoAnswer(self._name, failure, hint)
-        answer, dialect = builder.answer(), self._dialect
-        yield Chunk("", checked_answer(self._name, dialect, self._fits, sampling, answer, builder.logprobs))
+        with self.response_errors():
+            answer = checked_answer(self._name, self._dialect, self._fits, sampling, builder.answer(), builder.choices)
+        yield Chunk("", answer)
 
     def _body(self, conversation: Conversation, sampling: Sampling) -> dict[str, Any]:
         """The request for the conversation's next answer. Raises `UsageError` for what the server cannot do."""

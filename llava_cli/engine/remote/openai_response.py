@@ -24,6 +24,8 @@ _FIELDS_WITHOUT_DATA = (b":", b"event:", b"id:", b"retry:")
 """Lines of server-sent events that are not `data:` (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
 _TEXT_PARTS = ("text", "output_text", None)
 _REASONING_PARTS = ("thinking", "reasoning")
+_LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity."""
 _ERROR_KEYS = ("message", "detail", "msg")
 """Where an error that does not have OpenAI's form keeps its message."""
 _FINISH_REASONS = {
@@ -173,15 +175,20 @@ def token_logprobs(choice: dict[str, Any]) -> list[TokenLogprobs]:
     """The log-probabilities of a choice's tokens; none where they are not told. Raises `MalformedResponse`."""
     content = choice["logprobs"].get("content") if isinstance(choice.get("logprobs"), dict) else None
     return [
-        TokenLogprobs(*_logprob(token), dict(_logprob(other) for other in token.get("top_logprobs") or []))
-        for token in map(as_object, content if isinstance(content, list) else [])
+        TokenLogprobs(*_logprob(token), dict(_logprob(other) for other in _list_or_empty(token.get("top_logprobs"))))
+        for token in map(as_object, _list_or_empty(content))
     ]
 
 
 def _logprob(token: Any) -> tuple[str, float]:
-    """A token's text and log-probability."""
+    """A token's text and log-probability, which some servers leave out where it is minus infinity."""
     fields = as_object(token)
-    return as_text(fields.get("token")), min(_number(fields.get("logprob")), 0.0)
+    logprob = fields.get("logprob")
+    return as_text(fields.get("token")), _LEAST_LOGPROB if logprob is None else min(_number(logprob), 0.0)
+
+
+def _list_or_empty(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def answer_details(choice: dict[str, Any]) -> dict[str, Any]:
