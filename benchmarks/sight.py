@@ -165,6 +165,10 @@ def area(scores: list[float], is_higher: list[bool]) -> float:
     return float(wins / (len(high) * len(low))) if len(high) and len(low) else math.nan
 
 
+def shown(number: float) -> str:
+    return "-" if math.isnan(number) else f"{number:.2f}"
+
+
 def row(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -177,7 +181,7 @@ def print_areas(found: dict[str, list[Scored]]) -> None:
 
     def areas(label: str, score: Callable[[Scored], float]) -> None:
         cells = (area([score(one) for one in rows], [one.is_right for one in rows]) for rows in columns.values())
-        row(label, *("-" if math.isnan(cell) else f"{cell:.2f}" for cell in cells))
+        row(label, *map(shown, cells))
 
     areas("confidence, mean", lambda one: float(one.seen.mean()))
     areas("confidence, lowest", lambda one: float(one.seen.min()))
@@ -235,7 +239,7 @@ def print_choices(engine: LocalEngine, count: int) -> None:
             [max((answer.probabilities or {"": 0.0}).values()) for answer in found],
             [a.sight or 0.0 for a in found],
         )
-        row(kind, f"{right.count(False)} of {len(right)}", *(f"{area(score, right):.2f}" for score in scores))
+        row(kind, f"{right.count(False)} of {len(right)}", *(shown(area(score, right)) for score in scores))
 
 
 def main() -> None:

@@ -70,6 +70,12 @@ REQUEST_SCHEMA_CHARACTERS = 100_000
 """Of a schema over TCP: one of this size compiles in up to 1 s, during which other forms wait."""
 REQUEST_CHOICES_CHARACTERS = 4_000
 """Of all choices of a request over TCP: each is read in up to eight spellings, in one step."""
+FORM_SECONDS = 3.0
+"""To compile a schema, regex or grammar in the sandbox."""
+FORM_MEMORY = 2**29
+"""Bytes of address space for that."""
+FORM_STACK_BYTES = 2 * 2**20
+"""Of stack for that: a quarter of what the server's threads have."""
 REQUEST_PICTURES = 64
 REQUEST_PICTURE_BYTES = 20_000_000
 REQUEST_PIXELS = 100_000_000
@@ -87,7 +93,8 @@ REPLY_HEAD_BYTES = 65_536
 """Of a status line with its headers, and of a requested URL, also that of a picture."""
 REPLY_ERROR_BYTES = 1_000_000
 """Of the body of an error."""
-REPLY_DEPTH = 32
+REPLY_DEPTH = 72
+"""Of a reply's JSON: an answer's object in it may have `ANSWER_DEPTH` levels."""
 REPLY_ITEMS = 2_000_000
 REPLY_TOKENS = 1_000_000_000
 """The most that a server may report for a prompt or an answer."""
@@ -148,6 +155,8 @@ COMMIT_BYTES = 100
 ROW_BYTES = 64_000_000
 ROW_DEPTH = 64
 ROW_ITEMS = 1_000_000
+ANSWER_DEPTH = 60
+"""Of the object that an answer is, which stands in a row and in a reply."""
 CHOICES = 256
 """Answers that a model chooses from; each is read in up to eight spellings."""
 CHOICE_CHARACTERS = 1_000

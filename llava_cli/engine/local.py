@@ -13,7 +13,6 @@ from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.forward import release_memory
 from llava_cli.engine.generate.batch import Batch, can_batch
-from llava_cli.engine.generate.choices import ChoiceReplay, ChoiceSequence, ChoiceTree
 from llava_cli.engine.generate.detokenizer import Detokenizer, text_of
 from llava_cli.engine.generate.end_tokens import all_end_tokens
 from llava_cli.engine.generate.picture_inputs import count_pictures
@@ -33,6 +32,7 @@ from llava_cli.settings import Sampling
 if TYPE_CHECKING:
     import torch
 
+    from llava_cli.engine.generate.choices import ChoiceSequence, ChoiceTree
     from llava_cli.engine.generate.constraint import Grammars
 
 MAX_TREES = 64
@@ -100,6 +100,8 @@ class LocalEngine(Engine):
             reason = "has no token that ends an answer, so nobody can say how probable a whole one is"
             raise ModelUnusable(self.model, reason, "ask without --choices")
         if choices not in self._trees:
+            from llava_cli.engine.generate.choices import ChoiceTree
+
             tree = ChoiceTree(choices, self.prompter.answer_ids, self.end_tokens)
             self._trees = {**dict(list(self._trees.items())[-MAX_TREES:]), choices: tree}
         return self._trees[choices]
@@ -262,8 +264,11 @@ class LocalEngine(Engine):
         conversation = unseen(request.conversation)
         inputs, tokenizer = self._encode(conversation), self.prompter.tokenizer
         replay: Follower
-        if isinstance(sequence, ChoiceSequence):
-            replay = ChoiceReplay(sequence.number, inputs, sequence.tree, request.sampling, tokenizer, 0.0)
+        if sequence.chooses:
+            from llava_cli.engine.generate.choices import ChoiceReplay
+
+            tree = self._choice_tree(request.sampling.choices)
+            replay = ChoiceReplay(sequence.number, inputs, tree, request.sampling, tokenizer, 0.0)
         else:
             replay = Replay(sequence.number, inputs, Detokenizer(tokenizer))
         replay.images = tuple(_identity(picture) for picture in conversation.pictures)
@@ -287,6 +292,8 @@ class LocalEngine(Engine):
     def _choice_sequence(
         self, number: int, inputs: dict[str, torch.Tensor], sampling: Sampling, begin: float
     ) -> ChoiceSequence:
+        from llava_cli.engine.generate.choices import ChoiceSequence
+
         tree, length = self._choice_tree(sampling.choices), inputs["input_ids"].shape[1]
         if self._max_tokens(length, tree.depth + 1) <= tree.depth:
             reason = f"{length} tokens, and {tree.depth} of a choice; {self.model} reads at most {self.context}"

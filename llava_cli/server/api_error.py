@@ -39,6 +39,9 @@ class ApiError(Exception):
             return cls(400, str(error), "messages", "context_length_exceeded")
         if isinstance(error, OutOfMemory):
             return cls(503, "not enough memory for this request", code="out_of_memory", retry_after=5)
+        if isinstance(error, UsageError) and error.thing.startswith("--"):  # an answer that its form cannot have
+            option = error.thing[2:]
+            return cls(400, f"{option}: {error.reason}", option)
         if isinstance(error, (BadImage, UsageError)):
             return cls(400, str(error), "messages")
         return cls(500, "the model failed while answering", code="model_failed")

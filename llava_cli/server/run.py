@@ -80,7 +80,7 @@ def serve(
         try:
             asyncio.run(_run(app, sockets, service, policy, lambda: on_ready(server_info())))
         finally:
-            service.pictures.close()
+            service.close()
         if generation.device_lost:
             raise generation.device_lost
 

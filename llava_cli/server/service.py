@@ -18,6 +18,7 @@ from llava_cli.server.api_error import ApiError
 from llava_cli.server.bodies import RequestBodies
 from llava_cli.server.chat_request import ChatRequest
 from llava_cli.server.chat_response import ChatResponse
+from llava_cli.server.form_sandbox import FormSandbox
 from llava_cli.server.generation import GenerationService, PendingRequest
 from llava_cli.server.metrics import Metrics
 from llava_cli.server.pictures import PictureOpener, RequestPictures
@@ -41,13 +42,20 @@ class Service:
         self.logprobs_lane = WorkerLane(1)
         """For responses with probabilities: up to half a second of decoding single tokens."""
         self._form_lanes = {is_own: WorkerLane(1) for is_own in (False, True)}
-        """For schemas, regular expressions and grammars: some take a second to compile."""
+        """For schemas, regular expressions and grammars: some take seconds to compile."""
+        self._form_sandboxes = {is_own: FormSandbox() for is_own in (False, True)}
         self.started = self.last_request = time.monotonic()
         self.metrics = Metrics(lambda: self.running, lambda: generation.prompt_cache.nbytes)
         self.is_stopping = False
         self._running = {True: 0, False: 0}  # by whether they are the user's own
         tokenizer = generation.engine.prompter.tokenizer
         self._decode_token = lru_cache(65_536)(lambda token: str(tokenizer.decode([token])))
+
+    def close(self) -> None:
+        """Ends the sandboxes."""
+        self.pictures.close()
+        for sandbox in self._form_sandboxes.values():
+            sandbox.close()
 
     @property
     def running(self) -> int:
@@ -106,6 +114,8 @@ class Service:
             form.check_size()
         sampling = chat.sampling(defaults, form)
         try:
+            if option := sampling.grammar_option:
+                self._form_sandboxes[is_own].check(option, getattr(sampling, option.key))
             self.generation.engine.prepare_form(sampling)
         except (UsageError, ModelUnusable) as error:
             raise form.error(error) from None

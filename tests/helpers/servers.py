@@ -121,7 +121,7 @@ def in_thread(
             one.close()
         for connection in list(state.connections):
             connection.transport.abort()
-        service.pictures.close()
+        service.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from llava_cli.engine.forward import Forward
-from llava_cli.engine.generate.choice_pass import read_trees
-from llava_cli.engine.generate.choices import ChoiceSequence
 from llava_cli.engine.generate.confidence import token_log_probabilities
 from llava_cli.engine.generate.picture_inputs import PER_IMAGE_INPUTS, SHARED_INPUTS, pictures_from, stack_pictures
 from llava_cli.engine.generate.positions import Positions
@@ -24,6 +22,8 @@ from llava_cli.models.families import READS_PARTS, READS_WHOLE
 
 if TYPE_CHECKING:
     import torch
+
+    from llava_cli.engine.generate.choices import ChoiceSequence
 
 PREFILL_TOKENS = {"cuda": 8192}
 """Tokens, padding included, that one forward pass reads, by device; what it makes of pictures is held at once, too."""
@@ -142,7 +142,7 @@ class Batch:
         """
         import torch
 
-        if choosing := [row for row, sequence in enumerate(self.sequences) if isinstance(sequence, ChoiceSequence)]:
+        if choosing := [row for row, sequence in enumerate(self.sequences) if sequence.chooses]:
             return self._choose(choosing)
         with torch.inference_mode():
             logits, likeliest = self._decode() if self.logits is None else (self.logits, self.logits.argmax(-1))
@@ -167,6 +167,8 @@ class Batch:
     def _choose(self, rows: list[int]) -> list[Sequence]:
         """Completes the answers of rows that choose from a list."""
         import torch
+
+        from llava_cli.engine.generate.choice_pass import read_trees
 
         choosing = [self.sequences[row] for row in rows]
         with torch.inference_mode():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava_cli.engine.forward import Forward
-from llava_cli.engine.generate.choices import ROOT, ChoiceSequence, ChoiceTree, TreeScores
+from llava_cli.engine.generate.choices import ROOT, ChoiceSequence, TreeScores
 from llava_cli.engine.kv_cache import RoomyCache
 
 if TYPE_CHECKING:
@@ -103,11 +103,11 @@ def _read_stepwise(
         scores.add([node], read(token, last + depth))
 
 
-def read_alone(prompt: Any, tree: ChoiceTree) -> TreeScores:
-    """Reads a tree behind a prompt that has its own cache (`sequential.LonePrompt`), which is copied at each fork."""
+def choose_alone(prompt: Any, sequence: Any) -> None:
+    """Completes a `ChoiceSequence` behind a `LonePrompt`, whose own cache is copied at each fork of the tree."""
     import torch
 
-    scores = TreeScores(tree)
+    tree, scores = sequence.tree, TreeScores(sequence.tree)
     scores.add([ROOT], prompt())
     read = {ROOT: prompt}
     children = {node: tree.parents.count(node) for node in {*tree.parents}}
@@ -117,4 +117,4 @@ def read_alone(prompt: Any, tree: ChoiceTree) -> TreeScores:
         scores.add([node], behind(torch.tensor([[token]], device=behind.device)))
         if node in children:
             read[node] = behind
-    return scores
+    sequence.choose(scores)

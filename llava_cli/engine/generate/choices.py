@@ -144,6 +144,8 @@ def _log_sum(values: collections.abc.Sequence[float]) -> float:
 class ChoiceSequence(Sequence):
     """A prompt whose answer is one of the choices of a tree. It is complete once the tree has been read."""
 
+    chooses = True
+
     def __init__(
         self,
         number: int,

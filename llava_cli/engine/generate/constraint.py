@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import limits
+from llava_cli.bounded_json import Bounds, Scanner, TooMuch
 from llava_cli.engine.generate.kept_schema import SCHEMA_HINT, kept_schema
 from llava_cli.errors import UsageError, plain_message
 from llava_cli.settings import OPTIONS, Sampling
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     import torch
     from llguidance import LLMatcher, LLTokenizer
 
-_COMPILED = 16
+COMPILED = 16
 """Grammars that are kept."""
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One line, with a space where `json.dumps` has one: free white space is what small models lose themselves in."""
 _JSON_EXACT = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": 'nrbtf\\"'}
 """Without \\u each name of an object can be written in one way only, so that none is there twice."""
+
+_ANSWER_BOUNDS = Bounds(limits.ROW_BYTES, limits.ANSWER_DEPTH, limits.ROW_ITEMS)
 
 _LARK_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?!/)(?:[^/\\\n]|\\.)+/|(?://|#)[^\n]*|(%json)\s*')
 """Strings, regexes and comments of a Lark grammar, and what is before a JSON schema."""
@@ -45,8 +48,13 @@ def check(sampling: Sampling) -> None:
 
     It needs no model: the grammar is compiled for a vocabulary of bytes.
     """
-    if sampling.grammar_option:
-        _bytes_alone().constraint(sampling)
+    if option := sampling.grammar_option:
+        check_text(option.key, getattr(sampling, option.key))
+
+
+def check_text(key: str, text: str) -> None:
+    """The same, for the text of the option `key`."""
+    _bytes_alone().compiled(key, text)
 
 
 def fits(sampling: Sampling, text: str) -> bool:
@@ -71,26 +79,36 @@ class Grammars:
             texts[end] = None
         self._vocabulary = _Vocabulary(texts, ends)
         self._tokenizer: LLTokenizer = Tokenizer(self._vocabulary, eos_token=ends)  # type: ignore[arg-type]
-        self._compile = lru_cache(_COMPILED)(self._compiled)
+        self._compile = lru_cache(COMPILED)(self._matchers_of)
         self._lock = threading.Lock()
 
     def constraint(self, sampling: Sampling) -> Constraint:
         """A new answer's. Raises `UsageError`."""
         option = sampling.grammar_option
         assert option
-        with self._lock:
-            matchers = self._compile(option.key, getattr(sampling, option.key))
+        matchers = self.compiled(option.key, getattr(sampling, option.key))
         return Constraint(self, *matchers, option.flag, is_json=option.key == "schema")
+
+    def compiled(self, key: str, text: str) -> tuple[LLMatcher, LLMatcher]:
+        """The grammar in the text of the option `key`, and behind a space, to be copied for each answer.
+
+        Raises `UsageError`.
+        """
+        with self._lock:
+            return self._compile(key, text)
 
     def bytes_of(self, token: int) -> bytes:
         return self._vocabulary.tokens[token]
 
-    def _compiled(self, key: str, text: str) -> tuple[LLMatcher, LLMatcher]:
+    def _matchers_of(self, key: str, text: str) -> tuple[LLMatcher, LLMatcher]:
         """A grammar as it is, and behind a space."""
         from llguidance import LLMatcher, LLParserLimits
 
         flag, bounds = OPTIONS[key].flag, LLParserLimits(max_lexer_states=limits.GRAMMAR_STATES, verbose_errors=False)
-        grammars = (_LARK[key](flag, text, "start"), f'start: " " {_INNER}\n{_LARK[key](flag, text, _INNER)}')
+        try:
+            grammars = (_LARK[key](flag, text, "start"), f'start: " " {_INNER}\n{_LARK[key](flag, text, _INNER)}')
+        except RecursionError:
+            raise UsageError(flag, "nested too deep", _HINTS[key]) from None
         matcher, spaced = (LLMatcher(self._tokenizer, grammar, log_level=0, limits=bounds) for grammar in grammars)
         if not (error := matcher.get_error()):
             probe = matcher.deep_copy()
@@ -163,12 +181,21 @@ class Constraint:
         return bool(self._problem) or self._matcher.is_stopped()
 
     def data(self, text: str) -> Any:
-        """What a complete answer says, where it is JSON. Raises `UsageError` if it could not go on."""
+        """What a complete answer says, where it is JSON.
+
+        Raises `UsageError` if it could not go on, or is nested deeper than programs read.
+        """
         if self._problem:
             raise UsageError(
                 self._flag, f"the answer cannot go on after {len(text)} characters: {_reason(self._problem)}"
             )
-        return _parsed(text) if self._is_json else None
+        if not self._is_json:
+            return None
+        try:
+            Scanner(_ANSWER_BOUNDS).feed(text.encode())
+        except TooMuch as error:
+            raise UsageError(self._flag, f"the answer is {error}") from None
+        return _parsed(text)
 
 
 class _Vocabulary:

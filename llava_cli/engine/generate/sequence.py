@@ -60,6 +60,8 @@ class Sequence:
     """Of its tokens; the batch that it joins asks the model for them."""
     constraint: Constraint | None = None
     """The form that the answer has to have, if any; it is the detokenizer, too."""
+    chooses: bool = False
+    """Whether the answer comes from a list, which is read instead of tokens being added: it is a `ChoiceSequence`."""
     cached_tokens: int = 0
     """How many of the prompt's tokens need not be read, because the prompt cache has them."""
     text_of: Callable[[list[int], int], str] | None = None

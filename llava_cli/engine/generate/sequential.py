@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
-from llava_cli.engine.generate.choice_pass import read_alone
-from llava_cli.engine.generate.choices import ChoiceSequence
 from llava_cli.engine.generate.confidence import token_log_probabilities
 from llava_cli.engine.generate.sequence import Sequence
 
@@ -70,8 +68,10 @@ class LonePrompt:
 def generate_alone(model: Any, sequence: Sequence) -> Iterator[None]:
     """Appends a token to the sequence each time it is advanced, until the answer is complete."""
     read = LonePrompt(model, sequence.inputs)
-    if isinstance(sequence, ChoiceSequence):
-        sequence.choose(read_alone(read, sequence.tree))
+    if sequence.chooses:
+        from llava_cli.engine.generate.choice_pass import choose_alone
+
+        choose_alone(read, sequence)
         yield
         return
     token = None
