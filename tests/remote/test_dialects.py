@@ -165,6 +165,14 @@ def test_a_server_without_logprobs_chooses_all_the_same(peer: Peer, run: Run, dr
     assert "none of the choices" in checked.stderr
 
 
+def test_our_own_servers_data_is_taken_as_it_is(peer: Peer, run: Run, drawing: Path) -> None:
+    """A number beyond a double's range is the nearest one there, too."""
+    number = int(1.7976931348623157e308)
+    peer.models, peer.usual = owned("llava"), told(text='{"a": ' + "9" * 500 + "}", llava={"data": {"a": number}})
+    asked = run("ask", "--server", peer.url, "--json", drawing, QUESTION, "--schema", "a int")
+    assert json.loads(asked.stdout)["data"] == {"a": number}, asked.stderr
+
+
 def test_a_batch_ends_where_the_server_cannot_do_it(peer: Peer, run: Run, drawing: Path) -> None:
     peer.models = owned("llamacpp")
     ended = run("batch", "--server", peer.url, drawing, QUESTION, "--regex", "a")

@@ -40,7 +40,7 @@ def checked_answer(
             answer = replace(answer, confidence=_confidence(server, tokens))
         if sampling.choices:
             answer = _chosen(server, dialect, sampling, answer, tokens)
-    if sampling.grammar_option and answer.finish_reason == "stop":
+    if sampling.grammar_option and answer.finish_reason == "stop" and answer.data is None:
         answer = replace(answer, data=_data(server, fits, sampling, answer.text))
     return answer
 
