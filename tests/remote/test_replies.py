@@ -329,7 +329,7 @@ EMPTY = b'data: {"choices": []}\n\n'
             "marks around chunks larger than 10 MB",
         ),
         (Flood(b"data: {}\n\n", b"\0" * 1000 + b"\n"), STRANGE),
-        (Flood(b"data: " + b"[" * 100_000, b"\n\n"), "its answer is refused: nested deeper than 32 levels\n"),
+        (Flood(b"data: " + b"[" * 100_000, b"\n\n"), "its answer is refused: nested deeper than 72 levels\n"),
         (Flood(b'data: {"choices": [' + b"0," * 1_500_000, b"0]}\n\n"), STRANGE),
         (Flood(b'data: {"choices": [' + b"[]," * 1_300_000, b"0]}\n\n"), "more than 2,000,000 values\n"),
         (Flood(b'data: {"choices": ' + b"9" * 3_000_000, b"}\n\n"), STRANGE),
@@ -341,7 +341,7 @@ def test_a_flood_fills_no_memory(
 ) -> None:
     monkeypatch.setattr(limits, "REPLY_BYTES", 5_000_000)
     assert (limits.REPLY_LINE_BYTES, limits.REPLY_HEAD_BYTES) == (4_000_000, 65_536)
-    assert (limits.REPLY_DEPTH, limits.REPLY_ITEMS, limits.REPLY_ERROR_BYTES) == (32, 2_000_000, 1_000_000)
+    assert (limits.REPLY_DEPTH, limits.REPLY_ITEMS, limits.REPLY_ERROR_BYTES) == (72, 2_000_000, 1_000_000)
     flood.sent = 0
     flood.over.clear()
     peer.usual = flood
