@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from llava_cli.engine.base import Answer, Confidence
 from llava_cli.engine.remote.choice_logprobs import TokenLogprobs, choice_probabilities
 from llava_cli.engine.remote.dialects import Dialect
 from llava_cli.engine.remote.openai_response import answer_details, token_logprobs
+from llava_cli.engine.remote.schema_check import misfit
 from llava_cli.errors import NoAnswer, ServerFailed, printable
 from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import one_line
@@ -95,9 +97,12 @@ def _data(server: str, fits: Fits, sampling: Sampling, text: str) -> Any:
             raise _other(server, f"does not fit {option and option.flag}", text)
         return None
     try:
-        return bounded_json.loads(text.encode(), _BOUNDS)
+        data = bounded_json.loads(text.encode(), _BOUNDS)
     except ValueError:
         raise _other(server, "is not JSON, though it was asked for", text) from None
+    if place := misfit(json.loads(sampling.schema), data):
+        raise _other(server, f"does not fit --schema{'' if place == '.' else f' at {one_line(place)}'}", text)
+    return data
 
 
 def _other(server: str, words: str, text: str) -> NoAnswer:
