@@ -118,6 +118,8 @@ def stats(answer: Answer, engine: Engine) -> str:
     speed = (
         f"{(answer.answer_tokens - 1) / decoding:.1f} tokens/s" if answer.answer_tokens > 1 and decoding else "1 token"
     )
+    if answer.probabilities:
+        speed = f"{len(answer.probabilities)} choices"
     source = engine.where or f"load {engine.load_seconds:.2f} s"
     prompt = f" of {answer.prompt_tokens}" if answer.prompt_tokens else ""
     memory = engine.peak_memory()
