@@ -32,3 +32,17 @@ def test_json_has_every_field(run: Run, drawing: Path) -> None:
     ]
     assert list(found["seconds"]) == ["load", "first_token", "total"]
     assert found["images"] == [str(drawing)]
+
+
+def test_an_answer_from_a_list(run: Run, drawing: Path) -> None:
+    asked = ("ask", "-q", drawing, "what color is the circle?", "--choices", "blue,red,light red")
+    assert run(*asked).stdout == "red\n"
+    found = json.loads(run(*asked, "--json").stdout)
+    assert found["answer"] == next(iter(found["probabilities"])) == "red"
+    assert set(found["probabilities"]) == {"blue", "red", "light red"}
+    assert found["answer_probability"] > 0.9
+    told = run(*asked, "--stats", "--or", "unsure", "--at-least", "1")
+    assert told.stdout == "unsure\n"
+    assert " · 3 choices · " in told.stderr
+    little = run("ask", drawing, "what color is the circle?", "--choices", "square,star")
+    assert "of this model's answers are among the choices" in little.stderr
