@@ -110,6 +110,7 @@ def main() -> None:
         for precision in ("4bit", "bf16"):
             engine = load(args.model, precision=precision) if args.model else loaded("1B", precision)
             assert isinstance(engine, LocalEngine)
+            vars(engine)["end_tokens"] = frozenset({engine.prompter.tokenizer.eos_token_id})  # random weights have none
             cost(f"1B, {precision}", engine, args.runs)
             del engine
     if args.only in (None, "accuracy"):

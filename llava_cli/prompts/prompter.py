@@ -105,17 +105,21 @@ class Prompter:
     def answer_ids(self, texts: list[str]) -> list[list[int]]:
         """The tokens of texts as answers, without what ends them: as the template puts an answer behind a prompt.
 
-        Each is tokenized together with what stands before it, since its first letters may merge with that.
+        Each is tokenized together with what stands before it, since its first letters may merge with that; where the
+        prompt's last character would be another token then (a space), behind a line break, which merges with nothing.
         """
-        before, between = self._before_answer
+        end, between = self._before_answer
         with self._lock:
-            head = self._plain_ids(before)
-            found = []
-            for text in texts:
-                ids = self._plain_ids(before + between + self._special_tokens.hide(text))
-                is_behind = ids[: len(head)] == head
-                found.append(ids[len(head) :] if is_behind else self._plain_ids(self._special_tokens.hide(text)))
-            return found
+            heads = [(head, self._plain_ids(head)) for head in (end, "\n")]
+            return [self._behind(heads, between + self._special_tokens.hide(text)) for text in texts]
+
+    def _behind(self, heads: list[tuple[str, list[int]]], text: str) -> list[int]:
+        """The ids of a text behind the first of these heads, with their ids, whose ids stay what they are."""
+        for head, head_ids in heads:
+            ids = self._plain_ids(head + text)
+            if head_ids and ids[: len(head_ids)] == head_ids:
+                return ids[len(head_ids) :]
+        return self._plain_ids(text)
 
     @cached_property
     def _before_answer(self) -> tuple[str, str]:

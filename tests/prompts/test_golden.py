@@ -288,3 +288,16 @@ def test_an_answer_alone_has_the_tokens_that_it_has_in_the_whole_text(name: str,
         whole = prompter.encode(asked.answered(answer))["input_ids"][0].tolist()
         (ids,) = prompter.answer_ids([answer])
         assert whole[length : length + len(ids)] == ids, answer
+
+
+def test_an_answer_behind_a_prompt_that_ends_in_a_space(real: Callable[[str], Path], tmp_path: Path) -> None:
+    """That space is a token of the prompt already, so the answer's word has none."""
+    template = tmp_path / "space.jinja"
+    template.write_text(
+        "{% for m in messages %}{% for c in m.content if c.type == 'text' %}{{ m.role }}: {{ c.text }} {% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    prompter = load_prompter(LoadOptions(model=str(real(LLAVA)), template=str(template)))
+    for word in ("Yes", "no."):
+        (ids,) = prompter.answer_ids([word])
+        assert ids == prompter.tokenizer(f"\n{word}", add_special_tokens=False)["input_ids"][2:]
