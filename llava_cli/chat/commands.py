@@ -170,7 +170,8 @@ def _set(chat: Chat, arguments: str) -> Result:
         near = difflib.get_close_matches(name, names, n=1)
         raise UsageError(f"/set {printable(name)}", f"not one of {', '.join(names)}", f"/set {near[0]}" if near else "")
     if value := "".join(values).strip():
-        unset, is_default = chat.sampling.unset - {name}, value == "default"
+        is_default = value == "default" or (value == "none" and name in ("schema", "regex", "grammar"))
+        unset = chat.sampling.unset - {name}
         change: dict[str, Any] = {name: getattr(Sampling(), name) if is_default else value}
         chat.sampling = replace(chat.sampling, **change, unset=unset | {name} if is_default else unset)
         chat.note(f"{name} {getattr(chat.sampling, name)}")
@@ -181,16 +182,16 @@ def _set(chat: Chat, arguments: str) -> Result:
 def _choices(chat: Chat, typed: str) -> Result:
     if not typed:
         return ", ".join(chat.sampling.choices) or "none; /choices A,B,C answers with one of them"
-    match = _CHOICES.fullmatch(typed)
-    assert match
-    choices = () if typed == "none" else parse_choices("/choices", match[1])
-    at_least = OPTIONS["at_least"].convert("--at-least", match[3]) if match[3] else None
-    chat.sampling = replace(chat.sampling, choices=choices, otherwise=match[2], at_least=at_least)
+    words, *rest = _CHOICE_OPTIONS.split(typed)
+    given = dict(zip(rest[::2], rest[1::2], strict=True))
+    choices = () if words == "none" else parse_choices("/choices", words)
+    at_least = OPTIONS["at_least"].convert("--at-least", given["at-least"]) if "at-least" in given else None
+    chat.sampling = replace(chat.sampling, choices=choices, otherwise=given.get("or"), at_least=at_least)
     chat.note(f"choices: {', '.join(choices) or 'none'}")
     return None
 
 
-_CHOICES = re.compile(r"(.*?)(?: +--or +(.+?) +--at-least +(\S+))?", re.DOTALL)
+_CHOICE_OPTIONS = re.compile(r"\s+--(or|at-least)(?:\s+|$)")
 
 
 def _system(chat: Chat, text: str) -> Result:
@@ -245,7 +246,7 @@ COMMANDS = {
     "undo": Command(_undo, "", "Take back the last question and its answer."),
     "retry": Command(_retry, "", "Ask the last question again."),
     "set": Command(_set, "[NAME [VALUE]]", "Show or change how answers are made: /set temperature 0.7"),
-    "choices": Command(_choices, "[A,B,C]", "Answer with one of these; /choices none: with anything."),
+    "choices": Command(_choices, "[A,B,C [--or WORD --at-least P]]", "Answer with one of these; /choices none."),
     "system": Command(_system, "[TEXT]", "Show or change the instructions before the conversation; /system none."),
     "prompt": Command(_prompt, "", "Print the conversation exactly as the model reads it."),
     "stats": Command(_stats, "", "Print what the last answer took."),

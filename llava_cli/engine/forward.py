@@ -56,7 +56,7 @@ class Forward:
 
         with torch.inference_mode():
             # A lone token of each row is read as in a decode step.
-            mask = mask[:, 0] if ids.shape[1] == 1 else mask[:, None]
+            mask = mask[:, 0].long() if ids.shape[1] == 1 else mask[:, None]
             ids, mask, positions = (tensor.to(self._device) for tensor in (ids, mask, positions))
             options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             if self._head and (decoder := getattr(self.model, "token_forward", None)):

@@ -99,12 +99,13 @@ class LocalEngine(Engine):
         if not self.end_tokens:
             reason = "has no token that ends an answer, so nobody can say how probable a whole one is"
             raise ModelUnusable(self.model, reason, "ask without --choices")
-        if choices not in self._trees:
-            from llava_cli.engine.generate.choices import ChoiceTree
+        if tree := self._trees.get(choices):
+            return tree
+        from llava_cli.engine.generate.choices import ChoiceTree
 
-            tree = ChoiceTree(choices, self.prompter.answer_ids, self.end_tokens)
-            self._trees = {**dict(list(self._trees.items())[-MAX_TREES:]), choices: tree}
-        return self._trees[choices]
+        tree = ChoiceTree(choices, self.prompter.answer_ids, self.end_tokens)
+        self._trees = {**dict(list(self._trees.items())[-MAX_TREES:]), choices: tree}  # a server's threads share it
+        return tree
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         pieces: list[str] = []
@@ -151,16 +152,23 @@ class LocalEngine(Engine):
                 batch.remove(sequence)
 
     def _replayed(self, replay: Follower) -> Answer:
-        """Its answer; the prompt cache stays as it is."""
-        if self.can_batch(replay):
-            batch = Batch(self.network)
-            batch.join([replay])
-            while not batch.step():
-                pass
+        """Its answer; the first one without sight where memory does not suffice. The prompt cache stays as it is."""
+        try:
+            if self.can_batch(replay):
+                batch = Batch(self.network)
+                batch.join([replay])
+                while not batch.step():
+                    pass
+            else:
+                for _ in generate_alone(self.network, replay):
+                    pass
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
         else:
-            for _ in generate_alone(self.network, replay):
-                pass
-        return replay.finish()
+            return replay.finish()
+        release_memory(self.network)
+        return replay.first
 
     def _alone(self, sequence: Sequence) -> Iterator[Answer | None]:
         for _ in generate_alone(self.network, sequence):

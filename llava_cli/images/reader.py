@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Union
 
 from llava_cli import files, limits, regular_files
 from llava_cli.conversation import Picture
-from llava_cli.errors import InputMissing, LlavaError, os_reason, printable
+from llava_cli.errors import InputMissing, LlavaError, UsageError, os_reason, printable
 from llava_cli.images.sandbox import SandboxPool, shown_name, too_large
 from llava_cli.regular_files import NotRegular, TooLarge
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image as PillowImage
 
-Source = Union[str, os.PathLike[str], bytes, "Image", Picture]
+Source = Union[str, os.PathLike[str], bytes, "PillowImage", Picture]
 """A path, a URL, a file's bytes, Pillow's image, or a picture that is open."""
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
@@ -30,6 +30,8 @@ SUFFIXES = (
     *(".tif", ".tiff", ".avif", ".svg"),
 )
 """Suffixes of pictures: of those that we open, and of some others, whose error says what they are."""
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+"""Modes of Pillow's images that PNG has."""
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.-]+)://"
 _DOWNLOADERS = {
     "s3": "aws s3 cp {url} - | llava ask - QUESTION",
@@ -91,13 +93,23 @@ def picture_from(source: Source) -> Picture:
     if isinstance(source, (str, os.PathLike)):
         return open_picture(os.fspath(source))
     if not isinstance(source, bytes):
-        file = io.BytesIO()
-        source.save(file, "PNG")  # the only way to a picture is a file's: upright, RGB, on white
-        source = file.getvalue()
+        source = _as_png(source)
     picture = sandbox_pool().open("picture", source, False)
     if isinstance(picture, LlavaError):
         raise picture
     return picture
+
+
+def _as_png(image: PillowImage) -> bytes:
+    """A file of Pillow's image, since the only way to a picture is a file's: RGB, on white. It is upright."""
+    from PIL import Image, ImageOps
+
+    if not isinstance(image, Image.Image):
+        reason = f"{type(image).__name__} is neither a path, nor a file's bytes, nor an image of Pillow"
+        raise UsageError("picture", reason, "PIL.Image.fromarray(…) makes an image of an array")
+    file, upright = io.BytesIO(), ImageOps.exif_transpose(image)
+    (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(file, "PNG")
+    return file.getvalue()
 
 
 def start_sandbox() -> None:

@@ -532,6 +532,11 @@ def test_choices_of_a_chat(run: Run, drawing: Path) -> None:
     assert result.stdout.splitlines() == [
         *("none; /choices A,B,C answers with one of them", "red, green", "red", "unsure", "no")
     ]
+    other_order = ["/choices star,cross --at-least 0.999999 --or unsure", "what is this?"]
+    assert run("chat", drawing, "-q", input="\n".join(other_order)).stdout == "unsure\n"
+    assert "one is there without the other" in run("chat", drawing, "-q", input="/choices a,b --or unsure").stderr
+    without = ["/set regex yes|no", "what is this?", "/set regex none", "is there a star?"]
+    assert run("chat", drawing, "-q", input="\n".join(without)).stdout.splitlines()[-1] == "no"
     refused = run("chat", drawing, "-q", input="/choices red")
     assert (refused.exit_code, refused.stderr.splitlines()[0]) == (
         2,

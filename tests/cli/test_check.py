@@ -90,5 +90,17 @@ def test_the_fixture_looks_at_screenshots(llava: Engine, drawing: Path) -> None:
         llava.check(drawing, question, at_least=2)
 
 
+def test_images_of_pillow_are_upright_and_of_any_mode(llava: Engine, drawing: Path, tmp_path: Path) -> None:
+    image, question = Image.open(drawing), "is the circle left of the triangle?"
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter to the right
+    image.transpose(Image.Transpose.ROTATE_90).save(path := tmp_path / "turned.png", exif=exif)
+    turned, upright = llava.check(Image.open(path), question), llava.check(drawing, question)
+    assert turned.probability == pytest.approx(upright.probability)
+    assert llava.check(image.convert("CMYK"), "is there a circle?")
+    with pytest.raises(UsageError, match="list is neither a path"):
+        llava.check([[1, 2]], question)  # type: ignore[list-item]
+
+
 def test_a_program_checks_with_the_users_own_model(llava: Engine, drawing: Path) -> None:
     assert llava_cli.check(drawing, "is there a circle?")

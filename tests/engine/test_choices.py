@@ -15,6 +15,7 @@ from helpers.fidelity import Reference
 from helpers.made_family import Family
 from helpers.other_families import OTHERS
 from helpers.tables import for_each
+from PIL import Image
 
 from llava_cli import Answer, Conversation, Sampling, load, open_picture
 from llava_cli.choices import spellings
@@ -113,28 +114,44 @@ def close(answer: object, expected: Answer) -> bool:
     return answer.text == expected.text
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalEngine, list[Conversation]]:
+    """The built-in model, whose numbers say something, and questions about a picture."""
+    image = Image.new("RGB", (200, 150), "white")
+    image.paste("red", (20, 30, 80, 90))
+    image.save(path := tmp_path_factory.mktemp("drawn") / "square.png")
+    picture = [open_picture(str(path))]
+    asked = ["what color is the rectangle?", "is there a star?", "where is it?"]
+    return load("builtin", precision="fp32"), [Conversation().ask(question, picture) for question in asked]
+
+
 @for_each(
     "name, value",
-    [("PASS_LOGITS", 1), ("PASS_LOGITS", 3 * 700), ("_TREE_ATTENTION", ())],
+    [("PASS_LOGITS", 1), ("PASS_LOGITS", 9 * 640), ("_TREE_ATTENTION", ())],
     ids=["node by node", "in parts", "with the model's own masks"],
 )
 def test_a_tree_that_is_read_in_parts(
-    name: str, value: object, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+    name: str, value: object, drawn: tuple[LocalEngine, list[Conversation]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = [engine.answer(talk, SAMPLING) for talk in TALKS]
+    engine, talks = drawn
+    sampling = Sampling(choices=("red", "red and blue", "no", "yes", "on the left", "on the right"))
+    whole = [engine.answer(talk, sampling) for talk in talks]
     monkeypatch.setattr(choice_pass, name, value)
-    assert all(close(engine.answer(talk, SAMPLING), one) for talk, one in zip(TALKS, whole, strict=True))
-    together = dict(engine.answer_many([Request(talk, SAMPLING) for talk in TALKS], 2))
+    assert all(close(engine.answer(talk, sampling), one) for talk, one in zip(talks, whole, strict=True))
+    together = dict(engine.answer_many([Request(talk, sampling) for talk in talks], 3))
     assert all(close(together[number], one) for number, one in enumerate(whole))
 
 
-def test_beside_free_answers_and_other_choices(engine: LocalEngine) -> None:
+@for_each("name", ["", "paligemma"], ids=["a LLaVA", "a model that reads prompts whole"])
+def test_beside_free_answers_and_other_choices(name: str, engine: LocalEngine, family: Callable[[str], Family]) -> None:
     """Rows that choose leave; those that do not go on as if nothing had been there."""
+    engine = family(name).engine if name else engine
     others = Sampling(choices=("red", "a very long answer about the color of things"))
-    free = Sampling(max_tokens=12)
-    requests = [Request(talk, form) for form in (free, SAMPLING, others) for talk in TALKS] * 2
+    free = Sampling(max_tokens=6)
+    requests = [Request(talk, form) for form in (SAMPLING, free, others) for talk in TALKS] * 2
+    requests.sort(key=lambda request: request.sampling is free and request.conversation is TALKS[0])
     alone = [engine.answer(request.conversation, request.sampling) for request in requests]
-    for number, answer in engine.answer_many(requests, 5):
+    for number, answer in engine.answer_many(requests, 4):
         if requests[number].sampling.choices:
             assert close(answer, alone[number])
         else:

@@ -110,7 +110,9 @@ class Batch:
         """Reads groups, as many at a time as one forward pass does, until the batch has that many rows."""
         import torch
 
-        logits = [self._decode()[0]] if self._reads_whole and self.sequences else []
+        logits = []
+        if self._reads_whole and self.sequences:  # the logits of their next step, which may be known already
+            logits = [self._decode()[0] if self.logits is None else self.logits]
         most = PREFILL_TOKENS.get(self.model.device.type, _OTHER_PREFILL_TOKENS)
         parts = list(_forward_passes(groups, most))
         width = max(_width(part) for part in parts)

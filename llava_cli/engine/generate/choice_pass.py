@@ -43,7 +43,7 @@ def read_trees(
         parts = [list(sequence.tree.parts(most)) for sequence in sequences]
         for number in range(max(map(len, parts))):
             nodes = [its_parts[number] if number < len(its_parts) else [] for its_parts in parts]
-            if number == 0 and root_logits is None:
+            if root_logits is None:  # what is read here leaves the cache again, so each part needs the last token
                 nodes = [[ROOT, *its_nodes] for its_nodes in nodes]
             _read_nodes(forward, sequences, nodes, scores, cache, mask)
     else:

@@ -32,7 +32,7 @@ ROOT = -1
 """Stands for the end of the prompt, from which all choices go on."""
 
 
-_OTHER = "leave it out, or take another word"
+_HINT = "leave it out, or take another word"
 
 
 class ChoiceTree:
@@ -59,10 +59,10 @@ class ChoiceTree:
         owners: dict[tuple[int, ...], str] = {}
         for choice, its_paths in zip(choices, paths, strict=True):
             if not its_paths:
-                raise UsageError("--choices", f"this model has no tokens for {printable(repr(choice))}", _OTHER)
+                raise UsageError("--choices", f"this model has no tokens for {printable(repr(choice))}", _HINT)
             if taken := next((owners[path] for path in its_paths if path in owners), None):
                 both = f"{printable(repr(taken))} and {printable(repr(choice))}"
-                raise UsageError("--choices", f"this model has the same tokens for {both}", _OTHER)
+                raise UsageError("--choices", f"this model has the same tokens for {both}", _HINT)
             owners.update(dict.fromkeys(its_paths, choice))
         nodes: dict[tuple[int, ...], int] = {}
         # Sorted, a path stands before those that go on from it, and all of those before the next one.
@@ -209,10 +209,7 @@ class ChoiceSequence(Sequence):
 class ChoiceReplay(ChoiceSequence, Follower):
     """Chooses once more."""
 
-    def follow(self, answered: Sequence, answer: Answer) -> None:
-        self._answer = answer
-
     def finish(self) -> Answer:
         gray = super().finish()
-        assert self._answer.probabilities is not None and gray.probabilities is not None
-        return replace(self._answer, sight=total_variation(self._answer.probabilities, gray.probabilities))
+        assert self.first.probabilities is not None and gray.probabilities is not None
+        return replace(self.first, sight=total_variation(self.first.probabilities, gray.probabilities))

@@ -10,7 +10,7 @@ from llava_cli.engine.base import Answer
 from llava_cli.engine.forward import release_memory
 from llava_cli.engine.generate.batch import PREFILL_TOKENS, Batch
 from llava_cli.engine.generate.prompt_cache import PromptCache
-from llava_cli.engine.generate.sequence import Sequence
+from llava_cli.engine.generate.sequence import Follower, Sequence
 from llava_cli.errors import LlavaError, OutOfMemory, is_out_of_memory
 from llava_cli.hardware.memory import cards_of, free_memory
 
@@ -147,8 +147,11 @@ class Scheduler:
         self._batch = Batch(self.model, self._prompt_cache)
         release_memory(self.model)
         if len(sequences) == 1:
+            ((number, sequence),) = sequences.items()
+            if isinstance(sequence, Follower):
+                return [(number, sequence.first)]
             hint = "llava batch --retry-errors asks again"
-            return [(number, OutOfMemory("memory", "not enough for this prompt", hint)) for number in sequences]
+            return [(number, OutOfMemory("memory", "not enough for this prompt", hint))]
         self.size = len(sequences) // 2
         for sequence in sequences.values():
             if sequence.on_token is None:  # else its beginning has been shown, and it continues

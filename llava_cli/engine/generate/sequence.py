@@ -160,10 +160,12 @@ class Follower(Sequence):
     """The same question about other pictures, asked after the first; its answer is the first one with its `sight`."""
 
     has_begun = True
+    first: Answer
+    """The answer that it follows."""
 
     def follow(self, answered: Sequence, answer: Answer) -> None:
         """Takes a complete sequence and its answer; to be called before this one is read."""
-        raise NotImplementedError
+        self.first = answer
 
 
 class Replay(Follower):
@@ -175,9 +177,10 @@ class Replay(Follower):
         super().__init__(number, inputs, ForcedTokens(()), detokenizer, (), 0, time.perf_counter())
 
     def follow(self, answered: Sequence, answer: Answer) -> None:
-        self._answer, self._log_probability = answer, sum(answered.log_probabilities())
+        super().follow(answered, answer)
+        self._log_probability = sum(answered.log_probabilities())
         self.sampler = ForcedTokens(answered.answer_ids)
         self.max_length = len(self.prompt) + len(answered.answer_ids)
 
     def finish(self) -> Answer:
-        return replace(self._answer, sight=self._log_probability - sum(self.log_probabilities()))
+        return replace(self.first, sight=self._log_probability - sum(self.log_probabilities()))
