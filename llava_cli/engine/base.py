@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from llava_cli.checking import SAMPLING, YES, Check, check_threshold, question_about
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import DeviceLost, LlavaError, ServerFailed
 from llava_cli.images.reader import Source, picture_from
 from llava_cli.models.families import Family
 from llava_cli.settings import Sampling
+
+if TYPE_CHECKING:
+    from llava_cli.checking import Check
 
 FinishReason = Literal["stop", "length"]
 
@@ -190,6 +192,8 @@ class Engine(ABC):
 
         Raises `UsageError` unless 0.5 <= `at_least` <= 1, and `ServerFailed` where a server does not tell.
         """
+        from llava_cli.checking import SAMPLING, YES, Check, check_threshold, question_about
+
         check_threshold(at_least)
         conversation = Conversation(system=system).ask(question_about(statement, self.model), _pictures_from(images))
         answer = self.answer(conversation, SAMPLING)

@@ -23,7 +23,6 @@ from llava_cli.engine.generate.scheduler import Scheduler
 from llava_cli.engine.generate.sequence import Follower, Replay, Sequence, Token
 from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
 from llava_cli.engine.model_patch import ModelPatch
-from llava_cli.engine.sight import unseen
 from llava_cli.errors import DeviceLost, LlavaError, ModelUnusable, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
 from llava_cli.prompts.prompter import Prompter
@@ -269,6 +268,8 @@ class LocalEngine(Engine):
         """What is to be answered after a sequence to know its sight; None if nobody asks, or there are no pictures."""
         if not request.sampling.sight or not request.conversation.pictures:
             return None
+        from llava_cli.engine.sight import unseen
+
         conversation = unseen(request.conversation)
         inputs, tokenizer = self._encode(conversation), self.prompter.tokenizer
         replay: Follower
