@@ -17,8 +17,9 @@ high probability; the bound on P(answered and wrong) follows, for that is at mos
 3. By Bonferroni's inequality, R(t_j) <= u_j for all j at once with probability 1 - delta. So any t_j whose u_j is at
    most the wished error may be taken, also after looking at all of them; the lowest one answers most.
 
-The temperature is fitted to the same rows. With two choices it moves no row past another. With more it may, but it is
-one number from hundreds of rows: `benchmarks/calibration.py` measures that the promise holds with twelve choices.
+The temperature is fitted to the same rows, so the thresholds are fixed only on calibrated probabilities: on the model's
+own they depend on the data, and with more than two choices it may also move one row past another. No theorem covers
+that. It is one number from hundreds of rows, and `benchmarks/calibration.py` measures how often the promise holds.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def report(
 
 
 def check_output(output: Path, source: Path, option: str = "-o") -> None:
-    """Raises `UsageError` or `OutputTaken` if `output`, which `option` gives, is the file of rows or cannot be written."""
+    """Raises `UsageError` or `OutputTaken` if `output`, given by `option`, is the file of rows or cannot be written."""
     name, hint = printable(str(output)), f"give another file to {option}"
     if os.path.realpath(output) == os.path.realpath(source):
         raise UsageError(option, f"{name} is the file of rows", hint)
