@@ -477,6 +477,9 @@ def test_a_server_that_tells_no_probabilities() -> None:
     assert isinstance(outcome, ServerFailed)
     assert str(outcome).endswith("does not tell how probable the choices are")
     assert str(outcome.hint) == "leave --calibration out"
+    judge = JudgedEngine(Told(), promise(0.5))
+    ((_, outcome),) = judge.answer_many([request("0.9-rain", choices=(), regex="a")])
+    assert isinstance(outcome, BadData)  # it was a row's own form that has none
 
 
 def test_other_choices_than_the_calibrations() -> None:
