@@ -10,7 +10,7 @@ from llava_cli.models.registry import BUILTIN
 from llava_cli.settings import Sampling
 
 YES, NO, UNSURE = "yes", "no", "unsure"
-SAMPLING = Sampling(choices=(YES, NO))
+SAMPLING = Sampling(choices=(YES, NO), unset=frozenset(Sampling.names()) - {"choices"})
 """How the question is answered."""
 
 

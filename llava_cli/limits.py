@@ -162,7 +162,7 @@ CHOICES = 256
 CHOICE_CHARACTERS = 1_000
 CALIBRATION_ROWS = 1_000_000
 """Labelled rows that a calibration is fitted to: they are in memory."""
-CALIBRATION_LEVELS = 1_000
+CALIBRATION_LEVELS = 100
 """Thresholds in a calibration's file."""
 SCHEMA_BYTES = 1_000_000
 """Of a JSON schema that answers must fit."""

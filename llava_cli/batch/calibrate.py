@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from llava_cli.batch.calibration_plot import plot
 from llava_cli.batch.report import check_output
 from llava_cli.batch.report_rows import RowsFile
 from llava_cli.batch.rows import is_number, is_right
-from llava_cli.errors import BadData, LlavaError, OutputError, os_reason
+from llava_cli.errors import BadData, LlavaError, OutputError, UsageError, os_reason
 from llava_cli.untrusted_text import one_line, printable
 
 Array = NDArray[np.float64]
@@ -54,19 +55,24 @@ class Labelled:
     """Why other rows cannot be learned from -> how many."""
 
 
-def calibrate(source: Path, output: Path, plot_to: Path | None = None, quiet: bool = False) -> None:
+def calibrate(source: Path, output: Path | None = None, plot_to: Path | None = None, quiet: bool = False) -> None:
     """Writes the calibration of labelled rows, and prints the error that each threshold leaves.
 
-    Raises `InputMissing`, `BadData`, `OutputTaken` or `OutputError`.
+    It goes beside the rows unless there is an `output`. Raises `InputMissing`, `BadData`, `UsageError`, `OutputTaken`
+    or `OutputError`.
     """
-    for path in filter(None, (output, plot_to)):
-        check_output(path, source)
+    output = output or RowsFile(source).beside(".cal.json")
+    check_output(output, source)
+    if plot_to:
+        check_output(plot_to, source, "--plot")
+        if os.path.realpath(plot_to) == os.path.realpath(output):
+            raise UsageError("--plot", f"{printable(str(plot_to))} is the calibration", "give another file to --plot")
     labelled = read_labelled(source)
     settings = _settings_beside(source)
     calibration = fit(labelled, _made_with(source, labelled, settings), _in_order(labelled.choices, settings))
-    _write(output, calibration.to_json())
+    _write(output, calibration.to_json(), "-o")
     if plot_to:
-        _write(plot_to, plot(calibration).encode())
+        _write(plot_to, plot(calibration).encode(), "--plot")
     _show(calibration)
     for line in () if quiet else _notes(calibration, labelled, output):
         render.note(line)
@@ -212,7 +218,7 @@ def _made_with(source: Path, labelled: Labelled, settings: dict[str, Any] | None
             raise BadData(printable(str(source)), f"rows of several models: {names}")
         return {"model": name}
     # A server has its own precision and template, which nobody knows here.
-    known = [name for name in MADE_WITH if "server" not in settings or name in ("model", "system")]
+    known = [name for name in MADE_WITH if "server" not in settings or name in ("model", "server", "system")]
     values = {name: settings.get(name) for name in known}
     return {name: value for name, value in values.items() if value is None or isinstance(value, (str, int))}
 
@@ -223,11 +229,11 @@ def _in_order(choices: tuple[str, ...], settings: dict[str, Any] | None) -> tupl
     return tuple(given) if isinstance(given, list) and sorted(map(str, given)) == sorted(choices) else choices
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, option: str) -> None:
     try:
         files.atomic_write(path, [data])
     except OSError as error:
-        raise OutputError(printable(str(path)), os_reason(error), "give another file") from None
+        raise OutputError(printable(str(path)), os_reason(error), f"give another file to {option}") from None
 
 
 def _show(calibration: Calibration) -> None:

@@ -17,8 +17,9 @@ high probability; the bound on P(answered and wrong) follows, for that is at mos
 3. By Bonferroni's inequality, R(t_j) <= u_j for all j at once with probability 1 - delta. So any t_j whose u_j is at
    most the wished error may be taken, also after looking at all of them; the lowest one answers most.
 
-The temperature is fitted to the same rows. With two choices it moves no row past another. With more it may, but it is
-one number from hundreds of rows: `benchmarks/calibration.py` measures that the promise holds with twelve choices.
+The temperature is fitted to the same rows, so the thresholds are fixed only on calibrated probabilities: on the model's
+own they depend on the data, and with more than two choices it may also move one row past another. No theorem covers
+that. It is one number from hundreds of rows, and `benchmarks/calibration.py` measures how often the promise holds.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ THRESHOLDS = (
 SMALLEST = 5e-7
 """The probability that a row's 0.000000 may stand for: rows have six digits."""
 TEMPERATURES = (0.05, 20.0)
-MADE_WITH = ("model", "checkpoint", "precision", "template", "system", "fit", "visual_tokens")
-"""The settings of a run that probabilities depend on, and a calibration with them."""
+MADE_WITH = ("model", "server", "checkpoint", "precision", "template", "system", "fit", "visual_tokens")
+"""The settings of a run that probabilities depend on, and a calibration with them; `server` is None for one here."""
+SMALLEST_ERROR = 1e-5
+"""What may be asked for: about the least that `limits.CALIBRATION_ROWS` rows can promise."""
 _DIGITS = 6
 
 
@@ -152,12 +155,17 @@ def sharpened(probabilities: dict[str, float], temperature: float) -> dict[str, 
 
 
 def upper_bound(wrong: int, answered: int, delta: float) -> float:
-    """Clopper and Pearson's: the p at which P(Binomial(answered, p) <= wrong) is `delta`; 1 without answers."""
+    """Clopper and Pearson's: the p at which P(Binomial(answered, p) <= wrong) is `delta`; 1 without answers.
+
+    Of many terms only the last 20 sqrt(answered) are summed: the mean is `wrong` or more, so all others together are
+    less than exp(-800), by Hoeffding's inequality.
+    """
     if wrong >= answered:
         return 1.0
-    k = np.arange(1, wrong + 1)
-    log_choose = np.concatenate(([0.0], np.cumsum(np.log((answered - k + 1) / k))))
-    k = np.arange(wrong + 1)
+    first = max(0, wrong - 20 * math.isqrt(answered) - 20)
+    k = np.arange(first, wrong + 1)
+    log_first = math.lgamma(answered + 1) - math.lgamma(first + 1) - math.lgamma(answered - first + 1)
+    log_choose = log_first + np.concatenate(([0.0], np.cumsum(np.log((answered - k[1:] + 1) / k[1:]))))
     low, high = wrong / answered, 1.0
     for _ in range(50):
         p = (low + high) / 2
@@ -178,12 +186,12 @@ def percent(part: float) -> str:
 
 
 def parse_error(text: str) -> float | None:
-    """`2%` or `0.02` as a part of 1; None if it is neither, or not between 0 and 1."""
+    """`2%` or `0.02` as a part of 1; None if it is neither, or not between `SMALLEST_ERROR` and 1."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return None
-    return value if 0 < value < 1 else None
+    return value if SMALLEST_ERROR <= value < 1 else None
 
 
 def _listed(choices: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ from llava_cli.batch.rows import error_object, is_unsure
 from llava_cli.conversation import Conversation
 from llava_cli.engine import Answer, Chunk, Engine, Request
 from llava_cli.engine.base import always
-from llava_cli.errors import BadData, LlavaError, ModelUnusable
+from llava_cli.errors import BadData, LlavaError, ModelUnusable, ServerFailed
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Promise:
     def judge(self, answer: Answer, sampling: Sampling) -> Answer:
         """The answer with calibrated probabilities; unsure where the best one is too low. Raises `BadData`."""
         # As a row has them: they are what the calibration was made from.
-        found = answer.details().get("probabilities") or {}
+        found = answer.details().get("probabilities", {})
         if found.keys() != set(self.calibration.choices):
             raise BadData(self.calibration.name, "made with other choices than those of this question")
         probabilities = self.calibration.calibrated(found)
@@ -84,7 +84,7 @@ class JudgedEngine(Engine):
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         """The whole answer in one chunk: what becomes of it is not known before."""
         request = Request(conversation, sampling)
-        answer = self._judge(self._engine.answer(conversation, sampling), sampling)
+        answer = self._judge(self._engine.answer(conversation, self._chooses(sampling)), sampling)
         if self._larger and is_unsure(answer):
             answer = self._escalate(request, answer)
         yield Chunk(answer.text, answer)
@@ -113,6 +113,7 @@ class JudgedEngine(Engine):
                 drawn = number
                 if isinstance(request, Request):
                     begun[number] = request
+                    request = replace(request, sampling=self._chooses(request.sampling))
                 yield request
 
         with (
@@ -130,8 +131,17 @@ class JudgedEngine(Engine):
                 yield from escalations.finished(drawn)
             yield from escalations.rest()
 
+    def _chooses(self, sampling: Sampling) -> Sampling:
+        """What a model is asked for: always a choice, where the promise decides what to leave open."""
+        return replace(sampling, otherwise=None, at_least=None) if self._promise else sampling
+
     def _judge(self, answer: Answer, sampling: Sampling) -> Answer:
-        return self._promise.judge(answer, sampling) if self._promise else answer
+        if not self._promise:
+            return answer
+        if sampling.choices and answer.probabilities is None:
+            server = self._engine.where or self.model
+            raise ServerFailed(server, "does not tell how probable the choices are", "leave --calibration out")
+        return self._promise.judge(answer, sampling)
 
     def _outcome_of(self, request: Request, answer: Answer) -> Answer | LlavaError:
         try:
@@ -142,9 +152,7 @@ class JudgedEngine(Engine):
     def _escalate(self, request: Request, answer: Answer) -> Answer:
         """The larger model's answer in the place of an open one; or that one, with the reason."""
         assert self._larger
-        sampling = replace(request.sampling, sight=False)
-        if self._promise:  # which is about the first model: the larger one always chooses
-            sampling = replace(sampling, otherwise=None, at_least=None)
+        sampling = replace(self._chooses(request.sampling), sight=False)
         try:
             if self._unusable:
                 raise self._unusable

@@ -16,17 +16,18 @@ from llava_cli.untrusted_text import printable
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
-def default_output(rows: Path) -> Path:
-    return rows.with_suffix(".html") if rows.suffix == ".jsonl" else rows.with_name(rows.name + ".html")
-
-
-def report(source: Path, output: Path, first: int = 1, quiet: bool = False, root: str | None = None) -> None:
+def report(
+    source: Path, output: Path | None = None, first: int = 1, quiet: bool = False, root: str | None = None
+) -> None:
     """Writes the page of the rows from number `first` on, with the pictures that `PictureFolders` allows.
+
+    It goes beside the rows unless there is an `output`.
 
     Raises `InputMissing`, `BadData`, `UsageError`, `OutputTaken` or `OutputError`.
     """
     rows = RowsFile(source)
     rows.check()
+    output = output or rows.beside(".html")
     check_output(output, source)
     if first > max(rows.total, 1):
         raise UsageError("--from", f"the last row is {rows.total:,}", "llava report --help")
@@ -48,11 +49,11 @@ def report(source: Path, output: Path, first: int = 1, quiet: bool = False, root
         render.note("\n  ".join(lines))
 
 
-def check_output(output: Path, source: Path) -> None:
-    """Raises `UsageError` or `OutputTaken` if the page would replace its own rows, or cannot be written."""
-    name, hint = printable(str(output)), "give another file to -o"
+def check_output(output: Path, source: Path, option: str = "-o") -> None:
+    """Raises `UsageError` or `OutputTaken` if `output`, given by `option`, is the file of rows or cannot be written."""
+    name, hint = printable(str(output)), f"give another file to {option}"
     if os.path.realpath(output) == os.path.realpath(source):
-        raise UsageError("-o", f"{name} is the file of rows", hint)
+        raise UsageError(option, f"{name} is the file of rows", hint)
     reason = ""
     if output.exists() and not output.is_file():
         reason = "is a directory" if output.is_dir() else "not a regular file"
@@ -63,6 +64,6 @@ def check_output(output: Path, source: Path) -> None:
     try:
         files.refuse_link(output)
     except files.IsLink as error:
-        reason, hint = os_reason(error), f"-o {files.quoted(error.target)} writes there"
+        reason, hint = os_reason(error), f"{option} {files.quoted(error.target)} writes there"
     if reason:
         raise OutputTaken(name, reason, hint)

@@ -44,6 +44,13 @@ class RowsFile:
                 raise BadData(f"{printable(str(self.path))}, line {number}", "has changed just now", "try again")
             yield number, row
 
+    def beside(self, ending: str) -> Path:
+        """The path with another ending. Raises `InputMissing` for `.` and `/`, which have no name."""
+        if not self.path.name:
+            raise InputMissing(printable(str(self.path)), "is a directory", _HINT)
+        name = self.path.stem if self.path.suffix == ".jsonl" else self.path.name
+        return self.path.with_name(name + ending)
+
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
             with open_regular(self.path) as file:  # a pipe could not be read twice

@@ -199,10 +199,13 @@ def _promise(settings: Settings, calibration: Path | None, max_error: str | None
     if not settings.sampling.choices:
         words = quoted(",".join(found.choices))
         raise UsageError("--calibration", "is about choices, and there are none", f"--choices {words}")
+    if settings.sampling.at_least:
+        reason = "is about probabilities as the model has them, and --calibration gives others"
+        raise UsageError("--at-least", reason, "--max-error 2% in its place says what to leave open")
     if max_error is None:
         return Promise(found)
     if (error := parse_error(max_error)) is None:
-        raise UsageError("--max-error", f"{max_error!r} is no part of all: 2% or 0.02", USAGE)
+        raise UsageError("--max-error", f"{max_error!r} is no part of all from 0.001% on: 2% or 0.02", USAGE)
     if settings.sampling.otherwise is None and UNSURE in settings.sampling.choices:
         raise UsageError("--choices", f"{UNSURE!r} is what --max-error says", "--or WORD has it say another word")
     return Promise(found, found.threshold(error))
@@ -214,6 +217,8 @@ def _larger_model(settings: Settings, max_error: str | None, url: str | None, mo
         if model is not None:
             raise UsageError("--escalate-model", "there is no --escalate", "--escalate URL is its server")
         return None
+    if not url.strip():
+        raise UsageError("--escalate", "the URL is empty", "--escalate http://gpu-box:8000/v1")
     if max_error is None and settings.sampling.at_least is None:
         raise UsageError("--escalate", "nothing can stay unsure", "--calibration FILE --max-error 2% says what does")
     remote = replace(settings.remote, server=url, api_key=settings.remote.escalate_key)

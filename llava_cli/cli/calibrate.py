@@ -38,5 +38,4 @@ def calibrate(rows: RowsArg, output: CalibrationOpt = None, plot: PlotOpt = None
     """
     from llava_cli.batch.calibrate import calibrate as write_calibration
 
-    default = rows.with_suffix(".cal.json") if rows.suffix == ".jsonl" else rows.with_name(rows.name + ".cal.json")
-    write_calibration(rows, output or default, plot, quiet)
+    write_calibration(rows, output, plot, quiet)

@@ -17,11 +17,11 @@ from llava_cli.server.api_error import ApiError
 from llava_cli.server.content_parts import check_unknown
 from llava_cli.settings import OPTIONS
 
-Option = tuple[str, Any]
+OptionValue = tuple[str, Any]
 """The key of one of `Sampling`'s options, and its value as the request has it."""
 
-DEFAULTS = ("choices", "otherwise", "at_least", "schema", "regex", "grammar")
-"""The options of a server that do not count for a request with a form of its own."""
+FORM_OPTIONS = ("choices", "otherwise", "at_least", "schema", "regex", "grammar")
+"""The options that say what an answer is. A server's own do not count for a request that says it."""
 
 
 class AnswerForm:
@@ -32,7 +32,9 @@ class AnswerForm:
         self.places: dict[str, str] = {}
         for place, value in fields.items():
             for key, option in FIELDS[place](value, place):
-                self._add(key, option, place)
+                self._add(key, option, f"{place}.{key}" if place == "llava" else place)
+        self.is_said = self.form is not None or is_text(fields.get("response_format"))
+        """Whether the request says what an answer is, were it just text."""
 
     def _add(self, key: str, value: Any, place: str) -> None:
         if key in _PARSERS:
@@ -69,7 +71,12 @@ class AnswerForm:
         return ApiError(400, f"{place}: {error.reason}", place)
 
 
-def _response_format(value: Any, place: str) -> Iterator[Option]:
+def is_text(response_format: Any) -> bool:
+    """Whether a request's `response_format` asks for an answer without a form."""
+    return isinstance(response_format, Mapping) and response_format.get("type") == "text"
+
+
+def _response_format(value: Any, place: str) -> Iterator[OptionValue]:
     members = _members(value, place)
     kind = members.pop("type", None)
     if not isinstance(kind, str) or kind not in _FORMATS:
@@ -87,7 +94,7 @@ def _response_format(value: Any, place: str) -> Iterator[Option]:
     check_unknown(members, (), f"{place}.")
 
 
-def _structured_outputs(value: Any, place: str) -> Iterator[Option]:
+def _structured_outputs(value: Any, place: str) -> Iterator[OptionValue]:
     members = _members(value, place)
     if members.pop("json_object", False):
         yield "schema", _ANY_OBJECT
@@ -97,7 +104,7 @@ def _structured_outputs(value: Any, place: str) -> Iterator[Option]:
     check_unknown(members, (), f"{place}.")
 
 
-def _llava(value: Any, place: str) -> Iterator[Option]:
+def _llava(value: Any, place: str) -> Iterator[OptionValue]:
     """What OpenAI's API has no field for."""
     members = _members(value, place)
     for key in ("otherwise", "at_least", "confidence", "sight"):
@@ -106,7 +113,7 @@ def _llava(value: Any, place: str) -> Iterator[Option]:
     check_unknown(members, (), f"{place}.")
 
 
-def _only(key: str) -> Callable[[Any, str], Iterator[Option]]:
+def _only(key: str) -> Callable[[Any, str], Iterator[OptionValue]]:
     """A field that is one option."""
     return lambda value, place: iter([(key, value)])
 
@@ -146,7 +153,7 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "grammar": written_grammar,
 }
 """The options of which an answer can have one; each has a value checked as far as that needs no model."""
-FIELDS: dict[str, Callable[[Any, str], Iterator[Option]]] = {
+FIELDS: dict[str, Callable[[Any, str], Iterator[OptionValue]]] = {
     "response_format": _response_format,
     "structured_outputs": _structured_outputs,
     "guided_choice": _only("choices"),

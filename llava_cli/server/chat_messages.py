@@ -21,6 +21,8 @@ _IGNORED = {
     *("name", "id", "type", "status", "metadata", "cache_control", "annotations", "timestamp", "weight"),
     *("reasoning", "reasoning_content", "reasoning_details"),  # of earlier answers, which no model reads again
 }
+_OF_ANSWERS = {"llava", "parsed"}
+"""What our answers have beside their text, and what OpenAI's client makes of that; clients send them back."""
 
 
 class Message(BaseModel):
@@ -31,7 +33,8 @@ class Message(BaseModel):
 
     def parts(self, place: str) -> list[str | ImageUrl]:
         """The texts and images, in order, without empty texts. Raises `ApiError`."""
-        check_unknown(self.model_extra or {}, _IGNORED, f"{place}.")
+        ignored = _IGNORED | _OF_ANSWERS if self.role == "assistant" else _IGNORED
+        check_unknown(self.model_extra or {}, ignored, f"{place}.")
         if self.role not in _ROLES:
             reason = f"{place}.role: {self.role[: limits.NAME_CHARACTERS]!r} is not one of {', '.join(_ROLES)}"
             raise ApiError(400, reason, f"{place}.role")

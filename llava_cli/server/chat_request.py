@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from llava_cli import limits
 from llava_cli.conversation import Conversation
 from llava_cli.errors import UsageError
-from llava_cli.server.answer_form import DEFAULTS, FIELDS, AnswerForm
+from llava_cli.server.answer_form import FIELDS, FORM_OPTIONS, AnswerForm, is_text
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.chat_messages import Message, OpenUrl, build_conversation
 from llava_cli.server.content_parts import ImageUrl, check_unknown
@@ -110,7 +110,10 @@ class ChatRequest(BaseModel):
     @property
     def has_form(self) -> bool:
         """Whether a form of the answer is asked for, which takes a while to read."""
-        return any(getattr(self, name) is not None for name in FIELDS)
+        fields = {name: getattr(self, name) for name in FIELDS}
+        return any(
+            value is not None for name, value in fields.items() if name != "response_format" or not is_text(value)
+        )
 
     def form(self) -> AnswerForm:
         """The form that the answer has to have. Raises `ApiError`."""
@@ -130,8 +133,10 @@ class ChatRequest(BaseModel):
         }
         options = {name: value for name, value in options.items() if value is not None} | form.options
         values = {name: getattr(defaults, name) for name in Sampling.names()}
+        if form.is_said:
+            values.update((name, OPTIONS[name].default) for name in FORM_OPTIONS)
         if form.form:
-            values.update((name, OPTIONS[name].default) for name in (*DEFAULTS, "stop"))
+            values["stop"] = OPTIONS["stop"].default
             if stop and form.form != "choices":
                 raise ApiError(400, f"stop: {form.places[form.form]} says already where an answer ends", "stop")
         try:

@@ -18,7 +18,7 @@ from llava_cli.server.api_error import ApiError
 _TEXT_TYPES = ("text", "input_text", "output_text")
 """The types of a text part, including those of the Responses API."""
 _IGNORED = {"id", "index", "name", "metadata", "cache_control", "annotations", "detail", "mime_type"}
-_STRUCTURED = {"metadata", "cache_control", "annotations", "reasoning_details"}
+_STRUCTURED = {"metadata", "cache_control", "annotations", "reasoning_details", "llava", "parsed"}
 """The ignored members that may be lists or objects; in any other there could be an image."""
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -159,7 +160,7 @@ def test_a_temperature_keeps_the_order_and_the_sum(probabilities: dict[str, floa
     assert sharpened(probabilities, 1.0) == pytest.approx(probabilities, abs=1e-6)
 
 
-@for_each("wrong, answered", [(0, 1), (0, 300), (3, 10), (7, 1000), (500, 1000), (4999, 5000)])
+@for_each("wrong, answered", [(0, 1), (0, 300), (3, 10), (7, 1000), (500, 1000), (4999, 5000), (90_000, 100_000)])
 def test_the_bound_is_clopper_and_pearsons(wrong: int, answered: int) -> None:
     """The tail of the binomial at the bound, summed term by term, is the wished probability."""
     delta = DELTA / len(THRESHOLDS)
@@ -214,7 +215,10 @@ def test_a_lower_error_answers_no_more() -> None:
     "text, expected",
     [
         *(("2%", 0.02), ("0.02", 0.02), ("0.5%", 0.005)),
-        *((text, None) for text in ("2", "0", "0%", "100%", "nan", "nan%", "-1%", "two", "", "%")),
+        *(
+            (text, None)
+            for text in ("1e-320", "1e-300", "0.0009%", "2", "0", "0%", "100%", "nan", "nan%", "-1%", "two", "", "%")
+        ),
     ],
 )
 def test_errors_as_people_write_them(text: str, expected: float | None) -> None:
@@ -318,7 +322,14 @@ def test_nothing_to_learn_from(run: Run) -> None:
         assert f"no row has probabilities and a right answer ({reason})" in result.stderr
     assert run("calibrate", "none.jsonl").exit_code == 66
     assert run("calibrate", "labelled.jsonl", "-o", "labelled.jsonl").exit_code == 2
-    assert run("calibrate", "labelled.jsonl", "--plot", "no/such.svg").exit_code == 73
+    result = run("calibrate", "labelled.jsonl", "--plot", "no/such.svg")
+    assert result.exit_code == 73 and "give another file to --plot" in result.stderr
+    for source in (".", "/", "", ".."):
+        result = run("calibrate", source)
+        assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (66, "", 2)
+    result = run("calibrate", "labelled.jsonl", "-o", "one.json", "--plot", "./one.json")
+    assert result.exit_code == 2 and result.stderr.startswith("llava: --plot: one.json is the calibration")
+    assert not Path("one.json").exists()
 
 
 def test_more_rows_than_fit_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +353,26 @@ SOUND: Row = {
     "temperature": 1.5,
     "levels": [{"threshold": 0.0, "answered": 1000, "wrong": 30}, {"threshold": 0.9, "answered": 600, "wrong": 0}],
 }
+
+
+def test_a_calibration_belongs_to_its_server(run: Run, here: Path) -> None:
+    """Also where a model has the same name elsewhere, and here."""
+    written(labelled(20, 2))
+    asked = {"model": "m", "server": "http://gpu/v1", "system": None, "choices": list(CHOICES)}
+    Path("labelled.jsonl.run").mkdir()
+    Path("labelled.jsonl.run/settings.json").write_text(json.dumps(asked))
+    assert run("calibrate", "labelled.jsonl").exit_code == 0
+    calibration = Calibration.read(here / "labelled.cal.json")
+    calibration.check(asked)
+    local = {name: value for name, value in asked.items() if name != "server"}
+    for other in (local, asked | {"server": "http://other/v1"}):
+        with pytest.raises(BadData, match='server was "http://gpu/v1", is'):
+            calibration.check(other)
+    del asked["server"]
+    Path("labelled.jsonl.run/settings.json").write_text(json.dumps(asked))
+    assert run("calibrate", "labelled.jsonl").exit_code == 0
+    with pytest.raises(BadData, match='server was null, is "http://gpu/v1"'):
+        Calibration.read(here / "labelled.cal.json").check(local | {"server": "http://gpu/v1"})
 
 
 @for_each(
@@ -435,6 +466,20 @@ def test_calibrated_probabilities_and_what_is_below_the_threshold() -> None:
     assert engine.answer(asked.conversation, asked.sampling).text == "who knows"
     many = dict(engine.answer_many(map(request, names)))
     assert [many[number].text for number in range(3)] == ["rain", "unsure", "sunny"]  # type: ignore[union-attr]
+
+
+def test_a_server_that_tells_no_probabilities() -> None:
+    class Silent(Weather):
+        def answer(self, conversation: Conversation, sampling: Sampling | None = None) -> Answer:
+            return replace(super().answer(conversation, sampling), probabilities=None)
+
+    ((_, outcome),) = JudgedEngine(Silent(), promise(0.5)).answer_many([request("0.9-rain")])
+    assert isinstance(outcome, ServerFailed)
+    assert str(outcome).endswith("does not tell how probable the choices are")
+    assert str(outcome.hint) == "leave --calibration out"
+    judge = JudgedEngine(Told(), promise(0.5))
+    ((_, outcome),) = judge.answer_many([request("0.9-rain", choices=(), regex="a")])
+    assert isinstance(outcome, BadData)  # it was a row's own form that has none
 
 
 def test_other_choices_than_the_calibrations() -> None:
@@ -567,7 +612,7 @@ def test_a_run_that_keeps_a_promise(calibrated: Path, run: Run) -> None:
         (("-p", "bf16"), 65, 'cal.json: made with another model or other settings: precision was "fp32", is "bf16"'),
         (("--system", "be brief"), 65, 'system was null, is "be brief"'),
         (("--max-error", "0.1%"), 65, "cal.json: 400 labelled rows are too few for --max-error 0.1%"),
-        (("--max-error", "2"), 2, "--max-error: '2' is no part of all: 2% or 0.02"),
+        (("--max-error", "2"), 2, "--max-error: '2' is no part of all from 0.001% on: 2% or 0.02"),
         (("--or", "x", "--at-least", "0.5"), 2, "--at-least: --max-error 5% decides that"),
         (("--or", "sunny"), 2, "--or: 'sunny' is one of the choices"),
         (("--escalate-model", "x"), 2, "--escalate-model: there is no --escalate"),
@@ -590,6 +635,11 @@ def test_what_does_not_fit(more: tuple[str, ...], code: int, words: str, calibra
         (("--max-error", "2%", "--choices", "sunny,rain"), "--max-error: there is no --calibration to tell"),
         (("--calibration", "cal.json"), "--calibration: is about choices, and there are none"),
         (("--escalate", "http://large/v1", "--choices", "sunny,rain"), "--escalate: nothing can stay unsure"),
+        (("--escalate", "", "--choices", "a,b", "--or", "c", "--at-least", "1"), "--escalate: the URL is empty"),
+        (
+            ("--calibration", "cal.json", "--choices", "sunny,rain", "--or", "c", "--at-least", "0.9"),
+            "--at-least: is about probabilities as the model has them, and --calibration gives others",
+        ),
     ],
 )
 def test_options_that_need_others(words: tuple[str, ...], reason: str, run: Run) -> None:

@@ -551,6 +551,7 @@ def test_what_cannot_be_read_or_written(tmp_path: Path, run: Run, monkeypatch: p
     for args, code, reason in [
         ([tmp_path / "gone.jsonl"], 66, "gone.jsonl: no such file or directory"),
         ([tmp_path], 66, ": is a directory"),
+        *(([name], 66, "llava: ") for name in (".", "..", "/", "")),
         (["/dev/null"], 66, "/dev/null: not a regular file"),
         ([source, "-o", tmp_path / "no" / "out.html"], 73, "out.html: no such folder"),
         ([source, "-o", tmp_path], 73, ": is a directory"),

@@ -163,6 +163,7 @@ def test_a_server_without_logprobs_chooses_all_the_same(peer: Peer, run: Run, dr
     checked = run("check", "--server", peer.url, drawing, "it is blue")
     assert checked.exit_code != 0
     assert "none of the choices" in checked.stderr
+    assert not {"temperature", "top_p", "seed"} & peer.asked[-1].keys()  # which nobody has set
 
 
 def test_our_own_servers_data_is_taken_as_it_is(peer: Peer, run: Run, drawing: Path) -> None:

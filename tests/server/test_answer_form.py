@@ -18,6 +18,7 @@ from helpers.tables import for_each
 from llava_cli import Conversation, Sampling, limits, load
 from llava_cli.engine.local import LocalEngine
 from llava_cli.images.reader import picture_from
+from llava_cli.server.chat_request import ChatRequest
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes.png"
 QUESTION = "what color is the star?"
@@ -53,6 +54,7 @@ def json_schema(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # of the client, for a message with `parsed`
 def test_a_class_of_pydantic_is_parsed(server: Endpoint) -> None:
     completions = server.client().chat.completions
     message = completions.parse(**asked(), response_format=Star).choices[0].message
@@ -65,6 +67,22 @@ def test_a_class_of_pydantic_is_parsed(server: Endpoint) -> None:
     assert streamed.model_extra == message.model_extra
     assert "".join(texts) == message.content
     assert len(texts) > 3
+    conversation = [*asked()["messages"], message, {"role": "user", "content": "what shape is orange?"}]
+    assert completions.create(**asked() | {"messages": conversation}).choices[0].message.content == "star"
+    with pytest.raises(openai.BadRequestError, match=r"messages.0.llava is not supported"):
+        completions.create(**asked() | {"messages": [{"role": "user", "content": "?", "llava": {"sight": True}}]})
+
+
+def test_text_is_a_form_of_its_own() -> None:
+    """It is what the server was not started with, and needs no reading."""
+    chat = ChatRequest(**asked(), response_format={"type": "text"})
+    assert not chat.has_form
+    defaults = Sampling(choices=("a", "b"), otherwise="c", at_least=0.9, temperature=0.5)
+    assert chat.sampling(defaults, chat.form()) == Sampling(temperature=0.5)
+    stopped = Sampling(stop=(".",))
+    assert chat.sampling(stopped, chat.form()) == stopped
+    both = ChatRequest(**asked(), response_format={"type": "text"}, regex="a")
+    assert both.has_form and both.sampling(defaults, both.form()).regex == "a"
 
 
 @for_each("field", ["structured_outputs", "guided_choice"])
@@ -130,9 +148,9 @@ def test_forms(options: dict[str, Any], content: str, server: Endpoint) -> None:
         ({"guided_choice": ["a", "A"]}, "may be spelled alike", "guided_choice"),
         ({"guided_choice": ["a", "b"], "logprobs": True}, "is chosen, not generated", "logprobs"),
         ({"guided_choice": ["a", "b"], "guided_regex": "a"}, "says already what an answer is", "guided_regex"),
-        ({"guided_choice": ["a", "b"], "llava": {"at_least": 1}}, "one is there without the other", "llava"),
-        ({"guided_choice": ["a", "b"], "llava": {"at_least": 2, "otherwise": "c"}}, "is not between", "llava"),
-        ({"llava": {"otherwise": "c", "at_least": 1}}, "there are no choices", "llava"),
+        ({"guided_choice": ["a", "b"], "llava": {"at_least": 1}}, "one is there without the other", "llava.at_least"),
+        ({"guided_choice": ["a", "b"], "llava": {"at_least": 2, "otherwise": "c"}}, "is not between", "llava.at_least"),
+        ({"llava": {"otherwise": "c", "at_least": 1}}, "there are no choices", "llava.otherwise"),
         ({"llava": {"choices": ["a", "b"]}}, "is not supported", "llava.choices"),
         ({"guided_regex": "("}, "unclosed group", "guided_regex"),
         ({"guided_regex": r"\bx"}, "look-around", "guided_regex"),

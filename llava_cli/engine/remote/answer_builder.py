@@ -20,8 +20,8 @@ class AnswerBuilder:
         self._other: list[Message] = []
         """Messages with something besides text: a refusal, reasoning or tool calls."""
         self._usage: Any = None
-        self.choices: list[dict[str, Any]] = []
-        """What the answer is made of, as it came."""
+        self.openai_choices: list[dict[str, Any]] = []
+        """The members of `choices` that the answer is made of, as they came."""
         self._pieces = 0
         self.has_choices = False
         self.finish_reason: str | None = None
@@ -37,7 +37,7 @@ class AnswerBuilder:
         choice, self.has_choices = first_choice(event), True
         self.finish_reason = finish_reason(choice) or self.finish_reason
         message = parse_message(choice)
-        self.choices.append(choice)
+        self.openai_choices.append(choice)
         if message.refusal or message.reasoning or message.has_tool_calls:
             self._other.append(message)
         if text := message.text if self._text else message.text.lstrip():

@@ -140,7 +140,9 @@ class OpenAIClient:
             hint = "--max-tokens N lets it say more" if builder.finish_reason == "length" else ""
             raise NoAnswer(self._name, failure, hint)
         with self.response_errors():
-            answer = checked_answer(self._name, self._dialect, self._fits, sampling, builder.answer(), builder.choices)
+            answer = checked_answer(
+                self._name, self._dialect, self._fits, sampling, builder.answer(), builder.openai_choices
+            )
         yield Chunk("", answer)
 
     def _body(self, conversation: Conversation, sampling: Sampling) -> dict[str, Any]:
