@@ -40,7 +40,8 @@ _LARK_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?!/)(?:[^/\\\n]|\\.)+/|(?://|#)
 """Strings, regexes and comments of a Lark grammar, and what is before a JSON schema."""
 _START, _INNER = re.compile(r"\bstart\b"), "llava_answer"
 """The first rule of a grammar, and what it is called where another one comes before it."""
-_LARK_RULE = re.compile(r"[\w.-]+\s*(?:\[[^\]]*\]\s*)?:")
+_LARK_RULE = re.compile(r"(?<![\w.-])[\w.-]+\s*(?:\[[^\[\]]*\]\s*)?:")
+"""From the beginning of a name up to its colon; tried once for each name and bracket, since a stranger's may be long."""
 
 
 def check(sampling: Sampling) -> None:
