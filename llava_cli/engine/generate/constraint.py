@@ -41,7 +41,7 @@ _LARK_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?!/)(?:[^/\\\n]|\\.)+/|(?://|#)
 _START, _INNER = re.compile(r"\bstart\b"), "llava_answer"
 """The first rule of a grammar, and what it is called where another one comes before it."""
 _LARK_RULE = re.compile(r"(?<![\w.-])[\w.-]+\s*(?:\[[^\[\]]*\]\s*)?:")
-"""From the beginning of a name up to its colon; tried once for each name and bracket, since a stranger's may be long."""
+"""From the beginning of a name up to its colon, in linear time: it is tried once for each name and bracket."""
 
 
 def check(sampling: Sampling) -> None:
@@ -109,14 +109,14 @@ class Grammars:
         try:
             grammars = (_LARK[key](flag, text, "start"), f'start: " " {_INNER}\n{_LARK[key](flag, text, _INNER)}')
         except RecursionError:
-            raise UsageError(flag, "nested too deep", _HINTS[key]) from None
+            raise UsageError(flag, "nested too deep", HINTS[key]) from None
         matcher, spaced = (LLMatcher(self._tokenizer, grammar, log_level=0, limits=bounds) for grammar in grammars)
         if not (error := matcher.get_error()):
             probe = matcher.deep_copy()
             probe.compute_bitmask()
             error = probe.get_error()
         if error:
-            raise UsageError(flag, _reason(error), _HINTS[key])
+            raise UsageError(flag, _reason(error), HINTS[key])
         return matcher, spaced
 
 
@@ -254,7 +254,7 @@ def _lark_of_grammar(flag: str, text: str, start: str) -> str:
         reason = f"{one_line(token[0])} is a special token, and an answer is text"
         raise UsageError(flag, reason, "quote it to mean its text")
     if len(_LARK_RULE.findall(outside)) > limits.GRAMMAR_RULES:
-        raise UsageError(flag, f"more than {limits.GRAMMAR_RULES} rules and terminals", _HINTS["grammar"])
+        raise UsageError(flag, f"more than {limits.GRAMMAR_RULES} rules and terminals", HINTS["grammar"])
     return "".join([*parts, _START.sub(start, text[place:]), "\n", _OPTIONS])
 
 
@@ -263,9 +263,9 @@ def _schema_at(flag: str, text: str, place: int) -> tuple[dict[str, Any], int]:
     try:
         schema, end = json.JSONDecoder().raw_decode(text, place)
     except (ValueError, RecursionError) as error:
-        raise UsageError(flag, f"what follows %json is not JSON ({plain_message(error)})", _HINTS["grammar"]) from None
+        raise UsageError(flag, f"what follows %json is not JSON ({plain_message(error)})", HINTS["grammar"]) from None
     if not isinstance(schema, dict):
-        raise UsageError(flag, "what follows %json is no JSON schema, which is an object", _HINTS["grammar"])
+        raise UsageError(flag, "what follows %json is no JSON schema, which is an object", HINTS["grammar"])
     return schema, end
 
 
@@ -276,7 +276,7 @@ _LARK: dict[str, Callable[[str, str, str], str]] = {
     "regex": _lark_of_regex,
     "grammar": _lark_of_grammar,
 }
-_HINTS = {
+HINTS = {
     "schema": SCHEMA_HINT,
     "regex": "the syntax is that of Rust's regex: no look-around, no back-references",
     "grammar": "the syntax is Lark's, as llguidance reads it",
