@@ -9,14 +9,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
-import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import limits
-from llava_cli.bounded_json import Bounds, Scanner, TooMuch
+from llava_cli.bounded_json import Bounds, Scanner, TooMuch, parse_finite
 from llava_cli.engine.generate.kept_schema import SCHEMA_HINT, kept_schema
 from llava_cli.errors import UsageError, plain_message
 from llava_cli.settings import OPTIONS, Sampling
@@ -196,7 +195,7 @@ class Constraint:
             Scanner(_ANSWER_BOUNDS).feed(text.encode())
         except TooMuch as error:
             raise UsageError(self._flag, f"the answer is {error}") from None
-        return _parsed(text)
+        return parse_finite(text)
 
 
 class _Vocabulary:
@@ -281,18 +280,6 @@ HINTS = {
     "regex": "the syntax is that of Rust's regex: no look-around, no back-references",
     "grammar": "the syntax is Lark's, as llguidance reads it",
 }
-
-
-def _parsed(text: str) -> Any:
-    """JSON -> Python. A number beyond a double's range is the nearest one that JSON can be written with."""
-
-    def real(digits: str) -> float:
-        return max(-sys.float_info.max, min(sys.float_info.max, float(digits)))
-
-    def whole(digits: str) -> int:
-        return int(digits) if len(digits) <= limits.NUMBER_CHARACTERS else int(real(digits))
-
-    return json.loads(text, parse_float=real, parse_int=whole)
 
 
 _WORDS = (

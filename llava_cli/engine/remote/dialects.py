@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_cli.engine.remote.choice_logprobs import TOP_LOGPROBS
 from llava_cli.errors import UsageError
 from llava_cli.settings import OPTIONS, Sampling
 
@@ -20,8 +21,6 @@ Fields = dict[str, Any]
 
 _PLAIN = ("max_tokens", "temperature", "top_p", "seed", "stop")
 """The options that every server has, under the same name."""
-_TOP_LOGPROBS = 20
-"""The most that OpenAI's API gives of a token's alternatives."""
 _MIN_CHOICE_TOKENS = 16
 
 
@@ -73,7 +72,7 @@ class Dialect:
         return {
             "max_tokens": min(sampling.max_tokens, max(longest + 2, _MIN_CHOICE_TOKENS)),
             "logprobs": True,
-            "top_logprobs": _TOP_LOGPROBS,
+            "top_logprobs": TOP_LOGPROBS,
             **(self.choices(sampling.choices) if self.choices else {}),
         }
 
