@@ -14,13 +14,11 @@ from typing import Any
 
 from llava_cli.engine.remote.choice_logprobs import TOP_LOGPROBS
 from llava_cli.errors import UsageError
-from llava_cli.settings import OPTIONS, Sampling
+from llava_cli.settings import FORM_OPTIONS, OPTIONS, PLAIN_OPTIONS, Sampling
 
 Fields = dict[str, Any]
 """Members of a request."""
 
-_PLAIN = ("max_tokens", "temperature", "top_p", "seed", "stop")
-"""The options that every server has, under the same name."""
 _MIN_CHOICE_TOKENS = 16
 
 
@@ -44,7 +42,7 @@ class Dialect:
         """
         fields = {
             name: value
-            for name in _PLAIN
+            for name in PLAIN_OPTIONS
             if (value := getattr(sampling, name)) not in (None, ())
             and (name not in sampling.unset or value != OPTIONS[name].default)
         }
@@ -77,7 +75,7 @@ class Dialect:
         }
 
     def _llava_fields(self, sampling: Sampling) -> Fields:
-        keys = ("otherwise", "at_least", "confidence", "sight")
+        keys = [key for key in sampling.names() if key not in (*PLAIN_OPTIONS, *FORM_OPTIONS)]
         asked = {key: value for key in keys if (value := getattr(sampling, key)) != OPTIONS[key].default}
         choices = self.choices(sampling.choices) if self.choices and sampling.choices else {}
         return choices | ({"llava": asked} if asked else {})
