@@ -118,8 +118,8 @@ def _option(default: Any, help: str, *, secret: bool = False, **more: Any) -> An
 
 
 PLAIN_OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "stop")
-"""The options of `Sampling` that every server has, under the same name; the others say what an answer is, or what is told
-of it."""
+"""The options of `Sampling` that every server has, under the same name; the others say what an answer is, or what is
+told of it."""
 GRAMMAR_OPTIONS = ("schema", "regex", "grammar")
 """Those that say which texts an answer may have."""
 FORM_OPTIONS = ("choices", *GRAMMAR_OPTIONS)
