@@ -6,8 +6,12 @@ Without them 2 MB of zeros would become a million objects, and 10 kB of brackets
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from llava_cli import limits
 
 _SLICE = 1 << 20
 _STRUCTURAL = b'"[]{},'
@@ -71,12 +75,32 @@ class Scanner:
         return data.replace(b'\\"', b"")
 
 
-def loads(data: bytes, bounds: Bounds) -> Any:
+def loads(data: bytes, bounds: Bounds, parse: Callable[[str], Any] = json.loads) -> Any:
     """Parses a document. Raises `TooMuch` if it exceeds its bounds, another `ValueError` if it is not JSON in UTF-8."""
     scanner = Scanner(bounds)
     for start in range(0, len(data), _SLICE):
         scanner.feed(data[start : start + _SLICE])
-    return json.loads(data.decode("utf-8-sig"))  # the parser would also take UTF-16, which was not counted
+    return parse(data.decode("utf-8-sig"))  # the parser would also take UTF-16, which was not counted
+
+
+def parse_finite(text: str) -> Any:
+    """JSON -> Python that JSON can be written of: a number beyond a double's range is the nearest one within it.
+
+    Raises `ValueError` also for NaN and Infinity, which `json.loads` takes.
+    """
+    return json.loads(text, parse_float=_real, parse_int=_whole, parse_constant=_refused)
+
+
+def _real(digits: str) -> float:
+    return max(-sys.float_info.max, min(sys.float_info.max, float(digits)))
+
+
+def _whole(digits: str) -> int:
+    return int(digits) if len(digits) <= limits.NUMBER_CHARACTERS else int(_real(digits))
+
+
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def _megabytes(size: int) -> str:

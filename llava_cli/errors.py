@@ -79,6 +79,12 @@ class OutOfMemory(LlavaError):
     exit_code = 71
 
 
+class SandboxUnavailable(LlavaError):
+    """The process for a stranger's bytes cannot be started now; a later one may be."""
+
+    exit_code = 71
+
+
 class OutputTaken(LlavaError):
     exit_code = 73
 

@@ -88,10 +88,12 @@ def open_engine(settings: Settings, tell: Tell, hint: Tell = _ignore) -> Engine:
     """
     remote = settings.remote
     if remote.server:
-        from llava_cli.engine.generate.constraint import fits
+        from llava_cli.engine.generate.form_sandbox import FormSandbox
         from llava_cli.engine.remote.remote_engine import RemoteEngine
 
-        return RemoteEngine(remote.server, remote.api_key, settings.load.model, remote.concurrency, tell, fits)
+        return RemoteEngine(
+            remote.server, remote.api_key, settings.load.model, remote.concurrency, tell, FormSandbox().fits
+        )
     path = socket_path()
     engine = _server_at(path, settings.load, tell, hint) if os.path.lexists(path) else None
     return engine or load_engine(settings.load, tell, hint)

@@ -39,7 +39,7 @@ _TYPES: dict[str, dict[str, Any]] = {
 }
 _BOUNDS = bounded_json.Bounds(limits.SCHEMA_BYTES, limits.SCHEMA_DEPTH, limits.SCHEMA_ITEMS)
 _WORD = re.compile(r'[^\s,|\[\]{}"]+')
-_START_RULE = re.compile(r"^\s*[!?]?start\b[^:\n]*:", re.M)
+_START_RULE = re.compile(r"^[ \t]*[!?]?start\b[^:\n]*:", re.M)
 _TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|([,?|\[\]{}])|([^\s,?|\[\]{}"]+))')
 """A text in quotes, a mark, or a word."""
 
@@ -80,7 +80,7 @@ def parse_regex(source: str, value: Any) -> str:
 
 def parse_grammar(source: str, value: Any) -> str:
     """The text of a Lark grammar: the file's with this name, or the value, if that has a rule `start`."""
-    if isinstance(value, str) and not _START_RULE.search(value):
+    if isinstance(value, str) and not _has_start_rule(source, value):
         data = _content(source, value, limits.GRAMMAR_BYTES)
         if data is None:
             raise InputMissing(f"{source} {printable(value)}", "there is no such file", _GRAMMAR_EXAMPLE)
@@ -90,11 +90,16 @@ def parse_grammar(source: str, value: Any) -> str:
 
 def written_grammar(source: str, value: Any) -> str:
     """As `parse_grammar`, where it is not the user who gives it: never a file's name."""
-    if not isinstance(value, str) or not _START_RULE.search(value):
+    if not isinstance(value, str) or not _has_start_rule(source, value):
         raise UsageError(source, "no Lark grammar with a rule `start`", _GRAMMAR_EXAMPLE)
-    if len(_encoded(source, value)) > limits.GRAMMAR_BYTES:
-        raise UsageError(source, f"larger than {limits.GRAMMAR_BYTES:,} bytes")
     return value
+
+
+def _has_start_rule(source: str, text: str) -> bool:
+    """Raises `UsageError` for a text that is larger than a grammar may be, before it is searched."""
+    if len(text) > limits.GRAMMAR_BYTES or len(_encoded(source, text)) > limits.GRAMMAR_BYTES:
+        raise UsageError(source, f"larger than {limits.GRAMMAR_BYTES:,} bytes")
+    return bool(_START_RULE.search(text))
 
 
 def _content(source: str, name: str, most: int) -> bytes | None:

@@ -117,6 +117,15 @@ def _option(default: Any, help: str, *, secret: bool = False, **more: Any) -> An
     return field(default=default, repr=not secret, metadata={"help": help, "is_secret": secret, **more})
 
 
+PLAIN_OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "stop")
+"""The options of `Sampling` that every server has, under the same name; the others say what an answer is, or what is
+told of it."""
+GRAMMAR_OPTIONS = ("schema", "regex", "grammar")
+"""Those that say which texts an answer may have."""
+FORM_OPTIONS = ("choices", *GRAMMAR_OPTIONS)
+"""Those that say what an answer is; it can have one of them."""
+
+
 @dataclass(frozen=True)
 class Sampling(_Options):
     """How an answer's tokens are chosen."""
@@ -153,18 +162,19 @@ class Sampling(_Options):
     def said(self) -> dict[str, Any]:
         """The options by name; those of an answer's form only where they are set."""
         values = {name: getattr(self, name) for name in self.names()}
-        plain = ("max_tokens", "temperature", "top_p", "seed", "stop")
-        return {name: value for name, value in values.items() if name in plain or value != OPTIONS[name].default}
+        return {
+            name: value for name, value in values.items() if name in PLAIN_OPTIONS or value != OPTIONS[name].default
+        }
 
     @property
     def grammar_option(self) -> Option | None:
         """The option that says which texts an answer may have, if one does: schema, regex or grammar."""
-        return next((OPTIONS[key] for key in ("schema", "regex", "grammar") if getattr(self, key)), None)
+        return next((OPTIONS[key] for key in GRAMMAR_OPTIONS if getattr(self, key)), None)
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for options that exclude or need each other."""
         super().__post_init__()
-        forms = [OPTIONS[key].flag for key in ("choices", "schema", "regex", "grammar") if getattr(self, key)]
+        forms = [OPTIONS[key].flag for key in FORM_OPTIONS if getattr(self, key)]
         if len(forms) > 1:
             raise UsageError(forms[1], f"{forms[0]} says already what an answer is", "give one of them")
         if self.stop and self.grammar_option:

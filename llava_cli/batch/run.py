@@ -80,6 +80,8 @@ def run(job: Job) -> int:
         stack.callback(loader.close)
         with render.spinner("loading the model", job.quiet):
             engine = open_engine(job.settings, render.note, render.notes(job.quiet))
+        sampling = job.settings.sampling
+        engine.check_options(replace(sampling, sight=sampling.sight or job.sight > 0))
         if not job.quiet:
             render.note_demo_model(job.settings.load, engine)
         if job.promise or larger:

@@ -13,7 +13,7 @@ from llava_cli.batch.rows import PictureFacts, make_row
 from llava_cli.batch.tasks import FORMS, Task
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Engine, Request
-from llava_cli.engine.generate.constraint import check
+from llava_cli.engine.generate.form_sandbox import FormSandbox
 from llava_cli.errors import LlavaError
 from llava_cli.hardware.allocator import TRIM_EVERY, trim_heap
 from llava_cli.settings import OPTIONS, Sampling, Settings
@@ -38,12 +38,15 @@ def sampling_of(task: Task, sampling: Sampling) -> Sampling:
     return replace(sampling, **own, unset=sampling.unset - own.keys()) if own else sampling
 
 
-def check_form(task: Task, sampling: Sampling, is_local: bool) -> None:
-    """Raises `UsageError` for a row's form that no answer can have here."""
+def check_form(task: Task, sampling: Sampling, sandbox: FormSandbox | None) -> None:
+    """Raises `UsageError` for a row's form that excludes an option of the run's or that no answer can have here.
+
+    It may be a stranger's, so it is compiled in the sandbox first; without one, a server says what it can do.
+    """
     if any(getattr(task, name) is not None for name in FORMS):
         options = sampling_of(task, sampling)
-        if is_local:
-            check(options)
+        if sandbox and (option := options.grammar_option):
+            sandbox.check(option, getattr(options, option.key))
 
 
 def sampled(tasks: Iterable[tuple[int, Task]], count: int, total: int | None) -> Iterator[Task]:

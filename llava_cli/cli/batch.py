@@ -124,6 +124,7 @@ def batch(
     from llava_cli.batch.source import Source
     from llava_cli.batch.source_arguments import expand, split_question
     from llava_cli.batch.source_check import check_source
+    from llava_cli.engine.generate.form_sandbox import FormSandbox
     from llava_cli.hardware.allocator import limit_caches
 
     limit_caches(primitives=32)
@@ -139,7 +140,7 @@ def batch(
     size = _size(batch_size)
     sources, question = split_question(words or [""])
     all_questions = (*([question] if question is not None else []), *(questions or []))
-    check = partial(check_form, sampling=settings.sampling, is_local=not settings.remote.server)
+    check = partial(check_form, sampling=settings.sampling, sandbox=None if settings.remote.server else FormSandbox())
     source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check)
     check_source(source, allow_urls, to_file)
     job = Job(

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from llava_cli.errors import UsageError
-from llava_cli.settings import OPTIONS, LoadOptions, Sampling, Settings
+from llava_cli.settings import OPTIONS, PLAIN_OPTIONS, LoadOptions, Sampling, Settings
 
 LOADING = LoadOptions.names()
-FORM = ["choices", "otherwise", "at_least", "schema", "regex", "grammar", "confidence", "sight"]
+FORM = [name for name in Sampling.names() if name not in PLAIN_OPTIONS]
 """The settings of what an answer is, and of what is told about it."""
-ANSWERING = [*LOADING, *(name for name in Sampling.names() if name not in FORM), "system", "server"]
+ANSWERING = [*LOADING, *PLAIN_OPTIONS, "system", "server"]
 """The settings of a command that loads a model and has it answer."""
 
 TruncatedOpt = Annotated[

@@ -145,6 +145,9 @@ class Engine(ABC):
     def peak_memory(self) -> int:
         """The most bytes that this process (on a GPU: the device) has held."""
 
+    def check_options(self, sampling: Sampling) -> None:  # noqa: B027  (most have all options)
+        """Raises `UsageError` for an option that this engine has nothing like."""
+
     def answer(self, conversation: Conversation, sampling: Sampling | None = None) -> Answer:
         """The whole answer to the conversation's last question."""
         *_, last = self.stream(conversation, sampling or Sampling())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_cli.errors import BadImage, LlavaError, OutOfMemory, PromptTooLong, UsageError
+from llava_cli.errors import BadImage, LlavaError, OutOfMemory, PromptTooLong, SandboxUnavailable, UsageError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -39,6 +39,8 @@ class ApiError(Exception):
             return cls(400, str(error), "messages", "context_length_exceeded")
         if isinstance(error, OutOfMemory):
             return cls(503, "not enough memory for this request", code="out_of_memory", retry_after=5)
+        if isinstance(error, SandboxUnavailable):
+            return cls(503, "no process can be started for this request now", code="overloaded", retry_after=5)
         if isinstance(error, UsageError) and error.thing.startswith("--"):  # an answer that its form cannot have
             option = error.thing[2:]
             return cls(400, f"{option}: {error.reason}", option)

@@ -12,13 +12,13 @@ from uuid import uuid4
 
 from llava_cli.engine import Answer
 from llava_cli.engine import Request as EngineRequest
+from llava_cli.engine.generate.form_sandbox import FormSandbox
 from llava_cli.engine.generate.sequence import Token
 from llava_cli.errors import LlavaError, ModelUnusable, UsageError
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.bodies import RequestBodies
 from llava_cli.server.chat_request import ChatRequest
 from llava_cli.server.chat_response import ChatResponse
-from llava_cli.server.form_sandbox import FormSandbox
 from llava_cli.server.generation import GenerationService, PendingRequest
 from llava_cli.server.metrics import Metrics
 from llava_cli.server.pictures import PictureOpener, RequestPictures

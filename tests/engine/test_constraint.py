@@ -386,6 +386,8 @@ def rules(length: int) -> str:
         ({"grammar": "start: %json [1]"}, "what follows %json is no JSON schema"),
         ({"grammar": 'start: %json {"a"'}, "what follows %json is not JSON"),
         ({"grammar": rules(limits.GRAMMAR_RULES)}, "more than 500 rules and terminals"),
+        ({"grammar": 'start: "b"\n' + "a" * 90_000}, "--grammar: "),  # takes minutes where each letter begins a search
+        ({"grammar": 'start: "b"\n' + "a[" * 45_000}, "--grammar: "),
     ],
 )
 def test_what_cannot_be_kept_is_said_without_a_model(options: dict[str, Any], words: str) -> None:

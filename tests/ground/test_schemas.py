@@ -147,6 +147,7 @@ def test_files_that_are_not_what_they_should_be(option: str, content: bytes | No
         ({"regex": "\udcff"}, "not UTF-8"),
         ({"grammar": 5}, "no Lark grammar"),
         ({"grammar": 'start: "a"\n' * limits.GRAMMAR_BYTES}, "larger than 100,000 bytes"),
+        ({"grammar": "\n" * (limits.GRAMMAR_BYTES + 1)}, "larger than 100,000 bytes"),
         ({"regex": "a", "grammar": 'start: "a"'}, "--regex says already what an answer is"),
         ({"schema": "a", "choices": ("x", "y")}, "--choices says already what an answer is"),
         ({"schema": "a", "stop": ("x",)}, "--schema says already where an answer ends"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,85 @@ def test_a_batch_ends_where_the_server_cannot_do_it(peer: Peer, run: Run, drawin
     ended = run("batch", "--server", peer.url, drawing, QUESTION, "--regex", "a")
     assert (ended.exit_code, peer.asked) == (2, [])
     assert "--regex: " in ended.stderr
+
+
+def test_a_row_that_the_server_cannot_do_is_that_rows_error(
+    peer: Peer, run: Run, drawing: Path, tmp_path: Path
+) -> None:
+    peer.models, peer.usual = owned("llamacpp"), answer("a")
+    rows = [{"image": drawing.name, "question": "a?"}, {"image": drawing.name, "question": "b?", "regex": "b"}]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in (*rows[::-1], rows[0])))
+    ended = run("batch", "--server", peer.url, "--root", drawing.parent, questions)
+    made = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [row.get("answer") for row in made] == [None, "a", "a"], ended.stderr
+    assert "has nothing like it" in json.dumps(made[0])
+    ended = run("batch", "--server", peer.url, drawing, QUESTION, "--sight-sample", "1")
+    assert (ended.exit_code, ended.stdout) == (2, "")
+
+
+@for_each(
+    ("words", "text", "said"),
+    [
+        (("--regex", "  yes"), "  yes", "  yes"),
+        (("--regex", "yes"), " yes", "yes"),
+        (("--regex", r"\bcat\b"), "cat", "cat"),  # our own compiler has no look-around
+    ],
+)
+def test_an_answer_that_fits_is_taken(
+    words: tuple[str, ...], text: str, said: str, peer: Peer, run: Run, drawing: Path
+) -> None:
+    peer.models, peer.usual = owned("vllm"), answer(text)
+    asked = run("ask", "--server", peer.url, "--json", drawing, QUESTION, *words)
+    assert asked.exit_code == 0, asked.stderr
+    assert json.loads(asked.stdout)["answer"] == said
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(constant)
+
+
+def test_rows_are_json_whatever_a_server_says(peer: Peer, run: Run, drawing: Path) -> None:
+    def asked() -> Any:
+        return run("ask", "--server", peer.url, "--json", drawing, QUESTION, "--schema", "a float")
+
+    peer.models, peer.usual = owned("vllm"), answer('{"a": 1e999}')
+    assert json.loads(asked().stdout, parse_constant=refuse)["data"] == {"a": sys.float_info.max}
+    peer.usual = answer('{"a": NaN}')
+    assert (asked().exit_code, asked().stdout) == (65, "")
+    peer.models, peer.usual = owned("llava"), told(text='{"a": 1}', llava={"data": {"a": float("nan")}})
+    assert (asked().exit_code, asked().stdout) == (69, "")
+
+
+@for_each("probabilities", [{}, {"z": -5, "q": 7}, {"red": 2, "blue": 0, "a b": 0}, {"red": 1.0}])
+def test_probabilities_that_are_none(probabilities: Any, peer: Peer, run: Run, drawing: Path) -> None:
+    peer.models, peer.usual = owned("llava"), told(text="red", llava={"probabilities": probabilities})
+    asked = run("ask", "--server", peer.url, "--json", drawing, QUESTION, *CHOICES)
+    assert (asked.exit_code, asked.stdout) == (69, ""), asked.stderr
+    assert asked.stderr.startswith("llava: ")
+
+
+def test_log_probabilities_beyond_reason(peer: Peer, run: Run, drawing: Path) -> None:
+    least = ("x", {"x": -1.7e308})
+    peer.models = owned("vllm")
+    peer.usual = say(
+        200,
+        {
+            "choices": [
+                {
+                    "message": {"content": "xx"},
+                    "finish_reason": "stop",
+                    "logprobs": {
+                        "content": [
+                            {"token": token, "logprob": top[token], "top_logprobs": []} for token, top in (least, least)
+                        ]
+                    },
+                }
+            ]
+        },
+    )
+    row = json.loads(run("ask", "--server", peer.url, "--json", drawing, QUESTION, "--confidence").stdout)
+    assert row["confidence"]["mean"] == 0.0
 
 
 def test_confidence(peer: Peer, run: Run, drawing: Path) -> None:

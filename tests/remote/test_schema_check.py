@@ -62,6 +62,10 @@ def test_fields(change: dict[str, Any], place: str) -> None:
         ({"$ref": "#"}, 1, ""),
         ({"$ref": "http://elsewhere/x"}, 1, ""),
         ({"patternProperties": {"a": {}}, "additionalProperties": False}, {"a": 1}, ""),
+        ({"$ref": "#item", "$defs": {"n": {"$anchor": "item"}}, "type": "object"}, 1, ""),
+        ({"items": {"$ref": "#item"}, "type": "array", "$defs": {"n": {"$anchor": "item"}}}, [1], ""),
+        ({"type": {}}, 1, ""),
+        ({"type": [{}, "string"]}, 1, "."),
         # left to the server
         ({"anyOf": [{"type": "string"}], "type": "integer"}, 7, ""),
         ({"type": "string", "pattern": "a"}, "b", ""),

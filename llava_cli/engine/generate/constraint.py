@@ -9,14 +9,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
-import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import limits
-from llava_cli.bounded_json import Bounds, Scanner, TooMuch
+from llava_cli.bounded_json import Bounds, Scanner, TooMuch, parse_finite
 from llava_cli.engine.generate.kept_schema import SCHEMA_HINT, kept_schema
 from llava_cli.errors import UsageError, plain_message
 from llava_cli.settings import OPTIONS, Sampling
@@ -40,7 +39,8 @@ _LARK_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?!/)(?:[^/\\\n]|\\.)+/|(?://|#)
 """Strings, regexes and comments of a Lark grammar, and what is before a JSON schema."""
 _START, _INNER = re.compile(r"\bstart\b"), "llava_answer"
 """The first rule of a grammar, and what it is called where another one comes before it."""
-_LARK_RULE = re.compile(r"[\w.-]+\s*(?:\[[^\]]*\]\s*)?:")
+_LARK_RULE = re.compile(r"(?<![\w.-])[\w.-]+\s*(?:\[[^\[\]]*\]\s*)?:")
+"""From the beginning of a name up to its colon, in linear time: it is tried once for each name and bracket."""
 
 
 def check(sampling: Sampling) -> None:
@@ -108,14 +108,14 @@ class Grammars:
         try:
             grammars = (_LARK[key](flag, text, "start"), f'start: " " {_INNER}\n{_LARK[key](flag, text, _INNER)}')
         except RecursionError:
-            raise UsageError(flag, "nested too deep", _HINTS[key]) from None
+            raise UsageError(flag, "nested too deep", HINTS[key]) from None
         matcher, spaced = (LLMatcher(self._tokenizer, grammar, log_level=0, limits=bounds) for grammar in grammars)
         if not (error := matcher.get_error()):
             probe = matcher.deep_copy()
             probe.compute_bitmask()
             error = probe.get_error()
         if error:
-            raise UsageError(flag, _reason(error), _HINTS[key])
+            raise UsageError(flag, _reason(error), HINTS[key])
         return matcher, spaced
 
 
@@ -195,7 +195,7 @@ class Constraint:
             Scanner(_ANSWER_BOUNDS).feed(text.encode())
         except TooMuch as error:
             raise UsageError(self._flag, f"the answer is {error}") from None
-        return _parsed(text)
+        return parse_finite(text)
 
 
 class _Vocabulary:
@@ -253,7 +253,7 @@ def _lark_of_grammar(flag: str, text: str, start: str) -> str:
         reason = f"{one_line(token[0])} is a special token, and an answer is text"
         raise UsageError(flag, reason, "quote it to mean its text")
     if len(_LARK_RULE.findall(outside)) > limits.GRAMMAR_RULES:
-        raise UsageError(flag, f"more than {limits.GRAMMAR_RULES} rules and terminals", _HINTS["grammar"])
+        raise UsageError(flag, f"more than {limits.GRAMMAR_RULES} rules and terminals", HINTS["grammar"])
     return "".join([*parts, _START.sub(start, text[place:]), "\n", _OPTIONS])
 
 
@@ -262,9 +262,9 @@ def _schema_at(flag: str, text: str, place: int) -> tuple[dict[str, Any], int]:
     try:
         schema, end = json.JSONDecoder().raw_decode(text, place)
     except (ValueError, RecursionError) as error:
-        raise UsageError(flag, f"what follows %json is not JSON ({plain_message(error)})", _HINTS["grammar"]) from None
+        raise UsageError(flag, f"what follows %json is not JSON ({plain_message(error)})", HINTS["grammar"]) from None
     if not isinstance(schema, dict):
-        raise UsageError(flag, "what follows %json is no JSON schema, which is an object", _HINTS["grammar"])
+        raise UsageError(flag, "what follows %json is no JSON schema, which is an object", HINTS["grammar"])
     return schema, end
 
 
@@ -275,23 +275,11 @@ _LARK: dict[str, Callable[[str, str, str], str]] = {
     "regex": _lark_of_regex,
     "grammar": _lark_of_grammar,
 }
-_HINTS = {
+HINTS = {
     "schema": SCHEMA_HINT,
     "regex": "the syntax is that of Rust's regex: no look-around, no back-references",
     "grammar": "the syntax is Lark's, as llguidance reads it",
 }
-
-
-def _parsed(text: str) -> Any:
-    """JSON -> Python. A number beyond a double's range is the nearest one that JSON can be written with."""
-
-    def real(digits: str) -> float:
-        return max(-sys.float_info.max, min(sys.float_info.max, float(digits)))
-
-    def whole(digits: str) -> int:
-        return int(digits) if len(digits) <= limits.NUMBER_CHARACTERS else int(real(digits))
-
-    return json.loads(text, parse_float=real, parse_int=whole)
 
 
 _WORDS = (

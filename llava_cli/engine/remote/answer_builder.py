@@ -11,9 +11,13 @@ from llava_cli.untrusted_text import one_line
 
 
 class AnswerBuilder:
-    """An answer in the making: `add` each event, then ask for `failure` and `answer`."""
+    """An answer in the making: `add` each event, then ask for `failure` and `answer`.
 
-    def __init__(self) -> None:
+    White space before it is left out, unless `keeps_space`: it may belong to the form that was asked for.
+    """
+
+    def __init__(self, keeps_space: bool = False) -> None:
+        self._keeps_space = keeps_space
         self._begin = time.perf_counter()
         self._first_token: float | None = None
         self._text: list[str] = []
@@ -40,7 +44,7 @@ class AnswerBuilder:
         self.openai_choices.append(choice)
         if message.refusal or message.reasoning or message.has_tool_calls:
             self._other.append(message)
-        if text := message.text if self._text else message.text.lstrip():
+        if text := message.text if self._text or self._keeps_space else message.text.lstrip():
             self._first_token = self._first_token or time.perf_counter()
             self._text.append(text)
             self._pieces += "delta" in choice

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from llava_cli import bounded_json, limits
@@ -13,9 +14,9 @@ from llava_cli.choices import spellings
 from llava_cli.engine.base import Answer, Confidence
 from llava_cli.engine.remote.choice_logprobs import TokenLogprobs, choice_probabilities
 from llava_cli.engine.remote.dialects import Dialect
-from llava_cli.engine.remote.openai_response import answer_details, token_logprobs
+from llava_cli.engine.remote.openai_response import MalformedResponse, answer_details, token_logprobs
 from llava_cli.engine.remote.schema_check import misfit
-from llava_cli.errors import NoAnswer, ServerFailed, printable
+from llava_cli.errors import NoAnswer, ServerFailed, UsageError, printable
 from llava_cli.settings import Sampling
 from llava_cli.untrusted_text import one_line
 
@@ -37,13 +38,14 @@ def checked_answer(
         answer = replace(answer, **{name: value for choice in told for name, value in answer_details(choice).items()})
         _check_told(server, sampling, answer)
     elif sampling.confidence or sampling.choices:
-        tokens = [token for choice in told for token in token_logprobs(choice)]
+        every = (token for choice in told for token in token_logprobs(choice))
+        tokens = list(islice(every, sampling.max_tokens))  # a server may send any number of them
         if sampling.confidence:
             answer = replace(answer, confidence=_confidence(server, tokens))
         if sampling.choices:
             answer = _chosen(server, dialect, sampling, answer, tokens)
     if sampling.grammar_option and answer.finish_reason == "stop" and answer.data is None:
-        answer = replace(answer, data=_data(server, fits, sampling, answer.text))
+        answer = _formed(server, fits, sampling, answer)
     return answer
 
 
@@ -57,6 +59,9 @@ def _check_told(server: str, sampling: Sampling, answer: Answer) -> None:
             raise ServerFailed(server, f"answers as if there were no {flag}", "`pip install -U llava-cli` there")
     if sampling.choices and answer.text not in (*sampling.choices, sampling.otherwise):
         raise _other(server, "is none of the choices", answer.text)
+    told = answer.probabilities or {}
+    if sampling.choices and not (set(told) == {*sampling.choices} and all(0 <= p <= 1 for p in told.values())):
+        raise MalformedResponse("tells probabilities of other choices, or such as there are none")
 
 
 def _chosen(
@@ -89,18 +94,30 @@ def _confidence(server: str, tokens: Sequence[TokenLogprobs]) -> Confidence:
     return Confidence(math.exp(mean), math.exp(lowest.logprob), lowest.text)
 
 
-def _data(server: str, fits: Fits, sampling: Sampling, text: str) -> Any:
-    """What an answer says, where it is JSON; None where it only has to fit. Raises `NoAnswer` if it does not."""
-    if not sampling.schema:
-        if not fits(sampling, text):
-            option = sampling.grammar_option
-            raise _other(server, f"does not fit {option and option.flag}", text)
-        return None
+def _formed(server: str, fits: Fits, sampling: Sampling, answer: Answer) -> Answer:
+    """The answer with what it says, where it is JSON; without white space before it, where that has no place.
+
+    Raises `NoAnswer` if it does not fit.
+    """
+    text = answer.text.lstrip()
+    if sampling.schema:
+        return replace(answer, text=text, data=_data(server, sampling.schema, text))
     try:
-        data = bounded_json.loads(text.encode(), _BOUNDS)
+        fitting = next((one for one in (answer.text, text) if fits(sampling, one)), None)
+    except UsageError:  # it cannot be checked here: servers know more kinds of expressions
+        return answer
+    if fitting is None:
+        option = sampling.grammar_option
+        raise _other(server, f"does not fit {option and option.flag}", answer.text)
+    return replace(answer, text=fitting)
+
+
+def _data(server: str, schema: str, text: str) -> Any:
+    try:
+        data = bounded_json.loads(text.encode(), _BOUNDS, bounded_json.parse_finite)
     except ValueError:
         raise _other(server, "is not JSON, though it was asked for", text) from None
-    if place := misfit(json.loads(sampling.schema), data):
+    if place := misfit(json.loads(schema), data):
         raise _other(server, f"does not fit --schema{'' if place == '.' else f' at {one_line(place)}'}", text)
     return data
 

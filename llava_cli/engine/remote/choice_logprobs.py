@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+TOP_LOGPROBS = 20
+"""The most that OpenAI's API gives of a token's alternatives."""
 _MAX_SHARED = 0.01
 """The part of the probability that may belong to tokens with which several choices begin."""
 _END_TOKEN = re.compile(r"(?:<[^<>]*>)?")

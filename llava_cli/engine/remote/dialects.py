@@ -12,16 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_cli.engine.remote.choice_logprobs import TOP_LOGPROBS
 from llava_cli.errors import UsageError
-from llava_cli.settings import OPTIONS, Sampling
+from llava_cli.settings import FORM_OPTIONS, OPTIONS, PLAIN_OPTIONS, Sampling
 
 Fields = dict[str, Any]
 """Members of a request."""
 
-_PLAIN = ("max_tokens", "temperature", "top_p", "seed", "stop")
-"""The options that every server has, under the same name."""
-_TOP_LOGPROBS = 20
-"""The most that OpenAI's API gives of a token's alternatives."""
 _MIN_CHOICE_TOKENS = 16
 
 
@@ -45,7 +42,7 @@ class Dialect:
         """
         fields = {
             name: value
-            for name in _PLAIN
+            for name in PLAIN_OPTIONS
             if (value := getattr(sampling, name)) not in (None, ())
             and (name not in sampling.unset or value != OPTIONS[name].default)
         }
@@ -73,12 +70,12 @@ class Dialect:
         return {
             "max_tokens": min(sampling.max_tokens, max(longest + 2, _MIN_CHOICE_TOKENS)),
             "logprobs": True,
-            "top_logprobs": _TOP_LOGPROBS,
+            "top_logprobs": TOP_LOGPROBS,
             **(self.choices(sampling.choices) if self.choices else {}),
         }
 
     def _llava_fields(self, sampling: Sampling) -> Fields:
-        keys = ("otherwise", "at_least", "confidence", "sight")
+        keys = [key for key in sampling.names() if key not in (*PLAIN_OPTIONS, *FORM_OPTIONS)]
         asked = {key: value for key in keys if (value := getattr(sampling, key)) != OPTIONS[key].default}
         choices = self.choices(sampling.choices) if self.choices and sampling.choices else {}
         return choices | ({"llava": asked} if asked else {})

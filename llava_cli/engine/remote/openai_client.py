@@ -118,7 +118,7 @@ class OpenAIClient:
 
     def _chunks(self, body: dict[str, Any], sampling: Sampling) -> Generator[Chunk, None, None]:
         """The answer in one piece or in several; some servers do not do what `stream` asks for."""
-        builder, is_done = AnswerBuilder(), False
+        builder, is_done = AnswerBuilder(keeps_space=bool(sampling.grammar_option)), False
         with self.response_errors(), closing(self._send(CHAT_PATH, body)) as response:
             for data in openai_response.read_events(response):
                 if data == openai_response.DONE:

@@ -5,6 +5,7 @@ https://platform.openai.com/docs/api-reference/chat, and the variants that other
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from llava_cli import bounded_json, limits
 from llava_cli.bounded_http import Deadline, NotHttp, Response
 from llava_cli.bounded_json import TooMuch
 from llava_cli.engine.base import Confidence
-from llava_cli.engine.remote.choice_logprobs import TokenLogprobs
+from llava_cli.engine.remote.choice_logprobs import TOP_LOGPROBS, TokenLogprobs
 from llava_cli.errors import plain_message
 from llava_cli.untrusted_text import one_line
 
@@ -175,7 +176,10 @@ def token_logprobs(choice: dict[str, Any]) -> list[TokenLogprobs]:
     """The log-probabilities of a choice's tokens; none where they are not told. Raises `MalformedResponse`."""
     content = choice["logprobs"].get("content") if isinstance(choice.get("logprobs"), dict) else None
     return [
-        TokenLogprobs(*_logprob(token), dict(_logprob(other) for other in _list_or_empty(token.get("top_logprobs"))))
+        TokenLogprobs(
+            *_logprob(token),
+            dict(_logprob(other) for other in _list_or_empty(token.get("top_logprobs"))[:TOP_LOGPROBS]),
+        )
         for token in map(as_object, _list_or_empty(content))
     ]
 
@@ -183,8 +187,8 @@ def token_logprobs(choice: dict[str, Any]) -> list[TokenLogprobs]:
 def _logprob(token: Any) -> tuple[str, float]:
     """A token's text and log-probability, which some servers leave out where it is minus infinity."""
     fields = as_object(token)
-    logprob = fields.get("logprob")
-    return as_text(fields.get("token")), _LEAST_LOGPROB if logprob is None else min(_number(logprob), 0.0)
+    logprob = _LEAST_LOGPROB if fields.get("logprob") is None else fields["logprob"]
+    return as_text(fields.get("token")), max(_LEAST_LOGPROB, min(_number(logprob), 0.0))
 
 
 def _list_or_empty(value: Any) -> list[Any]:
@@ -196,7 +200,7 @@ def answer_details(choice: dict[str, Any]) -> dict[str, Any]:
     told = as_object(as_object(choice.get("delta") or choice.get("message") or {}).get("llava") or {})
     details: dict[str, Any] = {name: _number(told[name]) for name in ("answer_probability", "sight") if name in told}
     if "data" in told:
-        details["data"] = told["data"]
+        details["data"] = _finite(told["data"])
     if "probabilities" in told:
         details["probabilities"] = {as_text(k): _number(p) for k, p in as_object(told["probabilities"]).items()}
     if "confidence" in told:
@@ -204,6 +208,15 @@ def answer_details(choice: dict[str, Any]) -> dict[str, Any]:
         mean, lowest = _number(fields.get("mean")), _number(fields.get("lowest"))
         details["confidence"] = Confidence(mean, lowest, as_text(fields.get("lowest_token")))
     return details
+
+
+def _finite(data: Any) -> Any:
+    """JSON without NaN and Infinity, of which no row can be made. Raises `MalformedResponse`."""
+    try:
+        json.dumps(data, allow_nan=False)
+    except ValueError:
+        raise MalformedResponse from None
+    return data
 
 
 def _number(value: Any) -> float:

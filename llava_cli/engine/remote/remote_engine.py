@@ -85,7 +85,11 @@ class RemoteEngine(Engine):
         owners = (str(entry.get("owned_by")) for entry in models)
         dialect = next((DIALECTS[owner] for owner in owners if owner in DIALECTS), PLAIN)
         image_url = original_file_url if dialect.is_llava else portable_url  # it decodes pictures as we do
+        self._dialect = dialect
         self._client = OpenAIClient(self.where, self._post, image_url, name, self._hint, dialect, fits)
+
+    def check_options(self, sampling: Sampling) -> None:
+        self._dialect.fields(sampling, self.where)
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:
         shown = ""
@@ -106,11 +110,11 @@ class RemoteEngine(Engine):
         size: int | None = None,
         go_on: Callable[[], bool] = always,
     ) -> Iterator[tuple[int, Answer | LlavaError]]:
-        """As `Engine.answer_many`; raises an error that every request would meet: a wrong key, no server, what it
-        cannot do, or nothing but failures."""
+        """As `Engine.answer_many`; raises an error that every request would meet: a wrong key, no server, or nothing
+        but failures. What the server cannot do is a failure of the request that asks for it."""
         failures = 0
         for number, _, outcome in answer_in_threads(enumerate(requests), self._complete, self._concurrency, go_on):
-            if not isinstance(outcome, (Answer, LlavaError)) or isinstance(outcome, (ModelUnusable, UsageError)):
+            if not isinstance(outcome, (Answer, LlavaError)) or isinstance(outcome, ModelUnusable):
                 raise outcome
             is_failure = isinstance(outcome, (BadData, ServerFailed)) and not isinstance(outcome, NoAnswer)
             failures = failures + 1 if is_failure else 0

@@ -40,8 +40,8 @@ def _misfit(schema: Any, value: Any, root: Any) -> list[str] | None:
     if not isinstance(schema, dict):
         return [] if schema is False else None
     types = schema.get("type", list(_TYPES))
-    known = [_TYPES[name] for name in (types if isinstance(types, list) else [types]) if name in _TYPES]
-    if not any(is_one(value) for is_one in known):
+    names = [name for name in (types if isinstance(types, list) else [types]) if isinstance(name, str)]
+    if names and not any(_TYPES[name](value) for name in names if name in _TYPES):
         return []
     if ("const" in schema and not _equal(value, schema["const"])) or not _is_listed(value, schema.get("enum")):
         return []
@@ -78,11 +78,12 @@ def _resolved(schema: Any, root: Any) -> Any:
     for _ in range(_MAX_REFS):
         if not isinstance(schema, dict) or not isinstance(reference := schema.get("$ref"), str):
             return schema
-        schema = root
-        for name in reference.removeprefix("#").split("/")[1:]:
-            schema = schema.get(name, True) if isinstance(schema, dict) else True
-        if not reference.startswith("#"):
+        whole, *names = reference.split("/")
+        if whole != "#":  # elsewhere, or an anchor
             return True
+        schema = root
+        for name in names:
+            schema = schema.get(name, True) if isinstance(schema, dict) else True
     return True
 
 

@@ -1,22 +1,26 @@
-"""Schemas that a client sends to keep a server busy, or to end it: each is compiled in a sandbox first."""
+"""Schemas that keep a server or a batch busy, or end it: a stranger's are compiled in a sandbox first."""
 
 from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from helpers.command import Run
 from helpers.servers import Endpoint, in_thread
 from helpers.tables import for_each
 
 from llava_cli import Conversation, Sampling, limits, load
+from llava_cli.engine.generate import form_sandbox
+from llava_cli.engine.generate.form_sandbox import FormSandbox
 from llava_cli.engine.remote.remote_engine import RemoteEngine
-from llava_cli.errors import UsageError
-from llava_cli.server import form_sandbox
-from llava_cli.server.form_sandbox import FormSandbox
+from llava_cli.errors import SandboxUnavailable, UsageError
+from llava_cli.sandbox.process import WorkerDied, WorkerLate
+from llava_cli.server.api_error import ApiError
 from llava_cli.settings import OPTIONS
 
 ENDLESS = {"allOf": [{"type": "string", "pattern": f".*{chr(97 + i)}.{{{i + 10}}}{chr(97 + i)}.*"} for i in range(20)]}
@@ -34,6 +38,13 @@ def nested(levels: int, refs: int) -> dict[str, Any]:
             schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
         schemas[str(number)] = schema
     return {"$defs": schemas, "$ref": f"#/$defs/{refs}"}
+
+
+def raising(error: Exception) -> Callable[..., bytes]:
+    def ask(*_: Any) -> bytes:
+        raise error
+
+    return ask
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +98,30 @@ def test_what_takes_too_much_memory_ends_the_sandbox_alone(sandbox: FormSandbox)
         with pytest.raises(UsageError, match="--regex: too large or too deep to compile"):
             sandbox.check(OPTIONS["regex"], LARGE)
         sandbox.check(OPTIONS["regex"], "a+")
+
+
+def test_a_failure_that_may_pass_is_not_remembered(sandbox: FormSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    option = OPTIONS["regex"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox._worker, "ask", raising(WorkerLate("3")))
+        with pytest.raises(UsageError, match="takes longer than 3 s to compile"):
+            sandbox.check(option, "a+")
+        patch.setattr(sandbox._worker, "ask", raising(WorkerDied("its process cannot be started (no room)")))
+        with pytest.raises(SandboxUnavailable, match="cannot be started") as error:
+            sandbox.check(option, "a+")
+    assert ApiError.from_engine(error.value).status == 503
+    sandbox.check(option, "a+")
+
+
+def test_a_row_of_a_questions_file_cannot_keep_a_batch_busy(
+    run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "FORM_SECONDS", 0.3)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"image": str(drawing), "question": "a?", "schema": ENDLESS}) + "\n")
+    result = run("batch", questions, "--root", drawing.parent)
+    assert (result.exit_code, result.stdout) == (65, "")
+    assert "line 1: 'schema': takes longer than 0 s to compile" in result.stderr
 
 
 def test_reasons_are_those_of_the_compiler(sandbox: FormSandbox) -> None:
