@@ -107,8 +107,11 @@ def _as_png(image: PillowImage) -> bytes:
     if not isinstance(image, Image.Image):
         reason = f"{type(image).__name__} is neither a path, nor a file's bytes, nor an image of Pillow"
         raise UsageError("picture", reason, "PIL.Image.fromarray(…) makes an image of an array")
-    file, upright = io.BytesIO(), ImageOps.exif_transpose(image)
-    (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(file, "PNG")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode not in _PNG_MODES:
+        upright = upright.convert("RGB")
+    file = io.BytesIO()
+    upright.save(file, "PNG")
     return file.getvalue()
 
 
