@@ -20,7 +20,7 @@ from llava_cli.conversation import Picture
 from llava_cli.engine import Chunk
 from llava_cli.errors import InputMissing, UsageError
 from llava_cli.images.reader import SUFFIXES, is_url, local_path, open_picture
-from llava_cli.settings import OPTIONS, Sampling
+from llava_cli.settings import GRAMMAR_OPTIONS, OPTIONS, Sampling
 from llava_cli.untrusted_text import printable
 
 Result = str | Generator[Chunk, None, None] | None
@@ -170,7 +170,7 @@ def _set(chat: Chat, arguments: str) -> Result:
         near = difflib.get_close_matches(name, names, n=1)
         raise UsageError(f"/set {printable(name)}", f"not one of {', '.join(names)}", f"/set {near[0]}" if near else "")
     if value := "".join(values).strip():
-        is_default = value == "default" or (value == "none" and name in ("schema", "regex", "grammar"))
+        is_default = value == "default" or (value == "none" and name in GRAMMAR_OPTIONS)
         unset = chat.sampling.unset - {name}
         change: dict[str, Any] = {name: getattr(Sampling(), name) if is_default else value}
         chat.sampling = replace(chat.sampling, **change, unset=unset | {name} if is_default else unset)

@@ -15,13 +15,13 @@ from llava_cli.errors import LlavaError, UsageError
 from llava_cli.schemas import parse_regex, written_grammar, written_schema
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.content_parts import check_unknown
-from llava_cli.settings import OPTIONS
+from llava_cli.settings import FORM_OPTIONS, OPTIONS
 
 OptionValue = tuple[str, Any]
 """The key of one of `Sampling`'s options, and its value as the request has it."""
 
-FORM_OPTIONS = ("choices", "otherwise", "at_least", "schema", "regex", "grammar")
-"""The options that say what an answer is. A server's own do not count for a request that says it."""
+OVERRIDDEN = (*FORM_OPTIONS, "otherwise", "at_least")
+"""The options of a server that do not count for a request that says what its answer is."""
 
 
 class AnswerForm:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from llava_cli import limits
 from llava_cli.conversation import Conversation
 from llava_cli.errors import UsageError
-from llava_cli.server.answer_form import FIELDS, FORM_OPTIONS, AnswerForm, is_text
+from llava_cli.server.answer_form import FIELDS, OVERRIDDEN, AnswerForm, is_text
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.chat_messages import Message, OpenUrl, build_conversation
 from llava_cli.server.content_parts import ImageUrl, check_unknown
@@ -134,7 +134,7 @@ class ChatRequest(BaseModel):
         options = {name: value for name, value in options.items() if value is not None} | form.options
         values = {name: getattr(defaults, name) for name in Sampling.names()}
         if form.is_said:
-            values.update((name, OPTIONS[name].default) for name in FORM_OPTIONS)
+            values.update((name, OPTIONS[name].default) for name in OVERRIDDEN)
         if form.form:
             values["stop"] = OPTIONS["stop"].default
             if stop and form.form != "choices":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cli.choices import spellings
 from llava_cli.engine.base import Answer, Confidence
-from llava_cli.engine.generate.confidence import LEAST_LOG_PROBABILITY, confidence_in
+from llava_cli.engine.generate.confidence import confidence_in, finite
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.sampler import ForcedTokens
 from llava_cli.engine.generate.sequence import Follower, Sequence, Token
@@ -118,8 +118,7 @@ class TreeScores:
         places, children = tree.children(nodes)
         following = logits[places, [tree.tokens[child] for child in children]] - normalizer[places]
         ends = logits[:, tree.end_tokens].logsumexp(-1) - normalizer
-        numbers = torch.cat([following, ends]).nan_to_num(nan=LEAST_LOG_PROBABILITY, neginf=LEAST_LOG_PROBABILITY)
-        values = numbers.tolist()
+        values = finite(torch.cat([following, ends]))
         for child, value in zip(children, values, strict=False):
             self.tokens[child] = value
         for node, value in zip(nodes, values[len(children) :], strict=True):

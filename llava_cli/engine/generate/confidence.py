@@ -30,8 +30,13 @@ def as_numbers(log_probabilities: Sequence[torch.Tensor]) -> list[float]:
     """Scalars on a device as finite numbers."""
     import torch
 
+    return finite(torch.stack(list(log_probabilities)))
+
+
+def finite(log_probabilities: torch.Tensor) -> list[float]:
+    """[n] on a device -> finite numbers."""
     least = LEAST_LOG_PROBABILITY
-    return list(torch.stack(list(log_probabilities)).nan_to_num(nan=least, neginf=least).tolist())
+    return list(log_probabilities.nan_to_num(nan=least, neginf=least).tolist())
 
 
 def confidence_in(log_probabilities: Sequence[float], text_of: Callable[[int], str]) -> Confidence:
