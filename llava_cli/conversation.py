@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from llava_cli.parts import WHOLE, Part
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -20,15 +22,19 @@ class Picture:
     sha256: str
     """Of the file's bytes, in hex."""
     frames: int = 1
-    """How many frames the file has; only the first is used."""
+    """How many pages or frames the file has."""
     truncated: bool = False
     """Whether the file's end is missing, which the user allowed."""
     data: bytes | None = field(default=None, repr=False, compare=False)
-    """The file's bytes; None if they were not kept."""
+    """The file's bytes; None if they were not kept, or if it is a part of what they contain."""
     format: str = field(default="", compare=False)
     """JPEG or PNG; empty for other formats, or if unknown."""
     plain: bool = field(default=False, compare=False)
     """Whether every decoder gets the same pixels from `data` as ours."""
+    part: Part = WHOLE
+    """Which page or frame of the file it is."""
+    region: str | None = None
+    """What of the page or frame it is (see `parts.parse_region`); None for all of it."""
 
 
 @dataclass(frozen=True)

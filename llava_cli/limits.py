@@ -15,6 +15,22 @@ PICTURE_ASPECT = 200
 DECODE_SECONDS = 60.0
 """Wall-clock time in the sandbox for one picture."""
 
+# Files of several pictures.
+PAGES = 100_000
+"""Pages or frames of one file that are looked at."""
+PAGE_SECONDS = 20.0
+"""To draw one page, or to find and decode one frame of a film."""
+PAGE_SIDE = 4_000
+"""Pixels of the longer side of a page that is drawn."""
+DOCUMENT_MEMORY = 2 * 2**30
+"""Bytes of address space of the process that draws pages."""
+ASK_PAGES = 4
+"""Of a document in a question, unless --pages says which."""
+FILM_FRAMES = 4
+"""Of a film, unless --frames or --every says how many."""
+FILM_SECONDS = 10_000_000.0
+"""The longest time between two frames."""
+
 # Sandboxed processes.
 SANDBOX_MEMORY = 4 * 2**30
 """Bytes of address space."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from llava_cli import files, limits
 from llava_cli.choices import check_choices, parse_choices
 from llava_cli.errors import OutputError, UsageError, os_reason
+from llava_cli.parts import parse_every, parse_pages, parse_region
 from llava_cli.paths import config_file
 from llava_cli.schemas import parse_grammar, parse_regex, parse_schema
 from llava_cli.untrusted_text import printable
@@ -216,6 +217,36 @@ class LoadOptions(_Options):
 
 
 @dataclass(frozen=True)
+class PictureOptions(_Options):
+    """Which pictures a file with several gives, and what of them is looked at."""
+
+    pages: str | None = _option(
+        None, "Which pages of a document, or frames of an animation.", metavar="1-3,5|all", parse=parse_pages
+    )
+    frames: int | None = _option(
+        None, "So many frames of a film or animation, evenly spread.", metavar="N", bounds=(1, 10_000)
+    )
+    every: float | None = _option(
+        None, "A frame of a film or animation each so many seconds.", metavar="5s", parse=parse_every
+    )
+    dpi: int = _option(150, "How finely pages are drawn.", metavar="N", bounds=(10, 1200))
+    region: str | None = _option(
+        None, "Look at this part only: left,top,right,bottom.", metavar="60%,0,100%,30%", parse=parse_region
+    )
+
+    def said(self) -> dict[str, Any]:
+        """The options that are set, by name."""
+        values = {name: getattr(self, name) for name in self.names()}
+        return {name: value for name, value in values.items() if value != OPTIONS[name].default}
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for options that exclude each other."""
+        super().__post_init__()
+        if self.frames and self.every:
+            raise UsageError(OPTIONS["every"].flag, "--frames says already which frames", "give one of them")
+
+
+@dataclass(frozen=True)
 class ServerOptions(_Options):
     """Which server answers in the place of a model that is loaded here."""
 
@@ -234,6 +265,7 @@ class Settings(_Options):
     load: LoadOptions = field(default_factory=LoadOptions)
     sampling: Sampling = field(default_factory=Sampling)
     remote: ServerOptions = field(default_factory=ServerOptions)
+    pictures: PictureOptions = field(default_factory=PictureOptions)
     system: str | None = _option(None, "Instructions before the conversation.", metavar="TEXT")
 
     @classmethod
@@ -256,7 +288,8 @@ class Settings(_Options):
             return {name: values[name] for name in group.names() if name in values}
 
         sampling = Sampling(**of(Sampling), unset=frozenset(Sampling.names()) - values.keys())
-        return cls(LoadOptions(**of(LoadOptions)), sampling, ServerOptions(**of(ServerOptions)), **of(cls))
+        groups = LoadOptions(**of(LoadOptions)), sampling, ServerOptions(**of(ServerOptions))
+        return cls(*groups, PictureOptions(**of(PictureOptions)), **of(cls))
 
 
 def _declared(group: type[_Options]) -> Iterator[Option]:
@@ -268,7 +301,9 @@ def _declared(group: type[_Options]) -> Iterator[Option]:
 
 
 OPTIONS = {
-    option.key: option for group in (Sampling, LoadOptions, Settings, ServerOptions) for option in _declared(group)
+    option.key: option
+    for group in (Sampling, LoadOptions, PictureOptions, Settings, ServerOptions)
+    for option in _declared(group)
 }
 """Every option by its key."""
 

@@ -92,13 +92,18 @@ def is_picture(head: bytes, name: str) -> bool:
     )
 
 
-def begins_like_a_picture(path: str) -> bool:
-    """Whether a file has the first bytes of a format that every installation opens; False if it cannot be read."""
+def head_of(path: str) -> bytes:
+    """The first bytes of a file, enough to know a picture; none if it cannot be read."""
     try:
         with regular_files.open_regular(path) as file:
-            head = file.read(_MAGIC_BYTES)
+            return file.read(_MAGIC_BYTES)
     except (OSError, ValueError):
-        return False
+        return b""
+
+
+def begins_like_a_picture(path: str) -> bool:
+    """Whether a file has the first bytes of a format that every installation opens; False if it cannot be read."""
+    head = head_of(path)
     return formats.format_of(head, formats.SUPPORTED) is not None or formats.is_bmp(head)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from llava_cli import files, limits, regular_files
 from llava_cli.batch import run_settings
 from llava_cli.batch.lines import bounded_lines, is_too_long
-from llava_cli.batch.rows import is_complete, parse_row, to_ask_again, to_line
+from llava_cli.batch.rows import is_complete, key_of, parse_row, to_ask_again, to_line
 from llava_cli.batch.tasks import Task, merge_tasks
 from llava_cli.errors import BadData, OutputError, OutputTaken, os_reason
 from llava_cli.untrusted_text import printable
@@ -267,7 +267,7 @@ class Journal:
 def _row_of(task: Task, line: bytes) -> dict[str, Any] | None:
     """The task's row from a line; None if the line is not a complete row, or about something else."""
     row = parse_row(line)
-    if row and (row["image"], row["question"], row.get("id")) == task.key and is_complete(row):
+    if row and key_of(row) == task.key and is_complete(row):
         return row
     return None
 

@@ -7,13 +7,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, InputMissing, LlavaError
 from llava_cli.images.reader import is_url, read
+from llava_cli.images.region import cut
 from llava_cli.images.sandbox import Crash, SandboxPool
+from llava_cli.settings import PictureOptions
 from llava_cli.untrusted_text import printable
 
 ATTEMPTS = 2
@@ -24,68 +27,97 @@ PREFETCH_PER_PROCESS = 4
 class PictureLoader:
     """Opens pictures in a pool of processes.
 
-    `locate` gives a picture's full path, or raises a `LlavaError` if it must not be opened. URLs are fetched only with
-    `allow_urls`. With `max_side` pictures are scaled down to that many pixels.
+    `find` gives a picture's file: its bytes, or its path on this disk. It raises a `LlavaError` if there is none, or if
+    it must not be opened, and is called by `readers` threads, in the order of the tasks where that is one. URLs are
+    fetched only with `allow_urls`. With `max_side` pictures are scaled down to that many pixels.
     """
 
     def __init__(
         self,
-        locate: Callable[[str], str] = os.path.abspath,
+        find: Callable[[str], bytes | Path] = lambda image: Path(os.path.abspath(image)),
         allow_truncated: bool = False,
         allow_urls: bool = False,
         max_side: int | None = None,
+        dpi: int = PictureOptions.dpi,
+        readers: int = 4,
     ) -> None:
         self.allow_urls = allow_urls
         self.last_refusal: LlavaError | None = None
-        """What `locate` raised last."""
-        self._locate = locate
-        self._options: dict[str, Any] = {"allow_truncated": allow_truncated, "shrink": max_side}
+        """What `find` raised last."""
+        self._find, self._max_side = find, max_side
+        self._options: dict[str, Any] = {"allow_truncated": allow_truncated, "dpi": dpi}
         self._sandboxes = SandboxPool()
         self._process_count = len(self._sandboxes.all)
-        self._threads = ThreadPoolExecutor(self._process_count)
+        self._readers, self._decoders = ThreadPoolExecutor(readers), ThreadPoolExecutor(self._process_count)
+        self._window = max(self._process_count * PREFETCH_PER_PROCESS, 2 * readers)
         self._is_closed = False
 
     def load_all(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Picture | LlavaError]]:
         """Each task with its picture, in order; consecutive tasks about the same picture get the same object."""
         pending: deque[tuple[Task, Future[Picture | LlavaError]]] = deque()
         for task in tasks:
-            is_same = bool(pending) and pending[-1][0].image == task.image
-            pending.append((task, pending[-1][1] if is_same else self._threads.submit(self.load, task.image)))
-            if len(pending) > self._process_count * PREFETCH_PER_PROCESS:
+            is_same = bool(pending) and _about(pending[-1][0]) == _about(task)
+            pending.append((task, pending[-1][1] if is_same else self._submit(task)))
+            if len(pending) > self._window:
                 first, future = pending.popleft()
                 yield first, future.result()
         for task, future in pending:
             yield task, future.result()
 
-    def load(self, image: str) -> Picture | LlavaError:
+    def _submit(self, task: Task) -> Future[Picture | LlavaError]:
+        file = self._readers.submit(self._read, task.image)
+        return self._decoders.submit(lambda: self._decode(task, file.result()))
+
+    def load(self, task: Task) -> Picture | LlavaError:
         """One picture, or why it cannot be opened."""
+        return self._decode(task, self._read(task.image))
+
+    def _read(self, image: str) -> bytes | Path | LlavaError:
         if is_url(image):
             if not self.allow_urls:
                 return InputMissing(printable(image), "URLs in a list are not fetched", "--allow-urls fetches them")
-            path = image
-        else:
-            try:
-                path = self._locate(image)
-            except LlavaError as error:
-                self.last_refusal = error
-                return error
+            return _retried(lambda: read(image, public=True))
+        try:
+            return self._find(image)
+        except LlavaError as error:
+            self.last_refusal = error
+            return error
+
+    def _decode(self, task: Task, file: bytes | Path | LlavaError) -> Picture | LlavaError:
+        if isinstance(file, LlavaError):
+            return file
+        shrink = None if task.region else self._max_side  # a region may be in pixels
+        name = str(file) if isinstance(file, Path) else task.image
         for _ in range(ATTEMPTS):
-            picture = self._decode(path)
+            picture = self._sandboxes.open(name, file, shrink=shrink, part=task.part, **self._options)
             if isinstance(picture, Picture):
-                return replace(picture, name=image)
+                picture = cut(replace(picture, name=task.image), task.region) if task.region else picture
+                return replace(picture, name=task.image) if isinstance(picture, Picture) else picture
             if self._is_closed or not isinstance(picture, (InputMissing, Crash)):
                 break
-        return BadImage(printable(path), picture.reason) if isinstance(picture, Crash) else picture
-
-    def _decode(self, path: str) -> Picture | LlavaError:
-        try:
-            data = read(path, public=True, follow=False)  # `locate` has resolved all links: a new one is suspicious
-        except LlavaError as error:
-            return error
-        return self._sandboxes.open(path, data, **self._options)
+        return BadImage(printable(name), picture.reason) if isinstance(picture, Crash) else picture
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""
         self._is_closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._readers, self._decoders):
+            threads.shutdown(wait=False, cancel_futures=True)
         self._sandboxes.close()
+
+
+def _about(task: Task) -> tuple[object, ...]:
+    """What two tasks have in common that are about the same picture."""
+    return task.image, task.part, task.region
+
+
+def _retried(fetch: Callable[[], bytes]) -> bytes | LlavaError:
+    """What `fetch` returns, or the error that it raises each time."""
+    error: LlavaError
+    for _ in range(ATTEMPTS):
+        try:
+            return fetch()
+        except LlavaError as problem:
+            error = problem
+            if not isinstance(problem, InputMissing):
+                break
+    return error

@@ -91,7 +91,7 @@ def _page_rows(rows: RowsFile, first: int, folders: PictureFolders) -> Iterator[
             waiting.append((number, row))
             yield Task(row["image"], "")
 
-    with closing(PictureLoader(folders.locate, folders.allow_truncated, max_side=THUMBNAIL_SIDE)) as loader:
+    with closing(PictureLoader(folders.find, folders.allow_truncated, max_side=THUMBNAIL_SIDE)) as loader:
         previous: Any = None
         for _, picture in loader.load_all(tasks()):
             number, row = waiting.popleft()

@@ -66,6 +66,10 @@ class PictureFolders:
             raise OutsideRoots(printable(image), f"outside {printable(self.roots[0])}")
         return real_path
 
+    def find(self, image: str) -> Path:
+        """The file of a row's picture. Raises `OutsideRoots`."""
+        return Path(self.locate(image))
+
     def _below_roots(self, path: str) -> str | None:
         return next(filter(None, (resolve_below(path, root) for root in self.roots)), None)
 

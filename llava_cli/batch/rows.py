@@ -14,6 +14,7 @@ from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
 from llava_cli.engine import Answer
 from llava_cli.errors import LlavaError
+from llava_cli.parts import WHOLE
 from llava_cli.untrusted_text import for_json_line
 
 _KEYS = ("image", "question", "answer", "status", "error", "model", "finish_reason", "answer_tokens", "sha256")
@@ -51,6 +52,8 @@ def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaEr
         "answer_tokens": answer.answer_tokens if answer else None,
         "sha256": picture.sha256 if picture else None,
     }
+    place = {"page": task.page, "time": task.time, "region": task.region}
+    row |= {name: value for name, value in place.items() if value is not None}
     if task.id is not None:
         row = {"id": task.id, **row}
     if answer and (flags := warning_flags(answer, task.question)):
@@ -64,7 +67,7 @@ def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaEr
         row["expected"] = task.answer
         if not is_open:  # which is neither right nor wrong
             row["right"] = bool(answer) and is_right(answer.text if answer else "", task.answer)
-    if picture and picture.frames > 1:
+    if picture and picture.frames > 1 and task.part == WHOLE:
         row["frames"] = picture.frames
     if picture and picture.truncated:
         row["truncated"] = True
@@ -106,6 +109,11 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         return None
     return row if is_row else None
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a parsed row is about, as `Task.key`."""
+    return row["image"], row["question"], *(row.get(name) for name in ("id", "page", "time", "region"))
 
 
 def is_complete(row: dict[str, Any]) -> bool:

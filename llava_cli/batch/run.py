@@ -76,7 +76,13 @@ def run(job: Job) -> int:
             _note_what_is_left_out(job)
         if tasks is None:
             return _finish(job, tally, stop, "nothing left to do")
-        loader = PictureLoader(job.source.locate, job.allow_truncated, job.allow_urls)
+        loader = PictureLoader(
+            job.source.find,
+            job.allow_truncated,
+            job.allow_urls,
+            dpi=job.settings.pictures.dpi,
+            readers=job.source.readers,
+        )
         stack.callback(loader.close)
         with render.spinner("loading the model", job.quiet):
             engine = open_engine(job.settings, render.note, render.notes(job.quiet))
@@ -149,6 +155,7 @@ def _run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
         **identify(settings),
         "system": settings.system,
         **settings.sampling.said(),
+        **settings.pictures.said(),
         **sight,
         "fit": settings.load.fit,
         "visual_tokens": settings.load.visual_tokens,
@@ -213,7 +220,7 @@ def _verify(job: Job, tally: Tally, engine: Engine, loader: PictureLoader, stop:
     differences, asked = [], 0
     with render.spinner("verifying", job.quiet):
         for task, text in tally.sample:
-            picture = loader.load(task.image) if stop.go_on() else None
+            picture = loader.load(task) if stop.go_on() else None
             if picture is None or isinstance(picture, LlavaError):
                 continue
             asked += 1

@@ -9,15 +9,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 
 from llava_cli import files
+from llava_cli.batch.containers import open_container
+from llava_cli.batch.containers.container import Container, Entry
 from llava_cli.batch.folders import SkippedFiles, find_pictures
 from llava_cli.batch.listing import STDIN, Layout, Listing
+from llava_cli.batch.parts_of_tasks import with_parts
 from llava_cli.batch.questions import Check, Questions
 from llava_cli.batch.roots import is_below, resolve
 from llava_cli.batch.tasks import Task, sort_paths
 from llava_cli.errors import InputMissing
 from llava_cli.images.reader import is_url, local_path
+from llava_cli.settings import PictureOptions
 from llava_cli.untrusted_text import printable
 
 
@@ -38,6 +43,8 @@ class Source:
     root: str | None = None
     check: Check = lambda task: None
     """Raises `UsageError` for a row of questions that cannot be asked."""
+    pictures: PictureOptions = PictureOptions()  # noqa: RUF009  (immutable)
+    """Which pages and frames of its files are asked about."""
     skipped: SkippedFiles = field(default_factory=SkippedFiles, init=False)
     """What is in its folders and is not a picture."""
     _first_image: str | None = field(default=None, init=False)
@@ -62,8 +69,22 @@ class Source:
         """The list or file of questions; None for pictures and folders."""
         if len(self.words) > 1 or self.is_folder or is_url(self.words[0]):
             return None
+        if self._containers:
+            return None
         listing = Listing(self.words[0], self.null)
         return None if listing.layout is Layout.PICTURE else listing
+
+    @cached_property
+    def _containers(self) -> dict[str, Container]:
+        """Those among the words, by how the names of their pictures begin: a single one's are relative to it."""
+        found = {word: None if word == STDIN else open_container(word) for word in self.words}
+        starts = {word: "" if len(self.words) == 1 else word.rstrip("/") + "/" for word in self.words}
+        return {starts[word]: container for word, container in found.items() if container}
+
+    @property
+    def readers(self) -> int:
+        """How many threads may `find` pictures at a time."""
+        return min((container.readers for container in self._containers.values()), default=4)
 
     @cached_property
     def _questions(self) -> Questions | None:
@@ -105,6 +126,13 @@ class Source:
         paths = {os.path.abspath(word): os.path.isdir(word) for word in self.words}
         return frozenset(paths), tuple(path for path, is_folder in paths.items() if is_folder)
 
+    def find(self, image: str) -> bytes | Path:
+        """The file of a task's picture. Raises as `locate` and `Container.read`."""
+        for start, container in self._containers.items():
+            if image.startswith(start):
+                return container.read(image[len(start) :])
+        return Path(self.locate(image))
+
     def locate(self, image: str) -> str:
         """The real path of a task's picture. Raises `InputMissing` if the source must not name it.
 
@@ -138,37 +166,48 @@ class Source:
         Raises `BadData` or `InputMissing`.
         """
         if self._questions and not self.is_stream:
-            deque(self.tasks(), maxlen=0)
+            deque(self._tasks_of_files(), maxlen=0)
         tasks = self.tasks()
         first = next(tasks, None)
         return None if first is None else chain([first], tasks)
 
     def tasks(self) -> Iterator[Task]:
         """In the order of the source, within a folder by path. Raises `BadData` for an invalid row of questions."""
+        return with_parts(self._tasks_of_files(), self.find, self.pictures)
+
+    def _tasks_of_files(self) -> Iterator[Task]:
+        """The tasks before files of several pictures become several tasks."""
         for task in self._questions.tasks() if self._questions else self._tasks_of_images():
             self._first_image = self._first_image or task.image
             yield task
 
     def _tasks_of_images(self) -> Iterator[Task]:
-        for image in self._images():
+        for image, row in self._images():
             for question in self._distinct_questions:
-                yield Task(image, question)
+                yield Task(image, question, row=row)
 
-    def _images(self) -> Iterator[str]:
+    def _images(self) -> Iterator[Entry]:
         if self.listing:
-            yield from self.listing.paths()
+            yield from map(Entry, self.listing.paths())
             return
         for word in self.words:
-            if is_url(word) or not os.path.isdir(word):
-                yield word
-            else:
-                start = "" if self.is_folder else word
-                paths = sort_paths(find_pictures(word, self.include, self.skipped))
-                yield from (os.path.join(start, path) for path in paths)
+            yield from self._images_in(word)
+
+    def _images_in(self, word: str) -> Iterator[Entry]:
+        start = "" if len(self.words) == 1 else word.rstrip("/") + "/"
+        if container := self._containers.get(start):
+            yield from (Entry(start + name, row) for name, row in container.entries())
+        elif is_url(word) or not os.path.isdir(word):
+            yield Entry(word)
+        else:
+            folder = "" if self.is_folder else word
+            paths = sort_paths(find_pictures(word, self.include, self.skipped))
+            yield from (Entry(os.path.join(folder, path)) for path in paths)
 
     def notes(self) -> list[str]:
         """Lines about what the tasks leave out. Call it after all tasks were read."""
-        lines = [self.skipped.note(), self._questions.note() if self._questions else "", self._root_note()]
+        lines = [*(container.note() for container in self._containers.values()), self.skipped.note()]
+        lines += [self._questions.note() if self._questions else "", self._root_note()]
         return [f"llava: {self.name}: {line}" for line in lines if line]
 
     def empty_reason(self) -> tuple[str, str]:

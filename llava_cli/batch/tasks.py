@@ -15,6 +15,7 @@ from typing import Any
 from llava_cli.batch.lines import parse_line
 from llava_cli.choices import check_choices, written_choices
 from llava_cli.errors import BadData, OutputError, UsageError
+from llava_cli.parts import Part, parse_region
 from llava_cli.paths import scratch_folder
 from llava_cli.schemas import parse_regex, written_grammar, written_schema
 
@@ -34,13 +35,25 @@ class Task:
     schema: str | None = None
     regex: str | None = None
     grammar: str | None = None
+    page: int | None = None
+    """Of a document or an animation, from 1."""
+    time: float | None = None
+    """Of a film's frame, in seconds."""
+    region: str | None = None
+    """What of the picture is looked at (see `parts.parse_region`)."""
+    row: dict[str, Any] | None = None
+    """What else the source says of the picture, for the fields of a question."""
     sight: bool | None = None
     """Whether it is in the sample of which the sight is told; no source says so."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What the row is about. A source may have the same key more than once, and gets a row for each."""
-        return self.image, self.question, self.id
+        return self.image, self.question, self.id, self.page, self.time, self.region
+
+    @property
+    def part(self) -> Part:
+        return Part(self.page, self.time)
 
     def to_line(self) -> bytes:
         return (json.dumps({k: v for k, v in asdict(self).items() if v is not None}) + "\n").encode()
@@ -90,6 +103,10 @@ _VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "max_tokens": lambda value: type(value) is int and 1 <= value <= 1_000_000,
     "answer": lambda value: isinstance(value, (str, tuple)) and all(isinstance(text, str) for text in value),
     **{name: partial(_is_parsed, parse) for name, parse in FORMS.items()},
+    "page": lambda value: type(value) is int and value >= 1,
+    "time": lambda value: isinstance(value, (int, float)) and math.isfinite(value) and value >= 0,
+    "region": partial(_is_parsed, parse_region),
+    "row": lambda value: isinstance(value, dict),
     "sight": lambda value: isinstance(value, bool),
 }
 

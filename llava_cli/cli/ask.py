@@ -10,6 +10,7 @@ from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
     ANSWERING,
     FORM,
+    PICTURES,
     JsonOpt,
     PicturesAndQuestion,
     QuietOpt,
@@ -22,7 +23,7 @@ from llava_cli.errors import UsageError
 
 
 @app.command()
-@with_options(*ANSWERING, *FORM)
+@with_options(*ANSWERING, *FORM, *PICTURES)
 def ask(
     context: typer.Context,
     args: PicturesAndQuestion = None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava_cli.cli import app
-from llava_cli.cli.options import ANSWERING, FORM, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import ANSWERING, FORM, PICTURES, QuietOpt, TruncatedOpt, settings_of, with_options
 from llava_cli.errors import UsageError
 from llava_cli.files import quoted
 from llava_cli.settings import LoadOptions, Settings
@@ -80,7 +80,7 @@ USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
 @app.command()
-@with_options(*ANSWERING, *(name for name in FORM if name != "sight"), "concurrency")
+@with_options(*ANSWERING, *(name for name in FORM if name != "sight"), *PICTURES, "concurrency")
 def batch(
     words: WordsArg = None,
     questions: QuestionsOpt = None,
@@ -141,7 +141,7 @@ def batch(
     sources, question = split_question(words or [""])
     all_questions = (*([question] if question is not None else []), *(questions or []))
     check = partial(check_form, sampling=settings.sampling, sandbox=None if settings.remote.server else FormSandbox())
-    source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check)
+    source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures)
     check_source(source, allow_urls, to_file)
     job = Job(
         source=source,

@@ -12,7 +12,7 @@ import typer
 from llava_cli import render, signals
 from llava_cli.cli import app
 from llava_cli.cli.arguments import open_named
-from llava_cli.cli.options import ANSWERING, FORM, QuietOpt, StatsOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import ANSWERING, FORM, PICTURES, QuietOpt, StatsOpt, TruncatedOpt, settings_of, with_options
 from llava_cli.errors import UsageError
 from llava_cli.untrusted_text import one_line
 
@@ -30,7 +30,7 @@ NoPreviewOpt = Annotated[bool, typer.Option("--no-preview", help="No thumbnails 
 
 
 @app.command()
-@with_options(*ANSWERING, *FORM)
+@with_options(*ANSWERING, *FORM, *PICTURES)
 def chat(
     images: Images = None,
     continue_: ContinueOpt = False,

@@ -10,7 +10,7 @@ from llava_cli import render
 from llava_cli.checking import check_threshold
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
-from llava_cli.cli.options import LOADING, JsonOpt, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import LOADING, PICTURES, JsonOpt, QuietOpt, TruncatedOpt, settings_of, with_options
 
 USAGE = 'llava check page.png "the Save button is visible"'
 EXIT_CODES = {"yes": 0, "no": 1, "unsure": 3}
@@ -29,7 +29,7 @@ AtLeastOpt = Annotated[
 
 
 @app.command()
-@with_options(*LOADING, "system", "server")
+@with_options(*LOADING, *PICTURES, "system", "server")
 def check(
     context: typer.Context,
     args: PicturesAndStatement = None,

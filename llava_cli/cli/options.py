@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from llava_cli.errors import UsageError
-from llava_cli.settings import OPTIONS, PLAIN_OPTIONS, LoadOptions, Sampling, Settings
+from llava_cli.settings import OPTIONS, PLAIN_OPTIONS, LoadOptions, PictureOptions, Sampling, Settings
 
 LOADING = LoadOptions.names()
 FORM = [name for name in Sampling.names() if name not in PLAIN_OPTIONS]
 """The settings of what an answer is, and of what is told about it."""
+PICTURES = PictureOptions.names()
+"""The settings of which pictures a file gives."""
 ANSWERING = [*LOADING, *PLAIN_OPTIONS, "system", "server"]
 """The settings of a command that loads a model and has it answer."""
 

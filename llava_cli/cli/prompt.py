@@ -15,7 +15,15 @@ import typer
 from llava_cli import render
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
-from llava_cli.cli.options import JsonOpt, PicturesAndQuestion, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import (
+    PICTURES,
+    JsonOpt,
+    PicturesAndQuestion,
+    QuietOpt,
+    TruncatedOpt,
+    settings_of,
+    with_options,
+)
 from llava_cli.errors import UsageError
 
 DiffOpt = Annotated[bool, typer.Option("--diff", help="Compare the checkpoint's own format with that of its training.")]
@@ -26,7 +34,7 @@ ViewOpt = Annotated[
 
 
 @app.command()
-@with_options("model", "adapter", "template", "fit", "visual_tokens", "system")
+@with_options("model", "adapter", "template", "fit", "visual_tokens", *PICTURES, "system")
 def prompt(
     context: typer.Context,
     args: PicturesAndQuestion = None,

@@ -25,6 +25,7 @@ from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
 from llava_cli.engine.model_patch import ModelPatch
 from llava_cli.errors import DeviceLost, LlavaError, ModelUnusable, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
+from llava_cli.parts import WHOLE
 from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import Sampling
 
@@ -344,5 +345,7 @@ class LocalEngine(Engine):
 
 
 def _identity(picture: Picture) -> str:
-    """Equal for pictures with the same pixels: the digest of the file or, if it is not known, of the pixels."""
-    return picture.sha256 or hashlib.sha256(f"{picture.image.size}".encode() + picture.image.tobytes()).hexdigest()
+    """Equal for pictures with the same pixels: the digest of the file or, if that does not tell, of the pixels."""
+    if picture.sha256 and picture.part == WHOLE and picture.region is None:
+        return picture.sha256
+    return hashlib.sha256(f"{picture.image.size}".encode() + picture.image.tobytes()).hexdigest()

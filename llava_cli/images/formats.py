@@ -118,6 +118,14 @@ _TEXT_PATTERNS = {
 """Text formats, after a byte-order mark and white space; compiled only when no signature matches."""
 HEAD_BYTES = 4096
 """The part of a text file that is searched."""
+DOCUMENT_SUFFIXES = (".pdf", ".tif", ".tiff")
+ANIMATION_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".avif", ".avifs", ".heic", ".heif", ".hif", ".heics", ".jxl")
+FILM_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".wmv", ".flv", ".3gp"),
+    *(".ogv",),
+)
+SINGLE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".bmp", ".dib", ".svg")
+SUFFIXES_OF_SEVERAL = (*DOCUMENT_SUFFIXES, *ANIMATION_SUFFIXES, *FILM_SUFFIXES)
 SUPPORTED = frozenset({"jpeg", "png", "gif", "webp"})
 """Formats with a signature that every decoder opens; BMP and HEIF have functions of their own."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -158,6 +166,16 @@ def is_heif(head: bytes) -> bool:
 def is_avif(head: bytes) -> bool:
     """Whether a file's `ftyp` box lists AVIF among its brands."""
     return head[4:8] == b"ftyp" and re.search(b"avi[fs]", head[8:40]) is not None
+
+
+def is_film(head: bytes) -> bool:
+    """Whether a file begins like a film."""
+    return not is_heif(head) and not is_avif(head) and format_of(head, ("audio", "jpeg-xl", "raw", "video")) == "video"
+
+
+def has_several(head: bytes) -> bool:
+    """Whether a file begins like a document or a film, all of whose pictures count."""
+    return format_of(head, ("pdf", "tiff", "raw")) in ("pdf", "tiff") or is_film(head)
 
 
 def _as_utf_8(head: bytes) -> bytes:

@@ -5,7 +5,6 @@ Only regular files are read, up to a limit of bytes.
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import re
@@ -13,35 +12,22 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Union
 
-from llava_cli import files, limits, regular_files
+from llava_cli import limits
 from llava_cli.conversation import Picture
-from llava_cli.errors import InputMissing, LlavaError, UsageError, os_reason, printable
-from llava_cli.images.sandbox import SandboxPool, shown_name, too_large
-from llava_cli.regular_files import NotRegular, TooLarge
+from llava_cli.errors import InputMissing, LlavaError, UsageError, printable
+from llava_cli.images import formats
+from llava_cli.images.local_file import read_path
+from llava_cli.images.sandbox import SandboxPool
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
 Source = Union[str, os.PathLike[str], bytes, "PillowImage", Picture]
 """A path, a URL, a file's bytes, Pillow's image, or a picture that is open."""
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
-    *(".heic", ".heif", ".hif"),
-    *(".tif", ".tiff", ".avif", ".svg"),
-)
+SUFFIXES = (*formats.SINGLE_SUFFIXES, *formats.SUFFIXES_OF_SEVERAL)
 """Suffixes of pictures: of those that we open, and of some others, whose error says what they are."""
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """Modes of Pillow's images that PNG has."""
-_SCHEME = r"([A-Za-z][A-Za-z0-9+.-]+)://"
-_DOWNLOADERS = {
-    "s3": "aws s3 cp {url} - | llava ask - QUESTION",
-    "gs": "gcloud storage cat {url} | llava ask - QUESTION",
-    "ftp": "curl -L {url} | llava ask - QUESTION",
-    "ftps": "curl -L {url} | llava ask - QUESTION",
-    "sftp": "curl {url} | llava ask - QUESTION",
-    "hf": "hf download REPO FILE",
-}
-"""Commands for URLs of other schemes."""
 
 
 def is_url(source: str) -> bool:
@@ -136,7 +122,7 @@ def read(source: str, public: bool = False, follow: bool = True) -> bytes:
         from llava_cli.images.fetch import fetch
 
         return fetch(source, public)
-    return _read_file(source, follow)
+    return read_path(source, follow)
 
 
 def _read_stdin() -> bytes:
@@ -144,41 +130,3 @@ def _read_stdin() -> bytes:
         return sys.stdin.buffer.read(limits.PICTURE_BYTES + 1)
     except (AttributeError, OSError):  # sys.stdin is None if it was closed
         raise InputMissing("-", "stdin cannot be read") from None
-
-
-def _read_file(path: str, follow: bool) -> bytes:
-    try:
-        return regular_files.read(path, limits.PICTURE_BYTES, follow)
-    except TooLarge:
-        raise too_large(path) from None
-    except NotRegular:
-        if os.path.isdir(path):
-            hint = f"llava ask {files.quoted(path)}/PICTURE QUESTION"
-            raise InputMissing(shown_name(path), "is a directory", hint) from None
-        raise InputMissing(shown_name(path), "not a regular file") from None
-    except (OSError, ValueError) as error:
-        _refuse_url(path)
-        raise InputMissing(shown_name(path), os_reason(error), _close_match(path)) from None
-
-
-def _refuse_url(source: str) -> None:
-    """Raises `InputMissing` for a URL of a scheme that is not fetched."""
-    if source[:5].lower() == "data:":
-        raise InputMissing("data:…", "data: URLs are not taken", "base64 -d FILE | llava ask - QUESTION")
-    if match := re.match(_SCHEME, source):
-        scheme = match[1].lower()
-        hint = _DOWNLOADERS.get(scheme, "").replace("{url}", files.quoted(source))
-        raise InputMissing(printable(source), f"{scheme}:// URLs are not fetched", hint)
-
-
-def _close_match(path: str) -> str:
-    """A hint with the name that was probably meant, quoted for a shell; empty if there is none."""
-    folder, file = os.path.split(path)
-    try:
-        close = difflib.get_close_matches(file, os.listdir(folder or "."), 1, 0.6)
-    except (OSError, ValueError):
-        return ""
-    if not close or close[0] == file:
-        return ""
-    near = os.path.join(folder, close[0])
-    return f"did you mean {files.quoted(f'./{near}' if near.startswith('-') else near)}?"

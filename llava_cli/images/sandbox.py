@@ -11,8 +11,11 @@ import hashlib
 import os
 import queue
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
@@ -20,8 +23,10 @@ from llava_cli.errors import BadImage, LlavaError
 from llava_cli.files import quoted
 from llava_cli.images import decode, formats
 from llava_cli.images.decode import Decoded
+from llava_cli.images.local_file import read_path, shown_name, too_large
+from llava_cli.parts import WHOLE, Content, Part
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
-from llava_cli.untrusted_text import one_line, printable
+from llava_cli.untrusted_text import one_line
 
 REQUEST_HEADER = struct.Struct("<?I")
 """Whether truncated pictures are allowed; the most pixels per side of the result, 0 for any number."""
@@ -31,16 +36,6 @@ in `_FORMATS`; whether it is plain (see `Decoded`)."""
 _FORMATS = ("", "JPEG", "PNG")
 """The formats that callers distinguish."""
 JOB, HEIF = "llava_cli.images.sandbox", "pillow_heif"
-
-
-def shown_name(source: str) -> str:
-    """What errors call the picture at a path, URL or "-"."""
-    return printable(source) or "''"
-
-
-def too_large(source: str) -> BadImage:
-    """The error for a picture that has too many bytes to be decoded."""
-    return BadImage(shown_name(source), f"larger than {limits.PICTURE_BYTES // 1_000_000} MB")
 
 
 class Crash(LlavaError):
@@ -55,13 +50,30 @@ class Sandbox:
         self._seconds = limits.DECODE_SECONDS if seconds is None else seconds
         self._workers = [Worker(JOB, limits.SANDBOX_MEMORY), Worker(JOB, limits.SANDBOX_MEMORY, HEIF)]
 
-    def open(
-        self, source: str, data: bytes, allow_truncated: bool = False, shrink: int | None = None
-    ) -> Picture | LlavaError:
-        """The picture with the bytes `data`, called `source`, or the error with it: `BadImage` or `Crash`.
+    def inspect(self, source: str, file: bytes | Path) -> Content | LlavaError:
+        """What a file, called `source`, contains, or the error with it: as `open`."""
+        picture = self.open(source, file)
+        return picture if isinstance(picture, LlavaError) else Content("picture", picture.frames)
 
-        With `shrink` it is made no larger than that many pixels per side.
+    def open(
+        self,
+        source: str,
+        file: bytes | Path,
+        allow_truncated: bool = False,
+        shrink: int | None = None,
+        part: Part = WHOLE,
+        dpi: int = 150,
+    ) -> Picture | LlavaError:
+        """A picture of a file, called `source`, or the error with it: `BadImage`, `InputMissing` or `Crash`.
+
+        `file` is its bytes, or the resolved path of one on this disk. With `shrink` the picture is made no larger than
+        that many pixels per side. Pages are drawn with `dpi` dots an inch.
         """
+        try:
+            # A path is resolved: a link that is there now was put there since.
+            data = file if isinstance(file, bytes) else read_path(str(file), follow=False)
+        except LlavaError as error:
+            return error
         if len(data) > limits.PICTURE_BYTES:
             return too_large(source)
         worker = self._workers[formats.is_heif(data)]
@@ -117,13 +129,21 @@ class SandboxPool:
         """Starts a process before it is needed. Raises `WorkerDied`."""
         self.all[-1].start()
 
-    def open(
-        self, source: str, data: bytes, allow_truncated: bool = False, shrink: int | None = None
-    ) -> Picture | LlavaError:
+    def inspect(self, source: str, file: bytes | Path) -> Content | LlavaError:
+        """As `Sandbox.inspect`, in the first one that is free."""
+        with self._one() as sandbox:
+            return sandbox.inspect(source, file)
+
+    def open(self, source: str, file: bytes | Path, *arguments: Any, **options: Any) -> Picture | LlavaError:
         """As `Sandbox.open`, in the first one that is free."""
+        with self._one() as sandbox:
+            return sandbox.open(source, file, *arguments, **options)
+
+    @contextmanager
+    def _one(self) -> Iterator[Sandbox]:
         sandbox = self._free.get()
         try:
-            return sandbox.open(source, data, allow_truncated, shrink)
+            yield sandbox
         finally:
             self._free.put(sandbox)
 

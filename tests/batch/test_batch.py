@@ -1039,7 +1039,7 @@ def test_an_opener_that_is_closed_starts_no_process_again(hooked: Path) -> None:
     Path("a.png").write_bytes(b"SEGV")
     opener = PictureLoader()
     opener._is_closed = True
-    assert isinstance(opener.load("a.png"), LlavaError)
+    assert isinstance(opener.load(Task("a.png", "what?")), LlavaError)
     assert not any(sandbox.is_running for sandbox in opener._sandboxes.all)
     opener.close()
 

@@ -14,7 +14,7 @@ import llava_cli
 from llava_cli import load
 from llava_cli.cli import app
 from llava_cli.loader import engine_identity
-from llava_cli.settings import OPTIONS, VARIABLES, LoadOptions, Sampling, ServerOptions, Settings
+from llava_cli.settings import OPTIONS, VARIABLES, LoadOptions, PictureOptions, Sampling, ServerOptions, Settings
 
 PACKAGE = Path(llava_cli.__file__).parent
 
@@ -53,7 +53,7 @@ def test_the_environment_turns_off_what_two_engines_have_in_common(monkeypatch: 
 
 
 def test_an_option_is_in_one_group() -> None:
-    groups = [group.names() for group in (LoadOptions, Sampling, ServerOptions, Settings)]
+    groups = [group.names() for group in (LoadOptions, PictureOptions, Sampling, ServerOptions, Settings)]
     assert sorted(key for names in groups for key in names) == sorted(OPTIONS)
 
 

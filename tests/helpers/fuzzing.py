@@ -443,7 +443,7 @@ class Pictures(Boundary):
 
     def check(self, data: bytes) -> str:
         (file := self.folder / "picture").write_bytes(data)
-        opens, by_batch = self._opens(file), self._batch.load(str(file))
+        opens, by_batch = self._opens(file), self._batch.load(Task(str(file), QUESTION))
         try:
             picture = reader.open_picture(str(file))
         except LlavaError as error:
