@@ -47,6 +47,16 @@ FETCH_REDIRECTS = 5
 FETCHES = 16
 """At a time in one process."""
 
+# Buckets, data sets and archives by URL.
+REMOTE_SECONDS = 60.0
+"""For one object or one part of an archive, all attempts together; after that it counts as unreadable."""
+REMOTE_STALL_SECONDS = 20.0
+"""Between two parts of an answer."""
+REMOTE_BYTES = 10**15
+"""Of an archive by URL, which is read as a stream."""
+EXPANDED_SOURCES = 100_000
+"""Words that a brace or a pattern in a URL may stand for."""
+
 # Requests to `llava serve`.
 CONNECTIONS = 256
 """Open at a time over TCP. The user's own socket is always served and not counted."""
