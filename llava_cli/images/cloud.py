@@ -22,6 +22,7 @@ CONNECTIONS = 32
 """At a time to one service."""
 _BLOCK_BYTES = 8_000_000
 """Of an archive that is read at once."""
+_BUFFER_BYTES = 1 << 17
 _CONNECT_SECONDS = 10
 _S3_OPTIONS = {
     "config_kwargs": {
@@ -105,12 +106,19 @@ class Cloud:
             raise BadImage(thing, f"larger than {limits.PICTURE_BYTES // 1_000_000} MB")
         return data
 
-    def open(self, url: str) -> BinaryIO:
-        """An object to read from anywhere in it. Raises as `read`, as do its own methods."""
+    def open(self, url: str, is_forward: bool) -> tuple[BinaryIO, object]:
+        """An object, and what tells its versions apart; with `is_forward` it is read from beginning to end only.
+
+        Raises as `read`, as do the file's own methods.
+        """
         path, name = path_of(url), shown(url)
-        options = {"block_size": _BLOCK_BYTES, "cache_type": "readahead"}
+        # Reading ahead would load what stands between the members of an archive as well.
+        options = {"block_size": _BLOCK_BYTES, "cache_type": "readahead" if is_forward else "none"}
         file = self._patience.call(name, lambda: self._files.open(path, "rb", **options), is_listing=True)
-        return cast(BinaryIO, io.BufferedReader(_CloudFile(file, self._patience, name)))
+        details = getattr(file, "details", None) or {}
+        tags = [details[key] for key in ("ETag", "etag", "md5Hash", "blob_id") if key in details]
+        raw = _CloudFile(file, self._patience, name, is_forward)
+        return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES)), (details.get("size"), *tags)
 
     def end(self) -> None:
         """Ends attempts that wait."""
@@ -138,14 +146,14 @@ def file_system(protocol: str) -> Any:
 class _CloudFile(io.RawIOBase):
     """fsspec's file, whose reads are tried again: one that fails has not moved the position."""
 
-    def __init__(self, file: Any, patience: Patience, name: str) -> None:
-        self._file, self._patience, self._name = file, patience, name
+    def __init__(self, file: Any, patience: Patience, name: str, is_forward: bool) -> None:
+        self._file, self._patience, self._name, self._is_forward = file, patience, name, is_forward
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
-        return True
+        return not self._is_forward
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return int(self._file.seek(offset, whence))
@@ -186,12 +194,3 @@ def _folders(files: Any, path: str, ask: Ask) -> Iterator[Object]:
                 folders.append(name)
             elif item["type"] == "file":
                 yield Object(name[len(top) + 1 :], item.get("size"))
-
-
-def exists(url: str) -> bool:
-    """Whether an object has this URL; False also where that cannot be known."""
-    try:
-        Cloud(url).open(url).close()
-    except InputMissing:
-        return False
-    return True

@@ -19,22 +19,24 @@ from llava_cli.images.remote_errors import HttpStatus, Patience
 from llava_cli.images.remote_names import shown
 
 _BUFFER_BYTES = 1 << 18
-_READ_ON_BYTES = 1 << 20
+_READ_ON_BYTES = 1 << 18
 """A seek that goes no further ahead reads on: that takes less time than another request."""
 _OK, _PARTIAL, _NOT_SATISFIABLE = 200, 206, 416
 
 
-def open_url(url: str) -> BinaryIO:
-    """A file that the user names, for reading; `seekable()` if its server knows ranges.
+def open_url(url: str, is_forward: bool) -> tuple[BinaryIO, object]:
+    """A file that the user names, and what tells its versions apart; with `is_forward` it is read to its end only.
 
-    Opening and reading raise `InputMissing` if the bytes do not arrive, or `UsageError` for an unusable proxy.
+    It is not `seekable()` if its server does not know ranges. Opening and reading raise `InputMissing` if the bytes do
+    not arrive, or `UsageError` for an unusable proxy.
     """
-    return cast(BinaryIO, io.BufferedReader(_HttpFile(url), _BUFFER_BYTES))
+    raw = _HttpFile(url, is_forward)
+    return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES)), raw.version
 
 
 class _HttpFile(io.RawIOBase):
-    def __init__(self, url: str) -> None:
-        self._url, self._name = url, shown(url)
+    def __init__(self, url: str, is_forward: bool) -> None:
+        self._url, self._name, self._is_forward = url, shown(url), is_forward
         self._patience, self._deadline = Patience(), Deadline(limits.REMOTE_STALL_SECONDS)
         self._response: Response | None = None
         self._chunks: Iterator[bytes] = iter(())
@@ -42,10 +44,8 @@ class _HttpFile(io.RawIOBase):
         """What has arrived and was not read."""
         self._at = 0
         self._size: int | None = None
-        self._version: str | None = None
-        """The first answer's entity tag or date."""
-        self._is_known = False
-        """Whether there was an answer."""
+        self.version: tuple[int | None, str | None] | None = None
+        """The size, and the entity tag or date, of the first answer."""
         self._knows_ranges = False
         self._patience.call(self._name, self._connect, is_listing=True)
 
@@ -53,7 +53,7 @@ class _HttpFile(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return self._knows_ranges and self._size is not None
+        return self._knows_ranges and not self._is_forward
 
     def tell(self) -> int:
         return self._at
@@ -132,11 +132,11 @@ class _HttpFile(io.RawIOBase):
             size = int(length) if re.fullmatch(r"\d{1,18}", length) else -1
         else:
             raise HttpStatus(response.status)
-        version = response.header("ETag") or response.header("Last-Modified")
-        known = None if size < 0 else size
-        if self._is_known and (known, version) != (self._size, self._version):
+        tag = response.header("ETag") or response.header("Last-Modified")
+        version = None if size < 0 else size, tag
+        if version != (self.version or version):
             raise InputMissing(self._name, "it changed while it was read")
-        self._size, self._version, self._is_known = known, version, True
+        self._size, self.version = version[0], version
 
     def _disconnect(self) -> None:
         if self._response:

@@ -23,26 +23,24 @@ def is_cloud_url(word: str) -> bool:
 
 
 def without_secrets(url: str) -> str:
-    """A URL without the user's name, password and query, which may be a signature; other words as they are."""
+    """An http(s) URL without the user's name, password and query, which may be a signature; other words as they are."""
     scheme = scheme_of(url)
     if scheme not in ("http", "https"):
         return url
     try:
         parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        return f"{parts.scheme}://{host}{parts.path}" + ("?…" if parts.query else "")
-    except ValueError:  # not a URL after all: what it is says whoever opens it
+    except ValueError:  # not a URL after all: whoever opens it says why
         return f"{scheme}://…"
+    return f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def shown(url: str) -> str:
-    """As in messages."""
-    return printable(without_secrets(url))
+    """As in messages and in commands that are printed: `…` stands for a query."""
+    name = without_secrets(url)
+    return printable(name + ("?…" if name != url and "?" in url else ""))
 
 
 def path_of(url: str) -> str:
-    """What follows a URL's scheme: `bucket/key`; of an http(s) URL the path, without the query."""
-    if scheme_of(url) in ("http", "https"):
-        return without_secrets(url).partition("://")[2].removesuffix("?…")
+    """What follows the scheme of a bucket's URL: `bucket/key`."""
     match = _URL.fullmatch(url)
     return match[2] if match else url
