@@ -7,6 +7,7 @@
     ├── BadData             65   a file of questions or of answers that is not what it should be
     │   └── NoAnswer        65   a server's model answered nothing, refused, or was cut off by a filter
     ├── InputMissing        66   a file or URL that is not there, or cannot be read
+    │   └── SourceLost      66   nothing of a bucket can be read any more
     ├── ModelUnusable       69   unknown, absent, damaged or unsuitable checkpoint
     │   └── DeviceLost      69   a GPU that does nothing more for this process
     ├── ServerFailed        69   a server that did not answer, despite retries
@@ -61,6 +62,10 @@ class NoAnswer(BadData):
 
 class InputMissing(LlavaError):
     exit_code = 66
+
+
+class SourceLost(InputMissing):
+    """After this every further picture of the source would fail, too: the run ends, and can be resumed."""
 
 
 class ModelUnusable(LlavaError):

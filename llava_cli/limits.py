@@ -31,6 +31,21 @@ FILM_FRAMES = 4
 FILM_SECONDS = 10_000_000.0
 """The longest time between two frames."""
 
+# Archives and tables of pictures.
+ARCHIVE_MEMBERS = 10_000_000
+MEMBER_HEADER_BYTES = 1_000_000
+"""Of what a tar says of one member before its bytes, such as a long name."""
+MEMBER_NAME_BYTES = 4096
+"""As long as Linux's paths."""
+ARCHIVE_WINDOW_BYTES = 256_000_000
+"""What decompressing an archive may keep of what was before; `xz -9` takes 65 MB."""
+ARCHIVE_RATIO = 1_000
+"""What a compressed tar may unpack to, in times of its own size; gzip itself ends at 1,032."""
+ARCHIVE_SLACK_BYTES = 1_000_000_000
+"""What a compressed tar may unpack to besides, for small ones."""
+CONTEXT_BYTES = 100_000
+"""Of what a source says of one picture besides, as JSON: a table's other columns, a `.json` beside it."""
+
 # Sandboxed processes.
 SANDBOX_MEMORY = 4 * 2**30
 """Bytes of address space."""
@@ -46,6 +61,16 @@ FETCH_SECONDS = 10.0
 FETCH_REDIRECTS = 5
 FETCHES = 16
 """At a time in one process."""
+
+# Buckets, data sets and archives by URL.
+REMOTE_SECONDS = 60.0
+"""For one object or one part of an archive, all attempts together; after that it counts as unreadable."""
+REMOTE_STALL_SECONDS = 20.0
+"""Between two parts of an answer."""
+REMOTE_BYTES = 10**15
+"""Of an archive by URL, which is read as a stream."""
+EXPANDED_SOURCES = 100_000
+"""Words that a brace or a pattern in a URL may stand for."""
 
 # Requests to `llava serve`.
 CONNECTIONS = 256

@@ -9,8 +9,10 @@ from glob import glob, has_magic
 
 from llava_cli import files
 from llava_cli.batch.listing import STDIN
+from llava_cli.batch.remote_words import expand_url, is_remote
 from llava_cli.errors import InputMissing, UsageError
 from llava_cli.images.reader import SUFFIXES, is_url, local_path
+from llava_cli.images.remote_names import is_cloud_url
 from llava_cli.untrusted_text import printable
 
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
@@ -26,11 +28,11 @@ def split_question(words: Sequence[str]) -> tuple[list[str], str | None]:
 def _is_source(word: str) -> bool:
     """Whether a last word exists as a file, or looks like a picture. A question may end in the name of a picture."""
     looks_like_one = word == STDIN or is_url(word) or word.lower().endswith(SUFFIXES)
-    return os.path.lexists(word) or (looks_like_one and not re.search(r"\s", word))
+    return os.path.lexists(word) or is_cloud_url(word) or (looks_like_one and not re.search(r"\s", word))
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """Expands `~`, variables and patterns, as a shell does: some shells do not, and none does within quotes.
+    """Expands `~`, variables and patterns, as a shell does: some shells do not, and none does within quotes or in URLs.
 
     Raises `InputMissing` for a word that names no file.
     """
@@ -38,7 +40,10 @@ def expand(words: Sequence[str]) -> list[str]:
     for word in words:
         if not word:
             raise UsageError("SOURCE", "there is none", USAGE)
-        expanded += [word] if word == STDIN or is_url(word) or os.path.lexists(word) else _expand_word(word, words)
+        if word == STDIN or os.path.lexists(word):
+            expanded.append(word)
+        else:
+            expanded += expand_url(word) if is_remote(word) else _expand_word(word, words)
     return expanded
 
 
@@ -54,7 +59,7 @@ def _missing(word: str, path: str, words: Sequence[str]) -> InputMissing:
     """Why a word names no file, and what was probably meant."""
     name, folder, hint = printable(word), os.path.dirname(path), ""
     if _SCHEME.match(word):
-        return InputMissing(name, "a URL that is not fetched: only http and https are", "download it first")
+        return InputMissing(name, "a URL that is not read: only http, https and those of buckets are", "download it first")
     is_sentence = re.search(r"\s", word) and not folder
     if re.search("[*?]", path) and not is_sentence:
         hint = f"llava batch {files.quoted(folder or '.')} QUESTION takes all pictures below it"

@@ -20,6 +20,7 @@ from llava_cli.conversation import Picture
 from llava_cli.engine import Chunk
 from llava_cli.errors import InputMissing, UsageError
 from llava_cli.images.reader import SUFFIXES, is_url, local_path, open_picture
+from llava_cli.images.remote_names import is_cloud_url
 from llava_cli.settings import GRAMMAR_OPTIONS, OPTIONS, Sampling
 from llava_cli.untrusted_text import printable
 
@@ -117,7 +118,7 @@ def _picture_length(typed: str, is_first: bool) -> int:
     if not word:
         return len(typed) if is_first else 0
     path = _path(word[0])
-    if is_url(path) or path.lower().endswith(SUFFIXES) or path[:5].lower() == "file:":
+    if is_url(path) or is_cloud_url(path) or path.lower().endswith(SUFFIXES) or path[:5].lower() == "file:":
         return word.end()
     return len(typed) if is_first else 0
 

@@ -21,6 +21,7 @@ from llava_cli import files
 from llava_cli.conversation import Conversation, Picture, Turn
 from llava_cli.errors import InputMissing, LlavaError, OutputError, UsageError, os_reason
 from llava_cli.images.reader import is_url, open_picture
+from llava_cli.images.remote_names import is_cloud_url
 from llava_cli.models.registry import is_folder
 from llava_cli.paths import data_folder
 from llava_cli.untrusted_text import printable
@@ -193,7 +194,7 @@ class Store:
 
     def _path(self, picture: Picture) -> str:
         """The picture's path; one without a path is saved to a file first."""
-        if picture.name != "-" and not is_url(picture.name):
+        if picture.name != "-" and not is_url(picture.name) and not is_cloud_url(picture.name):
             return os.path.abspath(picture.name)
         file = self._pictures_folder() / f"{picture.sha256}.png"
         files.make_folder(file.parent, 0o700)

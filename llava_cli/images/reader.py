@@ -17,6 +17,7 @@ from llava_cli.conversation import Picture
 from llava_cli.errors import InputMissing, LlavaError, UsageError, printable
 from llava_cli.images import formats
 from llava_cli.images.local_file import read_path
+from llava_cli.images.remote_names import is_cloud_url
 from llava_cli.images.sandbox import SandboxPool
 
 if TYPE_CHECKING:
@@ -55,13 +56,15 @@ def local_path(source: str) -> str:
 
 def looks_like_picture(text: str) -> bool:
     """Whether an argument is meant as a picture: it exists, is "-" or a URL, or has a picture's suffix."""
-    if text == "-" or is_url(text) or text[:6].lower() == "file:/":
+    if text == "-" or is_url(text) or is_cloud_url(text) or text[:6].lower() == "file:/":
         return True
     return os.path.lexists(text) or text.lower().endswith(SUFFIXES)
 
 
 def open_picture(source: str, allow_truncated: bool = False, public: bool = False) -> Picture:
-    """Opens a path, an http(s) or file URL, or "-" for stdin; with `public` no URL of a private network.
+    """Opens a path, the URL of a file or of an object in a bucket, or "-" for stdin.
+
+    With `public` neither a URL of a private network nor one of a bucket, which takes this user's credentials.
 
     Raises `InputMissing` if it cannot be read, and `BadImage` if it is not a picture that we take.
     """
@@ -122,6 +125,10 @@ def read(source: str, public: bool = False, follow: bool = True) -> bytes:
         from llava_cli.images.fetch import fetch
 
         return fetch(source, public)
+    if is_cloud_url(source) and not public:
+        from llava_cli.images.cloud import Cloud
+
+        return Cloud(source).read(source)
     return read_path(source, follow)
 
 
