@@ -44,7 +44,7 @@ def answer_object(answer: Answer, conversation: Conversation, engine: Engine) ->
     return {
         "answer": answer.text,
         "question": conversation.turns[-1].question,
-        "images": [picture.name for picture in conversation.pictures],
+        "images": [picture.reference for picture in conversation.pictures],
         "model": engine.model,
         "precision": engine.precision or None,
         "device": engine.device or None,

@@ -69,9 +69,7 @@ class PictureLoader:
     def _begin_reading(self, task: Task) -> Future[bytes | Path | LlavaError]:
         return self._readers.submit(self._read, task.image)
 
-    def _begin_decoding(
-        self, read: tuple[Task, Future[bytes | Path | LlavaError]]
-    ) -> Future[Picture | LlavaError]:
+    def _begin_decoding(self, read: tuple[Task, Future[bytes | Path | LlavaError]]) -> Future[Picture | LlavaError]:
         task, file = read
         return self._decoders.submit(lambda: self._decode(task, file.result()))
 

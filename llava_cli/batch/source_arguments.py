@@ -59,7 +59,9 @@ def _missing(word: str, path: str, words: Sequence[str]) -> InputMissing:
     """Why a word names no file, and what was probably meant."""
     name, folder, hint = printable(word), os.path.dirname(path), ""
     if _SCHEME.match(word):
-        return InputMissing(name, "a URL that is not read: only http, https and those of buckets are", "download it first")
+        return InputMissing(
+            name, "a URL that is not read: only http, https and those of buckets are", "download it first"
+        )
     is_sentence = re.search(r"\s", word) and not folder
     if re.search("[*?]", path) and not is_sentence:
         hint = f"llava batch {files.quoted(folder or '.')} QUESTION takes all pictures below it"

@@ -23,6 +23,8 @@ ANSWERING = [*LOADING, *PLAIN_OPTIONS, "system", "server"]
 TruncatedOpt = Annotated[
     bool, typer.Option("--allow-truncated", help="Take what there is of a picture whose end is missing.")
 ]
+ClipboardOpt = Annotated[bool, typer.Option("--clipboard", help="Take the picture that is on the clipboard.")]
+ScreenOpt = Annotated[bool, typer.Option("--screen", help="Take a picture of the screen.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 StatsOpt = Annotated[bool, typer.Option("--stats", help="Print times and memory on stderr.")]
 QuietOpt = Annotated[bool, typer.Option("-q", "--quiet", help="No hints, warnings or spinner on stderr.")]

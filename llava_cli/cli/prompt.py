@@ -17,9 +17,11 @@ from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
     PICTURES,
+    ClipboardOpt,
     JsonOpt,
     PicturesAndQuestion,
     QuietOpt,
+    ScreenOpt,
     TruncatedOpt,
     settings_of,
     with_options,
@@ -38,6 +40,8 @@ ViewOpt = Annotated[
 def prompt(
     context: typer.Context,
     args: PicturesAndQuestion = None,
+    clipboard: ClipboardOpt = False,
+    screen: ScreenOpt = False,
     allow_truncated: TruncatedOpt = False,
     diff: DiffOpt = False,
     ids: IdsOpt = False,
@@ -58,7 +62,7 @@ def prompt(
     if diff and ids:
         raise UsageError("--ids", "--diff compares texts", "llava prompt --ids --template native prints one format's")
     settings = settings_of(context)
-    conversation = conversation_from(args, settings, allow_truncated, quiet)
+    conversation = conversation_from(args, settings, allow_truncated, quiet, clipboard=clipboard, screen=screen)
     with render.spinner("loading the tokenizer", quiet):
         from llava_cli.loader import load_prompter
 
