@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import closing
 from pathlib import Path
 
 from llava_cli import files, render
@@ -35,8 +36,8 @@ def report(
         render.note(f"{printable(str(source))}: its last line is not whole and left out; the batch will go on there")
     counts, folders = report_page.PageCounts(), PictureFolders.of(source, root)
     try:
-        with render.spinner("making thumbnails", quiet):
-            files.atomic_write(output, report_page.page(rows, first, folders, counts))
+        with render.spinner("making thumbnails", quiet), closing(folders):
+            files.atomic_write(output, report_page.page(rows, first, folders, counts, output))
     except OSError as error:
         kind = OutputError if error.errno in _DISK_ERRORS else OutputTaken
         raise kind(printable(str(output)), os_reason(error), "give another file to -o") from None
