@@ -32,6 +32,8 @@ FILM_SECONDS = 10_000_000.0
 """The longest time between two frames."""
 
 # Archives and tables of pictures.
+EXPANDED_WORDS = 100_000
+"""That braces in a SOURCE stand for."""
 ARCHIVE_MEMBERS = 10_000_000
 MEMBER_HEADER_BYTES = 1_000_000
 """Of what a tar says of one member before its bytes, such as a long name."""

@@ -38,10 +38,10 @@ def container_in(name: str, open_file: OpenFile, include: Sequence[str] = ()) ->
     """
     with reading(printable(name)), open_file() as file:
         head, is_seekable = file.read(HEAD_BYTES), file.seekable()
-    kind = formats.format_of(head, ("zip", "tar", *FORMATS), maybe_text=True)
+    kind = formats.format_of(head, ("zip", *FORMATS), maybe_text=True)
     if kind == "zip" and not is_document_in_zip(head):
         return ZipArchive(name, open_file, include)
-    if kind == "tar" or is_header(head[:BLOCK]):
+    if is_header(head[:BLOCK]):
         return TarArchive(name, open_file, not is_seekable, include)
     if kind in FORMATS:
         unpack = unpacking(printable(name), kind, open_file)
