@@ -69,9 +69,7 @@ class PictureLoader:
     def _begin_reading(self, task: Task) -> Future[bytes | Path | LlavaError]:
         return self._readers.submit(self._read, task.image)
 
-    def _begin_decoding(
-        self, read: tuple[Task, Future[bytes | Path | LlavaError]]
-    ) -> Future[Picture | LlavaError]:
+    def _begin_decoding(self, read: tuple[Task, Future[bytes | Path | LlavaError]]) -> Future[Picture | LlavaError]:
         task, file = read
         return self._decoders.submit(lambda: self._decode(task, file.result()))
 
@@ -117,7 +115,7 @@ class PictureLoader:
 def _ahead(
     items: Iterable[Item], about: Callable[[Item], object], begin: Callable[[Item], Work], window: int
 ) -> Iterator[tuple[Item, Work]]:
-    """Each item with its work, in order, which is begun up to `window` items ahead; once for neighbors about the same."""
+    """Each item with its work, in order; work begins up to `window` items ahead, once for neighbors about the same."""
     pending: deque[tuple[Item, Work]] = deque()
     for item in items:
         is_same = bool(pending) and about(pending[-1][0]) == about(item)

@@ -49,7 +49,9 @@ class Service(NamedTuple):
 
 _S3_SIGN_IN = "aws configure, or export AWS_PROFILE=NAME; for a public bucket: export FSSPEC_S3_ANON=true"
 _S3 = Service("s3", "s3fs", _S3_SIGN_IN, _S3_OPTIONS)
-_GOOGLE = Service("gs", "gcsfs", "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon")
+_GOOGLE = Service(
+    "gs", "gcsfs", "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon"
+)
 _AZURE = Service("abfs", "adlfs", "az login, and export AZURE_STORAGE_ACCOUNT_NAME=NAME")
 _HUB = Service("hf", "huggingface_hub", "hf auth login, or export HF_TOKEN=…")
 SERVICES = {"s3": _S3, "gs": _GOOGLE, "gcs": _GOOGLE, "az": _AZURE, "abfs": _AZURE, "hf": _HUB}

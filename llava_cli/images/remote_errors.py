@@ -70,16 +70,25 @@ _BY_NAME = _table(
     (Failure("this machine's clock is wrong", "timedatectl", is_of_all=True), "RequestTimeTooSkewed"),
     (_DENIED, "AccessDenied AllAccessDisabled AccountProblem AuthorizationFailure GatedRepoError Forbidden"),
     (Failure("there is no such bucket", is_of_all=True), "NoSuchBucket InvalidBucketName ContainerNotFound"),
-    (Failure("there is no such data set, or it is private", "hf auth login", is_of_all=True), "RepositoryNotFoundError"),
+    (
+        Failure("there is no such data set, or it is private", "hf auth login", is_of_all=True),
+        "RepositoryNotFoundError",
+    ),
     (Failure("there is no such revision", is_of_all=True), "RevisionNotFoundError"),
-    (_MISSING, "NoSuchKey NoSuchVersion BlobNotFound EntryNotFoundError RemoteEntryNotFoundError ResourceNotFoundError"),
+    (
+        _MISSING,
+        "NoSuchKey NoSuchVersion BlobNotFound EntryNotFoundError RemoteEntryNotFoundError ResourceNotFoundError",
+    ),
     (Failure("archived: it has to be restored first"), "InvalidObjectState BlobArchived"),
     (_CHANGED, "PreconditionFailed FileExpired ConditionNotMet"),
     (_REGION, "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException"),
     (_BUSY, "SlowDown ServiceUnavailable InternalError RequestTimeout OperationAborted ServerBusy Throttling"),
     (_UNREACHABLE, "EndpointConnectionError ConnectTimeoutError ConnectTimeout ConnectError ConnectionRefusedError"),
     (_UNREACHABLE, "ClientConnectorError ConnectionTimeoutError gaierror ServiceRequestError ProxyConnectionError"),
-    (_BROKEN_OFF, "HTTPClientError ClientPayloadError IncompleteRead ResponseParserError FSTimeoutError ResponseIncomplete"),
+    (
+        _BROKEN_OFF,
+        "HTTPClientError ClientPayloadError IncompleteRead ResponseParserError FSTimeoutError ResponseIncomplete",
+    ),
     (_BROKEN_OFF, "ServerDisconnectedError ServerTimeoutError TransportError ServiceResponseError ClientOSError"),
 )
 """By a server's code or the name of an error's class."""
@@ -100,7 +109,9 @@ def failure_of(error: BaseException) -> Failure:
     statuses = [status for one in chain if isinstance(status := _status(one), int)]
     by_status = [_BUSY if status >= 500 else _BY_STATUS.get(status) for status in statuses]
     by_class = [_BY_CLASS[name] for name in names if name in _BY_CLASS and not statuses]
-    unknown = Failure(f"the server answers {statuses[0]}" if statuses else f"it cannot be read ({type(error).__name__})")
+    unknown = Failure(
+        f"the server answers {statuses[0]}" if statuses else f"it cannot be read ({type(error).__name__})"
+    )
     return next((failure for failure in (*named, *by_status, *by_class) if failure), unknown)
 
 
