@@ -34,6 +34,8 @@ FILM_SECONDS = 10_000_000.0
 """The longest time between two frames."""
 
 # Archives and tables of pictures.
+EXPANDED_WORDS = 100_000
+"""That braces in a SOURCE stand for."""
 ARCHIVE_MEMBERS = 10_000_000
 MEMBER_HEADER_BYTES = 1_000_000
 """Of what a tar says of one member before its bytes, such as a long name."""
@@ -79,8 +81,6 @@ REMOTE_STALL_SECONDS = 20.0
 """Between two parts of an answer."""
 REMOTE_BYTES = 10**15
 """Of an archive by URL, which is read as a stream."""
-EXPANDED_SOURCES = 100_000
-"""Words that a brace or a pattern in a URL may stand for."""
 
 # Requests to `llava serve`.
 CONNECTIONS = 256

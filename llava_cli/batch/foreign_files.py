@@ -40,11 +40,9 @@ def _compressed(tool: str) -> Foreign:
 
 _OFFICE = Foreign("is a document of an office program", 'a picture of each page: pdftoppm -png, or "save as"')
 _SHEET = Foreign("is a spreadsheet", "save it as CSV, with the columns image and question")
-_TABLE = Foreign(
-    "is a table in columns",
-    "duckdb -c \"COPY (SELECT image, question FROM {name}) TO 'questions.jsonl'\"; then: llava batch questions.jsonl",
-)
-_TAR, _ZIP = _archive("mkdir FOLDER && tar -xf {name} -C FOLDER"), _archive("unzip {name} -d FOLDER")
+_PIPED = "save it as a file, which is a SOURCE: llava batch FILE QUESTION"
+_TABLE = Foreign("is a table that is damaged, or comes through a pipe", _PIPED)
+_TAR = _ZIP = Foreign("is an archive that is damaged, or comes through a pipe", _PIPED)
 _BINARY = Foreign("is binary, not pictures, a list or questions", "SOURCE is pictures, a folder, a list or questions")
 _NUL = Foreign("has NUL bytes: its paths do not end in line ends", "-0 says that paths end in NUL")
 _UNMARKED = Foreign("is UTF-16 without a byte-order mark", "iconv -f {encoding} -t utf-8 {name} | llava batch - …")

@@ -115,7 +115,7 @@ class PictureLoader:
 def _ahead(
     items: Iterable[Item], about: Callable[[Item], object], begin: Callable[[Item], Work], window: int
 ) -> Iterator[tuple[Item, Work]]:
-    """Each item with its work, in order, which is begun up to `window` items ahead; once for neighbors about the same."""
+    """Each item with its work, in order; work begins up to `window` items ahead, once for neighbors about the same."""
     pending: deque[tuple[Item, Work]] = deque()
     for item in items:
         is_same = bool(pending) and about(pending[-1][0]) == about(item)

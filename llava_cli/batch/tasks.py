@@ -7,7 +7,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,10 @@ class Task:
     def key(self) -> tuple[Any, ...]:
         """What the row is about. A source may have the same key more than once, and gets a row for each."""
         return self.image, self.question, self.id, self.page, self.time, self.region
+
+    def about(self, image: str) -> Task:
+        """The same of a picture of this name."""
+        return self if image == self.image else replace(self, image=image)
 
     @property
     def part(self) -> Part:

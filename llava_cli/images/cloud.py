@@ -13,7 +13,8 @@ from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from llava_cli import limits
-from llava_cli.errors import BadImage, InputMissing, UsageError
+from llava_cli.errors import UsageError
+from llava_cli.images.local_file import too_large
 from llava_cli.images.remote_errors import Patience, status_of
 from llava_cli.images.remote_names import path_of, scheme_of, shown
 
@@ -29,7 +30,7 @@ _S3_OPTIONS = {
         "connect_timeout": _CONNECT_SECONDS,
         "max_pool_connections": CONNECTIONS,
         "read_timeout": limits.REMOTE_STALL_SECONDS,
-        "retries": {"mode": "standard", "total_max_attempts": 1},  # `Patience` tries again
+        "retries": {"mode": "standard", "total_max_attempts": 1},
     }
 }
 
@@ -46,13 +47,11 @@ class Service(NamedTuple):
     """Of fsspec's file system."""
 
 
-_S3 = Service(
-    "s3",
-    "s3fs",
-    "aws configure, or export AWS_PROFILE=NAME; a public bucket: export FSSPEC_S3_ANON=true",
-    _S3_OPTIONS,
+_S3_SIGN_IN = "aws configure, or export AWS_PROFILE=NAME; for a public bucket: export FSSPEC_S3_ANON=true"
+_S3 = Service("s3", "s3fs", _S3_SIGN_IN, _S3_OPTIONS)
+_GOOGLE = Service(
+    "gs", "gcsfs", "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon"
 )
-_GOOGLE = Service("gs", "gcsfs", "gcloud auth application-default login; a public bucket: export FSSPEC_GS_TOKEN=anon")
 _AZURE = Service("abfs", "adlfs", "az login, and export AZURE_STORAGE_ACCOUNT_NAME=NAME")
 _HUB = Service("hf", "huggingface_hub", "hf auth login, or export HF_TOKEN=…")
 SERVICES = {"s3": _S3, "gs": _GOOGLE, "gcs": _GOOGLE, "az": _AZURE, "abfs": _AZURE, "hf": _HUB}
@@ -71,27 +70,25 @@ class Cloud:
     """The objects of one service; for any number of threads."""
 
     def __init__(self, url: str) -> None:
-        """Raises `UsageError` if the package for the URL's scheme is not installed."""
-        self._service = SERVICES[scheme_of(url)]
-        self._files = file_system(self._service.protocol)
-        self._patience = Patience(self._service.sign_in)
+        """`url` is what messages call it. Raises `UsageError` if the package for its scheme is not installed."""
+        service = SERVICES[scheme_of(url)]
+        if importlib.util.find_spec(service.package) is None:
+            raise UsageError(shown(url), f"needs {service.package}, which is not installed", EXTRA)
+        self._list = _s3_pages if service is _S3 else _folders
+        self._files = file_system(service.protocol)
+        self._patience = Patience(shown(url), service.sign_in)
 
     def list(self, url: str) -> Iterator[Object]:
         """All objects whose URL begins with this one, which ends with `/`; in no order. Raises `InputMissing`."""
-        pages = _s3_pages if self._service.protocol == "s3" else _folders
-
-        def ask(function: Callable[[], Any]) -> Any:
-            return self._patience.call(shown(url), function, is_listing=True)
-
-        return pages(self._files, path_of(url), ask)
+        return self._list(self._files, path_of(url), self._patience.call)
 
     def read(self, url: str, thing: str = "") -> bytes:
         """An object's bytes, all of the same version of it, at most `limits.PICTURE_BYTES`.
 
-        Raises `InputMissing` (`SourceLost` if no other can be read either), or `BadImage` for one that is too large;
-        they are about `thing`.
+        Raises `InputMissing` about `thing`, or about all if that is the only object; `SourceLost` if no other can be
+        read either, `BadImage` for one that is too large.
         """
-        path, thing = path_of(url), thing or shown(url)
+        path = path_of(url)
 
         def get() -> bytes:  # one request, so that an object which changes meanwhile is the old or the new one
             try:
@@ -101,23 +98,23 @@ class Cloud:
                     return b""
                 raise
 
-        data = self._patience.call(thing, get)
+        data = self._patience.call(get, thing)
         if len(data) > limits.PICTURE_BYTES:
-            raise BadImage(thing, f"larger than {limits.PICTURE_BYTES // 1_000_000} MB")
+            raise too_large(thing or url)
         return data
 
     def open(self, url: str, is_forward: bool) -> tuple[BinaryIO, object]:
         """An object, and what tells its versions apart; with `is_forward` it is read from beginning to end only.
 
-        Raises as `read`, as do the file's own methods.
+        Raises `InputMissing`; its own methods raise `SourceLost`.
         """
-        path, name = path_of(url), shown(url)
+        path = path_of(url)
         # Reading ahead would load what stands between the members of an archive as well.
         options = {"block_size": _BLOCK_BYTES, "cache_type": "readahead" if is_forward else "none"}
-        file = self._patience.call(name, lambda: self._files.open(path, "rb", **options), is_listing=True)
+        file = self._patience.call(lambda: self._files.open(path, "rb", **options))
         details = getattr(file, "details", None) or {}
         tags = [details[key] for key in ("ETag", "etag", "md5Hash", "blob_id") if key in details]
-        raw = _CloudFile(file, self._patience, name, is_forward)
+        raw = _CloudFile(file, self._patience, is_forward)
         return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES)), (details.get("size"), *tags)
 
     def end(self) -> None:
@@ -130,24 +127,21 @@ _RANGE_NOT_SATISFIABLE = 416
 
 @lru_cache
 def file_system(protocol: str) -> Any:
-    """fsspec's file system. Raises `UsageError` if its package is not installed."""
-    service = next(service for service in SERVICES.values() if service.protocol == protocol)
-    if importlib.util.find_spec(service.package) is None:
-        reason = f"needs {service.package}, which is not installed"
-        raise UsageError(f"{protocol}://", reason, EXTRA)
+    """fsspec's file system, with one connection pool for the whole process."""
     import fsspec
 
-    files = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **service.options)
-    if hasattr(files, "retries"):
-        files.retries = 1
+    options = next(service.options for service in SERVICES.values() if service.protocol == protocol)
+    files = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
+    if protocol == "s3":
+        files.retries = 1  # `Patience` tries again
     return files
 
 
 class _CloudFile(io.RawIOBase):
     """fsspec's file, whose reads are tried again: one that fails has not moved the position."""
 
-    def __init__(self, file: Any, patience: Patience, name: str, is_forward: bool) -> None:
-        self._file, self._patience, self._name, self._is_forward = file, patience, name, is_forward
+    def __init__(self, file: Any, patience: Patience, is_forward: bool) -> None:
+        self._file, self._patience, self._is_forward = file, patience, is_forward
 
     def readable(self) -> bool:
         return True
@@ -159,7 +153,7 @@ class _CloudFile(io.RawIOBase):
         return int(self._file.seek(offset, whence))
 
     def readinto(self, buffer: Any) -> int:
-        data = self._patience.call(self._name, lambda: self._file.read(len(buffer)), is_listing=True)
+        data = self._patience.call(lambda: self._file.read(len(buffer)), is_in_use=True)
         buffer[: len(data)] = data
         return len(data)
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from llava_cli import limits
 from llava_cli.bounded_http import Deadline, Response, ResponseTooLarge
-from llava_cli.errors import BadData, InputMissing, UsageError
+from llava_cli.errors import BadData, InputMissing, SourceLost, UsageError
 from llava_cli.http_url import UnusableProxy
 from llava_cli.images.fetch import request
 from llava_cli.images.remote_errors import HttpStatus, Patience
@@ -27,8 +27,8 @@ _OK, _PARTIAL, _NOT_SATISFIABLE = 200, 206, 416
 def open_url(url: str, is_forward: bool) -> tuple[BinaryIO, object]:
     """A file that the user names, and what tells its versions apart; with `is_forward` it is read to its end only.
 
-    It is not `seekable()` if its server does not know ranges. Opening and reading raise `InputMissing` if the bytes do
-    not arrive, or `UsageError` for an unusable proxy.
+    It is not `seekable()` if its server does not know ranges. Opening raises `InputMissing`, reading `SourceLost` if the
+    bytes do not arrive; both raise `UsageError` for an unusable proxy.
     """
     raw = _HttpFile(url, is_forward)
     return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES)), raw.version
@@ -37,7 +37,7 @@ def open_url(url: str, is_forward: bool) -> tuple[BinaryIO, object]:
 class _HttpFile(io.RawIOBase):
     def __init__(self, url: str, is_forward: bool) -> None:
         self._url, self._name, self._is_forward = url, shown(url), is_forward
-        self._patience, self._deadline = Patience(), Deadline(limits.REMOTE_STALL_SECONDS)
+        self._patience, self._deadline = Patience(shown(url)), Deadline(limits.REMOTE_STALL_SECONDS)
         self._response: Response | None = None
         self._chunks: Iterator[bytes] = iter(())
         self._rest = memoryview(b"")
@@ -47,7 +47,7 @@ class _HttpFile(io.RawIOBase):
         self.version: tuple[int | None, str | None] | None = None
         """The size, and the entity tag or date, of the first answer."""
         self._knows_ranges = False
-        self._patience.call(self._name, self._connect, is_listing=True)
+        self._patience.call(self._connect)
 
     def readable(self) -> bool:
         return True
@@ -72,7 +72,7 @@ class _HttpFile(io.RawIOBase):
         return target
 
     def readinto(self, buffer: Any) -> int:
-        return self._patience.call(self._name, lambda: self._read_some(buffer), is_listing=True)
+        return self._patience.call(lambda: self._read_some(buffer), is_in_use=True)
 
     def _read_some(self, buffer: Any) -> int:
         """Reads what has arrived, of the next part at most; the position moves only if that succeeds."""
@@ -118,7 +118,7 @@ class _HttpFile(io.RawIOBase):
             if skipped < 0:
                 self._rest = memoryview(chunk)[skipped:]
             elif not chunk:
-                raise InputMissing(self._name, "it changed while it was read")
+                raise SourceLost(self._name, "it changed while it was read", "the same command begins again")
 
     def _accept(self, response: Response) -> None:
         """Takes over what the head of a response says. Raises `InputMissing` if it is about another file."""
@@ -135,7 +135,7 @@ class _HttpFile(io.RawIOBase):
         tag = response.header("ETag") or response.header("Last-Modified")
         version = None if size < 0 else size, tag
         if version != (self.version or version):
-            raise InputMissing(self._name, "it changed while it was read")
+            raise SourceLost(self._name, "it changed while it was read", "the same command begins again")
         self._size, self.version = version[0], version
 
     def _disconnect(self) -> None:

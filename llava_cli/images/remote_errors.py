@@ -41,21 +41,14 @@ class Failure(NamedTuple):
     """Whether nothing else can be read either."""
     needs_credentials: bool = False
 
-    def as_error(self, thing: str, sign_in: str, is_listing: bool) -> LlavaError:
-        """The error to raise; `sign_in` is the command that finds other credentials."""
-        hint = sign_in if self.needs_credentials else self.hint
-        if self.is_of_all and not is_listing:
-            return SourceLost(thing, self.reason, f"{hint}; the same command resumes" if hint else _RESUMES)
-        return InputMissing(thing, self.reason, hint)
 
-
-_RESUMES = "the same command resumes"
+_ELSEWHERE = "is this machine online? AWS_ENDPOINT_URL names another server for s3://"
 _NO_CREDENTIALS = Failure("no credentials for it were found", is_of_all=True, needs_credentials=True)
 _REFUSED = Failure("the credentials for it are refused", is_of_all=True, needs_credentials=True)
 _EXPIRED = Failure("the credentials for it have expired", is_of_all=True, needs_credentials=True)
 _DENIED = Failure("access denied", needs_credentials=True)
 _MISSING = Failure("it is not there")
-_UNREACHABLE = Failure("its server cannot be reached", "is this machine online?", is_transient=True, is_of_all=True)
+_UNREACHABLE = Failure("its server cannot be reached", _ELSEWHERE, is_transient=True, is_of_all=True)
 _BROKEN_OFF = Failure("its server does not answer, or broke off", is_transient=True)
 _BUSY = Failure("its server is busy or failing", is_transient=True)
 _CHANGED = Failure("it changed while it was read")
@@ -92,7 +85,10 @@ _BY_NAME = _table(
     (_BUSY, "SlowDown ServiceUnavailable InternalError RequestTimeout OperationAborted ServerBusy Throttling"),
     (_UNREACHABLE, "EndpointConnectionError ConnectTimeoutError ConnectTimeout ConnectError ConnectionRefusedError"),
     (_UNREACHABLE, "ClientConnectorError ConnectionTimeoutError gaierror ServiceRequestError ProxyConnectionError"),
-    (_BROKEN_OFF, "HTTPClientError ClientPayloadError IncompleteRead ResponseParserError FSTimeoutError NotHttp"),
+    (
+        _BROKEN_OFF,
+        "HTTPClientError ClientPayloadError IncompleteRead ResponseParserError FSTimeoutError ResponseIncomplete",
+    ),
     (_BROKEN_OFF, "ServerDisconnectedError ServerTimeoutError TransportError ServiceResponseError ClientOSError"),
 )
 """By a server's code or the name of an error's class."""
@@ -100,7 +96,7 @@ _BY_STATUS = {401: _REFUSED, 403: _DENIED, 404: _MISSING, 408: _BROKEN_OFF, 410:
 _BY_CLASS = _table(
     (_MISSING, "FileNotFoundError IsADirectoryError NotADirectoryError"),
     (_DENIED, "PermissionError"),
-    (_BROKEN_OFF, "TimeoutError ConnectionError SSLError"),
+    (_BROKEN_OFF, "TimeoutError ConnectionError SSLError OSError"),
 )
 """By the name of a class of Python's own, which says less."""
 
@@ -112,7 +108,7 @@ def failure_of(error: BaseException) -> Failure:
     named = [_BY_NAME[name] for name in names if name in _BY_NAME]
     statuses = [status for one in chain if isinstance(status := _status(one), int)]
     by_status = [_BUSY if status >= 500 else _BY_STATUS.get(status) for status in statuses]
-    by_class = [_BY_CLASS[name] for name in names if name in _BY_CLASS]
+    by_class = [_BY_CLASS[name] for name in names if name in _BY_CLASS and not statuses]
     unknown = Failure(
         f"the server answers {statuses[0]}" if statuses else f"it cannot be read ({type(error).__name__})"
     )
@@ -151,18 +147,22 @@ def _status(error: Any) -> Any:
 class Patience:
     """Calls that are tried again for `limits.REMOTE_SECONDS`, in any number of threads.
 
-    `sign_in` is the command that finds other credentials.
+    `source` is what messages call that from which everything is read, `sign_in` the command that finds credentials.
     """
 
-    def __init__(self, sign_in: str = "") -> None:
-        self._sign_in, self._ended = sign_in, Event()
+    def __init__(self, source: str, sign_in: str = "") -> None:
+        self._source, self._sign_in, self._ended = source, sign_in, Event()
 
     def end(self) -> None:
         """From now on nothing is tried again."""
         self._ended.set()
 
-    def call(self, thing: str, function: Callable[[], T], is_listing: bool = False) -> T:
-        """What `function` returns. Raises `SourceLost` or `InputMissing` about `thing`; when listing only the latter."""
+    def call(self, function: Callable[[], T], thing: str = "", is_in_use: bool = False) -> T:
+        """What `function` returns, which is about one `thing` of the source, or about all of it.
+
+        Raises `InputMissing`, which is a `SourceLost` if nothing of the source can be read any more: where that turns
+        out with one thing, or, of a file that `is_in_use`, in any case.
+        """
         end = time.monotonic() + limits.REMOTE_SECONDS
         for attempt in count():
             try:
@@ -174,5 +174,8 @@ class Patience:
             pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
             is_late = time.monotonic() + pause > end
             if not failure.is_transient or is_late or self._ended.wait(pause):
-                raise failure.as_error(thing, self._sign_in, is_listing) from None
-        raise AssertionError("count() does not end")
+                break
+        hint = self._sign_in if failure.needs_credentials else failure.hint
+        if is_in_use or (thing and failure.is_of_all):
+            raise SourceLost(self._source, failure.reason, f"{hint}; the same command resumes".removeprefix("; "))
+        raise InputMissing(thing or self._source, failure.reason, hint)

@@ -7,14 +7,17 @@ import stat
 from collections.abc import Sequence
 
 from llava_cli.batch.containers.archive_file import LocalFile, reading
+from llava_cli.batch.containers.bucket import Bucket
 from llava_cli.batch.containers.compression import FORMATS, UNPACK_ERRORS, unpacking
 from llava_cli.batch.containers.container import Container, OpenFile
+from llava_cli.batch.containers.remote_file import RemoteFile, is_archive, is_picture_url, is_remote
 from llava_cli.batch.containers.tar_archive import TarArchive
 from llava_cli.batch.containers.tar_headers import BLOCK, is_header
 from llava_cli.batch.containers.zip_archive import ZipArchive
 from llava_cli.batch.foreign_files import HEAD_BYTES, is_called_tar, is_document_in_zip, is_picture
 from llava_cli.errors import BadData
 from llava_cli.images import formats
+from llava_cli.images.remote_names import is_cloud_url, shown, without_secrets
 from llava_cli.untrusted_text import printable
 
 
@@ -24,11 +27,22 @@ def open_container(word: str, include: Sequence[str] = (), root: str | None = No
     Only its first bytes are read. `include` are patterns of the names that are taken, as of `find_pictures`; `root` is
     where the paths of a table begin. Raises a `LlavaError` if it cannot be opened.
     """
+    if is_remote(word):
+        return _remote(word, include)
     try:
         is_file = stat.S_ISREG(os.stat(word).st_mode)
     except (OSError, ValueError):
         return None
     return container_in(word, LocalFile(word), include) if is_file and not is_picture(b"", word) else None
+
+
+def _remote(url: str, include: Sequence[str]) -> Container | None:
+    """The container at a URL; None for a picture."""
+    if not is_archive(url):
+        return Bucket(url, include) if is_cloud_url(url) and not is_picture_url(url) else None
+    if container := container_in(without_secrets(url), RemoteFile(url), include):
+        return container
+    raise BadData(shown(url), "neither an archive nor a table")
 
 
 def container_in(name: str, open_file: OpenFile, include: Sequence[str] = ()) -> Container | None:
@@ -38,10 +52,10 @@ def container_in(name: str, open_file: OpenFile, include: Sequence[str] = ()) ->
     """
     with reading(printable(name)), open_file() as file:
         head, is_seekable = file.read(HEAD_BYTES), file.seekable()
-    kind = formats.format_of(head, ("zip", "tar", *FORMATS), maybe_text=True)
+    kind = formats.format_of(head, ("zip", *FORMATS), maybe_text=True)
     if kind == "zip" and not is_document_in_zip(head):
         return ZipArchive(name, open_file, include)
-    if kind == "tar" or is_header(head[:BLOCK]):
+    if is_header(head[:BLOCK]):
         return TarArchive(name, open_file, not is_seekable, include)
     if kind in FORMATS:
         unpack = unpacking(printable(name), kind, open_file)

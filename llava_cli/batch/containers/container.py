@@ -29,6 +29,8 @@ class Container(Protocol):
     """How many pictures are best read at a time; 1 where they are read in the order of `entries` only."""
     has_questions: bool
     """Whether its rows have questions of their own, so that none needs to be asked of all."""
+    has_paths: bool
+    """Whether it names files of this disk, whose paths begin at `--root`."""
 
     def entries(self) -> Iterator[Entry]:
         """All pictures, in an order that is the same each time. Raises a `LlavaError` if they cannot be listed."""

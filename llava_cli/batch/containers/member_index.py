@@ -69,13 +69,16 @@ class MemberIndex:
 
     def entries(self) -> Iterator[Entry]:
         """All members, in their order."""
-        after, rows = -1, [None]
-        while rows:
+        query = "select place, name, row from member where place > ? order by place limit ?"
+        after = -1
+        while True:
             with self._lock:
-                query = "select place, name, row from member where place > ? order by place limit ?"
                 rows = self._database.execute(query, (after, _PAGE)).fetchall()
-            for after, name, row in rows:
+            for _, name, row in rows:
                 yield Entry(os.fsdecode(name), None if row is None else parse_line(row.encode()))
+            if not rows:
+                return
+            after = rows[-1][0]
 
     def find(self, name: str) -> Member | None:
         """The member of this name, without its row."""

@@ -26,9 +26,9 @@ _PENDING = 1000
 
 
 class TarArchive:
-    """Pictures in a tar, in its order. What can only be read forward is read in that order; going back reads it anew."""
+    """Pictures in a tar, in its order. One that can only be read forward is read anew for what is behind."""
 
-    has_questions = False
+    has_questions = has_paths = False
 
     def __init__(self, name: str, open_file: OpenFile, is_forward: bool, include: Sequence[str] = ()) -> None:
         """`name` is what messages call it; `is_forward` says that its file cannot be moved back."""
@@ -178,7 +178,7 @@ def _sidecar_values(suffix: str, data: bytes | None) -> dict[str, Any]:
 
 
 def _sample_key(name: str) -> tuple[str, str]:
-    """What comes before the first dot of a file's name, with its folder, and what comes behind it (as in WebDataset)."""
+    """What comes before the first dot of a file's name, with its folder, and what comes after it, as in WebDataset."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return folder + slash + stem, suffix

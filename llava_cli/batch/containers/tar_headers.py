@@ -1,4 +1,4 @@
-"""Headers of a tar archive: POSIX's ustar and pax, GNU's and the old ones (POSIX.1-2017, pax; GNU tar manual, "Format").
+"""Headers of a tar: POSIX's ustar and pax, GNU's and the old ones (POSIX.1-2017, "pax"; GNU tar's manual, "Standard").
 
 `tarfile` keeps an object for each member, and reads what a header claims whatever its size: both are unbounded.
 """

@@ -43,7 +43,7 @@ class ZipArchive:
     """Pictures in a ZIP archive, in the order of its directory."""
 
     readers = 4
-    has_questions = False
+    has_questions = has_paths = False
 
     def __init__(self, name: str, open_file: OpenFile, include: Sequence[str] = ()) -> None:
         """`name` is what messages call it. What `open_file` opens must be seekable."""
@@ -206,7 +206,8 @@ class _Part(io.RawIOBase):
 
 def _extra_blocks(extra: bytes) -> dict[int, bytes]:
     """The blocks of an extra field by their numbers (4.5.1)."""
-    blocks, place = {}, 0
+    blocks: dict[int, bytes] = {}
+    place = 0
     while place + 4 <= len(extra):
         number, count = struct.unpack_from("<2H", extra, place)
         blocks.setdefault(number, extra[place + 4 : place + 4 + count])
