@@ -145,7 +145,7 @@ def _pillow_formats(data: bytes, name: str) -> tuple[str, ...]:
         return (_register_heif(name),)
     if package == formats.JPEG_XL:
         return (_register_jpeg_xl(name),)
-    return ("AVIF",) if formats.is_avif(data) else PILLOW_FORMATS
+    return (_one_threaded_avif(),) if formats.is_avif(data) else PILLOW_FORMATS
 
 
 class _Opened(NamedTuple):
@@ -364,6 +364,13 @@ def _is_supported(data: bytes) -> bool:
     return formats.format_of(data, known) in formats.SUPPORTED
 
 
+def _one_threaded_avif() -> str:
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # more of them would need more of the sandbox's memory
+    return "AVIF"
+
+
 def _is_avif_built_in() -> bool:
     """Whether this Pillow was built with AVIF."""
     from PIL import AvifImagePlugin
@@ -385,5 +392,5 @@ def _register_jpeg_xl(name: str) -> str:
         from pillow_jxl import JpegXLImagePlugin
     except ImportError:
         raise BadImage(name, "JPEG XL needs a plugin of Pillow", JPEG_XL_PLUGIN) from None
-    JpegXLImagePlugin.DECODE_THREADS = 0  # the sandbox may start none
+    JpegXLImagePlugin.DECODE_THREADS = 0  # as in `_one_threaded_avif`
     return "JXL"
