@@ -13,7 +13,8 @@ from typing import Protocol
 from llava_cli import files, limits, regular_files, render
 from llava_cli.batch.export_job import CHANGED, ELSEWHERE, MISSING, OUTSIDE, Job, Reason, is_elsewhere
 from llava_cli.batch.report_pictures import OutsideRoots, PictureFolders, task_of
-from llava_cli.batch.tasks import Task, scratch_database
+from llava_cli.batch.scratch import scratch_database
+from llava_cli.batch.tasks import Task
 from llava_cli.batch.xmp_packet import NotMergeable, OtherDescription, merged, new_packet
 from llava_cli.errors import LlavaError, os_reason
 from llava_cli.files import Change

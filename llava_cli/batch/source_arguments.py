@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from glob import glob, has_magic
+from itertools import product
 
-from llava_cli import files
+from llava_cli import files, limits
 from llava_cli.batch.listing import STDIN
 from llava_cli.errors import InputMissing, UsageError
 from llava_cli.images.reader import SUFFIXES, is_url, local_path
 from llava_cli.untrusted_text import printable
 
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
+_BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,9})\.\.(?P<last>[0-9]{1,9})|(?P<items>[^{},]*(?:,[^{},]*)+))\}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -38,8 +41,37 @@ def expand(words: Sequence[str]) -> list[str]:
     for word in words:
         if not word:
             raise UsageError("SOURCE", "there is none", USAGE)
-        expanded += [word] if word == STDIN or is_url(word) or os.path.lexists(word) else _expand_word(word, words)
+        for one in [word] if os.path.lexists(word) else expand_braces(word):
+            is_plain = one == STDIN or is_url(one) or os.path.lexists(one)
+            expanded += [one] if is_plain else _expand_word(one, words)
     return expanded
+
+
+def expand_braces(word: str) -> list[str]:
+    """Expands ranges of numbers and lists in braces, as bash does: `shard-{000..099}.tar`, `{a,b}.zip`.
+
+    Raises `UsageError` for more words than a command line takes.
+    """
+    pieces: list[Sequence[str]] = []
+    end = 0
+    for match in _BRACES.finditer(word):
+        pieces += [[word[end : match.start()]], _brace_items(match)]
+        end = match.end()
+    pieces.append([word[end:]])
+    if math.prod(map(len, pieces)) > limits.EXPANDED_WORDS:
+        raise UsageError(printable(word), f"more than {limits.EXPANDED_WORDS:,} names", USAGE)
+    return ["".join(chosen) for chosen in product(*pieces)]
+
+
+def _brace_items(match: re.Match[str]) -> Sequence[str]:
+    """What a pair of braces stands for, at most one more than is allowed; a zero in front keeps a width."""
+    if match["items"] is not None:
+        return match["items"].split(",")
+    first, last = match["first"], match["last"]
+    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+    step = 1 if int(first) <= int(last) else -1
+    numbers = range(int(first), int(last) + step, step)[: limits.EXPANDED_WORDS + 1]
+    return [f"{number:0{width}}" for number in numbers]
 
 
 def _expand_word(word: str, words: Sequence[str]) -> list[str]:

@@ -166,7 +166,7 @@ def batch(
 
 def _command(source: Source) -> str:
     """The command line that resumes this run; a pipe is written as `…`."""
-    words = ["<(…)" if source.is_substituted and word == source.words[0] else quoted(word) for word in sys.argv[1:]]
+    words = ["<(…)" if source.is_substituted(word) else quoted(word) for word in sys.argv[1:]]
     command = " ".join(["llava", *words])
     return f"… | {command}" if source.is_stdin else command
 
