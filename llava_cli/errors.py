@@ -115,6 +115,15 @@ def os_reason(error: BaseException) -> str:
     return words[:1].lower() + words[1:] or plain_message(error)
 
 
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+
+
+def output_failure(thing: str, error: OSError) -> LlavaError:
+    """The error for an output that cannot be written: because of the disk, or because of what is in its place."""
+    kind = OutputError if error.errno in _DISK_ERRORS else OutputTaken
+    return kind(thing, os_reason(error), "give another file to -o")
+
+
 _MEMORY_WORDS = (
     *("out of memory", "can't allocate memory", "cannot allocate memory"),
     *("cublas_status_alloc_failed", "cudnn_status_alloc_failed", "cublaslt ran into an error"),

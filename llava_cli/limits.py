@@ -242,6 +242,12 @@ GRAMMAR_RULES = 500
 """Rules and terminals of a Lark grammar: llguidance's stack ends where a thousand refer to each other in a chain."""
 GRAMMAR_STATES = 50_000
 """Of the automaton that is made of a schema, regex or grammar as answers go on: 1 to 2 kB each."""
+TABLE_COLUMNS = 1_000
+"""Keys of rows that become columns of a table."""
+SIDECAR_BYTES = 4_000_000
+"""Of a text or XMP file beside a picture that a new description may go into."""
+SIDECAR_DEPTH = 100
+"""Of elements in such an XMP file."""
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000

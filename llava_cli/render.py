@@ -139,6 +139,16 @@ def say(text: str) -> None:
     print(for_terminal(text) if sys.stdout.isatty() else text, flush=True)
 
 
+def write_file(chunks: Iterable[bytes]) -> None:
+    """Writes a file's content to stdout: as text that is safe on a terminal, unchanged in a pipe."""
+    for chunk in chunks:
+        if sys.stdout.isatty():
+            sys.stdout.write(for_terminal(chunk.decode("utf-8", "replace")))
+        else:
+            sys.stdout.buffer.write(chunk)
+    sys.stdout.flush()
+
+
 _mid_line = False
 """Whether the terminal's cursor is after a part of an answer."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from contextlib import closing
 from pathlib import Path
@@ -11,10 +10,8 @@ from llava_cli import files, render
 from llava_cli.batch import report_page
 from llava_cli.batch.report_pictures import PictureFolders
 from llava_cli.batch.report_rows import RowsFile
-from llava_cli.errors import OutputError, OutputTaken, UsageError, os_reason
+from llava_cli.errors import OutputTaken, UsageError, os_reason, output_failure
 from llava_cli.untrusted_text import printable
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
 def report(
@@ -39,8 +36,7 @@ def report(
         with render.spinner("making thumbnails", quiet), closing(folders):
             files.atomic_write(output, report_page.page(rows, first, folders, counts, output))
     except OSError as error:
-        kind = OutputError if error.errno in _DISK_ERRORS else OutputTaken
-        raise kind(printable(str(output)), os_reason(error), "give another file to -o") from None
+        raise output_failure(printable(str(output)), error) from None
     if not quiet:
         without = f", {counts.without_picture:,} without their picture" if counts.without_picture else ""
         lines = [f"{printable(str(output))}: {counts.rows:,} rows{without}", *report_page.notes(rows, first)]

@@ -82,6 +82,10 @@ class PictureFolders:
             raise self._outside(image, folder)
         return Path(resolve(folder)) / name
 
+    def is_in_file(self, image: str) -> bool:
+        """Whether a picture's path leads through a file, an archive or a table. Raises `OutsideRoots`."""
+        return _file_above(self.locate(image)) is not None
+
     def find(self, image: str) -> bytes | Path:
         """A row's picture: its file, or its bytes in an archive or a table.
 
@@ -99,9 +103,9 @@ class PictureFolders:
 
     def link(self, task: Task, page: Path) -> str | None:
         """A relative URL of the file of a task's picture, for an HTML page in a folder; None if it has no file."""
-        path = self.locate(task.image)
-        if _file_above(path):
+        if self.is_in_file(task.image):
             return None
+        path = self.locate(task.image)
         relative = os.path.relpath(path, os.path.realpath(page.parent)).replace(os.sep, "/")
         fragment = "" if task.time is None else f"#t={task.time:g}"
         return quote(os.fsencode(relative)) + (fragment if task.page is None else f"#page={task.page}")

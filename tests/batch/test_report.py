@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from helpers.command import Run, Shell, missing
+from helpers.rows import row, sha256, write
 from helpers.tables import for_each
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -24,7 +24,6 @@ from llava_cli import files, limits
 from llava_cli.batch import report_page
 from llava_cli.batch.report import report
 from llava_cli.batch.report_pictures import PictureFolders, task_of
-from llava_cli.batch.rows import to_line
 
 ROOT = Path(__file__).parents[2]
 UNUSED = ("background-networking", "component-update", "sync")
@@ -70,32 +69,6 @@ def opened(browser: Browser) -> Iterator[Open]:
     assert [url for url in requests if not url.startswith("data:image/")] == urls
     assert not any(page.evaluate("'ran' in window") for page in context.pages)
     context.close()
-
-
-def row(image: str, answer: str | None = "a cat", question: str = "what is this?", **more: Any) -> dict[str, Any]:
-    status = "error" if answer is None else "ok"
-    error = {"type": "BadImage", "message": "truncated"} if answer is None else None
-    return {
-        "image": image,
-        "question": question,
-        "answer": answer,
-        "status": status,
-        "error": error,
-        "model": "builtin",
-        "finish_reason": "stop" if answer is not None else None,
-        "answer_tokens": 2,
-        "sha256": None,
-        **more,
-    }
-
-
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_bytes(b"".join(map(to_line, rows)))
-    return path
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
