@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_cli.parts import WHOLE, Part
@@ -35,6 +36,8 @@ class Picture:
     """Which page or frame of the file it is."""
     region: str | None = None
     """What of the page or frame it is (see `parts.parse_region`); None for all of it."""
+    file: bytes | Path | None = field(default=None, repr=False, compare=False)
+    """The file that it is a part of, where that is kept to be asked what else it says."""
 
 
 @dataclass(frozen=True)

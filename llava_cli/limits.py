@@ -31,6 +31,20 @@ FILM_FRAMES = 4
 FILM_SECONDS = 10_000_000.0
 """The longest time between two frames."""
 
+# What questions are filled in with.
+EXIF_BYTES = 1_000_000
+"""Of all EXIF values of a picture."""
+EXIF_CHARACTERS = 1_000
+"""Of one of them; the rest is cut off."""
+EXIF_SECONDS = 10.0
+"""To read those of one picture."""
+QUESTION_SECONDS = 5.0
+"""To fill in one question."""
+QUESTION_MEMORY = 2**29
+"""Bytes of address space for that."""
+SAVED_PROMPT_BYTES = 1_000_000
+"""Of a saved prompt's file."""
+
 # Sandboxed processes.
 SANDBOX_MEMORY = 4 * 2**30
 """Bytes of address space."""

@@ -35,7 +35,7 @@ _FORM_EXAMPLES = {
 }
 _MAX_NAMES = 6
 """Keys or columns that a message lists."""
-_FIELDS = tuple(field.name for field in fields(Task) if field.name != "sight")
+_FIELDS = tuple(field.name for field in fields(Task) if field.name not in ("sight", "asked"))
 
 
 class Questions:

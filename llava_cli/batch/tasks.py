@@ -45,11 +45,18 @@ class Task:
     """What else the source says of the picture, for the fields of a question."""
     sight: bool | None = None
     """Whether it is in the sample of which the sight is told; no source says so."""
+    asked: str | None = None
+    """The question with its fields filled in; no source says so."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What the row is about. A source may have the same key more than once, and gets a row for each."""
         return self.image, self.question, self.id, self.page, self.time, self.region
+
+    @property
+    def wording(self) -> str:
+        """The question as the model gets it."""
+        return self.question if self.asked is None else self.asked
 
     @property
     def part(self) -> Part:
@@ -108,6 +115,7 @@ _VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "region": partial(_is_parsed, parse_region),
     "row": lambda value: isinstance(value, dict),
     "sight": lambda value: isinstance(value, bool),
+    "asked": lambda value: isinstance(value, str),
 }
 
 

@@ -30,21 +30,21 @@ def conversation_from(
     """
     *sources, question = args or [""]
     if args and _is_picture(question, sources):
-        sources, question = args, "" if "-" in args else _stdin()
+        sources, question = args, "" if "-" in args else piped_text(words)
     pictures = [open_named(source, allow_truncated, quiet) for source in sources]
     if not question.strip():
         raise UsageError(words, "there is none", usage)
     return Conversation(system=settings.system).ask(question, pictures)
 
 
-def _stdin() -> str:
-    """What was piped in; empty if stdin is a terminal, or closed. Raises `PromptTooLong`."""
+def piped_text(words: str) -> str:
+    """What was piped in; empty if stdin is a terminal, or closed. Raises `PromptTooLong`, about `words`."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     most = limits.TEXT_CHARACTERS
     text = decoded(sys.stdin.buffer.read(4 * most + 1))  # a character has 4 bytes at most
     if len(text) > most:
-        raise PromptTooLong("QUESTION", f"longer than {most:,} characters")
+        raise PromptTooLong(words, f"longer than {most:,} characters")
     return text.strip()
 
 

@@ -19,7 +19,9 @@ from llava_cli.cli.options import (
     settings_of,
     with_options,
 )
+from llava_cli.cli.saved_prompt import ParamOpt, PromptOpt, named_question
 from llava_cli.errors import UsageError
+from llava_cli.images.reader import looks_like_picture
 
 
 @app.command()
@@ -27,6 +29,8 @@ from llava_cli.errors import UsageError
 def ask(
     context: typer.Context,
     args: PicturesAndQuestion = None,
+    prompt: PromptOpt = None,
+    parameters: ParamOpt = None,
     allow_truncated: TruncatedOpt = False,
     json: JsonOpt = False,
     stats: StatsOpt = False,
@@ -42,10 +46,18 @@ def ask(
 
     llava ask img.jpg "how is the weather?" --choices sunny,cloudy,rain
 
+    llava ask img.jpg -t caption -P lang=German
+
     llava ask bill.jpg "read this bill" --schema "shop, date, total float, items [name, price float]"
     """
+    words = args or []
+    question = words[-1] if words and not looks_like_picture(words[-1]) else None
+    named = named_question(context, prompt, parameters, question)
     settings = settings_of(context)
-    conversation = conversation_from(args, settings, allow_truncated, quiet)
+    words = [*words, named.saved.text] if named else words
+    conversation = conversation_from(words, settings, allow_truncated, quiet)
+    if named:
+        conversation = named.asked(conversation)
     if settings.sampling.sight and not conversation.pictures:
         raise UsageError("--sight", "there is no picture", 'llava ask img.jpg "what is this?" --sight')
     with render.spinner("loading the model", quiet):
