@@ -6,7 +6,6 @@ import typer
 
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
     ANSWERING,
     FORM,
@@ -16,12 +15,10 @@ from llava_cli.cli.options import (
     QuietOpt,
     StatsOpt,
     TruncatedOpt,
-    settings_of,
     with_options,
 )
-from llava_cli.cli.saved_prompt import ParamOpt, PromptOpt, named_question
+from llava_cli.cli.saved_prompt import ParamOpt, PromptOpt, conversation_about
 from llava_cli.errors import UsageError
-from llava_cli.images.reader import looks_like_picture
 
 
 @app.command()
@@ -50,14 +47,9 @@ def ask(
 
     llava ask bill.jpg "read this bill" --schema "shop, date, total float, items [name, price float]"
     """
-    words = args or []
-    question = words[-1] if words and not looks_like_picture(words[-1]) else None
-    named = named_question(context, prompt, parameters, question)
-    settings = settings_of(context)
-    words = [*words, named.saved.text] if named else words
-    conversation = conversation_from(words, settings, allow_truncated, quiet)
-    if named:
-        conversation = named.asked(conversation)
+    settings, conversation = conversation_about(
+        context, args, prompt, parameters, allow_truncated=allow_truncated, quiet=quiet
+    )
     if settings.sampling.sight and not conversation.pictures:
         raise UsageError("--sight", "there is no picture", 'llava ask img.jpg "what is this?" --sight')
     with render.spinner("loading the model", quiet):

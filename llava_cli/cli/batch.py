@@ -210,8 +210,8 @@ def _note_fields(questions: Iterable[str]) -> None:
     """Notes what looks like a field in a question that is asked as it is."""
     from llava_cli.prompts.question_fields import fields_in
 
-    for field in {field: None for question in questions for field in fields_in(question)}:
-        render.note(f"the question has {{{field}}} as text; --template-question fills it in")
+    if found := {f"{{{field}}}": None for question in questions for field in fields_in(question)}:
+        render.note(f"the question has {', '.join(found)} as text; --template-question fills fields in")
 
 
 def _size(text: str) -> int | None:

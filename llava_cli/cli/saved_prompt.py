@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llava_cli.cli.options import is_given
+from llava_cli.cli.arguments import conversation_from
+from llava_cli.cli.options import is_given, settings_of
 from llava_cli.conversation import Conversation
 from llava_cli.errors import UsageError
+from llava_cli.images.reader import looks_like_picture
+from llava_cli.settings import Settings
 
 if TYPE_CHECKING:
     from llava_cli.prompts.question_fields import QuestionFields
@@ -50,6 +53,22 @@ class NamedQuestion:
         text = self.fields.fill(self.saved.text, first, path_of(first) if first else "")
         self.fields.close()
         return Conversation(system=conversation.system).ask(text, conversation.pictures)
+
+
+def conversation_about(
+    context: typer.Context, args: list[str] | None, name: str | None, parameters: list[str] | None, **options: Any
+) -> tuple[Settings, Conversation]:
+    """The settings of a command, and what it asks: its last word, or the prompt that -t names.
+
+    `options` are those of `conversation_from`, and errors, too.
+    """
+    words = args or []
+    question = words[-1] if words and not looks_like_picture(words[-1]) else None
+    named = named_question(context, name, parameters, question)
+    settings = settings_of(context)
+    if not named:
+        return settings, conversation_from(words, settings, **options)
+    return settings, named.asked(conversation_from([*words, named.saved.text], settings, **options))
 
 
 def named_question(

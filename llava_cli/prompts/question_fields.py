@@ -244,4 +244,4 @@ def _cleaned(value: Any) -> Any:
 
 def _clean(text: str) -> str:
     """A text without control sequences and with U+FFFD for what is not UTF-8."""
-    return for_terminal(text.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
+    return for_terminal(re.sub("[\ud800-\udfff]", "\ufffd", text))
