@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_cli.errors import PromptTooLong
@@ -39,6 +40,8 @@ class Picture:
     """Which page or frame of the file it is."""
     region: str | None = None
     """What of the page or frame it is (see `parts.parse_region`); None for all of it."""
+    file: bytes | Path | None = field(default=None, repr=False, compare=False)
+    """The file that it is a part of, where that is kept to be asked what else it says."""
 
     @property
     def reference(self) -> str:

@@ -65,6 +65,20 @@ SCREEN_SECONDS = 10.0
 CLIPBOARD_FILES = 100
 """Files that were copied in a file manager."""
 
+# What questions are filled in with.
+EXIF_BYTES = 1_000_000
+"""Of all EXIF values of a picture."""
+EXIF_CHARACTERS = 1_000
+"""Of one of them; the rest is cut off."""
+EXIF_SECONDS = 10.0
+"""To read those of one picture."""
+QUESTION_SECONDS = 5.0
+"""To fill in one question."""
+QUESTION_MEMORY = 2**29
+"""Bytes of address space for that."""
+SAVED_PROMPT_BYTES = 1_000_000
+"""Of a saved prompt's file."""
+
 # Sandboxed processes.
 SANDBOX_MEMORY = 4 * 2**30
 """Bytes of address space."""

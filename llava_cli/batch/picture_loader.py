@@ -32,7 +32,7 @@ class PictureLoader:
     `find` gives a picture's file: its bytes, or its path on this disk. It raises a `LlavaError` if there is none, or if
     it must not be opened, and is called by `readers` threads, in the order of the tasks where that is one. URLs that it
     does not hold, as `holds` says, are fetched only with `allow_urls`. With `max_side` pictures are scaled down to that
-    many pixels.
+    many pixels, and with `keep_files` they come with their files.
     """
 
     def __init__(
@@ -44,11 +44,12 @@ class PictureLoader:
         dpi: int = PictureOptions.dpi,
         readers: int = 4,
         holds: Callable[[str], bool] = lambda image: False,
+        keep_files: bool = False,
     ) -> None:
         self.allow_urls = allow_urls
         self.last_refusal: LlavaError | None = None
         """What `find` raised last."""
-        self._find, self._holds, self._max_side = find, holds, max_side
+        self._find, self._holds, self._max_side, self._keep_files = find, holds, max_side, keep_files
         self._options: dict[str, Any] = {"allow_truncated": allow_truncated, "dpi": dpi}
         self._sandboxes = SandboxPool()
         self._process_count = len(self._sandboxes.all)
@@ -98,8 +99,8 @@ class PictureLoader:
         for _ in range(ATTEMPTS):
             picture = self._sandboxes.open(name, file, shrink=shrink, part=task.part, **self._options)
             if isinstance(picture, Picture):
-                picture = cut(replace(picture, name=task.image), task.region) if task.region else picture
-                return replace(picture, name=task.image) if isinstance(picture, Picture) else picture
+                picture = replace(picture, name=task.image, file=file if self._keep_files else None)
+                return cut(picture, task.region) if task.region else picture
             if self._is_closed or not isinstance(picture, (InputMissing, Crash)):
                 break
         return BadImage(printable(name), picture.reason) if isinstance(picture, Crash) else picture

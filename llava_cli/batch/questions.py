@@ -43,7 +43,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[str], float]]] = {
 """Columns of a table that are numbers: how they are written, and what reads them."""
 _MAX_NAMES = 6
 """Keys or columns that a message lists."""
-_FIELDS = tuple(field.name for field in fields(Task) if field.name not in ("row", "sight"))
+_FIELDS = tuple(field.name for field in fields(Task) if field.name not in ("row", "sight", "asked"))
 _EXAMPLES = {"page": '"page": 2', "time": '"time": 12.5 is in seconds', "region": '"region": "60%,0,100%,30%"'}
 
 

@@ -38,7 +38,10 @@ class PictureFacts:
 
 
 def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaError, model: str) -> dict[str, Any]:
-    """A row with the nine `KEYS`, and with optional ones where they say something."""
+    """A row with the nine `KEYS`, and with optional ones where they say something.
+
+    `asked` is the question with its fields filled in, where that is another text.
+    """
     answer = outcome if isinstance(outcome, Answer) else None
     error = error_object(outcome) if isinstance(outcome, LlavaError) else None
     row: dict[str, Any] = {
@@ -56,7 +59,9 @@ def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaEr
     row |= {name: value for name, value in place.items() if value is not None}
     if task.id is not None:
         row = {"id": task.id, **row}
-    if answer and (flags := warning_flags(answer, task.question)):
+    if task.wording != task.question:
+        row["asked"] = task.wording
+    if answer and (flags := warning_flags(answer, task.wording)):
         row["flags"] = flags
     if answer:
         row |= answer.details()
@@ -128,6 +133,7 @@ def is_complete(row: dict[str, Any]) -> bool:
         and isinstance(flags, list)
         and all(isinstance(flag, str) for flag in flags)
         and isinstance(row.get("right", False), bool)
+        and isinstance(row.get("asked", ""), str)
         and (escalation_error(row) is None or _is_error(escalation_error(row)))
     )
 

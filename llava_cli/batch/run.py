@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -20,9 +22,10 @@ from llava_cli.batch.judged_engine import JudgedEngine, Promise
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
-from llava_cli.batch.runner import answer_tasks, conversation_of, sampled, sampling_of
+from llava_cli.batch.runner import answer_tasks, conversation_of, sampled, sampling_of, unfilled
 from llava_cli.batch.source import Source
 from llava_cli.batch.tally import Tally
+from llava_cli.batch.task_questions import TaskQuestions
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
 from llava_cli.errors import InputMissing, LlavaError
@@ -39,6 +42,8 @@ class Job:
     settings: Settings
     command: str
     output: Path | None = None
+    templates: TaskQuestions | None = None
+    """Fills in the questions that are templates."""
     size: int | None = None
     extend: bool = False
     retry: bool = False
@@ -59,6 +64,8 @@ def run(job: Job) -> int:
     tally, stop = Tally(job.verify), StopSignal(job.quiet)
     with ExitStack() as stack:
         stack.callback(job.source.close)
+        if job.templates:
+            stack.callback(job.templates.close)
         journal = tasks = None
         larger = _open_larger(job)
         if job.output is None:
@@ -66,6 +73,8 @@ def run(job: Job) -> int:
                 job = _with_one_precision(job, None)
                 _run_settings(job, larger)  # holds the calibration against them
             tasks = job.source.checked_tasks()
+            if job.templates and tasks:
+                tasks = _with_columns_checked(job.source, job.templates, tasks)
         else:
             journal = Journal(job.output)
             stack.callback(journal.close)
@@ -84,6 +93,7 @@ def run(job: Job) -> int:
             dpi=job.settings.pictures.dpi,
             readers=job.source.readers,
             holds=job.source.holds,
+            keep_files=job.templates is not None,
         )
         stack.callback(loader.close)
         with render.spinner("loading the model", job.quiet):
@@ -103,6 +113,14 @@ def run(job: Job) -> int:
         if not source_is_read:
             _note_what_is_left_out(job)
     return _finish(job, tally, stop, speed)
+
+
+def _with_columns_checked(source: Source, templates: TaskQuestions, tasks: Iterator[Task]) -> Iterator[Task]:
+    """Tasks that are not kept anywhere; what can be read twice is read once for its columns."""
+    if source.is_stream or not source.has_questions:
+        return templates.peeked(tasks)
+    deque(templates.checked(source.tasks()), maxlen=0)
+    return tasks
 
 
 def _note_what_is_left_out(job: Job) -> None:
@@ -134,8 +152,12 @@ def _with_one_precision(job: Job, saved: str | None) -> Job:
 def _open_journal(job: Job, journal: Journal, tally: Tally, larger: Engine | None) -> Job:
     """Locks the output, checks that its rows are this job's, and counts them; returns the job with its precision."""
     journal.lock()
-    job = _with_one_precision(job, journal.saved_precision())
-    added, removed = journal.begin(_run_settings(job, larger), job.source.tasks(), job.extend)
+    saved = journal.saved_precision()
+    job = _with_one_precision(job, saved)
+    tasks = job.source.tasks()
+    if job.templates and saved is None:  # a source that has lost a column since is no reason not to go on
+        tasks = job.templates.checked(tasks)
+    added, removed = journal.begin(_run_settings(job, larger), tasks, job.extend)
     if not job.quiet and (added or removed):
         action = "are taken in" if job.extend else "are left out; --extend takes them in"
         changes = [f"{added} rows were added to the source since and {action}"] if added else []
@@ -163,6 +185,7 @@ def _run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
         "visual_tokens": settings.load.visual_tokens,
         "allow_truncated": job.allow_truncated,
         "questions": source.questions,
+        **(job.templates.said() if job.templates else {}),
         "root": source.origin,
     }
     if job.promise:
@@ -185,10 +208,11 @@ def _answer(
 ) -> str:
     """Answers the tasks whose rows are to be replaced, then `tasks`, and returns a line about the speed."""
     begin, pictures, last_image, tokens_before = time.monotonic(), 0, "", tally.tokens
+    fill = partial(job.templates.fill, folder=job.source.folder) if job.templates else unfilled
 
     def rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
         nonlocal pictures, last_image
-        for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on):
+        for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on, fill):
             tally.add(task, row)
             pictures += task.image != last_image
             last_image = task.image

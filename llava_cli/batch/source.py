@@ -127,6 +127,11 @@ class Source:
         """Whether it can be read only once."""
         return any(one.is_stream for one in self.each)
 
+    @property
+    def has_questions(self) -> bool:
+        """Whether one of its SOURCEs is a file of questions."""
+        return any(isinstance(one, QuestionsSource) for one in self.each)
+
     def is_substituted(self, word: str) -> bool:
         """Whether a word is the shell's `<(…)`, whose name means nothing to another command."""
         return word in self.words and _SUBSTITUTED.match(word) is not None and Listing(word).is_stream

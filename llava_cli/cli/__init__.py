@@ -98,16 +98,7 @@ def _llava(
 
 
 COMMANDS = (
-    "ask",
-    "batch",
-    "calibrate",
-    "chat",
-    "chats",
-    "check",
-    "doctor",
-    "export",
-    "models",
-    "prompt",
+    *("ask", "batch", "calibrate", "chat", "chats", "check", "doctor", "export", "models", "prompt", "prompts"),
     "report",
     "serve",
 )

@@ -36,21 +36,21 @@ def conversation_from(
     taken = [name for name, is_taken in ((CLIPBOARD, clipboard), (SCREEN, screen)) if is_taken]
     *sources, question = args or [""]
     if _is_picture(question, [*sources, *taken]) if args else taken:
-        sources, question = args or [], "" if "-" in sources else _stdin()
+        sources, question = args or [], "" if "-" in sources else piped_text(words)
     pictures = open_named(sources, settings.pictures, allow_truncated, quiet, taken)
     if not question.strip():
         raise UsageError(words, "there is none", usage)
     return Conversation(system=settings.system).ask(question, pictures)
 
 
-def _stdin() -> str:
-    """What was piped in; empty if stdin is a terminal, or closed. Raises `PromptTooLong`."""
+def piped_text(words: str) -> str:
+    """What was piped in; empty if stdin is a terminal, or closed. Raises `PromptTooLong`, about `words`."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     most = limits.TEXT_CHARACTERS
     text = decoded(sys.stdin.buffer.read(4 * most + 1))  # a character has 4 bytes at most
     if len(text) > most:
-        raise PromptTooLong("QUESTION", f"longer than {most:,} characters")
+        raise PromptTooLong(words, f"longer than {most:,} characters")
     return text.strip()
 
 

@@ -6,7 +6,6 @@ import typer
 
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
     ANSWERING,
     FORM,
@@ -18,9 +17,9 @@ from llava_cli.cli.options import (
     ScreenOpt,
     StatsOpt,
     TruncatedOpt,
-    settings_of,
     with_options,
 )
+from llava_cli.cli.saved_prompt import ParamOpt, PromptOpt, conversation_about
 from llava_cli.conversation import naming_fewer_parts
 from llava_cli.errors import UsageError
 
@@ -32,6 +31,8 @@ def ask(
     args: PicturesAndQuestion = None,
     clipboard: ClipboardOpt = False,
     screen: ScreenOpt = False,
+    prompt: PromptOpt = None,
+    parameters: ParamOpt = None,
     allow_truncated: TruncatedOpt = False,
     json: JsonOpt = False,
     stats: StatsOpt = False,
@@ -51,10 +52,20 @@ def ask(
 
     llava ask img.jpg "how is the weather?" --choices sunny,cloudy,rain
 
+    llava ask img.jpg -t caption -P lang=German
+
     llava ask bill.jpg "read this bill" --schema "shop, date, total float, items [name, price float]"
     """
-    settings = settings_of(context)
-    conversation = conversation_from(args, settings, allow_truncated, quiet, clipboard=clipboard, screen=screen)
+    settings, conversation = conversation_about(
+        context,
+        args,
+        prompt,
+        parameters,
+        allow_truncated=allow_truncated,
+        quiet=quiet,
+        clipboard=clipboard,
+        screen=screen,
+    )
     if settings.sampling.sight and not conversation.pictures:
         raise UsageError("--sight", "there is no picture", 'llava ask img.jpg "what is this?" --sight')
     with render.spinner("loading the model", quiet):

@@ -69,6 +69,11 @@ def _parameter(key: str) -> inspect.Parameter:
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def is_given(context: typer.Context, key: str) -> bool:
+    """Whether the command line has the option of a setting."""
+    return context.params.get(key) not in (None, [], ())
+
+
 def settings_of(context: typer.Context) -> Settings:
     """The options of the command line, merged with the environment and the config file. None means "not given"."""
     given = {key: context.params[key] for key in OPTIONS if key in context.params}
