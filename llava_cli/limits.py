@@ -26,10 +26,12 @@ DOCUMENT_MEMORY = 2 * 2**30
 """Bytes of address space of the process that draws pages."""
 ASK_PAGES = 4
 """Of a document in a question, unless --pages says which."""
+FILM_BYTES = 50_000_000_000
+"""All of a film is read once, for its hash."""
 FILM_FRAMES = 4
 """Of a film, unless --frames or --every says how many."""
 FILM_SECONDS = 10_000_000.0
-"""The longest time between two frames."""
+"""The longest time between two frames, and the longest film; the rest of one is left out."""
 
 # Sandboxed processes.
 SANDBOX_MEMORY = 4 * 2**30

@@ -11,23 +11,26 @@ import hashlib
 import os
 import queue
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, LlavaError
 from llava_cli.files import quoted
-from llava_cli.images import decode, formats
+from llava_cli.images import decode, films, formats
 from llava_cli.images.decode import Decoded
+from llava_cli.images.films import FilmReader
 from llava_cli.images.local_file import read_path, shown_name, too_large
 from llava_cli.parts import WHOLE, Content, Part
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
+T = TypeVar("T")
 REQUEST_HEADER = struct.Struct("<?I")
 """Whether truncated pictures are allowed; the most pixels per side of the result, 0 for any number."""
 _HEADER = struct.Struct("<?III?B?")
@@ -45,13 +48,17 @@ class Crash(LlavaError):
 class Sandbox:
     """Decodes one picture at a time in a process, started when needed; HEIF's decoder has a second process."""
 
-    def __init__(self, seconds: float | None = None) -> None:
-        """`seconds` for one picture; None for `limits.DECODE_SECONDS`."""
+    def __init__(self, seconds: float | None = None, takes_films: bool = True) -> None:
+        """`seconds` for one picture; None for `limits.DECODE_SECONDS`. Without `takes_films`, films are refused."""
         self._seconds = limits.DECODE_SECONDS if seconds is None else seconds
+        self._films = FilmReader() if takes_films else None
         self._workers = [Worker(JOB, limits.SANDBOX_MEMORY), Worker(JOB, limits.SANDBOX_MEMORY, HEIF)]
 
     def inspect(self, source: str, file: bytes | Path) -> Content | LlavaError:
         """What a file, called `source`, contains, or the error with it: as `open`."""
+        if self._films and films.is_film(file):
+            length = self._tried(source, partial(self._films.length, file))
+            return length if isinstance(length, LlavaError) else Content("film", 0, length)
         picture = self.open(source, file)
         return picture if isinstance(picture, LlavaError) else Content("picture", picture.frames)
 
@@ -69,6 +76,8 @@ class Sandbox:
         `file` is its bytes, or the resolved path of one on this disk. With `shrink` the picture is made no larger than
         that many pixels per side. Pages are drawn with `dpi` dots an inch.
         """
+        if self._films and films.is_film(file):
+            return self._tried(source, partial(self._frame, source, file, shrink, part))
         try:
             # A path is resolved: a link that is there now was put there since.
             data = file if isinstance(file, bytes) else read_path(str(file), follow=False)
@@ -76,24 +85,40 @@ class Sandbox:
             return error
         if len(data) > limits.PICTURE_BYTES:
             return too_large(source)
+        return self._tried(source, partial(self._picture, source, data, allow_truncated, shrink))
+
+    def _picture(self, source: str, data: bytes, allow_truncated: bool, shrink: int | None) -> Picture:
         worker = self._workers[formats.is_heif(data)]
+        request = REQUEST_HEADER.pack(allow_truncated, shrink or 0), data
+        reply = worker.ask(request, _HEADER.size + 3 * limits.PICTURE_PIXELS, self._seconds)
         try:
-            request = REQUEST_HEADER.pack(allow_truncated, shrink or 0), data
-            reply = worker.ask(request, _HEADER.size + 3 * limits.PICTURE_PIXELS, self._seconds)
-            decoded = _parse_reply(reply)
+            image, frames, truncated, picture_format, plain = _parse_reply(reply)
+        except ValueError:
+            worker.end()
+            raise WorkerDied from None
+        # Hashed here: a decoder that was taken over could claim the hash of another picture.
+        digest = hashlib.sha256(data).hexdigest()
+        return Picture(source, image, digest, frames, truncated, data, picture_format, plain)
+
+    def _frame(self, source: str, file: bytes | Path, shrink: int | None, part: Part) -> Picture:
+        assert self._films
+        if part.page is not None:
+            raise BadImage("", "a film has times, not pages", "{name}#t=1.5 is its frame at 1.5 s")
+        image, digest = self._films.frame(file, part.time or 0.0, shrink)
+        return Picture(source, image, digest, part=part)
+
+    def _tried(self, source: str, work: Callable[[], T]) -> T | LlavaError:
+        """What `work` returns, or what is wrong with the file that it is about."""
+        try:
+            return work()
         except BadImage as error:
             return BadImage(shown_name(source), error.reason, _complete_hint(error.hint, source))
+        except LlavaError as error:
+            return error
         except WorkerLate as error:
             return BadImage(shown_name(source), f"takes longer than {error} s to decode")
         except WorkerDied as error:
             return Crash(shown_name(source), str(error) or "crashes its decoder")
-        except ValueError:
-            worker.end()
-            return Crash(shown_name(source), "crashes its decoder")
-        # Hashed here: a decoder that was taken over could claim the hash of another picture.
-        digest = hashlib.sha256(data).hexdigest()
-        image, frames, truncated, picture_format, plain = decoded
-        return Picture(source, image, digest, frames, truncated, data, picture_format, plain)
 
     def start(self) -> None:
         """Starts the process before it is needed. Raises `WorkerDied`."""
@@ -108,19 +133,20 @@ class Sandbox:
 
     @property
     def is_running(self) -> bool:
-        return any(worker.is_running for worker in self._workers)
+        return any(one.is_running for one in (*self._workers, self._films) if one)
 
     def end(self) -> None:
         """Kills its processes."""
-        for worker in self._workers:
-            worker.end()
+        for one in (*self._workers, self._films):
+            if one:
+                one.end()
 
 
 class SandboxPool:
     """A sandbox for each core, up to four, which threads share."""
 
-    def __init__(self, seconds: float | None = None) -> None:
-        self.all = [Sandbox(seconds) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
+    def __init__(self, seconds: float | None = None, takes_films: bool = True) -> None:
+        self.all = [Sandbox(seconds, takes_films) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
         self._free: queue.LifoQueue[Sandbox] = queue.LifoQueue()  # last in, first out: starts no more than are needed
         for sandbox in self.all:
             self._free.put(sandbox)

@@ -117,6 +117,8 @@ def _unsupported_format(data: bytes) -> str | None:
     head = data[: formats.HEAD_BYTES]
     if formats.is_avif(head):
         return "avif"
+    if formats.is_film(head):
+        return "video"
     if head.startswith(b"\x1f\x8b") and _gunzip(head).lstrip().startswith((b"<svg", b"<?xml")):
         return "svg"
     if name := formats.format_of(head, _UNSUPPORTED) or formats.text_format_of(head):
