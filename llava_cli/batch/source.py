@@ -22,6 +22,7 @@ from llava_cli.batch.roots import is_below, resolve
 from llava_cli.batch.tasks import Task, sort_paths
 from llava_cli.errors import InputMissing
 from llava_cli.images.reader import is_url, local_path
+from llava_cli.parts import split_reference
 from llava_cli.settings import PictureOptions
 from llava_cli.untrusted_text import printable
 
@@ -220,7 +221,7 @@ class Source:
 
     def _root_note(self) -> str:
         """A line if the first picture of a list is not below `folder`: where it is, or how to name the root."""
-        first, start = self._first_image, self.folder or os.curdir
+        first, start = split_reference(self._first_image or "")[0], self.folder or os.curdir
         if not (first and self.listing) or re.match("[A-Za-z]{2,}:", first):
             return ""
         if os.path.isabs(first) or os.path.lexists(os.path.join(start, first)):

@@ -35,8 +35,10 @@ REPLY = struct.Struct("<?IId")
 _EXTRA = "pip install 'llava-cli[video]'"
 _CONVERT = "ffmpeg -i {name} {name}.mp4"
 _FEWER_PIXELS = f"the limit is {limits.PICTURE_PIXELS // 1_000_000} megapixels"
+_REPAIR = "copy it again, or: ffmpeg -i {name} -c copy REPAIRED.mkv"
+_LIST = "ffprobe {name} lists what is in it"
 _SPREAD = "--frames 4 takes frames from all of it"
-HINTS = ("", _EXTRA, _CONVERT, _FEWER_PIXELS, _SPREAD)
+HINTS = ("", _EXTRA, _CONVERT, _FEWER_PIXELS, _REPAIR, _LIST, _SPREAD)
 """Every hint that a `BadImage` from this module may have."""
 _DECODERS = frozenset(
     {
@@ -50,6 +52,8 @@ _STEPS_BACK = (0.0, 2.0, 8.0, 32.0)
 """Seconds before a time: from which places, in turn, decoding towards it is tried, before it begins at the beginning.
 Some films have no index, and others a wrong one."""
 _FIRST_REACH = 1.0
+_ROUNDING = 2e-6
+"""Seconds by which a time may be too early because it was rounded: where a film begins is known in microseconds."""
 _GRACE = 1.0
 """Seconds behind the end of the last frame in which it still counts as shown."""
 
@@ -118,14 +122,13 @@ class Film:
                 mode="r",
                 format=demuxer,  # not guessed: a playlist, which names other files, is no film
                 io_open=_open_nothing,
-                options={"max_pixels": str(limits.PICTURE_PIXELS)},
                 container_options={"format_whitelist": demuxer, "codec_whitelist": ",".join(_DECODERS)},
                 metadata_errors="ignore",
             )
         except MemoryError:
             raise
         except Exception:
-            raise BadImage("", "truncated or damaged") from None
+            raise BadImage("", "truncated or damaged", _REPAIR) from None
         self._stream = self._choose_stream()
         self._tick = float(self._stream.time_base or 1e-6)
         first, start = self._stream.start_time, self._container.start_time
@@ -142,8 +145,8 @@ class Film:
         covers = Disposition.attached_pic | Disposition.timed_thumbnails
         films = [stream for stream in streams if not stream.disposition & covers]
         if not films:
-            kind = "a sound" if self._container.streams.audio else "a file"
-            raise BadImage("", f"{kind} with a cover picture, not a film" if streams else f"{kind} without a film")
+            found = "a cover picture" if streams else "sound" if self._container.streams.audio else "nothing"
+            raise BadImage("", f"has {found} in it, and no film", _LIST)
         chosen = max(films, key=lambda stream: bool(stream.disposition & Disposition.default))
         for stream in self._container.streams:
             if stream is not chosen:
@@ -152,6 +155,7 @@ class Film:
         if decoder is None or decoder.name not in _DECODERS:
             name = decoder.codec.canonical_name if decoder else "unknown"
             raise BadImage("", f"its codec ({name}) is not supported", _CONVERT)
+        _check_size(decoder.width, decoder.height)
         decoder.options = {"max_pixels": str(limits.PICTURE_PIXELS)}
         decoder.thread_type, decoder.thread_count = "NONE", 1  # some users' sandboxes have no other threads
         return chosen
@@ -191,10 +195,7 @@ class Film:
         ratio = float(self._stream.sample_aspect_ratio or 1) or 1.0
         # Made larger in one direction rather than smaller in the other: no pixel is lost.
         size = round(frame.width * max(ratio, 1)), round(frame.height / min(ratio, 1))
-        if size[0] * size[1] > limits.PICTURE_PIXELS:
-            raise BadImage("", f"too many pixels ({size[0]} x {size[1]})", _FEWER_PIXELS)
-        if max(size) > limits.PICTURE_ASPECT * min(size):
-            raise BadImage("", f"too narrow to see anything ({size[0]} x {size[1]})")
+        _check_size(*size)
         try:
             image: Image = frame.to_image(threads=1)
         except MemoryError:
@@ -205,13 +206,13 @@ class Film:
 
     def _frame(self, seconds: float) -> VideoFrame:
         """The frame that is shown at a time."""
-        time = self._origin + seconds + self._tick / 2  # which rounding has no part in
+        time = self._origin + seconds + _ROUNDING
         if not (self._shown and self._time_of(self._shown) <= time <= self._time_of(self._shown) + self._reach):
             self._jump(time)
         while self._next and (self._shown is None or self._time_of(self._next) <= time):
             self._shown, self._next = self._next, next(self._frames, None)
         if self._shown is None:
-            raise BadImage("", "none of its frames can be decoded", _CONVERT)
+            raise BadImage("", "none of its frames can be decoded", _REPAIR)
         last = self._time_of(self._shown) - self._origin
         if self._next is None and seconds > last + self._duration(self._shown) + _GRACE:
             raise BadImage("", f"has no frame at {seconds:g} s: its last one is at {last:g} s", _SPREAD)
@@ -222,7 +223,7 @@ class Film:
         for seconds in _STEPS_BACK:
             if self._seek(time - seconds):
                 self._begin()
-                if self._next and self._time_of(self._next) <= max(time, self._first + self._tick / 2):
+                if self._next and self._time_of(self._next) <= max(time, self._first + _ROUNDING):
                     self._reach = max(self._reach, time - self._time_of(self._next))
                     return
         self._open()
@@ -261,7 +262,7 @@ class Film:
             self._open()
             end = self._last_end()
         self._begin()
-        return max(0.0, (end or 0.0) - self._origin)
+        return max(0.0, round((end or 0.0) - self._origin, 6))
 
     def _stated_end(self) -> float:
         """Where the film ends by its header, in the time of its stream."""
@@ -277,6 +278,14 @@ class Film:
             if packet and packet.pts is not None
         )
         return max(ends, default=None)
+
+
+def _check_size(width: int, height: int) -> None:
+    """Raises `BadImage` for a frame that is too large, or too narrow."""
+    if width * height > limits.PICTURE_PIXELS:
+        raise BadImage("", f"too many pixels ({width} x {height})", _FEWER_PIXELS)
+    if max(width, height) > limits.PICTURE_ASPECT * min(width, height):
+        raise BadImage("", f"too narrow to see anything ({width} x {height})")
 
 
 def _open_nothing(url: str, flags: int, options: dict[str, str]) -> Any:

@@ -22,7 +22,7 @@ from llava_cli.errors import BadImage
 from llava_cli.images import formats
 from llava_cli.images.film_frames import HINTS, REPLY, REQUEST
 from llava_cli.images.local_file import open_path
-from llava_cli.sandbox.process import Worker, WorkerDied
+from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 JOB = "llava_cli.images.film_frames"
 _BLOCK_BYTES = 1 << 20
+_MAKE_INDEX = "ffmpeg -i {name} -c copy INDEXED.mkv makes it quicker"
 _FIRST_HOUR = "ffmpeg -i {name} -t 3600 -c copy FIRST-HOUR.mkv"
 
 
@@ -49,7 +50,7 @@ class FilmReader:
     """Finds frames of one film at a time, for one thread at a time, in a process that is started when needed.
 
     Films are bytes, or resolved paths on this disk. Methods raise `InputMissing` or `BadImage`, in whose hint {name} is
-    where the film's name is to be typed, and `WorkerDied` or `WorkerLate` where a film ends its process.
+    where the film's name is to be typed, and `WorkerDied` where a film ends its process.
     """
 
     def __init__(self) -> None:
@@ -134,9 +135,10 @@ class _Film:
 
     def _asked(self, request: bytes, parse: Callable[[bytearray], T]) -> T:
         """What the reply to a request says. Raises `BadImage` with the reason that it gives."""
-        reply = self.worker.ask((request,), REPLY.size + 3 * limits.PICTURE_PIXELS, limits.PAGE_SECONDS)
         try:
-            return parse(reply)
+            return parse(self.worker.ask((request,), REPLY.size + 3 * limits.PICTURE_PIXELS, limits.PAGE_SECONDS))
+        except WorkerLate as error:
+            raise BadImage("", f"takes longer than {error} s to find a frame in", _MAKE_INDEX) from None
         except (ValueError, struct.error):  # it is none
             self.worker.end()
             raise WorkerDied from None
