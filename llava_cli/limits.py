@@ -28,10 +28,12 @@ ASK_PAGES = 4
 """Of a document in a question, unless --pages says which."""
 QUESTION_PICTURES = 100
 """Of one file in a question, if options say which: each page may take 30 MB of memory."""
+FILM_BYTES = 50_000_000_000
+"""All of a film is read once, for its hash."""
 FILM_FRAMES = 4
 """Of a film, unless --frames or --every says how many."""
 FILM_SECONDS = 10_000_000.0
-"""The longest time between two frames."""
+"""The longest time between two frames, and the longest film; the rest of one is left out."""
 
 # Archives and tables of pictures.
 EXPANDED_WORDS = 100_000

@@ -54,7 +54,7 @@ def _may_have_several(image: str, find: Find, options: PictureOptions) -> bool:
         raise
     except LlavaError:
         return False
-    head = file[:64] if isinstance(file, bytes) else head_of(str(file))
+    head = file[: formats.MAGIC_BYTES] if isinstance(file, bytes) else head_of(str(file))
     return formats.has_several(head)
 
 

@@ -25,6 +25,7 @@ from llava_cli.errors import BadData, InputMissing
 from llava_cli.images.cloud import Cloud
 from llava_cli.images.reader import is_url, local_path
 from llava_cli.images.remote_names import is_cloud_url, shown, without_secrets
+from llava_cli.parts import split_reference
 from llava_cli.untrusted_text import printable
 
 _URL = re.compile("[A-Za-z]{2,}:")
@@ -161,7 +162,7 @@ class ListSource(OneSource):
 
     def notes(self) -> list[str]:
         """Where the first picture is, if it is not where it should be."""
-        first, start = self._first, self.folder or os.curdir
+        first, start = split_reference(self._first or "")[0], self.folder or os.curdir
         if not first or _URL.match(first) or os.path.isabs(first) or os.path.lexists(os.path.join(start, first)):
             return []
         beside = os.path.dirname(self.word) or os.curdir

@@ -6,17 +6,19 @@ import hashlib
 import math
 import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, LlavaError
 from llava_cli.files import quoted
-from llava_cli.images import formats
+from llava_cli.images import films, formats
 from llava_cli.images.decode import Decoded
+from llava_cli.images.films import FilmReader
 from llava_cli.images.job import (
     CONTENT,
     FORMATS,
@@ -34,6 +36,7 @@ from llava_cli.parts import WHOLE, Content, Part
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
+T = TypeVar("T")
 JOB = "llava_cli.images.job"
 
 
@@ -69,13 +72,20 @@ class _Decoder:
 class Sandbox:
     """Decodes one picture at a time in processes that are started when needed, one for each package that decodes."""
 
-    def __init__(self, seconds: float | None = None) -> None:
-        """`seconds` for one picture; None for `limits.DECODE_SECONDS`. Pages have at most `limits.PAGE_SECONDS`."""
+    def __init__(self, seconds: float | None = None, takes_films: bool = True) -> None:
+        """`seconds` for one picture; None for `limits.DECODE_SECONDS`. Pages have at most `limits.PAGE_SECONDS`.
+
+        Without `takes_films`, films are refused.
+        """
         self._seconds = limits.DECODE_SECONDS if seconds is None else seconds
+        self._films = FilmReader() if takes_films else None
         self._decoders = {name: _Decoder(name) for name in ("", formats.HEIF, formats.JPEG_XL, formats.PDF)}
 
     def inspect(self, source: str, file: bytes | Path) -> Content | LlavaError:
         """What a file, called `source`, contains, or the error with it: as `open`."""
+        if self._films and films.is_film(file):
+            length = self._tried(source, WHOLE, partial(self._films.length, file))
+            return length if isinstance(length, LlavaError) else Content("film", 0, length)
         data = _read(source, file)
         if isinstance(data, LlavaError):
             return data
@@ -96,6 +106,8 @@ class Sandbox:
         `file` is its bytes, or the resolved path of one on this disk. With `shrink` the picture is made no larger than
         that many pixels per side. Pages are drawn with `dpi` dots an inch.
         """
+        if self._films and films.is_film(file):
+            return self._tried(source, part, partial(self._frame, self._films, source, file, shrink, part))
         data = _read(source, file)
         if isinstance(data, LlavaError):
             return data
@@ -114,22 +126,42 @@ class Sandbox:
         self, source: str, part: Part, data: bytes, digest: str, asked: tuple[int, ...]
     ) -> Decoded | Content | LlavaError:
         """What the right process replies, or the error."""
-        decoder = self._decoders[formats.package_for(data)]
-        is_page = part != WHOLE or formats.is_pdf(data)
+        decoder, is_pdf = self._decoders[formats.package_for(data)], formats.is_pdf(data)
+        seconds = min(self._seconds, limits.PAGE_SECONDS if part != WHOLE or is_pdf else math.inf)
+
+        def ask() -> Decoded | Content:
+            try:
+                return decoder.ask(asked, data, digest, seconds)
+            except WorkerDied as error:
+                if is_pdf and not str(error):  # PDFium ends its process where memory ends
+                    memory = f"{limits.DOCUMENT_MEMORY >> 30} GB of memory"
+                    raise BadImage("", f"takes more than {memory}, or crashes PDFium") from None
+                raise
+            except ValueError:
+                decoder.worker.end()
+                raise WorkerDied from None
+
+        return self._tried(source, part, ask)
+
+    def _frame(self, reader: FilmReader, source: str, file: bytes | Path, shrink: int | None, part: Part) -> Picture:
+        if part.page is not None:
+            raise BadImage("", "a film has times, not pages", "{name}#t=1.5 is its frame at 1.5 s")
+        image, digest = reader.frame(file, part.time or 0.0, shrink)
+        return Picture(source, image, digest, part=part)
+
+    def _tried(self, source: str, part: Part, work: Callable[[], T]) -> T | LlavaError:
+        """What `work` returns, or what is wrong with the file that it is about."""
         name = shown_name(source) + str(part)
         try:
-            return decoder.ask(asked, data, digest, min(self._seconds, limits.PAGE_SECONDS if is_page else math.inf))
+            return work()
         except BadImage as error:
             return BadImage(name, error.reason, _complete_hint(error.hint, source))
+        except LlavaError as error:
+            return error
         except WorkerLate as error:
             return BadImage(name, f"takes longer than {error} s to decode")
         except WorkerDied as error:
-            if formats.is_pdf(data) and not str(error):  # PDFium ends its process where memory ends
-                return BadImage(name, f"takes more than {limits.DOCUMENT_MEMORY >> 30} GB of memory, or crashes PDFium")
             return Crash(name, str(error) or _CRASHES)
-        except ValueError:
-            decoder.worker.end()
-            return _malformed(source)
 
     def start(self) -> None:
         """Starts the process for most pictures before it is needed. Raises `WorkerDied`."""
@@ -144,12 +176,15 @@ class Sandbox:
 
     @property
     def is_running(self) -> bool:
-        return any(decoder.worker.is_running for decoder in self._decoders.values())
+        is_film_open = self._films is not None and self._films.is_running
+        return is_film_open or any(decoder.worker.is_running for decoder in self._decoders.values())
 
     def end(self) -> None:
         """Kills its processes."""
         for decoder in self._decoders.values():
             decoder.worker.end()
+        if self._films:
+            self._films.end()
 
 
 _CRASHES = "crashes its decoder"
@@ -173,8 +208,8 @@ def _read(source: str, file: bytes | Path) -> bytes | LlavaError:
 class SandboxPool:
     """A sandbox for each core, up to four, which threads share."""
 
-    def __init__(self, seconds: float | None = None) -> None:
-        self.all = [Sandbox(seconds) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
+    def __init__(self, seconds: float | None = None, takes_films: bool = True) -> None:
+        self.all = [Sandbox(seconds, takes_films) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
         self._free: queue.LifoQueue[Sandbox] = queue.LifoQueue()  # last in, first out: starts no more than are needed
         for sandbox in self.all:
             self._free.put(sandbox)

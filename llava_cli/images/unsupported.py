@@ -114,6 +114,8 @@ def identify(data: bytes) -> Unsupported | None:
 
 def _unsupported_format(data: bytes) -> str | None:
     head = data[: formats.HEAD_BYTES]
+    if formats.is_film(head):
+        return "video"
     if head.startswith(b"\x1f\x8b") and _gunzip(head).lstrip().startswith((b"<svg", b"<?xml")):
         return "svg"
     if name := formats.format_of(head, _UNSUPPORTED) or formats.text_format_of(head):

@@ -1,4 +1,4 @@
-"""Takes away a process's rights for good, except its pipes, its memory and a clock.
+"""Takes away a process's rights for good, except its pipes, its memory, a clock, and perhaps one file that is open.
 
 Three layers, as far as the system has them:
 
@@ -32,14 +32,19 @@ except ImportError:  # Windows
 
 LAYERS = ("landlock", "limits", "seccomp")
 """The layers that `confine` may report, in the order in which it applies them."""
+FILE = 3
+"""The descriptor of the file that a process may keep."""
 
 
-def confine(memory: int, cpu_seconds: int) -> list[str]:
+def confine(memory: int, cpu_seconds: int, file: int | None = None) -> list[str]:
     """Confines this process to `memory` bytes of address space and `cpu_seconds`; returns the layers in force.
 
-    Everything that it needs must be imported and open before. Descriptors other than 0, 1 and 2 are closed.
+    Everything that it needs must be imported and open before. Descriptors other than 0, 1, 2 and `file` are closed;
+    that one becomes `FILE`. It should be open for reading only, but no file can be written to in any case.
     """
-    os.closerange(3, 1 << 16)
+    if file is not None:
+        os.dup2(file, FILE)
+    os.closerange(FILE + (file is not None), 1 << 16)
     steps = {"landlock": _restrict_paths, "limits": lambda: _limit(memory, cpu_seconds), "seccomp": _filter_calls}
     in_force = [name for name, step in steps.items() if _succeeds(step)]
     if "seccomp" not in in_force:

@@ -14,9 +14,9 @@ from llava_cli.batch.containers.container import Entry, OpenFile
 from llava_cli.batch.containers.member_index import Member, MemberIndex
 from llava_cli.batch.containers.tar_headers import BrokenTar, TarMember, members
 from llava_cli.batch.folders import Selection
-from llava_cli.batch.foreign_files import MAGIC_BYTES
 from llava_cli.bounded_json import Bounds, loads
 from llava_cli.errors import BadImage, InputMissing
+from llava_cli.images.formats import MAGIC_BYTES
 from llava_cli.images.local_file import shown_name, too_large
 from llava_cli.untrusted_text import printable
 
