@@ -141,7 +141,9 @@ def batch(
     sources, question = split_question(words or [""])
     all_questions = (*([question] if question is not None else []), *(questions or []))
     check = partial(check_form, sampling=settings.sampling, sandbox=None if settings.remote.server else FormSandbox())
-    source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures)
+    source = Source(
+        expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures, allow_urls
+    )
     check_source(source, allow_urls, to_file)
     job = Job(
         source=source,

@@ -185,7 +185,8 @@ def is_pdf(head: bytes) -> bool:
 
 def is_film(head: bytes) -> bool:
     """Whether a file begins like a film."""
-    return not is_heif(head) and not is_avif(head) and format_of(head, ("audio", "jpeg-xl", "raw", "video")) == "video"
+    kind = format_of(head, ("audio", "jpeg-2000", "jpeg-xl", "raw", "video"), maybe_text=True)
+    return kind == "video" and not is_heif(head) and not is_avif(head)
 
 
 def begins_like_a_picture(head: bytes) -> bool:
