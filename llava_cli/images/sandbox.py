@@ -73,6 +73,8 @@ class Sandbox:
         """`seconds` for one picture; None for `limits.DECODE_SECONDS`. Pages have at most `limits.PAGE_SECONDS`."""
         self._seconds = limits.DECODE_SECONDS if seconds is None else seconds
         self._decoders = {name: _Decoder(name) for name in ("", formats.HEIF, formats.JPEG_XL, formats.PDF)}
+        self._late_pages: tuple[str, int] = "", 0
+        """The hash of the last file of which a page took too long, and how many of its pages did."""
 
     def inspect(self, source: str, file: bytes | Path) -> Content | LlavaError:
         """What a file, called `source`, contains, or the error with it: as `open`."""
@@ -117,19 +119,28 @@ class Sandbox:
         decoder = self._decoders[formats.package_for(data)]
         is_page = part != WHOLE or formats.is_pdf(data)
         name = shown_name(source) + str(part)
+        if self._late_pages == (digest, limits.LATE_PAGES):
+            return BadImage(name, f"not tried: {limits.LATE_PAGES} of its pages took too long, or too much memory")
         try:
             return decoder.ask(asked, data, digest, min(self._seconds, limits.PAGE_SECONDS if is_page else math.inf))
         except BadImage as error:
             return BadImage(name, error.reason, _complete_hint(error.hint, source))
         except WorkerLate as error:
+            self._count_late(digest, is_page)
             return BadImage(name, f"takes longer than {error} s to decode")
         except WorkerDied as error:
             if formats.is_pdf(data) and not str(error):  # PDFium ends its process where memory ends
+                self._count_late(digest, is_page)
                 return BadImage(name, f"takes more than {limits.DOCUMENT_MEMORY >> 30} GB of memory, or crashes PDFium")
             return Crash(name, str(error) or _CRASHES)
         except ValueError:
             decoder.worker.end()
             return _malformed(source)
+
+    def _count_late(self, digest: str, is_page: bool) -> None:
+        last, count = self._late_pages
+        if is_page:
+            self._late_pages = digest, count + 1 if last == digest else 1
 
     def start(self) -> None:
         """Starts the process for most pictures before it is needed. Raises `WorkerDied`."""
