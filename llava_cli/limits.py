@@ -18,8 +18,10 @@ DECODE_SECONDS = 60.0
 # Files of several pictures.
 PAGES = 100_000
 """Pages or frames of one file that are looked at."""
-PAGE_SECONDS = 20.0
-"""To draw one page, or to find and decode one frame of a film."""
+PAGE_SECONDS = 10.0
+"""To draw one page, or to find and decode one frame."""
+LATE_PAGES = 3
+"""Pages of one file that took longer, or ended their process: after them the others are not tried."""
 PAGE_SIDE = 4_000
 """Pixels of the longer side of a page that is drawn."""
 DOCUMENT_MEMORY = 2 * 2**30

@@ -36,7 +36,8 @@ def _compressed(tool: str) -> Foreign:
     return Foreign("is compressed", _PIPE.replace("{tool}", tool))
 
 
-_OFFICE = Foreign("is a document of an office program", 'a picture of each page: pdftoppm -png, or "save as"')
+_PDF = 'soffice --headless --convert-to pdf {name}; then: llava batch FILE.pdf "what is this?"'
+_OFFICE = Foreign("is a document of an office program", _PDF)
 _SHEET = Foreign("is a spreadsheet", "save it as CSV, with the columns image and question")
 _PIPED = "save it as a file, which is a SOURCE: llava batch FILE QUESTION"
 _TABLE = Foreign("is a table that is damaged, or comes through a pipe", _PIPED)
@@ -55,9 +56,7 @@ _FOREIGN = {
     "7z": _archive("7z x {name} -oFOLDER"),
     "rar": _archive("unrar x {name} FOLDER/"),
     "tar": _TAR,
-    "pdf": Foreign("is a PDF", "mkdir FOLDER && pdftoppm -png {name} FOLDER/page; then: " + _BATCH),
-    "postscript": Foreign("is PostScript", "ps2pdf {name}; then: pdftoppm -png FILE.pdf FOLDER/page"),
-    "video": Foreign("is a video", "mkdir FOLDER && ffmpeg -i {name} -vf fps=1 FOLDER/%06d.jpg; then: " + _BATCH),
+    "postscript": Foreign("is PostScript", 'ps2pdf {name} FILE.pdf; then: llava batch FILE.pdf "what is this?"'),
     "audio": Foreign("is a sound", "SOURCE is pictures, a folder, a list of paths or questions"),
     "office": _OFFICE,
     "parquet": _TABLE,
@@ -71,9 +70,10 @@ _CONTROLS = bytes((*range(1, 8), *range(14, 27)))
 """Control characters that no list has; names may contain an escape (27)."""
 _TAR_SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 _PICTURES = formats.SUPPORTED | {
-    *("raw", "tiff", "jpeg-2000", "jpeg-xl", "ico", "cur", "psd", "psb", "qoi", "dds", "openexr")
+    *("pdf", "video", "raw", "jpeg-2000", "jpeg-xl", "ico", "cur", "psd", "psb", "qoi", "dds", "openexr")
 }
-"""Formats of pictures: those that we open, and those for which the row's error says what they are."""
+"""Formats of pictures, documents and films: those that we open, and those for which the row's error says what they are.
+"""
 
 
 def is_picture(head: bytes, name: str) -> bool:
@@ -85,7 +85,7 @@ def is_picture(head: bytes, name: str) -> bool:
         or formats.is_heif(head)
         or formats.is_avif(head)
         or formats.is_film(head)
-        or formats.text_format_of(head, ("svg",)) is not None
+        or formats.text_format_of(head, ("pdf", "svg")) is not None
     )
 
 
@@ -99,13 +99,13 @@ def head_of(path: str) -> bytes:
 
 
 def begins_like_a_picture(path: str) -> bool:
-    """Whether a file has the first bytes of a format that every installation opens; False if it cannot be read."""
+    """Whether a file has the first bytes of a format that we open; False if it cannot be read."""
     return is_head_of_picture(head_of(path))
 
 
 def is_head_of_picture(head: bytes) -> bool:
-    """Whether these are the first bytes of a format that every installation opens."""
-    return formats.format_of(head, formats.SUPPORTED) is not None or formats.is_bmp(head)
+    """Whether these are the first bytes of a format that we open."""
+    return formats.begins_like_a_picture(head)
 
 
 def foreign(head: bytes, name: str, null: bool) -> tuple[str, str] | None:

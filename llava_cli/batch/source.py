@@ -14,7 +14,7 @@ from llava_cli.batch import foreign_files
 from llava_cli.batch.containers import open_container
 from llava_cli.batch.folders import SkippedFiles
 from llava_cli.batch.listing import STDIN, Layout, Listing
-from llava_cli.batch.parts_of_tasks import with_parts
+from llava_cli.batch.parts_of_tasks import LeftOut, file_of, with_parts
 from llava_cli.batch.questions import Check, Questions
 from llava_cli.batch.roots import resolve
 from llava_cli.batch.source_kinds import (
@@ -27,7 +27,7 @@ from llava_cli.batch.source_kinds import (
 )
 from llava_cli.batch.tasks import Task
 from llava_cli.errors import InputMissing
-from llava_cli.images.reader import is_url, local_path
+from llava_cli.images.reader import is_url, local_path, read
 from llava_cli.images.remote_names import is_cloud_url, shown
 from llava_cli.settings import PictureOptions
 from llava_cli.untrusted_text import printable
@@ -54,8 +54,11 @@ class Source:
     """Raises `UsageError` for a row of questions that cannot be asked."""
     pictures: PictureOptions = PictureOptions()  # noqa: RUF009  (immutable)
     """Which pages and frames of its files are asked about."""
+    allow_urls: bool = False
+    """Whether documents at URLs are fetched to see how many pages they have."""
     skipped: SkippedFiles = field(default_factory=SkippedFiles, init=False)
     """What is in its folders and is not a picture."""
+    _left_out: LeftOut = field(default_factory=LeftOut, init=False)
 
     @property
     def name(self) -> str:
@@ -87,7 +90,7 @@ class Source:
             return ContainerSource(word, container, is_single)
         if is_cloud_url(word):
             return CloudSource(word)
-        is_picture = is_url(word) or foreign_files.is_picture(b"", word)
+        is_picture = is_url(word) or foreign_files.is_picture(b"", word) or file_of(word) != word
         return OneSource(word) if is_picture else self._open_listing(Listing(word, self.null), is_single)
 
     def _open_listing(self, listing: Listing, is_single: bool) -> OneSource:
@@ -110,13 +113,16 @@ class Source:
     @cached_property
     def _named_pictures(self) -> frozenset[str]:
         """The absolute paths of pictures that are SOURCEs: there may be as many as a command line takes."""
-        return frozenset(os.path.abspath(one.word) for one in self.each if type(one) is OneSource)
+        return frozenset(os.path.abspath(file_of(one.word)) for one in self.each if type(one) is OneSource)
+
+    @property
+    def _containers(self) -> list[ContainerSource]:
+        return [one for one in self.each if isinstance(one, ContainerSource)]
 
     @property
     def readers(self) -> int:
         """How many threads may `find` pictures at a time."""
-        containers = [one.readers for one in self.each if isinstance(one, ContainerSource)]
-        return min(containers, default=OneSource.readers)
+        return min((one.readers for one in self._containers), default=OneSource.readers)
 
     @property
     def _distinct_questions(self) -> tuple[str, ...]:
@@ -152,6 +158,8 @@ class Source:
 
     def find(self, image: str) -> bytes | Path:
         """The file of a task's picture. Raises `InputMissing` if no SOURCE may name it, or as `Container.read`."""
+        if self.allow_urls and is_url(image) and not any(image.startswith(one.start) for one in self._containers):
+            return read(image, public=True)
         if self._named_pictures and os.path.abspath(path := local_path(image)) in self._named_pictures:
             return Path(resolve(path))
         for one in self._in_order_of_finding:
@@ -181,11 +189,12 @@ class Source:
     def tasks(self) -> Iterator[Task]:
         """In the order of the words; in a folder by path. Raises `BadData` for an invalid row of questions."""
         tasks = chain.from_iterable(one.tasks(self._distinct_questions) for one in self.each)
-        return with_parts(tasks, self.find, self.pictures)
+        return with_parts(tasks, self.find, self.pictures, self._left_out)
 
     def notes(self) -> list[str]:
         """Lines about what the tasks leave out. Call it after all tasks were read."""
-        notes = [(self.name, self.skipped.note()), *((one.name, line) for one in self.each for line in one.notes())]
+        left_out = [(self.name, self.skipped.note()), (self.name, self._left_out.note())]
+        notes = [*left_out, *((one.name, line) for one in self.each for line in one.notes())]
         return [f"llava: {name}: {line}" for name, line in notes if line]
 
     def empty_reason(self) -> tuple[str, str]:

@@ -12,10 +12,12 @@ from itertools import product
 from llava_cli import files, limits
 from llava_cli.batch.containers.remote_file import is_remote
 from llava_cli.batch.listing import STDIN
+from llava_cli.batch.parts_of_tasks import file_of
 from llava_cli.batch.remote_words import expand_url
 from llava_cli.errors import InputMissing, UsageError
 from llava_cli.images.reader import SUFFIXES, is_url, local_path
 from llava_cli.images.remote_names import is_cloud_url
+from llava_cli.parts import WHOLE, split_reference
 from llava_cli.untrusted_text import printable
 
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
@@ -31,8 +33,9 @@ def split_question(words: Sequence[str]) -> tuple[list[str], str | None]:
 
 def _is_source(word: str) -> bool:
     """Whether a last word exists as a file, or looks like a picture. A question may end in the name of a picture."""
-    looks_like_one = word == STDIN or is_url(word) or word.lower().endswith(SUFFIXES)
-    return os.path.lexists(word) or is_cloud_url(word) or (looks_like_one and not re.search(r"\s", word))
+    looks_like_one = word == STDIN or is_url(word) or split_reference(word)[0].lower().endswith(SUFFIXES)
+    is_there = os.path.lexists(file_of(word)) or is_cloud_url(word)
+    return is_there or (looks_like_one and not re.search(r"\s", word))
 
 
 def expand(words: Sequence[str]) -> list[str]:
@@ -45,7 +48,7 @@ def expand(words: Sequence[str]) -> list[str]:
         if not word:
             raise UsageError("SOURCE", "there is none", USAGE)
         for one in [word] if os.path.lexists(word) else expand_braces(word):
-            if one == STDIN or os.path.lexists(one):
+            if one == STDIN or os.path.lexists(file_of(one)):
                 expanded.append(one)
             else:
                 expanded += expand_url(one) if is_remote(one) else _expand_word(one, words)
@@ -80,11 +83,15 @@ def _brace_items(match: re.Match[str]) -> Sequence[str]:
 
 
 def _expand_word(word: str, words: Sequence[str]) -> list[str]:
-    path = os.path.expandvars(os.path.expanduser(local_path(word)))
-    names = sorted(glob(path, recursive=True)) if has_magic(path) else [path] * os.path.lexists(path)
-    if not names:
-        raise _missing(word, path, words)
-    return names
+    """The files that a word without a file of its name stands for, each with the page that is behind the word."""
+    readings = [(word, WHOLE), split_reference(word)]
+    if word[:6].lower() == "file:/":  # what is behind "#" in a URL is no part of a name
+        readings.reverse()
+    for text, part in readings:
+        path = os.path.expandvars(os.path.expanduser(local_path(text)))
+        if names := sorted(glob(path, recursive=True)) if has_magic(path) else [path] * os.path.lexists(path):
+            return [f"{name}{part}" for name in names]
+    raise _missing(word, path, words)
 
 
 def _missing(word: str, path: str, words: Sequence[str]) -> InputMissing:

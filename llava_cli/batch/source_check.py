@@ -12,6 +12,7 @@ from pathlib import Path
 from llava_cli import files
 from llava_cli.batch.containers.remote_file import is_archive
 from llava_cli.batch.listing import STDIN
+from llava_cli.batch.parts_of_tasks import file_of
 from llava_cli.batch.source import Source
 from llava_cli.batch.source_arguments import USAGE
 from llava_cli.batch.source_kinds import ContainerSource, OneSource
@@ -57,7 +58,7 @@ def _reads(source: Source, output: Path) -> bool:
     """Whether the output is one of the source's files."""
     for word in source.words:
         with suppress(OSError, ValueError, AttributeError):  # a new output, a URL, or a stdin that is no file
-            status = os.fstat(sys.stdin.fileno()) if word == STDIN else os.stat(word)
+            status = os.fstat(sys.stdin.fileno()) if word == STDIN else os.stat(file_of(word))
             if stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.stat(output)):
                 return True
     return False

@@ -162,7 +162,9 @@ def batch(
         check = templates.checking(check)
     elif not quiet:
         _note_fields(all_questions)
-    source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures)
+    source = Source(
+        expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures, allow_urls
+    )
     check_source(source, allow_urls, to_file)
     job = Job(
         source=source,

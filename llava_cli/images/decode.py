@@ -347,7 +347,7 @@ def _unsupported(data: bytes, reason: str) -> Unsupported | None:
         return unsupported.identify(data)
     if formats.is_avif(data) and not _is_avif_built_in():
         return unsupported.AVIF
-    if formats.format_of(data, ("raw", "tiff")) == "tiff" and reason != TRUNCATED:
+    if formats.format_of(data, ("tiff",)) and reason != TRUNCATED and tiff.page_indexes(data):
         return unsupported.UNUSUAL_TIFF
     if data[12:16] == b"CgBI":
         return unsupported.IPHONE_PNG

@@ -80,6 +80,8 @@ class Sandbox:
         self._seconds = limits.DECODE_SECONDS if seconds is None else seconds
         self._films = FilmReader() if takes_films else None
         self._decoders = {name: _Decoder(name) for name in ("", formats.HEIF, formats.JPEG_XL, formats.PDF)}
+        self._late_pages: tuple[str, int] = "", 0
+        """The hash of the last file of which a page took too long, and how many of its pages did."""
 
     def inspect(self, source: str, file: bytes | Path) -> Content | LlavaError:
         """What a file, called `source`, contains, or the error with it: as `open`."""
@@ -127,13 +129,21 @@ class Sandbox:
     ) -> Decoded | Content | LlavaError:
         """What the right process replies, or the error."""
         decoder, is_pdf = self._decoders[formats.package_for(data)], formats.is_pdf(data)
-        seconds = min(self._seconds, limits.PAGE_SECONDS if part != WHOLE or is_pdf else math.inf)
+        is_page = part != WHOLE or is_pdf
+        seconds = min(self._seconds, limits.PAGE_SECONDS if is_page else math.inf)
 
         def ask() -> Decoded | Content:
+            if self._late_pages == (digest, limits.LATE_PAGES):
+                reason = f"not tried: {limits.LATE_PAGES} of its pages took too long, or too much memory"
+                raise BadImage("", reason)
             try:
                 return decoder.ask(asked, data, digest, seconds)
+            except WorkerLate:
+                self._count_late(digest, is_page)
+                raise
             except WorkerDied as error:
                 if is_pdf and not str(error):  # PDFium ends its process where memory ends
+                    self._count_late(digest, is_page)
                     memory = f"{limits.DOCUMENT_MEMORY >> 30} GB of memory"
                     raise BadImage("", f"takes more than {memory}, or crashes PDFium") from None
                 raise
@@ -162,6 +172,11 @@ class Sandbox:
             return BadImage(name, f"takes longer than {error} s to decode")
         except WorkerDied as error:
             return Crash(name, str(error) or _CRASHES)
+
+    def _count_late(self, digest: str, is_page: bool) -> None:
+        last, count = self._late_pages
+        if is_page:
+            self._late_pages = digest, count + 1 if last == digest else 1
 
     def start(self) -> None:
         """Starts the process for most pictures before it is needed. Raises `WorkerDied`."""
