@@ -31,8 +31,9 @@ from helpers.fuzzing import BOUNDARIES, Boundary, Footprint, Served, attempt, in
 SHARES: dict[type[Boundary], float] = {
     fuzzing.Requests: 0.1,
     fuzzing.Heads: 0.075,
-    fuzzing.Pictures: 0.2,
-    fuzzing.Headers: 0.125,
+    fuzzing.Pictures: 0.15,
+    fuzzing.Documents: 0.1,
+    fuzzing.Headers: 0.075,
     fuzzing.Checkpoints: 0.05,
     fuzzing.Tokenizers: 0.075,
     fuzzing.Templates: 0.125,

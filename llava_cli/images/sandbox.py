@@ -157,6 +157,11 @@ class Sandbox:
     def is_running(self) -> bool:
         return any(decoder.worker.is_running for decoder in self._decoders.values())
 
+    @property
+    def processes(self) -> list[int]:
+        """The ids of those that run."""
+        return [pid for decoder in self._decoders.values() if (pid := decoder.worker.pid)]
+
     def end(self) -> None:
         """Kills its processes."""
         for decoder in self._decoders.values():
