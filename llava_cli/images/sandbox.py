@@ -194,6 +194,11 @@ class Sandbox:
         is_film_open = self._films is not None and self._films.is_running
         return is_film_open or any(decoder.worker.is_running for decoder in self._decoders.values())
 
+    @property
+    def processes(self) -> list[int]:
+        """The ids of those that run."""
+        return [pid for decoder in self._decoders.values() if (pid := decoder.worker.pid)]
+
     def end(self) -> None:
         """Kills its processes."""
         for decoder in self._decoders.values():
