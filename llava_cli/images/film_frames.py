@@ -207,7 +207,7 @@ class Film:
     def _frame(self, seconds: float) -> VideoFrame:
         """The frame that is shown at a time."""
         time = self._origin + seconds + _ROUNDING
-        if not (self._shown and self._time_of(self._shown) <= time <= self._time_of(self._shown) + self._reach):
+        if not self._is_near(time):
             self._jump(time)
         while self._next and (self._shown is None or self._time_of(self._next) <= time):
             self._shown, self._next = self._next, next(self._frames, None)
@@ -217,6 +217,15 @@ class Film:
         if self._next is None and seconds > last + self._duration(self._shown) + _GRACE:
             raise BadImage("", f"has no frame at {seconds:g} s: its last one is at {last:g} s", _SPREAD)
         return self._shown
+
+    def _is_near(self, time: float) -> bool:
+        """Whether decoding from here on is quicker than from a keyframe before `time`."""
+        shown = self._time_of(self._shown) if self._shown else math.inf
+        if not shown <= time <= shown + self._reach:
+            return False
+        index = self._stream.index_entries
+        place = index.search_timestamp(int(time / self._tick))
+        return place < 0 or index[place].timestamp * self._tick <= shown
 
     def _jump(self, time: float) -> None:
         """Begins to decode at a keyframe before `time`, or at the beginning of the film."""

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -183,7 +182,9 @@ def _digest(film: _Stamp) -> str:
 def _in_memory(data: bytes) -> BinaryIO:
     """A file of these bytes that has no name, and that nobody can change where the system has such files."""
     if not hasattr(os, "memfd_create"):
-        stream: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  it stays open
+        from tempfile import TemporaryFile
+
+        stream: BinaryIO = TemporaryFile()  # noqa: SIM115
         stream.write(data)
         stream.flush()
         return stream

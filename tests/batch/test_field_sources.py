@@ -6,7 +6,7 @@
 | no question | `a.png b.png` | folders, one picture, a glob in quotes | 2, names QUESTION | test_the_question_that_is_missing |
 | words of no use | `photos describe it` | question first, list among pictures | one line, next command | test_words_that_make_no_source |
 | goes on | pictures and `-o` | one more word, `--extend`, the folder of an old run | the rows of before | test_going_on |
-| no text | zip | gz, tar, PDF, video, xlsx, parquet, HTML, LFS, NULs | 65, named with a command | test_files_that_are_no_source |
+| no text | zip | gz, tar, PDF, xlsx, parquet, HTML, LFS, NULs | 65, named with a command | test_files_that_are_no_source |
 | marks | UTF-8's | UTF-16, UTF-32, both orders, list and questions | all rows | test_lists_in_any_encoding |
 | ends of lines | CRLF | CR, none, blank lines, NUL, Latin-1 names | all rows | test_lists_with_any_ends |
 | questions | on stdin | any name, array, CSV, TSV, `;`, array of paths | rows as of .jsonl | test_questions_under_any_name |
@@ -265,6 +265,7 @@ FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
     "list.xz": (lambda: b"\xfd7zXZ\0" + bytes(20), "is compressed\n  xz -dc list.xz | llava batch - …"),
     "x.7z": (lambda: b"7z\xbc\xaf\x27\x1c" + bytes(20), "is an archive\n  7z x x.7z"),
     "x.rar": (lambda: b"Rar!\x1a\x07\1\0" + bytes(20), "is an archive\n  unrar x x.rar"),
+    "x.m1v": (lambda: b"\0\0\1\xb3" + bytes(20), "is a video\n  mkdir FOLDER && ffmpeg -i x.m1v"),
     "x.mp3": (lambda: b"ID3\4" + bytes(20), "is a sound"),
     "x.xlsx": (lambda: zipped("[Content_Types].xml", "xl/workbook.xml"), "is a spreadsheet\n  save it as CSV"),
     "x.docx": (lambda: zipped("[Content_Types].xml", "word/document.xml"), "is a document of an office program"),
@@ -292,7 +293,7 @@ def test_files_that_are_no_source(name: str, run: Run, loads: Loads) -> None:
     assert loads.count == 0 and not Path("out.jsonl").exists()
 
 
-@for_each("name", ["x.zip", "x.docx", "paths", "x.bin"], own=(loads,))
+@for_each("name", ["x.zip", "x.docx", "x.m1v", "paths", "x.bin"], own=(loads,))
 def test_the_same_on_stdin(name: str, run: Run, loads: Loads) -> None:
     data = zipped("a.png") if name == "x.zip" else FOREIGN[name][0]()
     refused(run("batch", "-", QUESTION, input=data), 65, "llava: -: ")

@@ -29,6 +29,8 @@ _CLONE = {"x86_64": 56, "aarch64": 220}
 """The number of the system call, by machine."""
 _CLONE_PARENT = 0x8000
 _MESSAGE_BYTES = 1 << 17
+_DESCRIPTORS = 16
+"""The most that a process is begun with."""
 _IMPORT_VARIABLES = (
     "PYTHON",
     "LC_",
@@ -50,7 +52,7 @@ _MODULES = {
         *("transformers.models.llama.modeling_llama", "transformers.models.llava.processing_llava"),
         *("llava_cli.server.app", "uvicorn", "prompt_toolkit"),
     ),
-    _WORKER: ("llava_cli.images.sandbox", "llava_cli.prompts.sandbox"),
+    _WORKER: ("llava_cli.images.sandbox", "llava_cli.images.film_frames", "llava_cli.prompts.sandbox"),
 }
 """By the module whose `main()` a process runs: what a fork finds imported. Others are imported when they are needed."""
 
@@ -88,8 +90,9 @@ class Popen(subprocess.Popen[Any]):
         *others: Any,
     ) -> None:
         streams = [own if own != -1 else number for number, own in enumerate((p2cread, c2pwrite, errwrite))]
-        plain = not (executable or pass_fds or shell or gid or gids or uid) and umask == -1
-        pid = plain and fork(args, os.environ if env is None else env, cwd, streams, start_new_session, preexec_fn)
+        plain = not (executable or shell or gid or gids or uid) and umask == -1
+        environment = os.environ if env is None else env
+        pid = plain and fork(args, environment, cwd, [*streams, *pass_fds], start_new_session, preexec_fn)
         if not pid:
             arguments = (args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell)
             pipes = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
@@ -104,7 +107,8 @@ class Popen(subprocess.Popen[Any]):
 def fork(args: Any, env: Any, cwd: Any, streams: list[int], new_session: bool, first: Any = None) -> int:
     """The process that a fork server has begun, 0 if there has to be a new one.
 
-    `first` is a function of our helpers, which the process calls first.
+    `streams` are its stdin, stdout and stderr, then descriptors that it gets under the same numbers. `first` is a
+    function of our helpers, which the process calls first.
     """
     if Popen.cold or (first and not first.__module__.startswith("helpers.")):
         return 0
@@ -122,6 +126,7 @@ def fork(args: Any, env: Any, cwd: Any, streams: list[int], new_session: bool, f
         "environment": variables,
         "cwd": os.fsdecode(cwd or os.getcwd()),
         "new_session": new_session,
+        "places": [0, 1, 2, *streams[3:]],
         "first": [first.__module__, first.__name__] if first else None,
     }
     message = json.dumps(request).encode()
@@ -193,7 +198,7 @@ def _serve() -> None:
         with suppress(ImportError):  # a fork needs it in vain, too, and says so
             getattr(import_module(name), "prepare", int)()
     while True:
-        message, streams, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 3)
+        message, streams, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, _DESCRIPTORS)
         if not message:
             os._exit(0)  # the tests are over
         pid = _fork_for_parent()
@@ -225,9 +230,12 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     import termios
     import time
 
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-    os.closerange(3, 1 << 16)
+    places = request["places"]
+    beyond = [fcntl.fcntl(stream, fcntl.F_DUPFD, max(places) + 1) for stream in streams]  # in the place of none
+    for place, stream in zip(places, beyond, strict=True):
+        os.dup2(stream, place)
+    for place in sorted({2, *places[3:]}, reverse=True):
+        os.closerange(place + 1, min((one for one in places if one > place), default=1 << 16))
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])

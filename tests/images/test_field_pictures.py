@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import films
 from helpers.command import Run
 from helpers.peer import Peer, serving
 from helpers.picture_bytes import END, TURN, encoded, header, idat, noise, opened, pixels, png, tiff_exif
@@ -186,6 +187,7 @@ def box(brand: bytes) -> bytes:
 SUPPORTED = "is not a supported image"
 TIFF_RGB = struct.pack("<HHIH", 262, 3, 1, 2)[:-1]
 """The tag of the colors, whose value is replaced by one that nobody has."""
+NO_FILM = "truncated or damaged" if films.AVAILABLE else "films need Python 3.11 or later"
 
 
 def raw_tiff(tag: int, kind: int) -> bytes:
@@ -245,9 +247,10 @@ FOREIGN = {
     "page": (b"\n<!-- a --><HTML lang=en><body>", "a web page, not an image"),
     "json": (b'{"error": "not found"}', "JSON, not an image"),
     "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML, not an image"),
-    "mp4": (box(b"isom"), "a video, not an image"),
-    "mov": (box(b"qt  "), "a video, not an image"),
-    "webm": (b"\x1a\x45\xdf\xa3" + bytes(40), "a video, not an image"),
+    "mp4": (box(b"isom"), NO_FILM),
+    "mov": (box(b"qt  "), NO_FILM),
+    "webm": (b"\x1a\x45\xdf\xa3" + bytes(40), NO_FILM),
+    "mpeg": (b"\0\0\1\xb3" + bytes(40), "a video, not an image"),
     "zip": (b"PK\3\4" + bytes(40), "a ZIP archive, not an image"),
     "gz": (gzip.compress(b"words"), "a gzip archive, not an image"),
     "tar": (bytes(257) + b"ustar\x0000" + bytes(300), "a tar archive, not an image"),
