@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -43,6 +43,8 @@ class Source:
     root: str | None = None
     check: Check = lambda task: None
     """Raises `UsageError` for a row of questions that cannot be asked."""
+    used: Collection[str] = ()
+    """Columns of which its questions have fields; it may grow while they are read."""
     pictures: PictureOptions = PictureOptions()  # noqa: RUF009  (immutable)
     """Which pages and frames of its files are asked about."""
     skipped: SkippedFiles = field(default_factory=SkippedFiles, init=False)
@@ -90,7 +92,7 @@ class Source:
     def _questions(self) -> Questions | None:
         if not self.listing or not self.is_questions:
             return None
-        return Questions(self.listing, self._distinct_questions, self.check)
+        return Questions(self.listing, self._distinct_questions, self.check, self.used)
 
     @property
     def is_questions(self) -> bool:

@@ -24,9 +24,9 @@ class TaskQuestions:
 
     def __init__(self, fields: QuestionFields, questions: Sequence[str], every: bool, is_saved: bool) -> None:
         self._fields, self._questions, self._every, self._is_saved = fields, questions, every, is_saved
-        self._wanted: dict[str, None] = {}
-        """Columns that questions use."""
-        self._columns: dict[str, None] = {}
+        self.columns: dict[str, None] = {}
+        """Columns of which questions have fields."""
+        self._found: dict[str, None] = {}
         """Columns that rows have."""
 
     def check_command_line(self) -> None:
@@ -48,10 +48,10 @@ class TaskQuestions:
     def checked(self, tasks: Iterator[Task]) -> Iterator[Task]:
         """The tasks. Raises `UsageError` at their end for a column that a question uses and no row has."""
         for task in tasks:
-            if task.row and len(self._columns) < limits.COUNTED_NAMES:
-                self._columns |= dict.fromkeys(task.row)
+            if task.row and len(self._found) < limits.COUNTED_NAMES:
+                self._found |= dict.fromkeys(task.row)
             yield task
-        if len(self._columns) < limits.COUNTED_NAMES:
+        if len(self._found) < limits.COUNTED_NAMES:
             self._refuse_unknown_columns()
 
     def peeked(self, tasks: Iterator[Task]) -> Iterator[Task]:
@@ -81,11 +81,11 @@ class TaskQuestions:
     def _note_columns(self, question: str) -> None:
         is_saved = self._is_saved and question in self._questions
         columns = self._fields.check(question, is_saved).members.get("row", frozenset())
-        if len(self._wanted) < limits.COUNTED_NAMES:
-            self._wanted |= dict.fromkeys(sorted(columns))
+        if len(self.columns) < limits.COUNTED_NAMES:
+            self.columns |= dict.fromkeys(sorted(columns))
 
     def _refuse_unknown_columns(self) -> None:
-        for column in self._wanted.keys() - self._columns.keys():
-            reason = "no row has such a column" if self._columns else "the pictures of this SOURCE have no columns"
-            hint = columns_hint(column, list(self._columns)[:20]) if self._columns else "a questions file has some"
+        for column in self.columns.keys() - self._found.keys():
+            reason = "no row has such a column" if self._found else "the pictures of this SOURCE have no columns"
+            hint = columns_hint(column, list(self._found)[:20]) if self._found else "a questions file has some"
             raise UsageError(f"{{row.{one_line(column, 40)}}}", reason, hint)

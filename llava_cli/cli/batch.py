@@ -162,7 +162,16 @@ def batch(
         check = templates.checking(check)
     elif not quiet:
         _note_fields(all_questions)
-    source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures)
+    source = Source(
+        expand(sources),
+        all_questions,
+        tuple(include or ()),
+        null,
+        root,
+        check,
+        used=templates.columns if templates else (),
+        pictures=settings.pictures,
+    )
     check_source(source, allow_urls, to_file)
     job = Job(
         source=source,

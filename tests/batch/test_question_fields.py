@@ -184,14 +184,16 @@ def questions_file(*rows: Row) -> str:
 
 def test_columns_of_a_row(run: Run) -> None:
     source = questions_file(
-        {"row": {"city": "Lisbon", "two words": 2.0, "items": ["a", {"b": True}], "empty": ""}},
-        {"row": {"city": "Porto\x1b[1m", "two words": 3.5, "items": []}},
+        {"city": "Lisbon", "two words": 2.0, "items": ["a", {"b": True}], "empty": "", "unread": 1},
+        {"city": "Porto\x1b[1m", "two words": 3.5, "items": []},
     )
     question = "{row.city} {row['two words']} {row.items} {row.empty or 'nothing'}"
     asked = ['Lisbon 2 ["a", {"b": true}] nothing', "Porto 3.5 [] nothing"]
     assert ask(run, source, question) == asked
     assert ask(run, source, question, "-o", "out.jsonl") == []
     assert [row["asked"] for row in rows_of(Path("out.jsonl").read_text())] == asked
+    note = run("batch", source, question, "--template-question", "-o", "out.jsonl").stderr
+    assert "ignored keys: 'unread' (1 row)\n" in note
 
 
 def test_questions_of_strangers_are_templates_only_if_it_is_said(run: Run, engine: Asked) -> None:
@@ -237,7 +239,7 @@ def test_what_no_question_can_have(question: str, said: str, run: Run, engine: A
 
 
 def test_a_column_that_no_row_has(run: Run, engine: Asked) -> None:
-    source = questions_file({"row": {"city": "Lisbon"}}, {"row": {"a b": 1}})
+    source = questions_file({"city": "Lisbon"}, {"a b": 1})
     for options in ((), ("-o", "out.jsonl")):
         result = run("batch", source, "{row.citty or 1}", "--template-question", *options)
         assert (result.exit_code, engine.questions) == (2, [])
