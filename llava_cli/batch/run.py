@@ -65,6 +65,7 @@ def run(job: Job) -> int:
     with ExitStack() as stack:
         if job.templates:
             stack.callback(job.templates.close)
+        stack.callback(job.source.close)
         journal = tasks = None
         larger = _open_larger(job)
         if job.output is None:
@@ -72,8 +73,8 @@ def run(job: Job) -> int:
                 job = _with_one_precision(job, None)
                 _run_settings(job, larger)  # holds the calibration against them
             tasks = job.source.checked_tasks()
-            if job.templates and tasks:
-                tasks = _with_columns_checked(job.source, job.templates, tasks)
+            if job.templates and job.templates.columns and not job.source.is_stream:
+                deque(job.templates.checked(job.source.tasks_with_rows()), maxlen=0)
         else:
             journal = Journal(job.output)
             stack.callback(journal.close)
@@ -111,14 +112,6 @@ def run(job: Job) -> int:
         if not source_is_read:
             _note_what_is_left_out(job)
     return _finish(job, tally, stop, speed)
-
-
-def _with_columns_checked(source: Source, templates: TaskQuestions, tasks: Iterator[Task]) -> Iterator[Task]:
-    """Tasks that are not kept anywhere; what can be read twice is read once for its columns."""
-    if source.is_stream or not source.is_questions:
-        return templates.peeked(tasks)
-    deque(templates.checked(source.tasks()), maxlen=0)
-    return tasks
 
 
 def _note_what_is_left_out(job: Job) -> None:
@@ -184,7 +177,7 @@ def _run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
         "allow_truncated": job.allow_truncated,
         "questions": source.questions,
         **(job.templates.said() if job.templates else {}),
-        "root": str(Path(source.folder).resolve()),
+        "root": source.origin,
     }
     if job.promise:
         calibration = job.promise.calibration

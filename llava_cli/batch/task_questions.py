@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 from llava_cli import limits
@@ -14,6 +13,9 @@ from llava_cli.conversation import Picture
 from llava_cli.errors import UsageError
 from llava_cli.prompts.question_fields import QuestionFields, columns_hint
 from llava_cli.untrusted_text import one_line
+
+_MOST_COLUMNS = 20
+"""That a message lists."""
 
 
 class TaskQuestions:
@@ -54,13 +56,6 @@ class TaskQuestions:
         if len(self._found) < limits.COUNTED_NAMES:
             self._refuse_unknown_columns()
 
-    def peeked(self, tasks: Iterator[Task]) -> Iterator[Task]:
-        """The tasks, which can be read once. Raises `UsageError` if a question uses columns and there are none."""
-        first = next(tasks, None)
-        if first and first.row is None:
-            self._refuse_unknown_columns()
-        return chain([first] if first else [], tasks)
-
     def fill(self, task: Task, picture: Picture, folder: str) -> Task:
         """A task with its question filled in; its path begins at `folder`. Raises as `QuestionFields.fill`."""
         if not self._is_template(task):
@@ -85,7 +80,8 @@ class TaskQuestions:
             self.columns |= dict.fromkeys(sorted(columns))
 
     def _refuse_unknown_columns(self) -> None:
+        reason, hint = "nothing of SOURCE has columns", "tables, archives and questions files may have some"
         for column in self.columns.keys() - self._found.keys():
-            reason = "no row has such a column" if self._found else "the pictures of this SOURCE have no columns"
-            hint = columns_hint(column, list(self._found)[:20]) if self._found else "a questions file has some"
+            if self._found:
+                reason, hint = "no row has such a column", columns_hint(column, list(self._found)[:_MOST_COLUMNS])
             raise UsageError(f"{{row.{one_line(column, 40)}}}", reason, hint)

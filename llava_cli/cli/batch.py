@@ -169,8 +169,9 @@ def batch(
         null,
         root,
         check,
-        used=templates.columns if templates else (),
-        pictures=settings.pictures,
+        templates.columns if templates else (),
+        settings.pictures,
+        allow_urls,
     )
     check_source(source, allow_urls, to_file)
     job = Job(
@@ -197,7 +198,7 @@ def batch(
 
 def _command(source: Source) -> str:
     """The command line that resumes this run; a pipe is written as `…`."""
-    words = ["<(…)" if source.is_substituted and word == source.words[0] else quoted(word) for word in sys.argv[1:]]
+    words = ["<(…)" if source.is_substituted(word) else quoted(word) for word in sys.argv[1:]]
     command = " ".join(["llava", *words])
     return f"… | {command}" if source.is_stdin else command
 
