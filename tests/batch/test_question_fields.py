@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +195,22 @@ def test_columns_of_a_row(run: Run) -> None:
     assert [row["asked"] for row in rows_of(Path("out.jsonl").read_text())] == asked
     note = run("batch", source, question, "--template-question", "-o", "out.jsonl").stderr
     assert "ignored keys: 'unread' (1 row)\n" in note
+
+
+def test_columns_of_tables_and_what_stands_beside_pictures_in_archives(run: Run) -> None:
+    Path("table.csv").write_text("image,city,two words\ncats/a.jpg,Lisbon,\ncats/b.png,Porto,x\n")
+    question = "{row.city} {row['two words'] or '-'} {name}"
+    assert ask(run, "table.csv", question) == ["Lisbon - a.jpg", "Porto x b.png"]
+    with tarfile.open("photos.tar", "w") as archive:
+        for stem, beside in (("1", {"city": "Lisbon"}), ("2", {"city": "Porto", "question": "{name}?"})):
+            archive.add("cats/a.jpg", f"train/{stem}.jpg")
+            Path("beside.json").write_text(json.dumps(beside))
+            archive.add("beside.json", f"train/{stem}.json")
+    asked = ask(run, "photos.tar", "{folder} {row.city} {exif.FNumber} {date}", "-o", "out.jsonl")
+    rows = rows_of(Path("out.jsonl").read_text())
+    assert asked == [] and [row["asked"] for row in rows] == ["train Lisbon 2.8 2024-08-17", "2.jpg?"]
+    wrong = run("batch", "photos.tar", "{row.citty}", "--template-question")
+    assert (wrong.exit_code, wrong.stdout) == (2, "") and "did you mean {row.city}?" in wrong.stderr
 
 
 def test_questions_of_strangers_are_templates_only_if_it_is_said(run: Run, engine: Asked) -> None:
