@@ -63,9 +63,9 @@ def run(job: Job) -> int:
     """Runs the job and returns the exit code. Raises a `LlavaError` if it cannot begin, or cannot write."""
     tally, stop = Tally(job.verify), StopSignal(job.quiet)
     with ExitStack() as stack:
-        stack.callback(job.source.close)
         if job.templates:
             stack.callback(job.templates.close)
+        stack.callback(job.source.close)
         journal = tasks = None
         larger = _open_larger(job)
         if job.output is None:
@@ -73,8 +73,8 @@ def run(job: Job) -> int:
                 job = _with_one_precision(job, None)
                 _run_settings(job, larger)  # holds the calibration against them
             tasks = job.source.checked_tasks()
-            if job.templates and tasks:
-                tasks = _with_columns_checked(job.source, job.templates, tasks)
+            if job.templates and job.templates.columns and not job.source.is_stream:
+                deque(job.templates.checked(job.source.tasks_with_rows()), maxlen=0)
         else:
             journal = Journal(job.output)
             stack.callback(journal.close)
@@ -113,14 +113,6 @@ def run(job: Job) -> int:
         if not source_is_read:
             _note_what_is_left_out(job)
     return _finish(job, tally, stop, speed)
-
-
-def _with_columns_checked(source: Source, templates: TaskQuestions, tasks: Iterator[Task]) -> Iterator[Task]:
-    """Tasks that are not kept anywhere; what can be read twice is read once for its columns."""
-    if source.is_stream or not source.has_questions:
-        return templates.peeked(tasks)
-    deque(templates.checked(source.tasks()), maxlen=0)
-    return tasks
 
 
 def _note_what_is_left_out(job: Job) -> None:

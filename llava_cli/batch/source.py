@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -52,6 +52,8 @@ class Source:
     root: str | None = None
     check: Check = lambda task: None
     """Raises `UsageError` for a row of questions that cannot be asked."""
+    used: Collection[str] = ()
+    """Columns of which its questions have fields; it may grow while they are read."""
     pictures: PictureOptions = PictureOptions()  # noqa: RUF009  (immutable)
     """Which pages and frames of its files are asked about."""
     allow_urls: bool = False
@@ -98,7 +100,7 @@ class Source:
             return OneSource(listing.source)
         if not listing.is_questions:
             return ListSource(listing, is_single, self.root)
-        questions = Questions(listing, self._distinct_questions, self.check)
+        questions = Questions(listing, self._distinct_questions, self.check, self.used)
         return QuestionsSource(listing, is_single, self.root, questions)
 
     @cached_property
@@ -190,6 +192,10 @@ class Source:
         """In the order of the words; in a folder by path. Raises `BadData` for an invalid row of questions."""
         tasks = chain.from_iterable(one.tasks(self._distinct_questions) for one in self.each)
         return with_parts(tasks, self.find, self.pictures, self._left_out)
+
+    def tasks_with_rows(self) -> Iterator[Task]:
+        """As `tasks`, of those SOURCEs that say more of a picture than its name; a file is one picture."""
+        return chain.from_iterable(one.tasks(self._distinct_questions) for one in self.each if one.has_rows)
 
     def notes(self) -> list[str]:
         """Lines about what the tasks leave out. Call it after all tasks were read."""

@@ -40,6 +40,8 @@ class OneSource:
     """Whether it can be read only once."""
     has_questions = False
     """Whether its rows may have questions of their own."""
+    has_rows = False
+    """Whether it says more of a picture than its name."""
     takes_root = False
     """Whether --root names where its paths begin."""
     readers = 4
@@ -175,7 +177,7 @@ class ListSource(OneSource):
 class QuestionsSource(ListSource):
     """A file of questions. It is often a stranger's: its pictures must be below its folder, wherever links lead."""
 
-    has_questions = True
+    has_questions = has_rows = True
 
     def __init__(self, listing: Listing, is_single: bool, root: str | None, questions: Questions) -> None:
         super().__init__(listing, is_single, root)
@@ -219,6 +221,8 @@ class QuestionsSource(ListSource):
 
 class ContainerSource(OneSource):
     """An archive, a table or a bucket."""
+
+    has_rows = True
 
     def __init__(self, word: str, container: Container, is_single: bool) -> None:
         super().__init__(word)

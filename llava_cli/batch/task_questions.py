@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 from llava_cli import limits
@@ -15,6 +14,9 @@ from llava_cli.errors import UsageError
 from llava_cli.prompts.question_fields import QuestionFields, columns_hint
 from llava_cli.untrusted_text import one_line
 
+_MOST_COLUMNS = 20
+"""That a message lists."""
+
 
 class TaskQuestions:
     """Fills in the fields of tasks' questions: of all, or only of `questions`, which are those of the command line.
@@ -24,9 +26,9 @@ class TaskQuestions:
 
     def __init__(self, fields: QuestionFields, questions: Sequence[str], every: bool, is_saved: bool) -> None:
         self._fields, self._questions, self._every, self._is_saved = fields, questions, every, is_saved
-        self._wanted: dict[str, None] = {}
-        """Columns that questions use."""
-        self._columns: dict[str, None] = {}
+        self.columns: dict[str, None] = {}
+        """Columns of which questions have fields."""
+        self._found: dict[str, None] = {}
         """Columns that rows have."""
 
     def check_command_line(self) -> None:
@@ -48,18 +50,11 @@ class TaskQuestions:
     def checked(self, tasks: Iterator[Task]) -> Iterator[Task]:
         """The tasks. Raises `UsageError` at their end for a column that a question uses and no row has."""
         for task in tasks:
-            if task.row and len(self._columns) < limits.COUNTED_NAMES:
-                self._columns |= dict.fromkeys(task.row)
+            if task.row and len(self._found) < limits.COUNTED_NAMES:
+                self._found |= dict.fromkeys(task.row)
             yield task
-        if len(self._columns) < limits.COUNTED_NAMES:
+        if len(self._found) < limits.COUNTED_NAMES:
             self._refuse_unknown_columns()
-
-    def peeked(self, tasks: Iterator[Task]) -> Iterator[Task]:
-        """The tasks, which can be read once. Raises `UsageError` if a question uses columns and there are none."""
-        first = next(tasks, None)
-        if first and first.row is None:
-            self._refuse_unknown_columns()
-        return chain([first] if first else [], tasks)
 
     def fill(self, task: Task, picture: Picture, folder: str) -> Task:
         """A task with its question filled in; its path begins at `folder`. Raises as `QuestionFields.fill`."""
@@ -81,11 +76,12 @@ class TaskQuestions:
     def _note_columns(self, question: str) -> None:
         is_saved = self._is_saved and question in self._questions
         columns = self._fields.check(question, is_saved).members.get("row", frozenset())
-        if len(self._wanted) < limits.COUNTED_NAMES:
-            self._wanted |= dict.fromkeys(sorted(columns))
+        if len(self.columns) < limits.COUNTED_NAMES:
+            self.columns |= dict.fromkeys(sorted(columns))
 
     def _refuse_unknown_columns(self) -> None:
-        for column in self._wanted.keys() - self._columns.keys():
-            reason = "no row has such a column" if self._columns else "the pictures of this SOURCE have no columns"
-            hint = columns_hint(column, list(self._columns)[:20]) if self._columns else "a questions file has some"
+        reason, hint = "nothing of SOURCE has columns", "tables, archives and questions files may have some"
+        for column in self.columns.keys() - self._found.keys():
+            if self._found:
+                reason, hint = "no row has such a column", columns_hint(column, list(self._found)[:_MOST_COLUMNS])
             raise UsageError(f"{{row.{one_line(column, 40)}}}", reason, hint)

@@ -163,7 +163,15 @@ def batch(
     elif not quiet:
         _note_fields(all_questions)
     source = Source(
-        expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures, allow_urls
+        expand(sources),
+        all_questions,
+        tuple(include or ()),
+        null,
+        root,
+        check,
+        templates.columns if templates else (),
+        settings.pictures,
+        allow_urls,
     )
     check_source(source, allow_urls, to_file)
     job = Job(

@@ -40,7 +40,7 @@ def _prompts(context: typer.Context, json: JsonOpt = False) -> None:
 
 @prompts.command("list")
 def list_prompts(json: JsonOpt = False) -> None:
-    """List the prompts that `ask -t NAME` and `batch -t NAME` know."""
+    """List the prompts that can be asked by name, with -t NAME."""
     found = list(all_prompts())
     if json:
         render.show_json([prompt.as_object() for prompt in found])

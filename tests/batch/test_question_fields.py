@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,12 @@ from llava_cli import limits
 from llava_cli.batch import run as module
 from llava_cli.errors import BadImage, UsageError
 from llava_cli.images.exif import ExifReader
-from llava_cli.images.sandbox import REQUEST_HEADER
 from llava_cli.prompts.question_fields import FIELDS, QuestionFields, fields_in
 from llava_cli.prompts.question_template import TemplateRefused, TemplateSandbox
 from llava_cli.sandbox.process import Worker
 
 Row = dict[str, Any]
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
 class Asked(Told):
@@ -184,14 +185,32 @@ def questions_file(*rows: Row) -> str:
 
 def test_columns_of_a_row(run: Run) -> None:
     source = questions_file(
-        {"row": {"city": "Lisbon", "two words": 2.0, "items": ["a", {"b": True}], "empty": ""}},
-        {"row": {"city": "Porto\x1b[1m", "two words": 3.5, "items": []}},
+        {"city": "Lisbon", "two words": 2.0, "items": ["a", {"b": True}], "empty": "", "unread": 1},
+        {"city": "Porto\x1b[1m", "two words": 3.5, "items": []},
     )
     question = "{row.city} {row['two words']} {row.items} {row.empty or 'nothing'}"
     asked = ['Lisbon 2 ["a", {"b": true}] nothing', "Porto 3.5 [] nothing"]
     assert ask(run, source, question) == asked
     assert ask(run, source, question, "-o", "out.jsonl") == []
     assert [row["asked"] for row in rows_of(Path("out.jsonl").read_text())] == asked
+    note = run("batch", source, question, "--template-question", "-o", "out.jsonl").stderr
+    assert "ignored keys: 'unread' (1 row)\n" in note
+
+
+def test_columns_of_tables_and_what_stands_beside_pictures_in_archives(run: Run) -> None:
+    Path("table.csv").write_text("image,city,two words\ncats/a.jpg,Lisbon,\ncats/b.png,Porto,x\n")
+    question = "{row.city} {row['two words'] or '-'} {name}"
+    assert ask(run, "table.csv", question) == ["Lisbon - a.jpg", "Porto x b.png"]
+    with tarfile.open("photos.tar", "w") as archive:
+        for stem, beside in (("1", {"city": "Lisbon"}), ("2", {"city": "Porto", "question": "{name}?"})):
+            archive.add("cats/a.jpg", f"train/{stem}.jpg")
+            Path("beside.json").write_text(json.dumps(beside))
+            archive.add("beside.json", f"train/{stem}.json")
+    asked = ask(run, "photos.tar", "{folder} {row.city} {exif.FNumber} {date}", "-o", "out.jsonl")
+    rows = rows_of(Path("out.jsonl").read_text())
+    assert asked == [] and [row["asked"] for row in rows] == ["train Lisbon 2.8 2024-08-17", "2.jpg?"]
+    wrong = run("batch", "photos.tar", "{row.citty}", "--template-question")
+    assert (wrong.exit_code, wrong.stdout) == (2, "") and "did you mean {row.city}?" in wrong.stderr
 
 
 def test_questions_of_strangers_are_templates_only_if_it_is_said(run: Run, engine: Asked) -> None:
@@ -204,8 +223,7 @@ def test_questions_of_strangers_are_templates_only_if_it_is_said(run: Run, engin
 
 def test_a_stranger_s_template_ends_in_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "QUESTION_SECONDS", 1.0)
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    result = run("batch", questions_file({"question": endless}, {"question": "{name}"}), "--template-question")
+    result = run("batch", questions_file({"question": ENDLESS}, {"question": "{name}"}), "--template-question")
     first, second = rows_of(result.stdout)
     assert first["error"]["message"] == "its question cannot be filled in: takes longer than 1 s to fill in"
     assert second["asked"] == "a.jpg"
@@ -226,7 +244,7 @@ def test_a_stranger_s_template_ends_in_time(run: Run, monkeypatch: pytest.Monkey
         ('{"a": 1}', "{% raw %}…{% endraw %} around braces that are text"),
         ("{% if name %}", "QUESTION: as a template: unexpected end of template"),
         ("{", "QUESTION: as a template: "),
-        ("{row.city}", "{row.city}: the pictures of this SOURCE have no columns"),
+        ("{row.city}", "{row.city}: nothing of SOURCE has columns"),
     ],
 )
 def test_what_no_question_can_have(question: str, said: str, run: Run, engine: Asked) -> None:
@@ -237,7 +255,7 @@ def test_what_no_question_can_have(question: str, said: str, run: Run, engine: A
 
 
 def test_a_column_that_no_row_has(run: Run, engine: Asked) -> None:
-    source = questions_file({"row": {"city": "Lisbon"}}, {"row": {"a b": 1}})
+    source = questions_file({"city": "Lisbon"}, {"a b": 1})
     for options in ((), ("-o", "out.jsonl")):
         result = run("batch", source, "{row.citty or 1}", "--template-question", *options)
         assert (result.exit_code, engine.questions) == (2, [])
@@ -288,9 +306,9 @@ def test_exif_that_is_broken_or_never_ends(monkeypatch: pytest.MonkeyPatch) -> N
         reader.read("a", whole)
     monkeypatch.undo()
     monkeypatch.setattr(limits, "EXIF_SECONDS", 0.5)
-    reader._workers[0] = Worker("helpers.hostile", limits.SANDBOX_MEMORY)
+    reader._workers[0] = Worker("llava_cli.prompts.question_template", limits.SANDBOX_MEMORY)
     with pytest.raises(BadImage, match=r"its EXIF takes longer than . s to read"):
-        reader.read("a", bytes(REQUEST_HEADER.size) + b"SPIN")
+        reader.read("a", b"R" + json.dumps({"template": ENDLESS, "values": {}}).encode())
     reader.close()
 
 
