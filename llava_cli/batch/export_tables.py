@@ -17,9 +17,9 @@ from llava_cli.batch.report import check_output
 from llava_cli.errors import BadData, UsageError
 from llava_cli.untrusted_text import printable
 
-GROUP_ROWS = 10_000
+GROUP_ROWS = 5_000
 """Rows of Parquet that are in memory at a time, fewer where they are long."""
-GROUP_CHARACTERS = 8_000_000
+GROUP_CHARACTERS = 4_000_000
 _FORMULA = re.compile(r"'*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
 """What a text begins with that a spreadsheet would compute, also in full width (OWASP, CSV Injection)."""
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?%?")
@@ -115,9 +115,8 @@ def _parquet(job: Job, columns: Columns) -> Iterator[bytes]:
     sink = io.BytesIO()
     writer = pq.ParquetWriter(sink, schema, compression="zstd")
     for group in _groups(job):
-        found = [dict(cells(row)) for row in group]
         arrays = [
-            pa.array([converted(row.get(name), kind) for row in found], types[kind]) for name, kind in kinds.items()
+            pa.array([converted(row.get(name), kind) for row in group], types[kind]) for name, kind in kinds.items()
         ]
         writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
         yield sink.getvalue()
@@ -128,11 +127,12 @@ def _parquet(job: Job, columns: Columns) -> Iterator[bytes]:
 
 
 def _groups(job: Job) -> Iterator[list[dict[str, Any]]]:
+    """Rows by the names of their columns, as many as are in memory at a time."""
     group: list[dict[str, Any]] = []
     characters = 0
     for _, row in job.chosen_rows():
-        group.append(row)
-        characters += sum(len(as_text(value)) for value in row.values())
+        group.append(dict(cells(row)))
+        characters += sum(len(value if isinstance(value, str) else repr(value)) for value in row.values())
         if len(group) == GROUP_ROWS or characters > GROUP_CHARACTERS:
             yield group
             group, characters = [], 0
