@@ -78,7 +78,7 @@ class Columns:
 def _kinds(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return (TEXTS,)
     if isinstance(value, dict) and name.rpartition(".")[2] == "probabilities" and all(map(_is_share, value.values())):
         return (SHARES,)

@@ -115,9 +115,12 @@ def _parquet(job: Job, columns: Columns) -> Iterator[bytes]:
     sink = io.BytesIO()
     writer = pq.ParquetWriter(sink, schema, compression="zstd")
     for group in _groups(job):
-        arrays = [
-            pa.array([converted(row.get(name), kind) for row in group], types[kind]) for name, kind in kinds.items()
-        ]
+        try:
+            arrays = [
+                pa.array([converted(row.get(name), kind) for row in group], types[kind]) for name, kind in kinds.items()
+            ]
+        except (pa.ArrowException, AttributeError, TypeError, ValueError):  # rows of other kinds than were looked at
+            raise BadData(printable(str(job.rows.path)), "has changed just now", "try again") from None
         writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
         yield sink.getvalue()
         sink.seek(0)
