@@ -27,15 +27,19 @@ _QUOTED = re.compile(r'[",\r\n]|^\s|\s$|^$')
 
 
 def export_parquet(job: Job) -> None:
+    """Raises `BadData`, `UsageError`, `OutputTaken` or `OutputError`."""
     job.need("pyarrow", "tables")
-    _write(job, ".parquet", _parquet(job, _columns(job)))
+    columns = _columns(job)
+    _write(job, ".parquet", columns.rows, _parquet(job, columns))
 
 
 def export_csv(job: Job) -> None:
-    table = _Csv(job, _columns(job))
-    _write(job, ".csv", table.lines())
+    """Raises as `export_parquet`."""
+    columns = _columns(job)
+    table = _Csv(job, columns)
+    _write(job, ".csv", columns.rows, table.lines())
     if table.marked and not job.quiet:
-        render.note(f"  {table.marked:,} cells begin like a formula, and have a ' before them for spreadsheets")
+        render.note(f"  cells that begin like a formula, and have a ' before them for spreadsheets: {table.marked:,}")
 
 
 def _columns(job: Job) -> Columns:
@@ -49,7 +53,7 @@ def _columns(job: Job) -> Columns:
     return columns
 
 
-def _write(job: Job, ending: str, chunks: Iterator[bytes]) -> None:
+def _write(job: Job, ending: str, rows: int, chunks: Iterator[bytes]) -> None:
     """To -o, where `-` is stdout, or beside the rows."""
     if job.output == Path("-"):
         if ending == ".parquet" and sys.stdout.isatty():
@@ -62,7 +66,8 @@ def _write(job: Job, ending: str, chunks: Iterator[bytes]) -> None:
         change = files.update(output, chunks, job.force)
     job.outcome.done[change] += 1
     if not job.quiet:
-        render.note(f"{printable(str(output))}: {'unchanged' if change is files.Change.NONE else 'written'}")
+        words = "unchanged" if change is files.Change.NONE else "written"
+        render.note(f"{printable(str(output))}: {rows:,} row{'s' * (rows != 1)}, {words}")
 
 
 # CSV: RFC 4180.
