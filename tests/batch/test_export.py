@@ -207,7 +207,7 @@ def test_captions(photos: Path, run: Run) -> None:
     done = run("export", write(photos / "out.jsonl", *rows), "--to", "txt")
     assert {path.name: path.read_text() for path in photos.glob("*.txt")} == {
         **{"a.txt": "a cat and a dog\\u001b[31m\n", "b.c.1.txt": "page 1\n", "b.c.2.txt": "page 2\n"},
-        **{"b.c.1.5.txt": "moment\n"},
+        **{"b.c.1.5s.txt": "moment\n"},
     }
     assert done.exit_code == 0
     assert done.stderr.splitlines()[0] == f"{photos / 'out.jsonl'}: 4 captions written"
