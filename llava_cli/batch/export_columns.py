@@ -53,10 +53,12 @@ def cells(row: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
 class Columns:
     """The columns that rows have, in the order in which they come; first of all those that every row has."""
 
+    rows: int = 0
     kinds: dict[str, set[str]] = field(default_factory=lambda: {name: set() for name, _ in cells(dict.fromkeys(KEYS))})
 
     def add(self, row: dict[str, Any]) -> None:
         """Takes the columns of a row in. Raises `ValueError`."""
+        self.rows += 1
         names = set()
         for name, value in cells(row):
             if name in names:
@@ -78,7 +80,7 @@ class Columns:
 def _kinds(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return (TEXTS,)
     if isinstance(value, dict) and name.rpartition(".")[2] == "probabilities" and all(map(_is_share, value.values())):
         return (SHARES,)

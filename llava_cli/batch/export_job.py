@@ -68,7 +68,7 @@ class Outcome:
 
 @dataclass
 class Job:
-    """What the command line asks for. `rows` are checked."""
+    """What the command line asks for; `rows` are checked before anything else is done."""
 
     rows: RowsFile
     to: str
@@ -109,7 +109,7 @@ class Job:
         for _, row in self.rows:
             question = row["question"]
             first = question if first is None else first
-            hint = f"--question {files.quoted(one_line(first))}"
+            hint = f"--question {files.quoted(first) if one_line(first) == first else 'TEXT'}"
             if question == self.question:
                 return
             if self.question is None and question != first:

@@ -42,8 +42,8 @@ def export_shards(job: Job) -> None:
     """Writes `out-000000.tar` and so on beside the rows, or `NAME-000000.tar` for `-o NAME`."""
     start = job.output or job.rows.beside("")
     name = start.name.removesuffix(".tar")
-    if not name or start.is_dir():
-        raise UsageError("-o", "names no file", f"-o {files.quoted(start / 'train')}")
+    if name in ("", "-") or start.is_dir():
+        raise UsageError("-o", "names no file", f"-o {files.quoted(start / 'train' if name else 'train')}")
 
     def shard(number: int) -> Path:
         return start.with_name(f"{name}-{number:06}.tar")

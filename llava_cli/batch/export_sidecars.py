@@ -12,13 +12,14 @@ from typing import Protocol
 
 from llava_cli import files, limits, regular_files, render
 from llava_cli.batch.export_job import CHANGED, ELSEWHERE, MISSING, OUTSIDE, Job, Reason, is_elsewhere
-from llava_cli.batch.report_pictures import OutsideRoots, PictureFolders, task_of
+from llava_cli.batch.report_pictures import OutsideRoots, PictureFolders, decimal, task_of
 from llava_cli.batch.scratch import scratch_database
 from llava_cli.batch.tasks import Task
 from llava_cli.batch.xmp_packet import NotMergeable, OtherDescription, merged, new_packet
 from llava_cli.errors import LlavaError, os_reason
 from llava_cli.files import Change
 from llava_cli.images.describe import FORMATS, Describer, Reply
+from llava_cli.parts import WHOLE
 from llava_cli.untrusted_text import for_page, printable
 
 REGION = Reason("it is about a region, and the text would be the picture's", is_failure=False)
@@ -56,12 +57,15 @@ class Writer(Protocol):
 
 
 class _Captions:
-    """`photo.txt` beside `photo.jpg`, as trainers read it: one line. `doc.2.txt` is about a page."""
+    """`photo.txt` beside `photo.jpg`, as trainers read it: one line.
+
+    `doc.2.txt` is about a page, and `clip.2.5s.txt` about a moment.
+    """
 
     what = "caption"
 
     def target(self, task: Task, picture: Path) -> Path | Reason:
-        part = str(task.part).replace("#t=", ".").replace("#", ".")
+        part = f".{task.page}" if task.page is not None else f".{decimal(task.time)}s" if task.time is not None else ""
         target = picture.with_name(f"{picture.stem}{part}.txt")
         return NO_TEXT if target == picture else target
 
@@ -87,7 +91,7 @@ class _XmpFiles(_Captions):
     what = "XMP file"
 
     def target(self, task: Task, picture: Path) -> Path | Reason:
-        return picture.with_name(f"{picture.name}.xmp") if str(task.part) == "" else PART
+        return picture.with_name(f"{picture.name}.xmp") if task.part == WHOLE else PART
 
     def write(self, target: Path, text: str, force: bool) -> Change | Reason:
         there = _read_sidecar(target)
@@ -111,7 +115,7 @@ class _Embedding:
         self._describer = Describer()
 
     def target(self, task: Task, picture: Path) -> Path | Reason:
-        if str(task.part):
+        if task.part != WHOLE:
             return PART
         return LINK if picture.is_symlink() else picture
 

@@ -17,9 +17,9 @@ from llava_cli.batch.report import check_output
 from llava_cli.errors import BadData, UsageError
 from llava_cli.untrusted_text import printable
 
-GROUP_ROWS = 10_000
+GROUP_ROWS = 5_000
 """Rows of Parquet that are in memory at a time, fewer where they are long."""
-GROUP_CHARACTERS = 8_000_000
+GROUP_CHARACTERS = 4_000_000
 _FORMULA = re.compile(r"'*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
 """What a text begins with that a spreadsheet would compute, also in full width (OWASP, CSV Injection)."""
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?%?")
@@ -27,15 +27,19 @@ _QUOTED = re.compile(r'[",\r\n]|^\s|\s$|^$')
 
 
 def export_parquet(job: Job) -> None:
+    """Raises `BadData`, `UsageError`, `OutputTaken` or `OutputError`."""
     job.need("pyarrow", "tables")
-    _write(job, ".parquet", _parquet(job, _columns(job)))
+    columns = _columns(job)
+    _write(job, ".parquet", columns.rows, _parquet(job, columns))
 
 
 def export_csv(job: Job) -> None:
-    table = _Csv(job, _columns(job))
-    _write(job, ".csv", table.lines())
+    """Raises as `export_parquet`."""
+    columns = _columns(job)
+    table = _Csv(job, columns)
+    _write(job, ".csv", columns.rows, table.lines())
     if table.marked and not job.quiet:
-        render.note(f"  {table.marked:,} cells begin like a formula, and have a ' before them for spreadsheets")
+        render.note(f"  cells that begin like a formula, and have a ' before them for spreadsheets: {table.marked:,}")
 
 
 def _columns(job: Job) -> Columns:
@@ -49,7 +53,7 @@ def _columns(job: Job) -> Columns:
     return columns
 
 
-def _write(job: Job, ending: str, chunks: Iterator[bytes]) -> None:
+def _write(job: Job, ending: str, rows: int, chunks: Iterator[bytes]) -> None:
     """To -o, where `-` is stdout, or beside the rows."""
     if job.output == Path("-"):
         if ending == ".parquet" and sys.stdout.isatty():
@@ -62,7 +66,8 @@ def _write(job: Job, ending: str, chunks: Iterator[bytes]) -> None:
         change = files.update(output, chunks, job.force)
     job.outcome.done[change] += 1
     if not job.quiet:
-        render.note(f"{printable(str(output))}: {'unchanged' if change is files.Change.NONE else 'written'}")
+        words = "unchanged" if change is files.Change.NONE else "written"
+        render.note(f"{printable(str(output))}: {rows:,} row{'s' * (rows != 1)}, {words}")
 
 
 # CSV: RFC 4180.
@@ -115,10 +120,12 @@ def _parquet(job: Job, columns: Columns) -> Iterator[bytes]:
     sink = io.BytesIO()
     writer = pq.ParquetWriter(sink, schema, compression="zstd")
     for group in _groups(job):
-        found = [dict(cells(row)) for row in group]
-        arrays = [
-            pa.array([converted(row.get(name), kind) for row in found], types[kind]) for name, kind in kinds.items()
-        ]
+        try:
+            arrays = [
+                pa.array([converted(row.get(name), kind) for row in group], types[kind]) for name, kind in kinds.items()
+            ]
+        except (pa.ArrowException, AttributeError, TypeError, ValueError):  # rows of other kinds than were looked at
+            raise BadData(printable(str(job.rows.path)), "has changed just now", "try again") from None
         writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
         yield sink.getvalue()
         sink.seek(0)
@@ -128,11 +135,12 @@ def _parquet(job: Job, columns: Columns) -> Iterator[bytes]:
 
 
 def _groups(job: Job) -> Iterator[list[dict[str, Any]]]:
+    """Rows by the names of their columns, as many as are in memory at a time."""
     group: list[dict[str, Any]] = []
     characters = 0
     for _, row in job.chosen_rows():
-        group.append(row)
-        characters += sum(len(as_text(value)) for value in row.values())
+        group.append(dict(cells(row)))
+        characters += sum(len(value if isinstance(value, str) else repr(value)) for value in row.values())
         if len(group) == GROUP_ROWS or characters > GROUP_CHARACTERS:
             yield group
             group, characters = [], 0

@@ -107,7 +107,7 @@ class PictureFolders:
             return None
         path = self.locate(task.image)
         relative = os.path.relpath(path, os.path.realpath(page.parent)).replace(os.sep, "/")
-        fragment = "" if task.time is None else f"#t={task.time:g}"
+        fragment = "" if task.time is None else f"#t={decimal(task.time)}"
         return quote(os.fsencode(relative)) + (fragment if task.page is None else f"#page={task.page}")
 
     def close(self) -> None:
@@ -142,6 +142,11 @@ def _file_above(path: str) -> str | None:
     """The file that an absolute path leads through as if it were a folder; None if there is none."""
     above = next((str(parent) for parent in Path(path).parents if os.path.lexists(parent)), "")
     return above if os.path.isfile(above) else None
+
+
+def decimal(seconds: float) -> str:
+    """To the millisecond: `12.5`, `3`."""
+    return f"{seconds:.3f}".rstrip("0").rstrip(".")
 
 
 def task_of(row: dict[str, Any]) -> Task:

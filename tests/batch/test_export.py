@@ -11,6 +11,7 @@ import re
 import shutil
 import tarfile
 import tracemalloc
+import zipfile
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def test_what_says_something_else_is_replaced_only_with_force(
 VALUES = [
     row("a.png", id=1, expected="cat", right=True, page=2, flags=["cut_off"], sight=-0.25),
     row("b.png", None, id="two", data={"n": [1, None]}),
-    row("c.png", "", probabilities={"yes": 0.75, "no": 0.25}, expected=["cat", "dog"], right=False, time=12),
+    row("c.png", "", probabilities={"yes": 0.75, "no": 0.25}, expected=["cat", "dog"], right=False, time=12, flags=[]),
     row("d.png", "=1+1", confidence={"mean": 0.9, "lowest": 0.5, "lowest_token": " é"}, time=0.5, answer_tokens=2**60),
     row(
         "\udcff.png", 'a "b",\r\nc\0', path_b64="/w==", escalated={"model": "m", "answer": "x", "data": 1}, sight=2**70
@@ -142,7 +143,8 @@ def test_parquet_has_a_typed_column_for_each_key(tmp_path: Path, run: Run) -> No
 
 def test_csv_is_read_back(tmp_path: Path, run: Run) -> None:
     done = run("export", write(tmp_path / "out.jsonl", *VALUES), "--to", "csv")
-    assert "1 cells begin like a formula" in done.stderr
+    assert done.stderr.startswith(f"{tmp_path / 'out.csv'}: 5 rows, written\n  cells that begin like a formula")
+    assert done.stderr.endswith(": 1\n")
     data = (tmp_path / "out.csv").read_bytes()
     assert data.count(b"\r\n") == 1 + len(VALUES) + 1  # one is in an answer
     first, *others = csv.DictReader(io.StringIO(data.decode(), newline=""))
@@ -205,7 +207,7 @@ def test_captions(photos: Path, run: Run) -> None:
     done = run("export", write(photos / "out.jsonl", *rows), "--to", "txt")
     assert {path.name: path.read_text() for path in photos.glob("*.txt")} == {
         **{"a.txt": "a cat and a dog\\u001b[31m\n", "b.c.1.txt": "page 1\n", "b.c.2.txt": "page 2\n"},
-        **{"b.c.1.5.txt": "moment\n"},
+        **{"b.c.1.5s.txt": "moment\n"},
     }
     assert done.exit_code == 0
     assert done.stderr.splitlines()[0] == f"{photos / 'out.jsonl'}: 4 captions written"
@@ -542,6 +544,7 @@ def test_what_cannot_be_asked_for(photos: Path, run: Run, monkeypatch: pytest.Mo
         ([source, "--to", "csv", "-o", source], 2, "is the file of rows"),
         ([source, "--to", "csv", "-o", photos / "no" / "x.csv"], 73, "no such folder"),
         ([source, "--to", "webdataset", "-o", photos], 2, "-o: names no file"),
+        ([source, "--to", "webdataset", "-o", "-"], 2, "-o: names no file"),
     ]:
         done = run("export", *words)
         assert (done.exit_code, done.stdout) == (code, "")
@@ -552,3 +555,32 @@ def test_what_cannot_be_asked_for(photos: Path, run: Run, monkeypatch: pytest.Mo
         done = run("export", source, "--to", *words)
         assert (done.exit_code, done.stderr.splitlines()[1]) == (2, f"  pip install 'llava-cli[{extra}]'")
     assert run("export", source, "--to", "xmp").exit_code == 0
+
+
+def test_pictures_in_archives(tmp_path: Path, run: Run, drawing: Path) -> None:
+    """They are copied and shown, and nothing is written beside them; a root may be the archive itself."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(drawing, "in/b.png")
+    digest = sha256(drawing)
+    for image, words in (("a.zip/in/b.png", []), ("in/b.png", ["--root", tmp_path / "a.zip"])):
+        rows = [row(image, sha256=digest), row(image, region="0,0,50%,100%", sha256=digest), row(image + "x")]
+        source = write(tmp_path / "out.jsonl", *rows)
+        assert "2 samples; 1 shard" in run("export", source, "--to", "webdataset", "--force", *words).stderr
+        found = members(tmp_path / "out-000000.tar")
+        assert found["000000001.png"] == drawing.read_bytes()
+        assert Image.open(io.BytesIO(found["000000002.png"])).size == (150, 200)
+        assert "3 rows, 1 without their picture" in run("report", source, *words).stderr
+        before = contents(tmp_path)
+        done = run("export", source, "--to", "txt", *words)
+        assert (done.exit_code, contents(tmp_path)) == (0, before)
+        assert "2 left out: the picture is no file of its own on this disk" in done.stderr
+
+
+def test_a_table_names_no_file_outside(tmp_path: Path, run: Run, drawing: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.table({"image": ["../drawing.png", "in.png"]}), tmp_path / "rows" / "a.parquet")
+    shutil.copy(drawing, tmp_path / "rows" / "in.png")
+    source = write(tmp_path / "rows" / "out.jsonl", row("a.parquet/../drawing.png"), row("a.parquet/in.png"))
+    done = run("export", source, "--to", "webdataset")
+    assert done.exit_code == 1
+    assert next(iter(members(tmp_path / "rows" / "out-000000.tar"))) == "000000002.png"
