@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from llava_cli import limits
@@ -43,15 +44,14 @@ class Service(NamedTuple):
     package: str
     sign_in: str
     """The command that finds credentials."""
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     """Of fsspec's file system."""
 
 
 _S3_SIGN_IN = "aws configure, or export AWS_PROFILE=NAME; for a public bucket: export FSSPEC_S3_ANON=true"
 _S3 = Service("s3", "s3fs", _S3_SIGN_IN, _S3_OPTIONS)
-_GOOGLE = Service(
-    "gs", "gcsfs", "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon"
-)
+_GOOGLE_SIGN_IN = "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon"
+_GOOGLE = Service("gs", "gcsfs", _GOOGLE_SIGN_IN)
 _AZURE = Service("abfs", "adlfs", "az login, and export AZURE_STORAGE_ACCOUNT_NAME=NAME")
 _HUB = Service("hf", "huggingface_hub", "hf auth login, or export HF_TOKEN=…")
 SERVICES = {"s3": _S3, "gs": _GOOGLE, "gcs": _GOOGLE, "az": _AZURE, "abfs": _AZURE, "hf": _HUB}
