@@ -45,6 +45,13 @@ ARCHIVE_RATIO = 1_000
 """What a compressed tar may unpack to, in times of its own size; gzip itself ends at 1,032."""
 ARCHIVE_SLACK_BYTES = 1_000_000_000
 """What a compressed tar may unpack to besides, for small ones."""
+TABLE_MEMORY = 4 * 2**30
+"""Bytes of address space of the process that reads a table in columns."""
+TABLE_READ_BYTES = 8_000_000
+"""Of the table's file that the process gets at a time."""
+TABLE_SECONDS = 60.0
+"""To read one picture, or a hundred rows of what stands beside them."""
+TABLE_COLUMNS = 10_000
 CONTEXT_BYTES = 100_000
 """Of what a source says of one picture besides, as JSON: a table's other columns, a `.json` beside it."""
 

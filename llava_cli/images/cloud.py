@@ -22,6 +22,8 @@ from llava_cli.images.remote_names import path_of, scheme_of, shown
 EXTRA = "pip install 'llava-cli[cloud]'"
 CONNECTIONS = 32
 """At a time to one service."""
+PAGE_KEYS = 1000
+"""Objects of an S3 bucket that are listed at a time, which is the most that a server gives."""
 _BLOCK_BYTES = 8_000_000
 """Of an archive that is read at once."""
 _BUFFER_BYTES = 1 << 17
@@ -166,12 +168,13 @@ Ask = Callable[[Callable[[], Any]], Any]
 
 
 def _s3_pages(files: Any, path: str, ask: Ask) -> Iterator[Object]:
-    """By pages of 1,000, of which one is in memory at a time."""
+    """By pages, of which one is in memory at a time."""
     bucket, prefix, _ = files.split_path(path)
     page: dict[str, Any] = {"IsTruncated": True}
     while page["IsTruncated"]:
         token = {"ContinuationToken": page["NextContinuationToken"]} if "NextContinuationToken" in page else {}
-        page = ask(lambda: files.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **token))  # noqa: B023
+        options = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **token}
+        page = ask(lambda: files.call_s3("list_objects_v2", **options))  # noqa: B023
         for item in page.get("Contents", ()):
             yield Object(item["Key"][len(prefix) :], item["Size"])
 

@@ -81,10 +81,8 @@ _BY_NAME = _table(
     (_UNREACHABLE, "EndpointConnectionError ConnectTimeoutError ConnectTimeout ConnectError ConnectionRefusedError"),
     (_UNREACHABLE, "ClientConnectorError ConnectionTimeoutError gaierror ServiceRequestError ProxyConnectionError"),
     (_BROKEN_OFF, "HTTPClientError ClientPayloadError IncompleteRead ResponseParserError FSTimeoutError"),
-    (
-        _BROKEN_OFF,
-        "ResponseIncomplete ServerDisconnectedError ServerTimeoutError TransportError ServiceResponseError ClientOSError",
-    ),
+    (_BROKEN_OFF, "ResponseIncomplete ServerDisconnectedError ServerTimeoutError TransportError"),
+    (_BROKEN_OFF, "ServiceResponseError ClientOSError"),
 )
 """By a server's code or the name of an error's class."""
 _BY_STATUS = {401: _REFUSED, 403: _DENIED, 404: _MISSING, 408: _BROKEN_OFF, 410: _MISSING, 412: _CHANGED, 429: _BUSY}

@@ -28,6 +28,7 @@ from llava_cli.batch.remote_words import expand_url
 from llava_cli.batch.source_arguments import expand, split_question
 from llava_cli.errors import InputMissing, LlavaError, UsageError
 from llava_cli.images import cloud
+from llava_cli.images.reader import looks_like_picture
 from llava_cli.images.remote_errors import Patience
 
 QUESTION = "what is this?"
@@ -51,7 +52,7 @@ PHOTOS = {f"photos/{folder}/{n:02}.png": picture(n) for folder in ("b", "a", "é
     "photos/pages.tif": picture(55, "TIFF"),
     "photos/__MACOSX/x.png": picture(56),
 }
-MANY = 1_000
+MANY = 250
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +111,16 @@ def test_rows_are_those_of_the_folder(run: Run, server: s3.Server) -> None:
     assert without_slash.stdout == bucket.stdout
 
 
-def test_a_thousand_objects_and_a_run_that_was_killed(run: Run, server: s3.Server) -> None:
-    """In pages of a thousand; the rest of the rows is the same, whatever was added or taken away meanwhile."""
+def test_many_objects_and_a_run_that_was_killed(run: Run, server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several pages; the rest of the rows is the same, whatever was added meanwhile."""
+    monkeypatch.setattr(cloud, "PAGE_KEYS", 100)
     whole = run("batch", "s3://many/", QUESTION, "-o", "whole.jsonl", "-q")
     assert whole.exit_code == 0
     lines = Path("whole.jsonl").read_bytes().splitlines(keepends=True)
     assert [json.loads(line)["image"] for line in lines] == [f"{n:04}.png" for n in range(MANY)]
     settings = json.loads(Path("whole.jsonl.run/settings.json").read_text())
     assert settings["root"] == "s3://many/"
-    Path("whole.jsonl").write_bytes(b"".join(lines[:700]) + lines[700][:20])
+    Path("whole.jsonl").write_bytes(b"".join(lines[:200]) + lines[200][:20])
     server.client.put_object(Bucket="many", Key="0000-new.png", Body=picture(7))
     try:
         resumed = run("batch", "s3://many/", QUESTION, "-o", "whole.jsonl")
@@ -313,12 +315,11 @@ def test_an_archive_that_is_replaced_or_breaks_ends_the_run(run: Run, server: s3
     assert (text.exit_code, text.stderr) == (65, "llava: s3://replaced/all.zip: neither an archive nor a table\n")
 
 
-def test_one_picture_of_a_bucket_is_asked_about(run: Run) -> None:
+def test_one_picture_of_a_bucket_is_opened() -> None:
     assert open_picture("s3://album/photos/a.png").image.getpixel((0, 0)) == (50, 0, 99)
-    with pytest.raises(InputMissing, match="s3://album/photos/none.png: it is not there"):
+    with pytest.raises(InputMissing, match=r"s3://album/photos/none\.png: it is not there"):
         open_picture("s3://album/photos/none.png")
-    result = run("ask", "s3://album/photos/a.png", QUESTION, "-q", "--max-tokens", "1")
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert looks_like_picture("s3://album/photos/without an ending")
 
 
 def test_objects_in_lists_are_not_read(run: Run, server: s3.Server) -> None:

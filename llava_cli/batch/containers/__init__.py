@@ -11,6 +11,7 @@ from llava_cli.batch.containers.bucket import Bucket
 from llava_cli.batch.containers.compression import FORMATS, UNPACK_ERRORS, unpacking
 from llava_cli.batch.containers.container import Container, OpenFile
 from llava_cli.batch.containers.remote_file import RemoteFile, is_archive, is_picture_url, is_remote
+from llava_cli.batch.containers.table import Table
 from llava_cli.batch.containers.tar_archive import TarArchive
 from llava_cli.batch.containers.tar_headers import BLOCK, is_header
 from llava_cli.batch.containers.zip_archive import ZipArchive
@@ -19,6 +20,8 @@ from llava_cli.errors import BadData
 from llava_cli.images import formats
 from llava_cli.images.remote_names import is_cloud_url, shown, without_secrets
 from llava_cli.untrusted_text import printable
+
+_STREAM, _STREAM_SUFFIXES = b"\xff\xff\xff\xff", (".arrow", ".arrows", ".ipc", ".feather")
 
 
 def open_container(word: str, include: Sequence[str] = (), root: str | None = None) -> Container | None:
@@ -33,7 +36,9 @@ def open_container(word: str, include: Sequence[str] = (), root: str | None = No
         is_file = stat.S_ISREG(os.stat(word).st_mode)
     except (OSError, ValueError):
         return None
-    return container_in(word, LocalFile(word), include) if is_file and not is_picture(b"", word) else None
+    if not is_file or is_picture(b"", word):
+        return None
+    return container_in(word, LocalFile(word), include, os.path.dirname(word) if root is None else root)
 
 
 def _remote(url: str, include: Sequence[str]) -> Container | None:
@@ -45,10 +50,12 @@ def _remote(url: str, include: Sequence[str]) -> Container | None:
     raise BadData(shown(url), "neither an archive nor a table")
 
 
-def container_in(name: str, open_file: OpenFile, include: Sequence[str] = ()) -> Container | None:
-    """The archive or table that a file elsewhere is, by its first bytes and its name; None if it is neither.
+def container_in(
+    name: str, open_file: OpenFile, include: Sequence[str] = (), folder: str | None = None
+) -> Container | None:
+    """The archive or table that a file is, wherever it is, by its first bytes; None if it is neither.
 
-    Raises as `open_container`.
+    Pictures whose paths a table has are below `folder`. Raises as `open_container`.
     """
     with reading(printable(name)), open_file() as file:
         head, is_seekable = file.read(HEAD_BYTES), file.seekable()
@@ -57,11 +64,20 @@ def container_in(name: str, open_file: OpenFile, include: Sequence[str] = ()) ->
         return ZipArchive(name, open_file, include)
     if is_header(head[:BLOCK]):
         return TarArchive(name, open_file, not is_seekable, include)
+    if table := _table_format(head, name):
+        return Table(name, open_file, table, folder)
     if kind in FORMATS:
         unpack = unpacking(printable(name), kind, open_file)
         if _begins_with_tar(unpack, name):
             return TarArchive(name, unpack, True, include)
     return None
+
+
+def _table_format(head: bytes, name: str) -> str | None:
+    """How a table is stored. Streams of Arrow begin with four bytes that only mark them, so they are known by name."""
+    if head.startswith(_STREAM) and name.lower().endswith(_STREAM_SUFFIXES):
+        return "stream"
+    return formats.format_of(head, ("parquet", "arrow"), maybe_text=True)
 
 
 def _begins_with_tar(open_file: OpenFile, name: str) -> bool:
