@@ -75,6 +75,7 @@ _BY_NAME = _table(
     (_MISSING, "NoSuchKey NoSuchVersion BlobNotFound ResourceNotFoundError EntryNotFoundError"),
     (_MISSING, "RemoteEntryNotFoundError"),
     (Failure("archived: it has to be restored first"), "InvalidObjectState BlobArchived"),
+    (Failure("there is no bucket or object of such a name", is_of_all=True), "ParamValidationError"),
     (_CHANGED, "PreconditionFailed FileExpired ConditionNotMet"),
     (_REGION, "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException"),
     (_BUSY, "SlowDown ServiceUnavailable InternalError RequestTimeout OperationAborted ServerBusy Throttling"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from helpers import range_server, s3
+from helpers import data_sets, range_server, s3
 from helpers.command import Run
 from helpers.faults import Told
 from helpers.tables import for_each
@@ -405,3 +405,33 @@ def test_errors_of_all_libraries_are_one_of_ours(monkeypatch: pytest.MonkeyPatch
             Patience("s3://b/").call(fail, "a.png")
         assert raised.value.reason == reason
         assert "secret" not in str(raised.value) + raised.value.hint
+
+
+def test_a_data_set_is_its_pictures_and_its_archives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"README.md": b"", "train/cat/0.png": picture(1), "train/1.jpg": picture(2, "JPEG")}
+    shards = {f"data/{name}": data for name, data in archives().items()}
+    for contents, images in (
+        (files, ["train/1.jpg", "train/cat/0.png"]),
+        (shards, [f"hf://datasets/me/set/data/{image}" for image in SHARDED]),
+        ({**files, **shards}, [f"hf://datasets/me/set/{i}" for i in ("train/1.jpg", "train/cat/0.png")]),
+    ):
+        with data_sets.serving("me/set", contents) as url:
+            cloud.file_system.cache_clear()
+            monkeypatch.setitem(cloud.SERVICES, "hf", cloud.SERVICES["hf"]._replace(options={"endpoint": url}))
+            result = run("batch", "hf://datasets/me/set", QUESTION)
+            rows = rows_of(result.stdout)
+            assert [row["image"] for row in rows][: len(images)] == images, result.stderr
+            assert all(row["status"] == "ok" for row in rows), rows
+    with data_sets.serving("me/set", files) as url:
+        cloud.file_system.cache_clear()
+        monkeypatch.setitem(cloud.SERVICES, "hf", cloud.SERVICES["hf"]._replace(options={"endpoint": url}))
+        missing = run("batch", "hf://datasets/me/other", QUESTION)
+        assert (missing.exit_code, missing.stdout) == (66, "")
+        assert missing.stderr == "llava: hf://datasets/me/other/: no such data set, or a private one\n  hf auth login\n"
+
+
+SHARDED = [
+    "all.zip/in/0.png",
+    "all.zip/in/1.png",
+    *(f"shard-00{shard}.tar/{n}.png" for shard in range(2) for n in range(2)),
+]
