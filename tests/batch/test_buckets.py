@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow
 import pytest
 from helpers import data_sets, range_server, s3
 from helpers.command import Run
 from helpers.faults import Told
 from helpers.tables import for_each
 from PIL import Image
+from pyarrow import parquet
 
 from llava_cli import limits, open_picture
 from llava_cli.batch import run as module
@@ -52,7 +54,7 @@ PHOTOS = {f"photos/{folder}/{n:02}.png": picture(n) for folder in ("b", "a", "é
     "photos/pages.tif": picture(55, "TIFF"),
     "photos/__MACOSX/x.png": picture(56),
 }
-MANY = 250
+MANY = 120
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +115,14 @@ def test_rows_are_those_of_the_folder(run: Run, server: s3.Server) -> None:
 
 def test_many_objects_and_a_run_that_was_killed(run: Run, server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several pages; the rest of the rows is the same, whatever was added meanwhile."""
-    monkeypatch.setattr(cloud, "PAGE_KEYS", 100)
+    monkeypatch.setattr(cloud, "PAGE_KEYS", 50)
     whole = run("batch", "s3://many/", QUESTION, "-o", "whole.jsonl", "-q")
     assert whole.exit_code == 0
     lines = Path("whole.jsonl").read_bytes().splitlines(keepends=True)
     assert [json.loads(line)["image"] for line in lines] == [f"{n:04}.png" for n in range(MANY)]
     settings = json.loads(Path("whole.jsonl.run/settings.json").read_text())
     assert settings["root"] == "s3://many/"
-    Path("whole.jsonl").write_bytes(b"".join(lines[:200]) + lines[200][:20])
+    Path("whole.jsonl").write_bytes(b"".join(lines[:100]) + lines[100][:20])
     server.client.put_object(Bucket="many", Key="0000-new.png", Body=picture(7))
     try:
         resumed = run("batch", "s3://many/", QUESTION, "-o", "whole.jsonl")
@@ -196,7 +198,6 @@ SIGN_IN = "aws configure, or export AWS_PROFILE=NAME; for a public bucket: expor
         ("s3://album/none/", {}, None, "no pictures in it", "--include takes others by name"),
         ("s3://album/", {}, (403, "AccessDenied"), "access denied", SIGN_IN),
         ("s3://album/", {}, (403, "ExpiredToken"), "the credentials for it have expired", SIGN_IN),
-        ("s3://album/", {}, (403, "SignatureDoesNotMatch"), "the credentials for it are refused", SIGN_IN),
         ("s3://album/", {"AWS_SECRET_ACCESS_KEY": ""}, None, "no credentials for it were found", SIGN_IN),
         ("s3://album/", {"AWS_PROFILE": "nobody"}, None, "AWS_PROFILE names no profile", "aws configure list-profiles"),
         ("s3://album/", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, None, "its server cannot be reached", AWAY),
@@ -254,12 +255,16 @@ def test_patterns(pattern: str, start: str, matches: list[str], others: list[str
 
 
 def archives() -> dict[str, bytes]:
-    """Two shards of WebDataset and a zip, of two pictures each."""
+    """Two shards of WebDataset, a zip and a table, of two pictures each."""
     made = {f"shard-{shard:03}.tar": tar_of(10 * shard) for shard in range(2)}
     with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
         for n in range(2):
             archive.writestr(f"in/{n}.png", picture(40 + n))
-    return {**made, "all.zip": file.getvalue()}
+    table = pyarrow.table(
+        {"image": [{"bytes": picture(60 + n), "path": f"{n}.png"} for n in range(2)], "label": ["a", "b"]}
+    )
+    parquet.write_table(table, of_table := io.BytesIO())
+    return {**made, "all.zip": file.getvalue(), "train-0.parquet": of_table.getvalue()}
 
 
 def tar_of(first: int) -> bytes:
@@ -277,7 +282,7 @@ def test_archives_in_buckets_and_at_urls_are_as_on_disk(run: Run, server: s3.Ser
     put_on_disk(archives())
     server.fill("shards", archives())
     with range_server.serving(range_server.Files({f"/{name}": data for name, data in archives().items()})) as web:
-        for names in ("shard-{000..001}.tar", "all.zip", "shard-001.tar"):
+        for names in ("shard-{000..001}.tar", "all.zip", "shard-001.tar", "train-0.parquet"):
             starts = {"": [], "s3://shards/": [], f"{web.url}/": ["--allow-urls"]}
             found = [rows_of(run("batch", start + names, QUESTION, *more).stdout) for start, more in starts.items()]
             assert [len(rows) for rows in found] == [4 if "{" in names else 2] * 3
