@@ -11,7 +11,7 @@ from llava_cli.batch.tasks import sort_paths
 from llava_cli.errors import InputMissing, UsageError
 from llava_cli.images.cloud import Cloud
 from llava_cli.images.reader import SUFFIXES
-from llava_cli.images.remote_names import is_cloud_url, scheme_of, shown
+from llava_cli.images.remote_names import is_cloud_url, path_of, scheme_of, shown
 
 _LIST_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 
@@ -25,6 +25,8 @@ def expand_url(url: str) -> list[str]:
     """
     if not is_cloud_url(url):
         return [url]
+    if not path_of(url).strip("/"):
+        raise UsageError(shown(url), "names no bucket", f"llava batch {scheme_of(url)}://BUCKET/FOLDER/ QUESTION")
     if url.lower().endswith(_LIST_SUFFIXES):
         hint = f"aws s3 cp {files.quoted(url)} - | llava batch - …" if scheme_of(url) == "s3" else "download it first"
         raise UsageError(shown(url), "a list in a bucket is not read", hint)

@@ -198,7 +198,7 @@ def batch(
 
 def _command(source: Source) -> str:
     """The command line that resumes this run; a pipe is written as `…`."""
-    words = ["<(…)" if source.is_substituted(word) else quoted(word) for word in sys.argv[1:]]
+    words = ["<(…)" if source.is_substituted(word) else quoted(_without_secrets(word)) for word in sys.argv[1:]]
     command = " ".join(["llava", *words])
     return f"… | {command}" if source.is_stdin else command
 
@@ -222,6 +222,12 @@ def _note_fields(questions: Iterable[str]) -> None:
 
     if found := {f"{{{field}}}": None for question in questions for field in fields_in(question)}:
         render.note(f"the question has {', '.join(found)} as text; --template-question fills fields in")
+
+
+def _without_secrets(word: str) -> str:
+    from llava_cli.images.remote_names import scheme_of, shown
+
+    return shown(word) if scheme_of(word) in ("http", "https") else word
 
 
 def _size(text: str) -> int | None:

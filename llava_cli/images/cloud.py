@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from llava_cli import limits
@@ -21,6 +22,8 @@ from llava_cli.images.remote_names import path_of, scheme_of, shown
 EXTRA = "pip install 'llava-cli[cloud]'"
 CONNECTIONS = 32
 """At a time to one service."""
+PAGE_KEYS = 1000
+"""Objects of an S3 bucket that are listed at a time, which is the most that a server gives."""
 _BLOCK_BYTES = 8_000_000
 """Of an archive that is read at once."""
 _BUFFER_BYTES = 1 << 17
@@ -43,15 +46,14 @@ class Service(NamedTuple):
     package: str
     sign_in: str
     """The command that finds credentials."""
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     """Of fsspec's file system."""
 
 
 _S3_SIGN_IN = "aws configure, or export AWS_PROFILE=NAME; for a public bucket: export FSSPEC_S3_ANON=true"
 _S3 = Service("s3", "s3fs", _S3_SIGN_IN, _S3_OPTIONS)
-_GOOGLE = Service(
-    "gs", "gcsfs", "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon"
-)
+_GOOGLE_SIGN_IN = "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon"
+_GOOGLE = Service("gs", "gcsfs", _GOOGLE_SIGN_IN)
 _AZURE = Service("abfs", "adlfs", "az login, and export AZURE_STORAGE_ACCOUNT_NAME=NAME")
 _HUB = Service("hf", "huggingface_hub", "hf auth login, or export HF_TOKEN=…")
 SERVICES = {"s3": _S3, "gs": _GOOGLE, "gcs": _GOOGLE, "az": _AZURE, "abfs": _AZURE, "hf": _HUB}
@@ -166,12 +168,13 @@ Ask = Callable[[Callable[[], Any]], Any]
 
 
 def _s3_pages(files: Any, path: str, ask: Ask) -> Iterator[Object]:
-    """By pages of 1,000, of which one is in memory at a time."""
+    """By pages, of which one is in memory at a time."""
     bucket, prefix, _ = files.split_path(path)
     page: dict[str, Any] = {"IsTruncated": True}
     while page["IsTruncated"]:
         token = {"ContinuationToken": page["NextContinuationToken"]} if "NextContinuationToken" in page else {}
-        page = ask(lambda: files.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **token))  # noqa: B023
+        options = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **token}
+        page = ask(lambda: files.call_s3("list_objects_v2", **options))  # noqa: B023
         for item in page.get("Contents", ()):
             yield Object(item["Key"][len(prefix) :], item["Size"])
 

@@ -27,8 +27,8 @@ _OK, _PARTIAL, _NOT_SATISFIABLE = 200, 206, 416
 def open_url(url: str, is_forward: bool) -> tuple[BinaryIO, object]:
     """A file that the user names, and what tells its versions apart; with `is_forward` it is read to its end only.
 
-    It is not `seekable()` if its server does not know ranges. Opening raises `InputMissing`, reading `SourceLost` if the
-    bytes do not arrive; both raise `UsageError` for an unusable proxy.
+    It is not `seekable()` if its server does not know ranges. If the bytes do not arrive, opening raises
+    `InputMissing`, reading `SourceLost`; both raise `UsageError` for an unusable proxy.
     """
     raw = _HttpFile(url, is_forward)
     return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES)), raw.version

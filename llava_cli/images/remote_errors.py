@@ -18,7 +18,7 @@ from llava_cli import limits
 from llava_cli.errors import InputMissing, LlavaError, SourceLost
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 8.0
-"""Seconds before the second attempt, and before any later one; each is up to half shorter, so that not all come at once."""
+"""Seconds before the second attempt and before later ones; each is up to half shorter, so that not all come at once."""
 T = TypeVar("T")
 
 
@@ -70,26 +70,20 @@ _BY_NAME = _table(
     (Failure("this machine's clock is wrong", "timedatectl", is_of_all=True), "RequestTimeTooSkewed"),
     (_DENIED, "AccessDenied AllAccessDisabled AccountProblem AuthorizationFailure GatedRepoError Forbidden"),
     (Failure("there is no such bucket", is_of_all=True), "NoSuchBucket InvalidBucketName ContainerNotFound"),
-    (
-        Failure("there is no such data set, or it is private", "hf auth login", is_of_all=True),
-        "RepositoryNotFoundError",
-    ),
+    (Failure("no such data set, or a private one", "hf auth login", is_of_all=True), "RepositoryNotFoundError"),
     (Failure("there is no such revision", is_of_all=True), "RevisionNotFoundError"),
-    (
-        _MISSING,
-        "NoSuchKey NoSuchVersion BlobNotFound EntryNotFoundError RemoteEntryNotFoundError ResourceNotFoundError",
-    ),
+    (_MISSING, "NoSuchKey NoSuchVersion BlobNotFound ResourceNotFoundError EntryNotFoundError"),
+    (_MISSING, "RemoteEntryNotFoundError"),
     (Failure("archived: it has to be restored first"), "InvalidObjectState BlobArchived"),
+    (Failure("there is no bucket or object of such a name", is_of_all=True), "ParamValidationError"),
     (_CHANGED, "PreconditionFailed FileExpired ConditionNotMet"),
     (_REGION, "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException"),
     (_BUSY, "SlowDown ServiceUnavailable InternalError RequestTimeout OperationAborted ServerBusy Throttling"),
     (_UNREACHABLE, "EndpointConnectionError ConnectTimeoutError ConnectTimeout ConnectError ConnectionRefusedError"),
     (_UNREACHABLE, "ClientConnectorError ConnectionTimeoutError gaierror ServiceRequestError ProxyConnectionError"),
-    (
-        _BROKEN_OFF,
-        "HTTPClientError ClientPayloadError IncompleteRead ResponseParserError FSTimeoutError ResponseIncomplete",
-    ),
-    (_BROKEN_OFF, "ServerDisconnectedError ServerTimeoutError TransportError ServiceResponseError ClientOSError"),
+    (_BROKEN_OFF, "HTTPClientError ClientPayloadError IncompleteRead ResponseParserError FSTimeoutError"),
+    (_BROKEN_OFF, "ResponseIncomplete ServerDisconnectedError ServerTimeoutError TransportError"),
+    (_BROKEN_OFF, "ServiceResponseError ClientOSError"),
 )
 """By a server's code or the name of an error's class."""
 _BY_STATUS = {401: _REFUSED, 403: _DENIED, 404: _MISSING, 408: _BROKEN_OFF, 410: _MISSING, 412: _CHANGED, 429: _BUSY}
@@ -109,10 +103,8 @@ def failure_of(error: BaseException) -> Failure:
     statuses = [status for one in chain if isinstance(status := _status(one), int)]
     by_status = [_BUSY if status >= 500 else _BY_STATUS.get(status) for status in statuses]
     by_class = [_BY_CLASS[name] for name in names if name in _BY_CLASS and not statuses]
-    unknown = Failure(
-        f"the server answers {statuses[0]}" if statuses else f"it cannot be read ({type(error).__name__})"
-    )
-    return next((failure for failure in (*named, *by_status, *by_class) if failure), unknown)
+    words = f"its server answers {statuses[0]}" if statuses else f"it cannot be read ({type(error).__name__})"
+    return next((failure for failure in (*named, *by_status, *by_class) if failure), Failure(words))
 
 
 def status_of(error: BaseException) -> int | None:

@@ -1,4 +1,4 @@
-"""URLs of files on other machines, as words of a command line: which are taken, what they say, and how they are shown."""
+"""URLs of files on other machines, as people type them: which are taken, and how they are shown."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_a_question_that_is_a_files_name(run: Run) -> None:
         (["a.png", QUESTION, "--root", "photos"], 2, ["--root: "]),
         (["https://example.org/a.png", QUESTION], 2, ["https://example.org/a.png: a URL", "--allow-urls"]),
         (["a.png", "http://example.org/", QUESTION], 2, ["http://example.org/: a URL"]),
-        (["s3://bucket/photos", QUESTION], 66, ["s3://bucket/photos: a URL that is not fetched"]),
+        (["ftp://host/photos", QUESTION], 66, ["ftp://host/photos: a URL that is not read"]),
         (["/dev/null", QUESTION], 66, ["/dev/null: neither a file nor a folder"]),
     ],
     own=(loads,),

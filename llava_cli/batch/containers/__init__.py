@@ -53,7 +53,7 @@ def _remote(url: str, include: Sequence[str]) -> Container | None:
 def container_in(
     name: str, open_file: OpenFile, include: Sequence[str] = (), folder: str | None = None
 ) -> Container | None:
-    """The archive or table that a file is, wherever it is, by its first bytes and its name; None if it is neither.
+    """The archive or table that a file is, wherever it is, by its first bytes; None if it is neither.
 
     Pictures whose paths a table has are below `folder`. Raises as `open_container`.
     """
