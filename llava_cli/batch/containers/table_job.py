@@ -34,11 +34,13 @@ _MODULES: dict[str, Any] = {}
 def prepare() -> None:
     """Imports pyarrow, which starts no threads of its own then."""
     import pyarrow
+    import pyarrow.compute
     import pyarrow.ipc
     import pyarrow.parquet
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # others reserve more addresses than the process has
     pyarrow.set_cpu_count(1)
+    bounded_context({"text": [""]})  # codecs, too, are found while files can be opened
     _MODULES.update(pa=pyarrow, parquet=pyarrow.parquet, ipc=pyarrow.ipc)
 
 
@@ -53,8 +55,9 @@ def answer(request: bytes) -> list[bytes]:
         if words["do"] == "list":
             return [JSON_REPLY, json.dumps(_table.rows(words["first"], words["columns"], words["path"])).encode()]
         return _table.picture(words["row"], words["column"])
-    except (KeyError, MemoryError, OSError, OverflowError, ValueError, TypeError, NotImplementedError) as error:
-        return [ERROR, str(error).partition("\n")[0][:200].encode("utf-8", "replace")]
+    except Exception as error:  # pyarrow raises almost any for a damaged table
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        return [ERROR, reason.encode("utf-8", "replace")]
 
 
 class _Asked(io.RawIOBase):
@@ -115,12 +118,20 @@ class _Table:
             return []
         if not names:
             return [[None, None]] * part.num_rows
+        values = {name: self._values(part.column(name)) for name in names}
         found = []
-        for row in part.to_pylist():
-            context = {name: _plain(row[name]) for name in columns}
-            picture = row[path] if path is not None else None
-            found.append([picture if isinstance(picture, str) else None, bounded_context(context)])
+        for number in range(part.num_rows):
+            picture = values[path][number] if path is not None else None
+            context = bounded_context({name: values[name][number] for name in columns})
+            found.append([picture if isinstance(picture, str) else None, context])
         return found
+
+    def _values(self, column: Any) -> list[Any]:
+        """A column's values as JSON has them. Times are in UTC, since the names of zones are files."""
+        pa = _MODULES["pa"]
+        if pa.types.is_timestamp(column.type):
+            column = column.cast(pa.timestamp("us"), safe=False)
+        return [_plain(value) for value in column.to_pylist()]
 
     def picture(self, row: int, column: str) -> list[bytes]:
         """A row's picture: its bytes, or its path in JSON; null where it has none."""
