@@ -602,3 +602,24 @@ def test_places_and_other_columns_of_a_table_of_text(run: Run) -> None:
 def manifest_even_if_rows_fail(run: Run, *words: str) -> list[Row]:
     run("batch", *words, "-o", "out.jsonl")
     return rows_of(Path("out.jsonl.run/manifest").read_bytes())
+
+
+@for_each("name", ["x.tar.gz", "x.tar.bz2", "no ending"], own=(here,))
+def test_a_stream_is_read_no_more_often_than_it_must_be(name: str) -> None:
+    """Who looks for pages is ahead of who opens the pictures; both read forward."""
+    WRITERS[name](name, PICTURES)
+    opened = []
+
+    def open_file() -> Any:
+        opened.append(open(name, "rb"))  # noqa: SIM115
+        return opened[-1]
+
+    archive = container_in(name, open_file)
+    assert archive and archive.readers == 1
+    names = [entry.name for entry in archive.entries()]
+    before = len(opened)
+    for behind, ahead in zip(names, names[2:], strict=False):
+        assert (archive.read(ahead), archive.read(behind)) == (PICTURES[ahead], PICTURES[behind])
+    assert len(opened) == before + 2
+    archive.close()
+    assert all(file.closed for file in opened)
