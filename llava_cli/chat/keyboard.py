@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -59,8 +58,12 @@ def keyboard(history: Path | None, paste: Callable[[], str]) -> Read:
     keys = KeyBindings()
 
     @keys.add("c-v")
-    async def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text(await run_in_terminal(lambda: _pasted(paste)))
+    def _(event: KeyPressEvent) -> None:
+        # Not `run_in_terminal`, which would come after keys that were typed meanwhile, such as Enter.
+        event.app.renderer.erase()
+        event.current_buffer.insert_text(_pasted(paste))
+        event.app.renderer.reset()
+        event.app.invalidate()  # draws the line again, below what was printed
 
     @keys.add("escape", "enter")
     def _(event: KeyPressEvent) -> None:

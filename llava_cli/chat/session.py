@@ -15,6 +15,7 @@ from llava_cli.images.region import cut
 from llava_cli.parts import parse_region
 from llava_cli.settings import Settings
 
+_REGION_EXAMPLE = "/region 0,0,50%,50%"
 Window = tuple[int, int]
 """How many of the oldest turns, and how many of the oldest pictures, are left out of the prompt."""
 
@@ -63,14 +64,16 @@ class Chat:
         Regions are those of a whole picture, also where the last one is itself a region. Raises `UsageError` without a
         picture or for what is no region, `BadImage` if the picture has no such place.
         """
-        region = parse_region("/region", region)
+        try:
+            region = parse_region("/region", region)
+        except UsageError as error:
+            raise UsageError(error.thing, error.reason, _REGION_EXAMPLE) from None
         if not (pictures := self.attached or self.conversation.pictures):
             raise UsageError("/region", "there is no picture yet", "/image PATH")
         whole = self._whole(pictures[-1])
         part = cut(whole, region)
         if isinstance(part, BadImage):
-            part.hint = "/region 0,0,50%,50%"
-            raise part
+            raise BadImage(part.thing, part.reason, _REGION_EXAMPLE)
         self._wholes[part.identity] = whole
         del self.attached[-1:]
         self.attach(part)

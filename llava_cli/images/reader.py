@@ -145,6 +145,8 @@ def _choose_parts(name: str, file: bytes | Path, options: PictureOptions) -> tup
     if not (options.pages or options.frames or options.every or formats.has_several(_head(file))):
         return [WHOLE], ""
     content = _ok(sandbox_pool().inspect(name, file))
+    if content == Content("document") and not options.pages:
+        return [WHOLE], ""
     is_chosen = content.kind != "document" or options.pages
     most = limits.QUESTION_PICTURES if is_chosen else limits.ASK_PAGES
     chosen = choose(content, options.pages, options.frames, options.every, most)
@@ -159,11 +161,18 @@ def _choose_parts(name: str, file: bytes | Path, options: PictureOptions) -> tup
     return chosen.parts, _left_out(shown, content, chosen, options)
 
 
+_OTHER_OPTIONS = {"document": ("frames", "every"), "film": ("pages",)}
+"""The options that are about other kinds of files."""
+
+
 def _left_out(shown: str, content: Content, chosen: Chosen, options: PictureOptions) -> str:
     """The note of what the user did not choose to leave out of a file."""
     if chosen.left_out:
         count = len(chosen.parts) + chosen.left_out
         return f"{shown}: pages 1 to {len(chosen.parts)} of {count}; --pages 1-{count} takes all"
+    for option in _OTHER_OPTIONS.get(content.kind, ()):
+        if getattr(options, option):
+            return f"{shown}: a {content.kind}, where --{option} chooses nothing"
     if content.kind == "film" and not (options.frames or options.every):
         return f"{shown}: {len(chosen.parts)} frames of {content.seconds:.0f} s; --frames or --every takes others"
     if content.kind != "film" and options.pages:

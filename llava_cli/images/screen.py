@@ -58,7 +58,7 @@ def _on_wayland() -> bytes:
     """From the first program that is there and succeeds, this desktop's own before the others."""
     desktop = os.environ.get("XDG_CURRENT_DESKTOP", "").upper()
     own = next(one for one in _PROGRAMS if one.desktop in desktop)
-    reason = f"{own.command[0]} is not installed"
+    reason, hint = f"{own.command[0]} is not installed", f"apt install {own.package}"
     with scratch_folder() as folder:
         for program in (own, *(one for one in _PROGRAMS if one != own)):
             if shutil.which(program.command[0]):
@@ -66,5 +66,5 @@ def _on_wayland() -> bytes:
                 made = desktop_program.run(SCREEN, [*program.command, str(file)], limits.SCREEN_SECONDS)
                 if not made.code and file.exists():
                     return regular_files.read(file, limits.PICTURE_BYTES)
-                reason = f"{program.command[0]} takes no picture: {made.message or 'without a reason'}"
-    raise InputMissing(SCREEN, reason, f"apt install {own.package}")
+                reason, hint = f"{program.command[0]} takes no picture: {made.message or 'without a reason'}", ""
+    raise InputMissing(SCREEN, reason, hint)
