@@ -126,7 +126,7 @@ def expected_answer(value: Any) -> Any:
 
 def sort_paths(paths: Iterable[str]) -> Iterator[str]:
     """Sorts paths by their bytes, on disk: there may be more of them than fit in memory. Raises `OutputError`."""
-    with _scratch_database() as database:
+    with scratch_database() as database:
         database.execute("create table path (name blob)")
         database.executemany("insert into path values (?)", ((os.fsencode(path),) for path in paths))
         for (name,) in database.execute("select name from path order by name"):
@@ -138,7 +138,7 @@ def merge_tasks(manifest: Iterable[bytes], tasks: Iterable[Task]) -> Iterator[tu
 
     If a key occurs three times in `tasks`, it occurs at least three times in the result. Raises `OutputError`.
     """
-    with _scratch_database() as database:
+    with scratch_database() as database:
         database.execute("create table task (place integer primary key, key text, nth int, line blob, found int)")
         database.execute("create unique index once on task (key, nth)")
         insert = "insert into task (key, nth, line, found) values (?, ?, ?, {}) on conflict (key, nth) do "
@@ -166,7 +166,7 @@ def _insert(database: sqlite3.Connection, name: str, insert: str, keyed_lines: I
 
 
 @contextmanager
-def _scratch_database() -> Iterator[sqlite3.Connection]:
+def scratch_database() -> Iterator[sqlite3.Connection]:
     """A temporary database that keeps at most 8 MB in memory. Raises `OutputError`."""
     with scratch_folder() as folder:
         try:

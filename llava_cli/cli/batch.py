@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava_cli.cli import app
-from llava_cli.cli.options import ANSWERING, FORM, PICTURES, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import ANSWERING, FORM, PICTURES, JsonOpt, QuietOpt, TruncatedOpt, settings_of, with_options
 from llava_cli.errors import UsageError
 from llava_cli.files import quoted
 from llava_cli.settings import LoadOptions, Settings
@@ -76,6 +76,10 @@ SightOpt = Annotated[
     int,
     typer.Option("--sight", metavar="N", min=0, help="Of N rows, tell how far the answer depends on the picture."),
 ]
+DryRunOpt = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Write nothing: tell what would be done, and the time and memory that it takes."),
+]
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
@@ -99,6 +103,8 @@ def batch(
     escalate: EscalateOpt = None,
     escalate_model: LargerOpt = None,
     sight_sample: SightOpt = 0,
+    dry_run: DryRunOpt = False,
+    json: JsonOpt = False,
     *,
     context: typer.Context,
     allow_truncated: TruncatedOpt = False,
@@ -119,6 +125,7 @@ def batch(
     Each picture, each path of a list and each line of a questions file has its own row, in their order. SOURCE is known
     by its content: questions may have any name, or come on stdin. What is skipped in a folder is counted on stderr.
     """
+    from llava_cli.batch import dry_run as dry
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.runner import check_form
     from llava_cli.batch.source import Source
@@ -128,6 +135,8 @@ def batch(
     from llava_cli.hardware.allocator import limit_caches
 
     limit_caches(primitives=32)
+    if json and not dry_run:
+        raise UsageError("--json", "is about --dry-run", "rows are JSON as they are")
     to_file = None if output is None or str(output) == "-" else output
     if to_file is None and (extend or retry_errors or repair):
         raise UsageError("--extend, --retry-errors, --repair", "are about a file of rows", USAGE)
@@ -160,7 +169,7 @@ def batch(
         allow_urls=allow_urls,
         quiet=quiet,
     )
-    if code := run(job):
+    if code := dry.dry_run(job, json) if dry_run else run(job):
         raise typer.Exit(code)
 
 
