@@ -1,6 +1,6 @@
 """What `llava batch --dry-run` foretells, beside what the run takes: `python benchmarks/dry_run.py`.
 
-Makes files of many kinds: drawings and photos' noise, from 64 pixels to 3 megapixels, JPEG, PNG, WebP, GIF, BMP and
+Makes files of many kinds: drawings and photos' noise, 64 to 1,200 pixels wide, JPEG, PNG, WebP, GIF, BMP and
 TIFF. Of a hundred, three are cut off, two are no pictures, and four have the bytes of another one. Then a dry run and
 the run itself, in turn, each a process: the seconds from start to end, and the most bytes that the process and those
 that it has started have had resident. `--model FOLDER --precision 4bit --files 150` asks another model, with questions
@@ -42,7 +42,7 @@ QUESTIONS = (
 
 def picture(rng: Random) -> Image.Image:
     """A drawing, or noise on a coarse pattern as of a photo; sizes are spread evenly by their logarithm."""
-    width = round(math.exp(rng.uniform(math.log(64), math.log(2000))))
+    width = round(math.exp(rng.uniform(math.log(64), math.log(1200))))
     height = max(48, round(width * rng.uniform(0.6, 1.0)))
     if rng.random() < 0.7:
         return draw(random_scene(rng), rng).convert("RGB").resize((width, height))
@@ -66,7 +66,7 @@ def make(folder: Path, count: int, seed: int = 1) -> None:
         elif chance < 0.06:
             name.write_bytes(rng.randbytes(rng.randrange(1, 5000)))
         else:
-            picture(rng).save(name, quality=85)
+            picture(rng).save(name, quality=85, compress_level=1, method=0)
             if chance < 0.09:
                 name.write_bytes(name.read_bytes()[: name.stat().st_size // 2])
             else:
@@ -78,7 +78,7 @@ def questions(folder: Path, count: int, seed: int = 2) -> Path:
     rng, path = Random(seed), folder / "questions.jsonl"
     names = sorted(str(name.relative_to(folder)) for name in folder.rglob("*.*") if name.suffix != ".jsonl")
     with path.open("w") as file:
-        for name in names[:count]:
+        for name in names[:: max(1, len(names) // count)][:count]:
             row = {"image": name, "question": rng.choice(QUESTIONS), "max_tokens": rng.choice((4, 12, 48))}
             file.write(json.dumps(row) + "\n")
     return path
@@ -129,16 +129,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="of files that were made before, or where to keep them")
     parser.add_argument("--model")
     parser.add_argument("--precision")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make(folder / "files", args.files)
+        files = args.folder or folder / "files"
+        if not files.is_dir():
+            make(files, args.files)
         if args.model:
-            source = [str(questions(folder / "files", args.files)), "-m", args.model, "--precision", args.precision]
+            source = [str(questions(files, args.files)), "-m", args.model, "--precision", args.precision]
         else:
-            source = [str(folder / "files"), QUESTIONS[0], "-m", "builtin"]
+            source = [str(files), QUESTIONS[0], "-m", "builtin"]
         if args.model:  # makes the quantized copy
             run([*source, "-q", "--dry-run"])
         for number in range(args.runs):
