@@ -259,6 +259,22 @@ def counting(total: int | None, quiet: bool = False) -> Iterator[Any]:
         yield show
 
 
+@contextmanager
+def counted(words: str, total: int | None = None, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar of things on stderr, if that is a terminal: yields a function of how many are done."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(words, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], optional: int = 0) -> None:
     """Prints a table: drawn on a terminal, tab-separated in a pipe. No cell can add a column or a row.
 

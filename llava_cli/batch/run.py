@@ -67,11 +67,11 @@ def run(job: Job) -> int:
             stack.callback(job.templates.close)
         stack.callback(job.source.close)
         journal = tasks = None
-        larger = _open_larger(job)
+        larger = open_larger(job)
         if job.output is None:
             if job.promise:
-                job = _with_one_precision(job, None)
-                _run_settings(job, larger)  # holds the calibration against them
+                job = settle_precision(job, None)
+                run_settings(job, larger)  # holds the calibration against them
             tasks = job.source.checked_tasks()
             if job.templates and job.templates.columns and not job.source.is_stream:
                 deque(job.templates.checked(job.source.tasks_with_rows()), maxlen=0)
@@ -83,27 +83,12 @@ def run(job: Job) -> int:
                 tasks = journal.tasks()
         source_is_read = journal is not None or not job.source.is_stream
         if source_is_read:
-            _note_what_is_left_out(job)
+            note_what_is_left_out(job)
         if tasks is None:
             return _finish(job, tally, stop, "nothing left to do")
-        loader = PictureLoader(
-            job.source.find,
-            job.allow_truncated,
-            job.allow_urls,
-            dpi=job.settings.pictures.dpi,
-            readers=job.source.readers,
-            holds=job.source.holds,
-            keep_files=job.templates is not None,
-        )
+        loader = loader_of(job)
         stack.callback(loader.close)
-        with render.spinner("loading the model", job.quiet):
-            engine = open_engine(job.settings, render.note, render.notes(job.quiet))
-        sampling = job.settings.sampling
-        engine.check_options(replace(sampling, sight=sampling.sight or job.sight > 0))
-        if not job.quiet:
-            render.note_demo_model(job.settings.load, engine)
-        if job.promise or larger:
-            engine = JudgedEngine(engine, job.promise, larger, job.settings.remote.concurrency)
+        engine = engine_of(job, larger)
         stack.enter_context(stop)
         speed = _answer(job, journal, tasks, tally, engine, loader, stop)
         if job.verify and not stop.signal:
@@ -111,17 +96,42 @@ def run(job: Job) -> int:
         if loader.last_refusal and not job.quiet:
             render.note(f"{loader.last_refusal}; {loader.last_refusal.hint}")
         if not source_is_read:
-            _note_what_is_left_out(job)
+            note_what_is_left_out(job)
     return _finish(job, tally, stop, speed)
 
 
-def _note_what_is_left_out(job: Job) -> None:
+def loader_of(job: Job) -> PictureLoader:
+    return PictureLoader(
+        job.source.find,
+        job.allow_truncated,
+        job.allow_urls,
+        dpi=job.settings.pictures.dpi,
+        readers=job.source.readers,
+        holds=job.source.holds,
+        keep_files=job.templates is not None,
+    )
+
+
+def engine_of(job: Job, larger: Engine | None) -> Engine:
+    """The model that answers, ready. Raises as `open_engine`, and `UsageError` for options that it does not have."""
+    with render.spinner("loading the model", job.quiet):
+        engine = open_engine(job.settings, render.note, render.notes(job.quiet))
+    sampling = job.settings.sampling
+    engine.check_options(replace(sampling, sight=sampling.sight or job.sight > 0))
+    if not job.quiet:
+        render.note_demo_model(job.settings.load, engine)
+    if job.promise or larger:
+        engine = JudgedEngine(engine, job.promise, larger, job.settings.remote.concurrency)
+    return engine
+
+
+def note_what_is_left_out(job: Job) -> None:
     """Prints the notes of a source that has been read to its end."""
     for line in () if job.quiet else job.source.notes():
         render.note(line)
 
 
-def _open_larger(job: Job) -> Engine | None:
+def open_larger(job: Job) -> Engine | None:
     """The model that is asked about what the first one leaves open. Raises as `RemoteEngine`."""
     if job.escalate is None:
         return None
@@ -137,7 +147,8 @@ _ESCALATE_WORDS = {"--server": "--escalate", "-m NAME": "--escalate-model NAME",
 """What the options of a first server are called for the larger model."""
 
 
-def _with_one_precision(job: Job, saved: str | None) -> Job:
+def settle_precision(job: Job, saved: str | None) -> Job:
+    """The job with the one precision of all its rows. Raises and hints as `one_precision`."""
     return replace(job, settings=with_one_precision(job.settings, saved, render.notes(job.quiet)))
 
 
@@ -145,11 +156,11 @@ def _open_journal(job: Job, journal: Journal, tally: Tally, larger: Engine | Non
     """Locks the output, checks that its rows are this job's, and counts them; returns the job with its precision."""
     journal.lock()
     saved = journal.saved_precision()
-    job = _with_one_precision(job, saved)
+    job = settle_precision(job, saved)
     tasks = job.source.tasks()
     if job.templates and saved is None:  # a source that has lost a column since is no reason not to go on
         tasks = job.templates.checked(tasks)
-    added, removed = journal.begin(_run_settings(job, larger), tasks, job.extend)
+    added, removed = journal.begin(run_settings(job, larger), tasks, job.extend)
     if not job.quiet and (added or removed):
         action = "are taken in" if job.extend else "are left out; --extend takes them in"
         changes = [f"{added} rows were added to the source since and {action}"] if added else []
@@ -159,7 +170,7 @@ def _open_journal(job: Job, journal: Journal, tally: Tally, larger: Engine | Non
     return job
 
 
-def _run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
+def run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
     """What all rows of a run have in common; with other settings the run cannot be resumed.
 
     Raises `BadData` if the calibration was made with others.

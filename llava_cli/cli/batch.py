@@ -13,7 +13,7 @@ import typer
 
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.options import ANSWERING, FORM, PICTURES, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import ANSWERING, FORM, PICTURES, JsonOpt, QuietOpt, TruncatedOpt, settings_of, with_options
 from llava_cli.cli.saved_prompt import NamedQuestion, ParamOpt, PromptOpt, named_question
 from llava_cli.errors import UsageError
 from llava_cli.files import quoted
@@ -86,6 +86,10 @@ TemplateOpt = Annotated[
     bool,
     typer.Option("--template-question", help="Fill in the fields of questions, such as {name}, {date}, {row.city}."),
 ]
+DryRunOpt = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Write nothing: tell what would be done, and the time and memory that it takes."),
+]
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
@@ -112,6 +116,8 @@ def batch(
     escalate: EscalateOpt = None,
     escalate_model: LargerOpt = None,
     sight_sample: SightOpt = 0,
+    dry_run: DryRunOpt = False,
+    json: JsonOpt = False,
     *,
     context: typer.Context,
     allow_truncated: TruncatedOpt = False,
@@ -135,6 +141,7 @@ def batch(
     by its content: questions may have any name, or come on stdin. What is skipped in a folder or an archive is counted
     on stderr.
     """
+    from llava_cli.batch import dry_run as dry
     from llava_cli.batch.questions import Check
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.runner import check_form
@@ -145,6 +152,8 @@ def batch(
     from llava_cli.hardware.allocator import limit_caches
 
     limit_caches(primitives=32)
+    if json and not dry_run:
+        raise UsageError("--json", "is about --dry-run", "rows are JSON as they are")
     to_file = None if output is None or str(output) == "-" else output
     if to_file is None and (extend or retry_errors or repair):
         raise UsageError("--extend, --retry-errors, --repair", "are about a file of rows", USAGE)
@@ -197,7 +206,7 @@ def batch(
         allow_urls=allow_urls,
         quiet=quiet,
     )
-    if code := run(job):
+    if code := dry.dry_run(job, json) if dry_run else run(job):
         raise typer.Exit(code)
 
 

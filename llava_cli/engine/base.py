@@ -114,6 +114,8 @@ class Engine(ABC):
     device: str
     """Both empty where only a server knows."""
     load_seconds: float = 0.0
+    has_new_copy: bool = False
+    """Whether loading it has made a quantized copy: the next time takes less time and memory."""
     where: str = ""
     """What answers, where that is not this process."""
     decoding: str = ""
@@ -147,6 +149,10 @@ class Engine(ABC):
 
     def check_options(self, sampling: Sampling) -> None:  # noqa: B027  (most have all options)
         """Raises `UsageError` for an option that this engine has nothing like."""
+
+    def most_at_a_time(self, size: int | None = None) -> int:
+        """How many requests of `answer_many` are answered at a time, at most, where it gets this `size`."""
+        return 1
 
     def answer(self, conversation: Conversation, sampling: Sampling | None = None) -> Answer:
         """The whole answer to the conversation's last question."""

@@ -172,6 +172,9 @@ class LocalEngine(Engine):
         for _ in generate_alone(self.network, sequence):
             yield sequence.finish() if sequence.is_complete else None
 
+    def most_at_a_time(self, size: int | None = None) -> int:
+        return Scheduler(self.network, size).most_rows
+
     def answer_many(
         self,
         requests: Iterable[Request | LlavaError],

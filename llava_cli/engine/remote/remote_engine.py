@@ -104,6 +104,9 @@ class RemoteEngine(Engine):
             except RetryableError as error:
                 self._wait(error, attempt)
 
+    def most_at_a_time(self, size: int | None = None) -> int:
+        return self._concurrency
+
     def answer_many(
         self,
         requests: Iterable[Request | LlavaError],
