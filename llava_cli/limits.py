@@ -27,7 +27,7 @@ DOCUMENT_MEMORY = 2 * 2**30
 ASK_PAGES = 4
 """Of a document in a question, unless --pages says which."""
 QUESTION_PICTURES = 100
-"""Of one file in a question, if options say which: each page may take 30 MB of memory."""
+"""Of one file in a question, if options say which, and files on the clipboard: each may take 30 MB of memory."""
 FILM_FRAMES = 4
 """Of a film, unless --frames or --every says how many."""
 FILM_SECONDS = 10_000_000.0
@@ -38,8 +38,6 @@ CLIPBOARD_SECONDS = 2.0
 """Until a program that reads the clipboard has answered; it waits for the program that was copied from."""
 SCREEN_SECONDS = 10.0
 """Until a program has written its picture of the screen."""
-CLIPBOARD_FILES = 100
-"""Files that were copied in a file manager."""
 
 # Sandboxed processes.
 SANDBOX_MEMORY = 4 * 2**30

@@ -21,7 +21,7 @@ from typing import Any
 from llava_cli import files
 from llava_cli.conversation import Conversation, Picture, Turn
 from llava_cli.errors import InputMissing, LlavaError, OutputError, UsageError, os_reason
-from llava_cli.images.reader import CLIPBOARD, SCREEN, is_url, open_picture
+from llava_cli.images.reader import CLIPBOARD, SCREEN, open_picture
 from llava_cli.models.registry import is_folder
 from llava_cli.parts import Part
 from llava_cli.paths import data_folder
@@ -260,7 +260,7 @@ class Store:
 
 
 def _has_path(name: str) -> bool:
-    return name not in _NO_PATHS and not is_url(name)
+    return name not in _NO_PATHS and "://" not in name
 
 
 def _absolute(name: str) -> str:

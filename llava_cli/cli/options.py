@@ -64,7 +64,8 @@ def _parameter(key: str) -> inspect.Parameter:
     default = f" [{option.default:g}]" if option.bounds and option.default is not None else ""
     flags = [flag for flag in (option.short, option.flag) if flag]
     declared = typer.Option(*flags, metavar=option.metavar, help=option.help + default)
-    kind: Any = list[str] if option.type == tuple[str, ...] else str if option.parse else option.type
+    text = str if option.parse else option.type  # Typer would take a time such as 5s for a number
+    kind: Any = list[str] if option.type == tuple[str, ...] else text
     annotation = Annotated[kind | None, declared]
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
