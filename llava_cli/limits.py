@@ -29,7 +29,7 @@ DOCUMENT_MEMORY = 2 * 2**30
 ASK_PAGES = 4
 """Of a document in a question, unless --pages says which."""
 QUESTION_PICTURES = 100
-"""Of one file in a question, if options say which: each page may take 30 MB of memory."""
+"""Of one file in a question, if options say which, and files on the clipboard: each may take 30 MB of memory."""
 FILM_BYTES = 50_000_000_000
 """All of a film is read once, for its hash."""
 FILM_FRAMES = 4
@@ -66,8 +66,6 @@ CLIPBOARD_SECONDS = 2.0
 """Until a program that reads the clipboard has answered; it waits for the program that was copied from."""
 SCREEN_SECONDS = 10.0
 """Until a program has written its picture of the screen."""
-CLIPBOARD_FILES = 100
-"""Files that were copied in a file manager."""
 
 # What questions are filled in with.
 EXIF_BYTES = 1_000_000
@@ -260,7 +258,7 @@ GRAMMAR_RULES = 500
 """Rules and terminals of a Lark grammar: llguidance's stack ends where a thousand refer to each other in a chain."""
 GRAMMAR_STATES = 50_000
 """Of the automaton that is made of a schema, regex or grammar as answers go on: 1 to 2 kB each."""
-TABLE_COLUMNS = 1_000
+EXPORT_COLUMNS = 1_000
 """Keys of rows that become columns of a table."""
 SIDECAR_BYTES = 4_000_000
 """Of a text or XMP file beside a picture that a new description may go into."""

@@ -64,8 +64,8 @@ class Columns:
             if name in names:
                 raise ValueError(f"has {one_line(name)!r} twice: as a key, and in an object")
             names.add(name)
-            if name not in self.kinds and len(self.kinds) == limits.TABLE_COLUMNS:
-                raise ValueError(f"has keys beyond {limits.TABLE_COLUMNS:,}, the most that a table may have")
+            if name not in self.kinds and len(self.kinds) == limits.EXPORT_COLUMNS:
+                raise ValueError(f"has keys beyond {limits.EXPORT_COLUMNS:,}, the most that a table may have")
             self.kinds.setdefault(name, set()).update(_kinds(name, value))
 
     @property

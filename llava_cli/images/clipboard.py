@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from llava_cli import limits
-from llava_cli.errors import InputMissing, os_reason
+from llava_cli.errors import InputMissing, PromptTooLong, os_reason
 from llava_cli.images import desktop_program
 from llava_cli.images.reader import CLIPBOARD, Opened, as_png, local_path, open_chosen, open_file
 from llava_cli.settings import PictureOptions
@@ -55,11 +55,14 @@ class NoPicture(InputMissing):
 def open_clipboard(options: PictureOptions, allow_truncated: bool = False) -> Opened:
     """The picture on the clipboard, or the pictures of the files that were copied.
 
-    Raises `NoPicture` where there is none, `InputMissing` where nothing can be read, and what `open_chosen` raises.
+    Raises `NoPicture` where there is none, `InputMissing` where nothing can be read, `PromptTooLong`
+    for too many files, and what `open_chosen` raises.
     """
     found = _on_linux() if sys.platform not in ("darwin", "win32") else _by_pillow()
     if isinstance(found, bytes):
         return open_file(CLIPBOARD, found, options, allow_truncated)
+    if len(found) > (most := limits.QUESTION_PICTURES):
+        raise PromptTooLong(CLIPBOARD, f"has {len(found):,} files; a question has at most {most}", "copy fewer of them")
     opened = [open_chosen(path, options, allow_truncated) for path in found]
     pictures = [picture for one in opened for picture in one.pictures]
     return Opened(pictures, tuple(note for one in opened for note in one.notes))
@@ -121,10 +124,10 @@ def _get(tool: _Tool, kind: str) -> bytes:
 
 def _paths(uris: bytes) -> Iterator[str]:
     """The files of this machine in a list of URIs (RFC 2483). Others are not fetched: nobody has typed them."""
-    lines = decoded(uris[:1_000_000]).splitlines()
-    for line in [line.strip() for line in lines if line[:5].lower() == "file:"][: limits.CLIPBOARD_FILES]:
-        with suppress(InputMissing):  # another machine's
-            yield local_path(line)
+    for line in decoded(uris[: limits.TEXT_CHARACTERS]).splitlines():
+        if line[:5].lower() == "file:":
+            with suppress(InputMissing):  # another machine's
+                yield local_path(line.strip())
 
 
 def _by_pillow() -> bytes | list[str]:
@@ -138,7 +141,7 @@ def _by_pillow() -> bytes | list[str]:
     if found is None:
         raise NoPicture(CLIPBOARD, "has no picture", "copy a picture first")
     if isinstance(found, list):
-        return [os.fspath(path) for path in found][: limits.CLIPBOARD_FILES]
+        return [os.fspath(path) for path in found]
     file = getattr(found, "fp", None)
     if found.format == "PNG" and isinstance(file, io.BytesIO):
         return file.getvalue()  # only its header was looked at

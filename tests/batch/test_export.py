@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_rows(to: str, tmp_path: Path, run: Run, m
 def test_rows_that_are_no_table(to: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("export", write(tmp_path / "out.jsonl"), "--to", to)
     assert done.exit_code == 0  # a table without rows, with the columns that all tables have
-    monkeypatch.setattr(limits, "TABLE_COLUMNS", 20)
+    monkeypatch.setattr(limits, "EXPORT_COLUMNS", 20)
     for more, reason in (
         ({f"k{n}": 1 for n in range(20)}, "has keys beyond 20"),
         ({"error": {"type": "a"}, "error.type": 1}, "has 'error.type' twice"),

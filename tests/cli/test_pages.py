@@ -12,7 +12,7 @@ from helpers.tables import for_each
 from PIL import Image
 
 import llava_cli
-from llava_cli import LlavaError, load, open_pictures
+from llava_cli import LlavaError, limits, load, open_pictures
 from llava_cli.images.reader import looks_like_picture, split_source
 from llava_cli.parts import WHOLE, Part
 
@@ -77,7 +77,11 @@ def test_pages_are_shown_in_order(here: Path, run: Run) -> None:
             65,
             "doc.pdf#1: 834x834, without a region 5000,0,6000,100%\n  --region 0,0,50%,50%",
         ),
-        (f"doc.pdf --pages {'1-,' * 20}1", 65, "doc.pdf: 121 pictures; a question has at most 100\n  --pages 1-4"),
+        (
+            f"doc.pdf --pages {'1,' * limits.QUESTION_PICTURES}1",
+            65,
+            "doc.pdf: 101 pictures; a question has at most 100\n  --pages 1-4",
+        ),
         (
             f"doc.pdf --pages {'1-,' * 10}1",
             65,
@@ -123,6 +127,7 @@ def test_from_python(here: Path) -> None:
     assert engine.ask(open_pictures("doc.pdf", pages="1"), "what is this?") == "a red circle on a white background"
     with pytest.warns(UserWarning, match=r"^doc.pdf: pages 1 to 4 of 6"):
         engine.ask("doc.pdf", "what is this?")
+    assert len(open_pictures("doc.pdf", pages="all")) > limits.ASK_PAGES
     with pytest.raises(LlavaError, match=r"^region: 'everything' is no region"):
         open_pictures("doc.pdf", region="everything")
 

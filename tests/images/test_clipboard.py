@@ -13,7 +13,7 @@ from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import limits, open_picture
-from llava_cli.errors import BadImage, InputMissing
+from llava_cli.errors import BadImage, InputMissing, PromptTooLong
 from llava_cli.images.clipboard import clipboard_text, open_clipboard
 from llava_cli.images.screen import open_screen
 from llava_cli.settings import PictureOptions
@@ -48,13 +48,16 @@ def test_its_pixels_are_those_of_the_file(kind: str, as_type: str, copy: Copy, t
     assert (picture.image, picture.sha256, picture.name) == (expected.image, expected.sha256, "clipboard")
 
 
-def test_files_that_were_copied(copy: Copy, drawing: Path, tmp_path: Path) -> None:
+def test_files_that_were_copied(copy: Copy, drawing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawing.rename(file := tmp_path / "a 100% #2.png")
     other = tmp_path / "b.png"
     Image.new("RGB", (9, 8)).save(other)
     lines = ["# copied", file.as_uri(), "http://pictures.example/a.png", other.as_uri(), "file://elsewhere/a.png", ""]
     copy("\r\n".join(lines).encode(), "text/uri-list")
     assert [picture.name for picture in open_clipboard(ALL).pictures] == [str(file), str(other)]
+    monkeypatch.setattr(limits, "QUESTION_PICTURES", 1)
+    with pytest.raises(PromptTooLong, match=r"^clipboard: has 2 files; a question has at most 1$"):
+        open_clipboard(ALL)
     copy(b"http://pictures.example/a.png\r\n", "text/uri-list")
     with pytest.raises(InputMissing, match=r"^clipboard: has no picture$"):
         open_clipboard(ALL)
@@ -153,6 +156,10 @@ def test_on_wayland(drawing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     program(folder, "wl-paste", WL_PASTE.format(drawing))
     assert open_clipboard(ALL).pictures[0].sha256 == open_picture(str(drawing)).sha256
+    program(folder, "gnome-screenshot", "exec sleep 1000")
+    with monkeypatch.context() as patch, pytest.raises(InputMissing, match=r"not answer within 0.2 s$"):
+        patch.setattr(limits, "SCREEN_SECONDS", 0.2)
+        open_screen(ALL)
     program(folder, "gnome-screenshot", "echo 'not allowed' >&2; exit 1")
     with pytest.raises(InputMissing, match=r"^screen: gnome-screenshot takes no picture: not allowed$"):
         open_screen(ALL)
