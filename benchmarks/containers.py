@@ -2,8 +2,8 @@
 
 Makes tiny pictures in a folder, a zip, a tar, a tar.gz and a Parquet file, 1,000 and 100,000 of them, and runs
 `llava batch` over each in a process of its own: peak memory of both, and pictures a second. What is the same for all
-of them is left out: pictures are read and not decoded, and the engine answers at once. The larger run is killed (`kill -9`) in its midst and started again: every row has to be
-there once, in the order of the source, with the picture's own hash.
+of them is left out: pictures are read and not decoded, and the engine answers at once. The larger run is killed
+(`kill -9`) in its midst and started again: every row has to be there once, in order, with the picture's own hash.
 """
 
 from __future__ import annotations

@@ -235,6 +235,10 @@ class ContainerSource(OneSource):
     def begin(self) -> None:
         next(self._container.entries(), None)
 
+    def check(self) -> None:
+        if self.takes_root or self.has_questions:
+            deque(self._container.entries(), maxlen=0)
+
     def images(self) -> Iterator[Entry]:
         return (Entry(self.start + name, row) for name, row in self._container.entries())
 

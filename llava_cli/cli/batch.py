@@ -24,7 +24,8 @@ WordsArg = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SOURCE]... [QUESTION]",
-        help="Pictures and folders; or one file of paths, one of questions (.jsonl, .json, .csv), or - for stdin.",
+        help="Pictures, folders, archives (zip, tar), tables (Parquet, Arrow), files of paths or of questions (.jsonl,"
+        " .json, .csv), and - for stdin.",
         show_default=False,
     ),
 ]
@@ -36,7 +37,8 @@ OutputOpt = Annotated[
     typer.Option("-o", "--output", metavar="FILE", help="Write rows here; the same command resumes after a stop."),
 ]
 IncludeOpt = Annotated[
-    list[str] | None, typer.Option("--include", metavar="GLOB", help="Names to take from a folder; repeatable.")
+    list[str] | None,
+    typer.Option("--include", metavar="GLOB", help="Names to take from a folder or an archive; repeatable."),
 ]
 NullOpt = Annotated[bool, typer.Option("-0", "--null", help="Paths end in NUL, as from `find -print0`.")]
 RootOpt = Annotated[
@@ -110,6 +112,8 @@ def batch(
 
     llava batch *.jpg "what is this?"
 
+    llava batch photos.zip shard-{000..099}.tar more/ questions.jsonl "what is this?" -o out.jsonl
+
     find . -name '*.jpg' | llava batch - "what is this?" | jq -r .answer
 
     llava batch questions.jsonl -o answers.jsonl
@@ -117,7 +121,8 @@ def batch(
     llava batch photos/ "the weather?" --choices sunny,rain --calibration weather.cal.json --max-error 2%
 
     Each picture, each path of a list and each line of a questions file has its own row, in their order. SOURCE is known
-    by its content: questions may have any name, or come on stdin. What is skipped in a folder is counted on stderr.
+    by its content: questions may have any name, or come on stdin. What is skipped in a folder or an archive is counted
+    on stderr.
     """
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.runner import check_form

@@ -68,14 +68,15 @@ class Table:
             name for name, kind in self._columns.items() if kind in (job.TEXT, job.SCALAR) and name != self._picture
         ]
         request = {"do": "list", "columns": columns, "path": self._picture if self.has_paths else None}
-        number = self._nothing = 0
+        number = nothing = 0
         while rows := self._ask_json(request | {"first": number}):
             for path, row in rows:
                 if self.has_paths and not path:
-                    self._nothing += 1
+                    nothing += 1
                 else:
                     yield Entry(path if self.has_paths else str(number), row)
                 number += 1
+        self._nothing = nothing
 
     def read(self, name: str) -> bytes | Path:
         if self.has_paths:
@@ -196,11 +197,17 @@ class Table:
     def _exchange(self, request: dict[str, Any], most: int) -> bytes:
         """Sends a request, and the parts of the file that the process asks for until it has the answer."""
         message, deadline = json.dumps(request).encode(), time.monotonic() + limits.TABLE_SECONDS
-        while True:
-            reply = bytes(self._worker.ask((message,), most + 1, max(deadline - time.monotonic(), 0.01)))
+        process = None
+        while (left := deadline - time.monotonic()) > 0:
+            reply = bytes(self._worker.ask((message,), most + 1, left))
+            if process not in (None, self._worker.starts):  # another one, which took the bytes for a request
+                raise WorkerDied
+            process = self._worker.starts
             if reply[:1] == job.ERROR:
                 raise BadData(self._name, one_line(reply[1:].decode("utf-8", "replace"), 200))
             if reply[:1] != job.READ:
                 return reply
             offset, count = job.SPAN.unpack(reply[1:])
             message = self._file.read_at(min(offset, 1 << 62), min(count, limits.TABLE_READ_BYTES))
+        self._worker.end()  # it waits for bytes
+        raise WorkerLate(f"{limits.TABLE_SECONDS:.0f}")

@@ -21,6 +21,8 @@ from llava_cli.images.local_file import shown_name, too_large
 from llava_cli.untrusted_text import printable
 
 _SIDECARS = ("json", "txt", "cls")
+_STREAMS = 2
+"""How often an archive that can only be read forward is open at a time."""
 _PENDING = 1000
 """Pictures of one sample that are in memory at most."""
 
@@ -39,7 +41,7 @@ class TarArchive:
         self._problem = ""
         self._index: MemberIndex | None = None
         self._file = ArchiveFile(self._name, open_file)
-        self._stream: Forward | None = None
+        self._streams: list[Forward] = []
         self._lock = threading.Lock()
 
     def entries(self) -> Iterator[Entry]:
@@ -69,8 +71,8 @@ class TarArchive:
 
     def close(self) -> None:
         self._file.close()
-        if self._stream:
-            self._stream.close()
+        for stream in self._streams:
+            stream.close()
         if self._index:
             self._index.close()
 
@@ -84,18 +86,25 @@ class TarArchive:
 
     def _read_forward(self, member: Member) -> bytes:
         with self._lock, reading(self._name):
+            stream = self._stream_before(member.offset)
             try:
-                if self._stream is None or self._stream.position > member.offset:
-                    if self._stream:
-                        self._stream.close()
-                    self._stream = None
-                    self._stream = Forward(self._open(), can_return=False)
-                if self._stream.move_to(member.offset) < member.offset:
-                    return b""
-                return self._stream.read(member.size)
+                return stream.read(member.size) if stream.move_to(member.offset) == member.offset else b""
             except UNPACK_ERRORS:
-                self._stream = None
+                self._streams.remove(stream)
+                stream.close()
                 raise BadImage(shown_name(member.name), f"damaged in {self._name}") from None
+
+    def _stream_before(self, offset: int) -> Forward:
+        """The stream that is nearest before an offset. There are two: one looks for pages ahead of the other."""
+        before = [stream for stream in self._streams if stream.position <= offset]
+        if before:
+            return max(before, key=lambda stream: stream.position)
+        if len(self._streams) == _STREAMS:
+            last = min(self._streams, key=lambda stream: stream.position)
+            self._streams.remove(last)
+            last.close()
+        self._streams.append(Forward(self._open(), can_return=False))
+        return self._streams[-1]
 
     def _pictures(self) -> Iterator[Member]:
         """The members that are taken, each with what stands beside it; says in `note` where the archive is damaged."""

@@ -112,18 +112,17 @@ class ZipArchive:
         if place < 0 or len(tail) - place < _END.size:
             hint = f"load it again, or repair it: zip -FF {self._typed} --out whole.zip"
             raise BadData(self._name, "its end is missing", hint)
-        _, disk, _, _, count, directory_bytes, offset, _ = _END.unpack_from(tail, place)
+        _, disk, _, _, _, directory_bytes, offset, _ = _END.unpack_from(tail, place)
         end = size - tail_bytes + place
-        if _UNKNOWN16 in (count, disk) or _UNKNOWN32 in (directory_bytes, offset):
-            locator = self._file.read_at(max(end - _LOCATOR.size, 0), _LOCATOR.size)
-            if len(locator) == _LOCATOR.size and locator.startswith(b"PK\6\7"):
-                end64 = self._file.read_at(min(_LOCATOR.unpack(locator)[2], size), _END64.size)
-                if len(end64) < _END64.size or not end64.startswith(b"PK\6\6"):  # something stands before the archive
-                    end64 = self._file.read_at(max(end - _LOCATOR.size - _END64.size, 0), _END64.size)
-                if len(end64) < _END64.size or not end64.startswith(b"PK\6\6"):
-                    raise self._damaged()
-                disk, *_, directory_bytes, offset = _END64.unpack(end64)[4:]
-                end -= _LOCATOR.size + _END64.size
+        locator = self._file.read_at(max(end - _LOCATOR.size, 0), _LOCATOR.size)
+        if len(locator) == _LOCATOR.size and locator.startswith(b"PK\6\7"):
+            end64 = self._file.read_at(min(_LOCATOR.unpack(locator)[2], size), _END64.size)
+            if len(end64) < _END64.size or not end64.startswith(b"PK\6\6"):  # something stands before the archive
+                end64 = self._file.read_at(max(end - _LOCATOR.size - _END64.size, 0), _END64.size)
+            if len(end64) < _END64.size or not end64.startswith(b"PK\6\6"):
+                raise self._damaged()
+            disk, *_, directory_bytes, offset = _END64.unpack(end64)[4:]
+            end -= _LOCATOR.size + _END64.size
         if disk not in (0, _UNKNOWN16):
             raise BadData(self._name, "one part of several", f"zip -s 0 {self._typed} --out whole.zip joins them")
         begin = end - directory_bytes
