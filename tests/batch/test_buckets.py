@@ -412,6 +412,10 @@ def test_errors_of_all_libraries_are_one_of_ours(monkeypatch: pytest.MonkeyPatch
         assert "secret" not in str(raised.value) + raised.value.hint
 
 
+def hub_at(url: str) -> cloud.Service:
+    return cloud.Service("hf", "huggingface_hub", "hf auth login", {"endpoint": url})
+
+
 def test_a_data_set_is_its_pictures_and_its_archives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"README.md": b"", "train/cat/0.png": picture(1), "train/1.jpg": picture(2, "JPEG")}
     shards = {f"data/{name}": data for name, data in archives().items()}
@@ -422,14 +426,14 @@ def test_a_data_set_is_its_pictures_and_its_archives(run: Run, monkeypatch: pyte
     ):
         with data_sets.serving("me/set", contents) as url:
             cloud.file_system.cache_clear()
-            monkeypatch.setitem(cloud.SERVICES, "hf", cloud.SERVICES["hf"]._replace(options={"endpoint": url}))
+            monkeypatch.setitem(cloud.SERVICES, "hf", hub_at(url))
             result = run("batch", "hf://datasets/me/set", QUESTION)
             rows = rows_of(result.stdout)
             assert [row["image"] for row in rows][: len(images)] == images, result.stderr
             assert all(row["status"] == "ok" for row in rows), rows
     with data_sets.serving("me/set", files) as url:
         cloud.file_system.cache_clear()
-        monkeypatch.setitem(cloud.SERVICES, "hf", cloud.SERVICES["hf"]._replace(options={"endpoint": url}))
+        monkeypatch.setitem(cloud.SERVICES, "hf", hub_at(url))
         missing = run("batch", "hf://datasets/me/other", QUESTION)
         assert (missing.exit_code, missing.stdout) == (66, "")
         assert missing.stderr == "llava: hf://datasets/me/other/: no such data set, or a private one\n  hf auth login\n"

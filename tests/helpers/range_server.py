@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 
 @dataclass
@@ -18,6 +18,9 @@ class Files:
     says_length: bool = True
     breaks_after: list[int] = field(default_factory=list)
     """After how many bytes the next connections break."""
+    hangs: int = 0
+    """The next so many answers never come to their body."""
+    go_on: Event = field(default_factory=Event)
     statuses: list[int] = field(default_factory=list)
     """Of the next answers, which have no body."""
     moved: dict[str, str] = field(default_factory=dict)
@@ -37,6 +40,7 @@ def serving(files: Files) -> Iterator[Files]:
     try:
         yield files
     finally:
+        files.go_on.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -74,8 +78,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         cut = self.files.breaks_after.pop(0) if body and self.files.breaks_after else None
-        self.wfile.write(body[:cut])
         self.close_connection = True
+        if body and self.files.hangs:
+            self.files.hangs -= 1
+            self.files.go_on.wait(60)
+            return
+        self.wfile.write(body[:cut])
 
     def log_message(self, *args: object) -> None:
         pass

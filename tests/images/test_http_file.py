@@ -114,7 +114,13 @@ def test_bounds(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     file, _ = open_url(f"{files.url}/a.tar", is_forward=True)
     with pytest.raises(BadData, match="larger than"):
         file.read()
-    assert limits.REMOTE_STALL_SECONDS < limits.REMOTE_SECONDS
+
+
+def test_a_server_that_stalls_is_asked_again(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REMOTE_STALL_SECONDS", 0.5)
+    files.hangs = 1
+    assert open_url(f"{files.url}/a.tar", is_forward=True)[0].read() == DATA
+    assert len(files.requests) == 2
 
 
 @for_each(
