@@ -42,7 +42,7 @@ def export_shards(job: Job) -> None:
     """Writes `out-000000.tar` and so on beside the rows, or `NAME-000000.tar` for `-o NAME`."""
     start = job.output or job.rows.beside("")
     name = start.name.removesuffix(".tar")
-    if name in ("", "-") or start.is_dir():
+    if name in ("", "-") or (job.output and job.output.is_dir()):
         raise UsageError("-o", "names no file", f"-o {files.quoted(start / 'train' if name else 'train')}")
 
     def shard(number: int) -> Path:
