@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -14,7 +15,8 @@ import pytest
 from helpers.command import Run
 from helpers.faults import Told
 from helpers.tables import for_each
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
+from pillow_heif import register_heif_opener
 
 from llava_cli import limits
 from llava_cli.batch import run as module
@@ -81,6 +83,12 @@ def photograph(name: str | Path) -> None:
     Image.new("RGB", (40, 30), "red").save(name, exif=exif)
 
 
+def _model(name: str) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Model] = name
+    return exif
+
+
 def rows_of(text: str) -> list[Row]:
     return [json.loads(line) for line in text.splitlines()]
 
@@ -136,6 +144,13 @@ def test_strange_names_are_text(run: Run) -> None:
 def test_a_region_has_its_own_size_and_the_exif_of_its_picture(run: Run) -> None:
     asked = ask(run, "cats/a.jpg", "{exif.FNumber} {date} {width}x{height}", "--region", "0,0,50%,50%")
     assert asked == ["2.8 2024-08-17 20x15"]
+
+
+def test_pages_have_numbers(run: Run) -> None:
+    page = Image.new("RGB", (20, 10), "red")
+    page.save("scan.tif", save_all=True, append_images=[page], exif=_model("Scanner"))
+    assert ask(run, "scan.tif", "{stem} {page} {exif.Model}") == ["scan 1 Scanner", "scan 2 Scanner"]
+    assert ask(run, "scan.tif", "{name} {page}", "--pages", "2") == ["scan.tif 2"]
 
 
 def test_braces_are_text_unless_it_is_said(run: Run, engine: Asked) -> None:
@@ -294,6 +309,17 @@ def test_the_memory_of_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TemplateRefused, match="takes too much memory"):
         sandbox.render("{('a' * 2 ** 28) | length}", {})
     sandbox.close()
+
+
+def test_exif_in_every_format_that_has_it() -> None:
+    register_heif_opener()
+    exif, reader = _model("Pixel 9"), ExifReader()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2024:08:17 12:00:00"
+    for form in ("JPEG", "PNG", "WEBP", "TIFF", "HEIF", *(["AVIF"] if features.check("avif") else [])):
+        Image.new("RGB", (64, 64), "red").save(file := io.BytesIO(), form, exif=exif.tobytes())
+        found = reader.read("a", file.getvalue())
+        assert (found["Model"], found["DateTimeOriginal"]) == ("Pixel 9", "2024:08:17 12:00:00"), form
+    reader.close()
 
 
 def test_exif_that_is_broken_or_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
