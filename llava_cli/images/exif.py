@@ -28,6 +28,8 @@ Value = str | int | float | list[int | float]
 """Text, a number, or several numbers; rational numbers are floats."""
 _BOUNDS = Bounds(limits.EXIF_BYTES, 3, 10_000)
 _HEIF = "pillow_heif"
+_JPEG_HEAD_BYTES = 1 << 20
+"""Of a JPEG, whose EXIF comes before its pixels; in other formats it may be anywhere."""
 
 
 class ExifReader:
@@ -43,6 +45,8 @@ class ExifReader:
         Raises `BadImage` if its reader crashes or takes too long.
         """
         worker = self._workers[formats.is_heif(data)]
+        if formats.format_of(data, ("jpeg",)):
+            data = data[:_JPEG_HEAD_BYTES]
         try:
             with self._lock:
                 values = loads(bytes(worker.ask((data,), limits.EXIF_BYTES, limits.EXIF_SECONDS)), _BOUNDS)

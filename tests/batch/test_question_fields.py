@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -14,11 +15,13 @@ import pytest
 from helpers.command import Run
 from helpers.faults import Told
 from helpers.tables import for_each
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
+from pillow_heif import register_heif_opener
 
 from llava_cli import limits
 from llava_cli.batch import run as module
 from llava_cli.errors import BadImage, UsageError
+from llava_cli.images import exif
 from llava_cli.images.exif import ExifReader
 from llava_cli.prompts.question_fields import FIELDS, QuestionFields, fields_in
 from llava_cli.prompts.question_template import TemplateRefused, TemplateSandbox
@@ -65,20 +68,26 @@ def draw(name: str | Path) -> None:
 
 def photograph(name: str | Path) -> None:
     """A picture with what cameras write, and what they never would."""
-    exif = Image.Exif()
-    exif[ExifTags.Base.Make] = "Gogle\x1b[31m Inc.\n"
-    exif[ExifTags.Base.Model] = "{row.city} {% for %} {{name}}"
-    exif[ExifTags.Base.XPTitle] = "Über\u202eschrift\0".encode("utf-16-le")
-    exif[ExifTags.Base.ImageDescription] = "x" * 5 * limits.EXIF_CHARACTERS
-    more = exif.get_ifd(ExifTags.IFD.Exif)
+    values = Image.Exif()
+    values[ExifTags.Base.Make] = "Gogle\x1b[31m Inc.\n"
+    values[ExifTags.Base.Model] = "{row.city} {% for %} {{name}}"
+    values[ExifTags.Base.XPTitle] = "Über\u202eschrift\0".encode("utf-16-le")
+    values[ExifTags.Base.ImageDescription] = "x" * 5 * limits.EXIF_CHARACTERS
+    more = values.get_ifd(ExifTags.IFD.Exif)
     more[ExifTags.Base.DateTimeOriginal] = "2024:08:17 23:59:58"
     more[ExifTags.Base.FNumber] = 2.8
     more[ExifTags.Base.ISOSpeedRatings] = 400
     more[ExifTags.Base.UserComment] = b"ASCII\0\0\0by hand"
     more[ExifTags.Base.MakerNote] = bytes(range(256))
-    where = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    where = values.get_ifd(ExifTags.IFD.GPSInfo)
     where.update({1: "S", 2: (38.0, 30.0, 36.0), 3: "E", 4: (9.0, 15.0, 0.0)})
-    Image.new("RGB", (40, 30), "red").save(name, exif=exif)
+    Image.new("RGB", (40, 30), "red").save(name, exif=values)
+
+
+def _model(name: str) -> Image.Exif:
+    values = Image.Exif()
+    values[ExifTags.Base.Model] = name
+    return values
 
 
 def rows_of(text: str) -> list[Row]:
@@ -136,6 +145,13 @@ def test_strange_names_are_text(run: Run) -> None:
 def test_a_region_has_its_own_size_and_the_exif_of_its_picture(run: Run) -> None:
     asked = ask(run, "cats/a.jpg", "{exif.FNumber} {date} {width}x{height}", "--region", "0,0,50%,50%")
     assert asked == ["2.8 2024-08-17 20x15"]
+
+
+def test_pages_have_numbers(run: Run) -> None:
+    page = Image.new("RGB", (20, 10), "red")
+    page.save("scan.tif", save_all=True, append_images=[page], exif=_model("Scanner"))
+    assert ask(run, "scan.tif", "{stem} {page} {exif.Model}") == ["scan 1 Scanner", "scan 2 Scanner"]
+    assert ask(run, "scan.tif", "{name} {page}", "--pages", "2") == ["scan.tif 2"]
 
 
 def test_braces_are_text_unless_it_is_said(run: Run, engine: Asked) -> None:
@@ -296,6 +312,17 @@ def test_the_memory_of_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox.close()
 
 
+def test_exif_in_every_format_that_has_it() -> None:
+    register_heif_opener()
+    values, reader = _model("Pixel 9"), ExifReader()
+    values.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2024:08:17 12:00:00"
+    for form in ("JPEG", "PNG", "WEBP", "TIFF", "HEIF", *(["AVIF"] if features.check("avif") else [])):
+        Image.new("RGB", (64, 64), "red").save(file := io.BytesIO(), form, exif=values.tobytes())
+        found = reader.read("a", file.getvalue())
+        assert (found["Model"], found["DateTimeOriginal"]) == ("Pixel 9", "2024:08:17 12:00:00"), form
+    reader.close()
+
+
 def test_exif_that_is_broken_or_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, reader = Path("cats/a.jpg").read_bytes(), ExifReader()
     assert reader.read("a", whole)["FNumber"] == 2.8
@@ -306,7 +333,9 @@ def test_exif_that_is_broken_or_never_ends(monkeypatch: pytest.MonkeyPatch) -> N
         reader.read("a", whole)
     monkeypatch.undo()
     monkeypatch.setattr(limits, "EXIF_SECONDS", 0.5)
-    reader._workers[0] = Worker("llava_cli.prompts.question_template", limits.SANDBOX_MEMORY)
+    monkeypatch.setattr(exif, "Worker", lambda *_: Worker("llava_cli.prompts.question_template", limits.SANDBOX_MEMORY))
+    reader.close()
+    reader = ExifReader()
     with pytest.raises(BadImage, match=r"its EXIF takes longer than . s to read"):
         reader.read("a", b"R" + json.dumps({"template": ENDLESS, "values": {}}).encode())
     reader.close()
