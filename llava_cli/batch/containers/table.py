@@ -146,7 +146,8 @@ class Table:
         return BadData(self._name, f"{reason}: {columns}", hint)
 
     def _damaged(self, reason: str) -> BadData:
-        return BadData(self._name, f"damaged: {one_line(reason, 200)}", "load it again")
+        sentence = one_line(reason, 200).partition(". ")[0].rstrip(".")
+        return BadData(self._name, f"damaged: {sentence[:1].lower()}{sentence[1:]}", "load it again")
 
     def _ask_json(self, request: dict[str, Any]) -> Any:
         try:
