@@ -34,7 +34,7 @@ class Part(NamedTuple):
         """As behind a file's name."""
         if self.page is not None:
             return f"#{self.page}"
-        return f"#t={self.time:g}" if self.time is not None else ""
+        return "" if self.time is None else f"#t={self.time:.6f}".rstrip("0").rstrip(".")
 
 
 WHOLE = Part()
