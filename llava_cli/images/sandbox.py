@@ -121,8 +121,9 @@ class Sandbox:
         if isinstance(found, Content):
             return _malformed(source)
         image, frames, truncated, picture_format, plain = found
-        kept = data if part == WHOLE else None
-        return Picture(source, image, digest, frames, truncated, kept, picture_format, plain, part)
+        drawn_with = dpi if formats.is_pdf(data) else None
+        kept = data if part == WHOLE and drawn_with is None else None
+        return Picture(source, image, digest, frames, truncated, kept, picture_format, plain, part, dpi=drawn_with)
 
     def _ask(
         self, source: str, part: Part, data: bytes, digest: str, asked: tuple[int, ...]
