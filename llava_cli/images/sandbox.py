@@ -132,6 +132,8 @@ class Sandbox:
         decoder, is_pdf = self._decoders[formats.package_for(data)], formats.is_pdf(data)
         is_page = part != WHOLE or is_pdf
         seconds = min(self._seconds, limits.PAGE_SECONDS if is_page else math.inf)
+        # A server tries again with more time what takes longer than a moment.
+        counts = is_page and seconds == limits.PAGE_SECONDS
 
         def ask() -> Decoded | Content:
             if self._late_pages == (digest, limits.LATE_PAGES):
@@ -140,7 +142,7 @@ class Sandbox:
             try:
                 return decoder.ask(asked, data, digest, seconds)
             except WorkerLate:
-                self._count_late(digest, is_page)
+                self._count_late(digest, counts)
                 raise
             except WorkerDied as error:
                 if is_pdf and not str(error):  # PDFium ends its process where memory ends

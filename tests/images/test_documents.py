@@ -213,6 +213,16 @@ def test_pages_that_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox.end()
 
 
+def test_less_time_than_a_page_has_gives_no_file_up() -> None:
+    """A server decodes with little time first, and what takes longer again with more."""
+    hasty = Sandbox(seconds=0.0)
+    try:
+        late = {refused(hasty, nested_forms_pdf())[0] for _ in range(limits.LATE_PAGES + 1)}
+    finally:
+        hasty.end()
+    assert late == {"a.pdf#1: takes longer than 0 s to decode"}
+
+
 def test_memory_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """PDFium ends its process where it gets no more."""
     monkeypatch.setattr(limits, "DOCUMENT_MEMORY", 2**28)
