@@ -43,7 +43,8 @@ CREATE TABLE IF NOT EXISTS pictures (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS parts (
     chat INTEGER NOT NULL, turn INTEGER NOT NULL, place INTEGER NOT NULL, origin BLOB NOT NULL, page INTEGER, time REAL,
-    region TEXT, dpi INTEGER, PRIMARY KEY (chat, turn, place), FOREIGN KEY (chat, turn, place) REFERENCES pictures ON DELETE CASCADE
+    region TEXT, dpi INTEGER, PRIMARY KEY (chat, turn, place),
+    FOREIGN KEY (chat, turn, place) REFERENCES pictures ON DELETE CASCADE
 ) WITHOUT ROWID;
 """
 _NO_PATHS = ("-", CLIPBOARD, SCREEN)
