@@ -398,7 +398,7 @@ def _register_heif(name: str) -> str:
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
-        raise BadImage(name, "HEIC needs an extra", HEIC_EXTRA) from None
+        raise BadImage(name, "HEIC needs the extra llava-cli[heic]", HEIC_EXTRA) from None
     register_heif_opener()
     return "HEIF"
 
@@ -407,6 +407,6 @@ def _register_jpeg_xl(name: str) -> str:
     try:
         from pillow_jxl import JpegXLImagePlugin
     except ImportError:
-        raise BadImage(name, "JPEG XL needs a plugin of Pillow", JPEG_XL_PLUGIN) from None
+        raise BadImage(name, "JPEG XL needs pillow-jxl-plugin", JPEG_XL_PLUGIN) from None
     JpegXLImagePlugin.DECODE_THREADS = 0  # as in `_one_threaded_avif`
     return "JXL"

@@ -112,7 +112,7 @@ class Film:
         except ImportError:
             if sys.version_info < (3, 11):
                 raise BadImage("", "films need Python 3.11 or later") from None
-            raise BadImage("", "films need an extra", _EXTRA) from None
+            raise BadImage("", "films need the extra llava-cli[video]", _EXTRA) from None
         self._file.seek(0)
         demuxer = formats.FILM_DEMUXERS[formats.film_format(self._file.read(formats.MAGIC_BYTES)) or "mp4"]
         self._file.seek(0)

@@ -35,7 +35,7 @@ class PdfFile:
         try:
             from pypdfium2 import PdfDocument, PdfiumError
         except ImportError:
-            raise BadImage("", "PDF needs an extra", EXTRA) from None
+            raise BadImage("", "PDF needs the extra llava-cli[pdf]", EXTRA) from None
         try:
             self._document = PdfDocument(data)
         except PdfiumError as error:

@@ -423,7 +423,10 @@ def test_without_the_extra_it_is_named(clip: bytes, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(BadImage) as raised:
         Film(io.FileIO(file))
-    assert (raised.value.reason, raised.value.hint) == ("films need an extra", "pip install 'llava-cli[video]'")
+    assert (raised.value.reason, raised.value.hint) == (
+        "films need the extra llava-cli[video]",
+        "pip install 'llava-cli[video]'",
+    )
     monkeypatch.setattr(sys, "version_info", (3, 10, 14))
     with pytest.raises(BadImage) as raised:
         Film(io.FileIO(file))

@@ -111,9 +111,9 @@ def test_damaged_png_data_is_refused_or_read_but_never_black() -> None:
 @for_each(
     ("name", "data", "reason", "hint"),
     [
-        ("img.heic", encoded(noise(), "HEIF"), "HEIC needs an extra", "pip install 'llava-cli[heic]'"),
-        ("img.jxl", b"\xff\x0a" + bytes(40), "JPEG XL needs a plugin of Pillow", "pip install pillow-jxl-plugin"),
-        ("paper.pdf", text_pdf("one"), "PDF needs an extra", "pip install 'llava-cli[pdf]'"),
+        ("img.heic", encoded(noise(), "HEIF"), "HEIC needs the extra llava-cli[heic]", "pip install 'llava-cli[heic]'"),
+        ("img.jxl", b"\xff\x0a" + bytes(40), "JPEG XL needs pillow-jxl-plugin", "pip install pillow-jxl-plugin"),
+        ("paper.pdf", text_pdf("one"), "PDF needs the extra llava-cli[pdf]", "pip install 'llava-cli[pdf]'"),
     ],
     own=(folder,),
 )
