@@ -86,7 +86,7 @@ class Opened(NamedTuple):
     """What is left out although the user did not choose that, a line for each file."""
 
 
-def open_picture(source: str, allow_truncated: bool = False, public: bool = False) -> Picture:
+def open_picture(source: str | os.PathLike[str], allow_truncated: bool = False, public: bool = False) -> Picture:
     """Opens a path, the URL of a file or of an object in a bucket, or "-" for stdin.
 
     With `public` neither a URL of a private network nor one of a bucket, which takes this user's credentials.
@@ -94,7 +94,7 @@ def open_picture(source: str, allow_truncated: bool = False, public: bool = Fals
     `doc.pdf#2` is its second page; of a file with several pictures without that, it is the first one.
     Raises `InputMissing` if it cannot be read, and `BadImage` if it is not a picture that we take.
     """
-    path, part = split_source(source)
+    path, part = split_source(os.fspath(source))
     return _ok(sandbox_pool().open(path, _file(path, public), allow_truncated, part=part))
 
 
@@ -107,6 +107,8 @@ def open_pictures(source: Source, allow_truncated: bool = False, **which: Any) -
     """
     options = PictureOptions(**which)
     if isinstance(source, Picture):
+        if which.keys() - {"region"}:
+            raise UsageError("picture", "it is open already, and only a region can be chosen", "give its path instead")
         return [_region_of(source, options.region)]
     if isinstance(source, (str, os.PathLike)):
         opened = open_chosen(os.fspath(source), options, allow_truncated)

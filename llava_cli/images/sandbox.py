@@ -32,6 +32,7 @@ from llava_cli.images.job import (
     REQUEST,
 )
 from llava_cli.images.local_file import read_path, shown_name, too_large
+from llava_cli.images.remote_names import is_cloud_url
 from llava_cli.parts import WHOLE, Content, Part
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
@@ -305,5 +306,5 @@ def _complete_hint(hint: str, source: str) -> str:
         return hint
     if source.lower().startswith(("http://", "https://")):
         return f"curl -Lo FILE {quoted(source)}; {hint.replace('{name}', 'FILE')}"
-    path = "FILE" if source == "-" else f"./{source}" if source.startswith("-") else source
+    path = "FILE" if source == "-" or is_cloud_url(source) else f"./{source}" if source.startswith("-") else source
     return hint.replace("{name}", quoted(path))

@@ -131,6 +131,9 @@ def test_from_python(here: Path) -> None:
     assert open_pictures("doc.pdf", pages="1", dpi=72)[0].image.size == (400, 400)
     (corner,) = open_pictures(pictures[0], region="0,0,10,10")
     assert (corner.part, corner.image.size) == (Part(2), (10, 10))
+    assert llava_cli.open_picture(Path("doc.pdf#2")).image == pictures[0].image
+    with pytest.raises(LlavaError, match=r"^picture: it is open already, and only a region"):
+        open_pictures(pictures[0], pages="3")
     engine = load("builtin")
     assert engine.ask("doc.pdf#2", "what is this?").startswith("a blue ")
     assert engine.ask(open_pictures("doc.pdf", pages="1"), "what is this?") == "a red circle on a white background"

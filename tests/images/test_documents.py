@@ -154,6 +154,11 @@ def test_what_cannot_be_drawn_is_said_in_a_line(data: bytes, reason: str, hint: 
     assert refused(sandbox, data) == (f"a.pdf#1: {reason}", hint)
 
 
+def test_what_is_in_a_bucket_is_no_path_to_type(sandbox: Sandbox) -> None:
+    found = sandbox.open("s3://bucket/a.pdf", encrypted_pdf(b"user"))
+    assert isinstance(found, LlavaError) and found.hint == "qpdf --decrypt --password=PASSWORD FILE FILE.pdf"
+
+
 def test_pages_that_are_not_there(sandbox: Sandbox) -> None:
     assert refused(sandbox, text_pdf("one", "two"), 3) == ("a.pdf#3: no page 3: it has 2 pages", module_hint())
     assert refused(sandbox, text_pdf("one"), 2)[0] == "a.pdf#2: no page 2: it has 1 page"
