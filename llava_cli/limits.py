@@ -21,7 +21,7 @@ PAGES = 100_000
 PAGE_SECONDS = 10.0
 """To draw one page, or to find and decode one frame."""
 LATE_PAGES = 3
-"""Pages of one file that took longer, or ended their process: after them the others are not tried."""
+"""Pages or frames of one file that took longer, or pages that ended their process: the others are not tried."""
 PAGE_SIDE = 4_000
 """Pixels of the longer side of a page that is drawn."""
 DOCUMENT_MEMORY = 2 * 2**30

@@ -120,6 +120,8 @@ class _Film:
         """`identity` of a film that was bytes is their hash."""
         self.identity = identity
         self.worker = Worker(JOB, limits.SANDBOX_MEMORY, file=stream)
+        self._late = 0
+        """How many of its frames took too long, one after the other."""
 
     @property
     def sha256(self) -> str:
@@ -134,13 +136,18 @@ class _Film:
 
     def _asked(self, request: bytes, parse: Callable[[bytearray], T]) -> T:
         """What the reply to a request says. Raises `BadImage` with the reason that it gives."""
+        if self._late == limits.LATE_PAGES:
+            raise BadImage("", f"not tried: {limits.LATE_PAGES} of its frames took too long", _MAKE_INDEX)
         try:
-            return parse(self.worker.ask((request,), REPLY.size + 3 * limits.PICTURE_PIXELS, limits.PAGE_SECONDS))
+            found = parse(self.worker.ask((request,), REPLY.size + 3 * limits.PICTURE_PIXELS, limits.PAGE_SECONDS))
         except WorkerLate as error:
+            self._late += 1
             raise BadImage("", f"takes longer than {error} s to find a frame in", _MAKE_INDEX) from None
         except (ValueError, struct.error):  # it is none
             self.worker.end()
             raise WorkerDied from None
+        self._late = 0
+        return found
 
 
 def _parse_length(reply: bytearray) -> float:

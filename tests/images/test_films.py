@@ -26,7 +26,7 @@ from llava_cli.images import formats
 from llava_cli.images.film_frames import REPLY, Film
 from llava_cli.images.sandbox import Crash, Sandbox
 from llava_cli.parts import Content, Part, choose
-from llava_cli.sandbox.process import Worker
+from llava_cli.sandbox.process import Worker, WorkerLate
 
 av = pytest.importorskip("av", reason="PyAV needs Python 3.11")
 TIMES = (2.0, 0.0, 1.55, 1.6, 2.99, 1.21)
@@ -362,6 +362,26 @@ def test_a_late_film_is_refused(clip: bytes, monkeypatch: pytest.MonkeyPatch) ->
     assert not sandbox.is_running
     monkeypatch.undo()
     assert isinstance(sandbox.inspect("clip.mp4", clip), Content)
+    sandbox.end()
+
+
+def test_a_film_whose_frames_all_take_too_long_is_given_up(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_late(*_: object) -> bytearray:
+        raise WorkerLate("10")
+
+    def late(count: int) -> list[str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "ask", is_late)
+            found = [sandbox.open("clip.mp4", clip, part=Part(time=time)) for time in range(count)]
+        return [one.reason for one in found if isinstance(one, BadImage)]
+
+    sandbox = Sandbox()
+    too_long = "takes longer than 10 s to find a frame in"
+    for _ in range(2):
+        assert late(limits.LATE_PAGES - 1) == [too_long] * (limits.LATE_PAGES - 1)
+        assert time_of(frame(sandbox, clip, 7)) == 7  # one that comes in time begins the count anew
+    given_up = f"not tried: {limits.LATE_PAGES} of its frames took too long"
+    assert late(limits.LATE_PAGES + 1) == [too_long] * limits.LATE_PAGES + [given_up]
     sandbox.end()
 
 
