@@ -6,8 +6,8 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,8 +179,21 @@ def _screen(chat: Chat, typed: str) -> Result:
 
 def _take(chat: Chat, typed: str, take: Callable[[PictureOptions], Opened]) -> Result:
     options, question = _options_and_question(chat.picture_options, typed)
-    _attach(chat, [take(options)], is_asked=bool(question))
+    with _hints_for_a_chat():
+        opened = take(options)
+    _attach(chat, [opened], is_asked=bool(question))
     return chat.ask(question) if question else None
+
+
+@contextmanager
+def _hints_for_a_chat() -> Iterator[None]:
+    """Has an error whose hint is another command line name a command of the chat."""
+    try:
+        yield
+    except InputMissing as error:
+        if error.hint.startswith("llava ask "):
+            error.hint = "/image PATH"
+        raise
 
 
 def paste(chat: Chat) -> str:
@@ -190,12 +203,13 @@ def paste(chat: Chat) -> str:
     """
     from llava_cli.images.clipboard import NoPicture, clipboard_text, open_clipboard
 
-    try:
-        opened = open_clipboard(chat.picture_options)
-    except NoPicture:
-        if text := clipboard_text():
-            return text
-        raise
+    with _hints_for_a_chat():
+        try:
+            opened = open_clipboard(chat.picture_options)
+        except NoPicture:
+            if text := clipboard_text():
+                return text
+            raise
     _attach(chat, [opened], is_asked=False)
     return ""
 

@@ -109,6 +109,8 @@ def open_pictures(source: Source, allow_truncated: bool = False, **which: Any) -
     if isinstance(source, Picture):
         if which.keys() - {"region"}:
             raise UsageError("picture", "it is open already, and only a region can be chosen", "give its path instead")
+        if source.region and options.region:  # what it is called would not tell where it is
+            raise UsageError("region", "the picture is a region already", "give the whole picture")
         return [_region_of(source, options.region)]
     if isinstance(source, (str, os.PathLike)):
         opened = open_chosen(os.fspath(source), options, allow_truncated)

@@ -84,6 +84,15 @@ def test_what_is_no_region(line: str, code: int, error: str, run: Run, drawing: 
     assert f"llava: {error.format(drawing)}" in result.stderr
 
 
+def test_without_a_display_a_file_can_be_attached(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    for command in ("paste", "screen"):
+        result = run("chat", "-q", input=f"/{command}\n")
+        thing = {"paste": "clipboard", "screen": "screen"}[command]
+        assert (result.exit_code, result.stderr) == (66, f"llava: {thing}: there is no display\n  /image PATH\n")
+
+
 def test_what_is_kept_of_parts(
     run: Run, document: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

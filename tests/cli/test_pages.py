@@ -134,6 +134,9 @@ def test_from_python(here: Path) -> None:
     assert llava_cli.open_picture(Path("doc.pdf#2")).image == pictures[0].image
     with pytest.raises(LlavaError, match=r"^picture: it is open already, and only a region"):
         open_pictures(pictures[0], pages="3")
+    with pytest.raises(LlavaError, match=r"^region: the picture is a region already"):
+        open_pictures(corner, region="0,0,5,5")
+    assert open_pictures(corner) == [corner]
     engine = load("builtin")
     assert engine.ask("doc.pdf#2", "what is this?").startswith("a blue ")
     assert engine.ask(open_pictures("doc.pdf", pages="1"), "what is this?") == "a red circle on a white background"
