@@ -18,8 +18,10 @@ DECODE_SECONDS = 60.0
 # Files of several pictures.
 PAGES = 100_000
 """Pages or frames of one file that are looked at."""
-PAGE_SECONDS = 20.0
-"""To draw one page, or to find and decode one frame of a film."""
+PAGE_SECONDS = 10.0
+"""To draw one page, or to find and decode one frame."""
+LATE_PAGES = 3
+"""Pages of one file that took longer, or ended their process: after them the others are not tried."""
 PAGE_SIDE = 4_000
 """Pixels of the longer side of a page that is drawn."""
 DOCUMENT_MEMORY = 2 * 2**30
@@ -32,6 +34,30 @@ FILM_FRAMES = 4
 """Of a film, unless --frames or --every says how many."""
 FILM_SECONDS = 10_000_000.0
 """The longest time between two frames, and the longest film; the rest of one is left out."""
+
+# Archives and tables of pictures.
+EXPANDED_WORDS = 100_000
+"""That braces in a SOURCE stand for."""
+ARCHIVE_MEMBERS = 10_000_000
+MEMBER_HEADER_BYTES = 1_000_000
+"""Of what a tar says of one member before its bytes, such as a long name."""
+MEMBER_NAME_BYTES = 4096
+"""As long as Linux's paths."""
+ARCHIVE_WINDOW_BYTES = 256_000_000
+"""What decompressing an archive may keep of what was before; `xz -9` takes 65 MB."""
+ARCHIVE_RATIO = 1_000
+"""What a compressed tar may unpack to, in times of its own size; gzip itself ends at 1,032."""
+ARCHIVE_SLACK_BYTES = 1_000_000_000
+"""What a compressed tar may unpack to besides, for small ones."""
+TABLE_MEMORY = 4 * 2**30
+"""Bytes of address space of the process that reads a table in columns."""
+TABLE_READ_BYTES = 8_000_000
+"""Of the table's file that the process gets at a time."""
+TABLE_SECONDS = 60.0
+"""To read one picture, or a hundred rows of what stands beside them."""
+TABLE_COLUMNS = 10_000
+CONTEXT_BYTES = 100_000
+"""Of what a source says of one picture besides, as JSON: a table's other columns, a `.json` beside it."""
 
 # Sandboxed processes.
 SANDBOX_MEMORY = 4 * 2**30

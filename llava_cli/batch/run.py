@@ -58,6 +58,7 @@ def run(job: Job) -> int:
     """Runs the job and returns the exit code. Raises a `LlavaError` if it cannot begin, or cannot write."""
     tally, stop = Tally(job.verify), StopSignal(job.quiet)
     with ExitStack() as stack:
+        stack.callback(job.source.close)
         journal = tasks = None
         larger = _open_larger(job)
         if job.output is None:
@@ -161,7 +162,7 @@ def _run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
         "visual_tokens": settings.load.visual_tokens,
         "allow_truncated": job.allow_truncated,
         "questions": source.questions,
-        "root": str(Path(source.folder).resolve()),
+        "root": source.origin,
     }
     if job.promise:
         calibration = job.promise.calibration

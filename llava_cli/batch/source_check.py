@@ -9,9 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from llava_cli import files
-from llava_cli.batch.listing import STDIN, Layout, Listing
+from llava_cli.batch.listing import STDIN
+from llava_cli.batch.parts_of_tasks import file_of
 from llava_cli.batch.source import Source
 from llava_cli.batch.source_arguments import USAGE
+from llava_cli.batch.source_kinds import OneSource
 from llava_cli.errors import UsageError
 from llava_cli.images.reader import SUFFIXES, is_url
 from llava_cli.untrusted_text import printable
@@ -24,39 +26,30 @@ def check_source(source: Source, allow_urls: bool = False, output: Path | None =
         raise UsageError(printable(url), "a URL", hint)
     if output is not None and _reads(source, output):
         raise UsageError("-o", f"{printable(str(output))} is a SOURCE", "give another file to -o")
+    if source.words.count(STDIN) > 1:
+        raise UsageError(STDIN, "it is there twice, and stdin is read once", USAGE)
     if source.is_stdin and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(STDIN, "no paths on stdin", 'find . -name "*.jpg" | llava batch - "what is this?"')
     if any(not question.strip() for question in source.questions):
         raise UsageError("QUESTION", "it is empty", USAGE)
-    for word in source.words if len(source.words) > 1 else ():
-        _check_one_of_several(word, source.null)
-    if source.is_stdin and not source.listing:
+    if any(type(one) is OneSource and one.word == STDIN for one in source.each):
         raise UsageError(STDIN, "a picture on stdin, not a list of them", "llava ask - QUESTION takes one")
-    if not source.is_questions and not source.questions:
+    if not source.questions and not all(one.has_questions for one in source.each):
         raise UsageError("QUESTION", "there is none", _question_hint(source))
-    if source.root is not None and not source.listing and not source.is_folder:
-        raise UsageError("--root", "is about lists and questions files", USAGE)
+    if source.root is not None and not any(one.takes_root for one in source.each):
+        raise UsageError("--root", "is about lists, questions files and tables of paths", USAGE)
+    for one in source.each:
+        one.begin()
 
 
 def _reads(source: Source, output: Path) -> bool:
     """Whether the output is one of the source's files."""
     for word in source.words:
         with suppress(OSError, ValueError, AttributeError):  # a new output, a URL, or a stdin that is no file
-            status = os.fstat(sys.stdin.fileno()) if word == STDIN else os.stat(word)
+            status = os.fstat(sys.stdin.fileno()) if word == STDIN else os.stat(file_of(word))
             if stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.stat(output)):
                 return True
     return False
-
-
-def _check_one_of_several(word: str, null: bool) -> None:
-    """Raises a `LlavaError` unless the word is a picture or a folder; a list must be the only SOURCE."""
-    if os.path.isdir(word) or is_url(word) or word.lower().endswith(SUFFIXES):
-        return
-    listing = Listing(word, null)
-    if word == STDIN or listing.layout is not Layout.PICTURE:
-        kind = "questions" if word != STDIN and listing.is_questions else "a list"
-        hint = f"llava batch {listing.typed} …; or join them: cat FILES | llava batch - …"
-        raise UsageError(listing.name, f"{kind} among other SOURCEs", hint)
 
 
 def _question_hint(source: Source) -> str:

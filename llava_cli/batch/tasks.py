@@ -7,16 +7,15 @@ import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 from llava_cli.batch.lines import parse_line
+from llava_cli.batch.scratch import scratch_database
 from llava_cli.choices import check_choices, written_choices
-from llava_cli.errors import BadData, OutputError, UsageError
+from llava_cli.errors import BadData, UsageError
 from llava_cli.parts import Part, parse_region
-from llava_cli.paths import scratch_folder
 from llava_cli.schemas import parse_regex, written_grammar, written_schema
 
 
@@ -50,6 +49,10 @@ class Task:
     def key(self) -> tuple[Any, ...]:
         """What the row is about. A source may have the same key more than once, and gets a row for each."""
         return self.image, self.question, self.id, self.page, self.time, self.region
+
+    def about(self, image: str) -> Task:
+        """The same of a picture of this name."""
+        return self if image == self.image else replace(self, image=image)
 
     @property
     def part(self) -> Part:
@@ -126,7 +129,7 @@ def expected_answer(value: Any) -> Any:
 
 def sort_paths(paths: Iterable[str]) -> Iterator[str]:
     """Sorts paths by their bytes, on disk: there may be more of them than fit in memory. Raises `OutputError`."""
-    with _scratch_database() as database:
+    with scratch_database() as database:
         database.execute("create table path (name blob)")
         database.executemany("insert into path values (?)", ((os.fsencode(path),) for path in paths))
         for (name,) in database.execute("select name from path order by name"):
@@ -138,7 +141,7 @@ def merge_tasks(manifest: Iterable[bytes], tasks: Iterable[Task]) -> Iterator[tu
 
     If a key occurs three times in `tasks`, it occurs at least three times in the result. Raises `OutputError`.
     """
-    with _scratch_database() as database:
+    with scratch_database() as database:
         database.execute("create table task (place integer primary key, key text, nth int, line blob, found int)")
         database.execute("create unique index once on task (key, nth)")
         insert = "insert into task (key, nth, line, found) values (?, ?, ?, {}) on conflict (key, nth) do "
@@ -163,15 +166,3 @@ def _insert(database: sqlite3.Connection, name: str, insert: str, keyed_lines: I
             database.execute(count, (key,))
             (nth,) = database.execute(f"select count from {name} where key = ?", (key,)).fetchone()
             database.execute(insert, (key, nth, line))
-
-
-@contextmanager
-def _scratch_database() -> Iterator[sqlite3.Connection]:
-    """A temporary database that keeps at most 8 MB in memory. Raises `OutputError`."""
-    with scratch_folder() as folder:
-        try:
-            with closing(sqlite3.connect(folder / "scratch.db", check_same_thread=False)) as database:
-                database.executescript("pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -8000")
-                yield database
-        except sqlite3.Error as error:
-            raise OutputError(str(folder), str(error), "TMPDIR=FOLDER llava … puts it elsewhere") from None

@@ -141,7 +141,9 @@ def batch(
     sources, question = split_question(words or [""])
     all_questions = (*([question] if question is not None else []), *(questions or []))
     check = partial(check_form, sampling=settings.sampling, sandbox=None if settings.remote.server else FormSandbox())
-    source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures)
+    source = Source(
+        expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures, allow_urls
+    )
     check_source(source, allow_urls, to_file)
     job = Job(
         source=source,
@@ -166,7 +168,7 @@ def batch(
 
 def _command(source: Source) -> str:
     """The command line that resumes this run; a pipe is written as `…`."""
-    words = ["<(…)" if source.is_substituted and word == source.words[0] else quoted(word) for word in sys.argv[1:]]
+    words = ["<(…)" if source.is_substituted(word) else quoted(word) for word in sys.argv[1:]]
     command = " ".join(["llava", *words])
     return f"… | {command}" if source.is_stdin else command
 

@@ -21,6 +21,7 @@ from llava_cli.errors import BadImage
 from llava_cli.images import formats
 from llava_cli.images.film_frames import HINTS, REPLY, REQUEST
 from llava_cli.images.local_file import open_path
+from llava_cli.parts import Part
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
@@ -31,6 +32,7 @@ T = TypeVar("T")
 JOB = "llava_cli.images.film_frames"
 _BLOCK_BYTES = 1 << 20
 _MAKE_INDEX = "ffmpeg -i {name} -c copy INDEXED.mkv makes it quicker"
+_AT_A_TIME = "{name}#t=1.5 is its frame at 1.5 s"
 _FIRST_HOUR = "ffmpeg -i {name} -t 3600 -c copy FIRST-HOUR.mkv"
 
 
@@ -59,10 +61,12 @@ class FilmReader:
         """The time at which a film's last frame ends, in seconds."""
         return self._opened(file).length()
 
-    def frame(self, file: bytes | Path, seconds: float, shrink: int | None) -> tuple[Image, str]:
+    def frame(self, file: bytes | Path, part: Part, shrink: int | None) -> tuple[Image, str]:
         """The frame that is shown at a time, of at most `shrink` pixels per side, and the SHA-256 of the film."""
+        if part.page is not None:
+            raise BadImage("", "a film has times, not pages", _AT_A_TIME)
         film = self._opened(file)
-        return film.frame(seconds, shrink or 0), film.sha256
+        return film.frame(part.time or 0.0, shrink or 0), film.sha256
 
     def _opened(self, file: bytes | Path) -> _Film:
         """The film, in the process that has it open, or in a new one."""
@@ -119,6 +123,8 @@ class _Film:
     def __init__(self, identity: _Stamp | str, stream: BinaryIO) -> None:
         """`identity` of a film that was bytes is their hash."""
         self.identity = identity
+        self._late = 0
+        """How many of its frames took too long."""
         self.worker = Worker(JOB, limits.SANDBOX_MEMORY, file=stream)
 
     @property
@@ -134,9 +140,12 @@ class _Film:
 
     def _asked(self, request: bytes, parse: Callable[[bytearray], T]) -> T:
         """What the reply to a request says. Raises `BadImage` with the reason that it gives."""
+        if self._late >= limits.LATE_PAGES:
+            raise BadImage("", f"not tried: {self._late} of its frames took too long", _MAKE_INDEX)
         try:
             return parse(self.worker.ask((request,), REPLY.size + 3 * limits.PICTURE_PIXELS, limits.PAGE_SECONDS))
         except WorkerLate as error:
+            self._late += 1
             raise BadImage("", f"takes longer than {error} s to find a frame in", _MAKE_INDEX) from None
         except (ValueError, struct.error):  # it is none
             self.worker.end()

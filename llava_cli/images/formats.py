@@ -139,8 +139,12 @@ FILM_DEMUXERS = {
 _OFTEN_TAKEN_FOR_FILMS = ("audio", "gif", "jpeg-2000", "jpeg-xl", "raw")
 SINGLE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".bmp", ".dib", ".svg")
 SUFFIXES_OF_SEVERAL = (*DOCUMENT_SUFFIXES, *ANIMATION_SUFFIXES, *FILM_SUFFIXES)
-SUPPORTED = frozenset({"jpeg", "png", "gif", "webp"})
-"""Formats with a signature that every decoder opens; BMP and HEIF have functions of their own."""
+SUPPORTED = frozenset({"jpeg", "png", "gif", "webp", "tiff"})
+"""Formats with a signature that need no extra; BMP and AVIF, which are opened too, have functions of their own."""
+HEIF, JPEG_XL, PDF = "pillow_heif", "pillow_jxl", "pypdfium2"
+"""The packages that open what Pillow does not."""
+_PDF_HEAD_BYTES = 1024
+"""Where in a file readers of PDF look for its first bytes."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -201,9 +205,35 @@ def _is_mpeg_ts(head: bytes) -> bool:
     return b"\0" in head and any(head[start : start + 2 * size + 1 : size] == b"GGG" for start, size in begins)
 
 
+def is_jpeg_xl(head: bytes) -> bool:
+    """Whether a file begins like JPEG XL, in its container or without."""
+    return format_of(head, ("jpeg-xl",)) is not None
+
+
+def is_pdf(head: bytes) -> bool:
+    """Whether a file is a PDF, perhaps behind a few other bytes, and nothing that is opened as a picture."""
+    is_picture = format_of(head, SUPPORTED) or is_bmp(head) or is_heif(head) or is_avif(head) or is_jpeg_xl(head)
+    return not is_picture and b"%PDF-" in head[:_PDF_HEAD_BYTES]
+
+
+def begins_like_a_picture(head: bytes) -> bool:
+    """Whether a file begins like a picture, document or film that we open, if need be with an extra."""
+    known = (is_bmp, is_heif, is_avif, is_jpeg_xl, is_film)
+    return format_of(head, (*SUPPORTED, "pdf")) is not None or any(is_it(head) for is_it in known)
+
+
 def has_several(head: bytes) -> bool:
     """Whether a file begins like a document or a film, all of whose pictures count."""
-    return format_of(head, ("pdf", "tiff", "raw")) in ("pdf", "tiff") or is_film(head)
+    return format_of(head, ("raw", "tiff")) == "tiff" or is_pdf(head) or is_film(head)
+
+
+def package_for(head: bytes) -> str:
+    """The package that opens what begins like this; empty for what Pillow opens by itself, and for what nobody does."""
+    if is_heif(head):
+        return HEIF
+    if is_jpeg_xl(head):
+        return JPEG_XL
+    return PDF if is_pdf(head) else ""
 
 
 def _as_utf_8(head: bytes) -> bytes:

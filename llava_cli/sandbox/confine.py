@@ -4,9 +4,10 @@ Three layers, as far as the system has them:
 
 - Landlock (`landlock(7)`, Linux 5.13): no path can be opened, no TCP port bound or connected to, no signal or abstract
   socket reaches a process outside;
-- hard resource limits (`setrlimit(2)`) on address space and CPU time; no file grows, no new descriptor or process;
+- hard resource limits (`setrlimit(2)`) on address space and CPU time; no file grows, no new descriptor;
 - seccomp (`seccomp(2)`, x86-64 and arm64): only the system calls in `_ALLOWED`, no executable memory, threads but no
-  processes. A refused call fails with EPERM, so that libraries fall back to others.
+  processes. A refused call fails with EPERM, so that libraries fall back to others. Without it a resource limit forbids
+  processes and, unless the user is root, threads, without which libde265 decodes no HEIC.
 
 Landlock and seccomp need `PR_SET_NO_NEW_PRIVS`, so that no setuid program gives rights back. Constants are those of
 Linux's headers. If a step fails halfway, the rights that it has taken away stay so.
@@ -45,7 +46,10 @@ def confine(memory: int, cpu_seconds: int, file: int | None = None) -> list[str]
         os.dup2(file, FILE)
     os.closerange(FILE + (file is not None), 1 << 16)
     steps = {"landlock": _restrict_paths, "limits": lambda: _limit(memory, cpu_seconds), "seccomp": _filter_calls}
-    return [name for name, step in steps.items() if _succeeds(step)]
+    in_force = [name for name, step in steps.items() if _succeeds(step)]
+    if "seccomp" not in in_force:
+        _succeeds(lambda: _set_limits({"NPROC": 0}))
+    return in_force
 
 
 def _succeeds(step: Callable[[], None]) -> bool:
@@ -57,9 +61,12 @@ def _succeeds(step: Callable[[], None]) -> bool:
 
 
 def _limit(memory: int, cpu_seconds: int) -> None:
+    _set_limits({"AS": memory, "CPU": cpu_seconds, "FSIZE": 0, "NOFILE": 3, "CORE": 0, "MEMLOCK": 0})
+
+
+def _set_limits(most: dict[str, int]) -> None:
     if resource is None:
         raise OSError(errno.ENOSYS, "no limits on this system")
-    most = {"AS": memory, "CPU": cpu_seconds, "FSIZE": 0, "NOFILE": 3, "NPROC": 0, "CORE": 0, "MEMLOCK": 0}
     for name, value in most.items():
         with suppress(OSError, ValueError, AttributeError):  # a system that lacks one, or has a lower one already
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
