@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from llava_cli import limits
@@ -67,6 +67,8 @@ class PictureFile:
         self._data, self._name = data, name
         self._formats = _pillow_formats(data, name)
         self._opened: _Opened | None = None
+        self._page = 0
+        """At which page or frame it is."""
 
     def content(self) -> Content:
         """What the file contains; whether it can be decoded is not known yet."""
@@ -96,11 +98,12 @@ class PictureFile:
             opened = _open(content, self._name, self._formats)
             opened.seek(None, self._name)
             return opened, _loaded(opened.image, self._name)
-        if self._opened is None or self._opened.data != content:
+        if self._opened is None or self._opened.data != content or page < self._page:  # Pillow goes back to few frames
             self._opened = _open(content, self._name, self._formats)
-        opened = self._opened
+        opened, self._page = self._opened, page
         opened.seek(page, self._name)
-        frame = _loaded(opened.image, self._name).copy()  # the next frame is drawn over this one
+        with _canvas_kept(opened.image):
+            frame = _loaded(opened.image, self._name).copy()  # the next frame is drawn over this one
         frame.format = opened.image.format
         return opened, frame
 
@@ -236,6 +239,19 @@ def _loaded(image: Image, name: str) -> Image:
     except Exception as error:
         raise _undecodable(error, name) from None
     return image
+
+
+@contextmanager
+def _canvas_kept(image: ImageFile) -> Iterator[None]:
+    """Lets the next frame of an APNG begin with what was there before this one, where this one says so.
+
+    Pillow reads that off a picture over which it has drawn, if the frame is loaded before it goes on.
+    """
+    canvas = getattr(image, "_prev_im", None) if image.format == "PNG" else None
+    before = canvas.copy() if canvas else None
+    yield
+    if before:
+        image._prev_im = before  # type: ignore[attr-defined]
 
 
 def _salvaged(image: ImageFile, name: str) -> Image:

@@ -168,8 +168,15 @@ class Sandbox:
 
     @property
     def is_running(self) -> bool:
-        is_decoding = any(decoder.worker.is_running for decoder in self._decoders.values())
-        return is_decoding or (self._films is not None and self._films.is_running)
+        return bool(self.processes)
+
+    @property
+    def processes(self) -> list[int]:
+        """The ids of those that run."""
+        workers = [decoder.worker for decoder in self._decoders.values()]
+        if self._films and self._films.worker:
+            workers.append(self._films.worker)
+        return [pid for worker in workers if (pid := worker.pid)]
 
     def end(self) -> None:
         """Kills its processes."""

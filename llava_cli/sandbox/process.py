@@ -55,6 +55,11 @@ class Worker:
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int | None:
+        """The id of the process, if it runs."""
+        return self._process.pid if self._process and self.is_running else None
+
     def start(self) -> None:
         """Starts the process unless it runs, without waiting until it is ready. Raises `WorkerDied`."""
         if not self.is_running or self._parent != os.getpid():

@@ -265,7 +265,6 @@ FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
     "list.xz": (lambda: b"\xfd7zXZ\0" + bytes(20), "is compressed\n  xz -dc list.xz | llava batch - …"),
     "x.7z": (lambda: b"7z\xbc\xaf\x27\x1c" + bytes(20), "is an archive\n  7z x x.7z"),
     "x.rar": (lambda: b"Rar!\x1a\x07\1\0" + bytes(20), "is an archive\n  unrar x x.rar"),
-    "x.pdf": (lambda: b"%PDF-1.7\n%\xe2\xe3\n" + bytes(20), "is a PDF\n  mkdir FOLDER && pdftoppm -png x.pdf"),
     "x.m1v": (lambda: b"\0\0\1\xb3" + bytes(20), "is a video\n  mkdir FOLDER && ffmpeg -i x.m1v"),
     "x.mp3": (lambda: b"ID3\4" + bytes(20), "is a sound"),
     "x.xlsx": (lambda: zipped("[Content_Types].xml", "xl/workbook.xml"), "is a spreadsheet\n  save it as CSV"),
@@ -294,7 +293,7 @@ def test_files_that_are_no_source(name: str, run: Run, loads: Loads) -> None:
     assert loads.count == 0 and not Path("out.jsonl").exists()
 
 
-@for_each("name", ["x.zip", "x.pdf", "x.m1v", "paths", "x.bin"], own=(loads,))
+@for_each("name", ["x.zip", "x.docx", "x.m1v", "paths", "x.bin"], own=(loads,))
 def test_the_same_on_stdin(name: str, run: Run, loads: Loads) -> None:
     data = zipped("a.png") if name == "x.zip" else FOREIGN[name][0]()
     refused(run("batch", "-", QUESTION, input=data), 65, "llava: -: ")
@@ -641,7 +640,7 @@ def test_file_urls_in_a_list(given: str, row: bool, run: Run) -> None:
 
 
 def test_what_a_folder_has_besides(run: Run) -> None:
-    for name in ("notes.txt", "sound.mp3", "two.txt", "none", ".hidden.png", "._c.png"):
+    for name in ("notes.txt", "notes.doc", "two.txt", "none", ".hidden.png", "._c.png"):
         (Path("photos") / name).write_text("x")
     for folder in ("@eaDir/c.png", "sub/@eaDir/d.png", "$RECYCLE.BIN", "lost+found", "__MACOSX", "#recycle", ".git"):
         draw(f"photos/{folder}/x.png")
@@ -652,7 +651,7 @@ def test_what_a_folder_has_besides(run: Run) -> None:
     assert images(result.stdout) == ["c.png", "d.png", "link.png"]
     first, _ = result.stderr.splitlines()
     assert first.startswith("llava: photos: 4 files are no pictures (")
-    for part in ("2 .txt", "1 .mp3", "1 without ending", "3 hidden names", "6 folders of the system's (", "@eaDir"):
+    for part in ("2 .txt", "1 .doc", "1 without ending", "3 hidden names", "6 folders of the system's (", "@eaDir"):
         assert part in first
     assert "2 linked folders (" in first and "--include takes other names" in first
     assert first.endswith("a linked folder can be a SOURCE, too")

@@ -12,6 +12,7 @@ from helpers.fuzzing import (
     BOUNDARIES,
     Boundary,
     Checkpoints,
+    Documents,
     Footprint,
     Heads,
     Pictures,
@@ -24,7 +25,7 @@ from helpers.fuzzing import (
 )
 from helpers.tables import for_each
 
-COUNTS: dict[type[Boundary], int] = {Checkpoints: 12, Heads: 20, Requests: 30, Rows: 12, Texts: 30}
+COUNTS: dict[type[Boundary], int] = {Checkpoints: 12, Documents: 80, Heads: 20, Requests: 30, Rows: 12, Texts: 30}
 USUAL = 30
 
 

@@ -27,13 +27,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import pillow_heif
 import psutil
 from helpers import films
+from helpers.pdf_bytes import encrypted_pdf, form_pdf, many_pages_pdf, nested_forms_pdf, text_pdf
 from helpers.servers import Server, begin
 from PIL import Image
 
@@ -60,7 +63,7 @@ from llava_cli.images.sandbox import Crash, Sandbox
 from llava_cli.models.registry import Checkpoint, builtin_folder
 from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
-from llava_cli.parts import choose
+from llava_cli.parts import Content, Part, choose
 from llava_cli.prompts.chat_template import TEMPLATES
 from llava_cli.prompts.sandbox import TextRefused, TextSandbox
 from llava_cli.safetensors_header import read_header
@@ -461,6 +464,96 @@ class Pictures(Boundary):
         assert picture.image.width * picture.image.height <= limits.PICTURE_PIXELS
         self._more += not opens
         return "fine" if opens else "fine, though not for Pillow"
+
+
+def _documents() -> dict[str, list[bytes]]:
+    """Good files of several pages or frames by their kind."""
+    frames = [Image.new("RGB", (48, 32), color) for color in ("red", "green", "blue")]
+    frames += [_drawing().resize((48, 32))]
+
+    def several(kind: str, **options: Any) -> bytes:
+        return _encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+
+    tiffs = ({}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}, {"big_tiff": True})
+    found = {
+        "PDF": [
+            text_pdf("one", "two"),
+            form_pdf(),
+            encrypted_pdf(b""),
+            nested_forms_pdf(3, 3),
+            many_pages_pdf(100, 10),
+        ],
+        "TIFF": [several("TIFF", **options) for options in tiffs],
+        "GIF": [several("GIF", duration=100), several("GIF", disposal=2)],
+        "WEBP": [several("WEBP", duration=100), several("WEBP", lossless=True)],
+        "APNG": [several("PNG", duration=100), several("PNG", default_image=True)],
+        "AVIF": [several("AVIF", duration=100), _encoded(frames[0], "AVIF")],
+        "HEIC": [several("HEIF"), _encoded(_drawing(), "HEIF")],
+    }
+    if find_spec("pillow_jxl"):
+        import pillow_jxl  # noqa: F401  (a plugin of Pillow)
+
+        found["JPEG XL"] = [_encoded(_drawing(), "JXL"), _encoded(_drawing(), "JXL", lossless=True)]
+    return found
+
+
+class Documents(Boundary):
+    """A file of several pages or frames: what it contains, its first page, its last one, and one that it has not."""
+
+    name, seconds = "documents", 12.0
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.limit(DECODE_SECONDS=10.0)
+        pillow_heif.register_heif_opener()
+        self._seeds, self._kind = _documents(), ""
+        self._sandbox = Sandbox()
+        self._stack.callback(self._sandbox.end)
+        self._most: dict[str, tuple[int, float, float]] = {}
+        """By kind: how many there were, the most seconds of a request, and the most memory of a process."""
+
+    def make(self, rng: Random) -> bytes:
+        self._kind = rng.choice(list(self._seeds))
+        seeds = self._seeds[self._kind]
+        return mutate(rng, rng.choice(seeds), seeds)
+
+    def check(self, data: bytes) -> str:
+        content = self._timed(lambda: self._sandbox.inspect("file", data))
+        count = content.count if isinstance(content, Content) else 1
+        found = [
+            self._timed(lambda page=page: self._sandbox.open("file", data, part=Part(page))) for page in (1, count)
+        ]
+        whole = self._timed(lambda: self._sandbox.open("file", data))
+        none = self._timed(lambda: self._sandbox.open("file", data, part=Part(count + 1)))
+        assert isinstance(none, LlavaError), "a page that is not there"
+        for one in (content, *found, whole, none):
+            if isinstance(one, LlavaError):
+                assert not isinstance(one, Crash), str(one)
+                refused(one, one.thing, one.hint)
+        assert not isinstance(whole, Picture) or isinstance(content, Content), "opened, though it contains nothing"
+        return "/".join("fine" if isinstance(one, Picture) else "refused" for one in (whole, *found))
+
+    def _timed(self, do: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        outcome = do()
+        count, seconds, memory = self._most.get(self._kind, (0, 0.0, 0.0))
+        seconds, memory = max(seconds, time.perf_counter() - begin), max(memory, *map(_peak, self._sandbox.processes))
+        self._most[self._kind] = count + 1, seconds, memory
+        return outcome
+
+    def notes(self) -> list[str]:
+        return [
+            f"{kind}: {count} requests, at most {s:.1f} s and {mb:.0f} MB"
+            for kind, (count, s, mb) in self._most.items()
+        ]
+
+
+def _peak(pid: int) -> float:
+    """The most memory that a process has had, in MB; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1000
+    except (OSError, IndexError):
+        return 0.0
 
 
 # Checkpoints.
@@ -950,7 +1043,7 @@ class Films(Boundary):
             return self._refused(content)
         parts = choose(content, None, 3, None, 3).parts
         pictures = [self._timed(lambda part=part: self._sandbox.open("film", file, part=part)) for part in parts]
-        self._most_memory = max(self._most_memory, films.peak_memory())
+        self._most_memory = max(self._most_memory, films.peak_memory(self._sandbox.processes))
         for picture in pictures:
             if isinstance(picture, LlavaError):
                 return self._refused(picture)
@@ -1224,6 +1317,7 @@ BOUNDARIES: tuple[type[Boundary], ...] = (
     Heads,
     Pictures,
     *([Films] if films.AVAILABLE else []),
+    Documents,
     Headers,
     Checkpoints,
     Tokenizers,

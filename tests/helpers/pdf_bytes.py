@@ -55,7 +55,7 @@ def text_pdf(*lines: str) -> bytes:
 
 def form_pdf() -> bytes:
     """A page with a form's field, filled in with red, and an annotation, a blue square."""
-    red, blue = b"1 0 0 rg 0 0 100 50 re f", b"0 0 1 rg 0 0 50 50 re f"
+    red, blue = b"1 0 0 rg 0 0 100 50 re f", b"0 0 1 rg 0 0 100 50 re f"
     appearance = b"/Type/XObject/Subtype/Form/BBox[0 0 100 50]"
     return pdf(
         b"<</Type/Catalog/Pages 2 0 R/AcroForm<</Fields[4 0 R]>>>>",

@@ -17,6 +17,7 @@ from typing import Any
 import pillow_heif
 import pytest
 from helpers.command import Run
+from helpers.pdf_bytes import text_pdf
 from helpers.picture_bytes import (
     BAD_BYTES,
     CUT,
@@ -107,12 +108,24 @@ def test_damaged_png_data_is_refused_or_read_but_never_black() -> None:
     assert refused
 
 
-def test_a_heic_without_the_extra_names_it(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "img.heic").write_bytes(encoded(noise(), "HEIF"))
-    monkeypatch.setattr(sandbox, "HEIF", "")
+@for_each(
+    ("name", "data", "reason", "hint"),
+    [
+        ("img.heic", encoded(noise(), "HEIF"), "HEIC needs an extra", "pip install 'llava-cli[heic]'"),
+        ("img.jxl", b"\xff\x0a" + bytes(40), "JPEG XL needs a plugin of Pillow", "pip install pillow-jxl-plugin"),
+        ("paper.pdf", text_pdf("one"), "PDF needs an extra", "pip install 'llava-cli[pdf]'"),
+    ],
+    own=(folder,),
+)
+def test_an_extra_that_is_missing_is_named(
+    name: str, data: bytes, reason: str, hint: str, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process has not imported before it gave up its rights is missing in it."""
+    decoder = sandbox._Decoder
+    monkeypatch.setattr(sandbox, "_Decoder", lambda package: decoder())
     monkeypatch.setattr(reader, "sandbox_pool", SandboxPool)
-    result = run("ask", "img.heic", QUESTION)
-    assert_refused(result, "img.heic", "HEIC needs an extra", 65, "pip install 'llava-cli[heic]'")
+    (folder / name).write_bytes(data)
+    assert_refused(run("ask", name, QUESTION), name, reason, 65, hint)
 
 
 def test_a_file_over_the_limit_is_refused_without_reading_it_all(
