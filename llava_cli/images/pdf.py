@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli import limits
 from llava_cli.errors import BadImage
 from llava_cli.images.decode import TOO_NARROW, Decoded, no_such_part
+from llava_cli.images.unsupported import DAMAGED_PDF
 from llava_cli.parts import Content
 
 if TYPE_CHECKING:
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
 
 EXTRA = "pip install 'llava-cli[pdf]'"
 DECRYPT = "qpdf --decrypt --password=PASSWORD {name} {name}.pdf"
-REPAIR = "mutool clean {name} {name}.pdf"
-HINTS = (EXTRA, DECRYPT, REPAIR)
-"""Hints that a `BadImage` from this module may have, beside those of `decode`."""
+HINTS = (EXTRA, DECRYPT)
+"""Hints that a `BadImage` from this module may have, beside those of `decode` and `unsupported`."""
 _POINTS_PER_INCH = 72
 _ERRORS = {4: ("needs a password", DECRYPT), 5: ("is encrypted in a way that PDFium does not know", DECRYPT)}
 """What PDFium's error codes mean (`FPDF_ERR_PASSWORD`, `FPDF_ERR_SECURITY`); all others mean that it is damaged."""
@@ -39,12 +39,12 @@ class PdfFile:
         try:
             self._document = PdfDocument(data)
         except PdfiumError as error:
-            raise BadImage("", *_ERRORS.get(error.err_code or 0, ("a damaged PDF", REPAIR))) from None
+            raise BadImage("", *_ERRORS.get(error.err_code or 0, DAMAGED_PDF)) from None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._document.init_forms()
         if not len(self._document):
-            raise BadImage("", "a PDF without pages", REPAIR)
+            raise BadImage("", "a PDF without pages")
 
     def content(self) -> Content:
         return Content("document", len(self._document))
@@ -59,7 +59,7 @@ class PdfFile:
         try:
             opened = self._document[(page or 1) - 1]
         except PdfiumError:
-            raise BadImage("", "a damaged page", REPAIR) from None
+            raise BadImage("", "a damaged page", DAMAGED_PDF.hint) from None
         try:
             return Decoded(_drawn(opened, dpi), count, truncated=False, format="", plain=False)
         finally:

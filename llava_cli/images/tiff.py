@@ -49,7 +49,7 @@ def _directories(data: bytes) -> Iterator[dict[int, int]]:
                 return
             yield dict(_tags(data[start:end], entry, order))
             (at,) = struct.unpack_from(offset, data, end)
-    except struct.error:
+    except (struct.error, OverflowError):  # a place that no file has
         return
 
 

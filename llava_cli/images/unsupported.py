@@ -62,6 +62,7 @@ _UNSUPPORTED = {
     "wmf": _image("WMF"),
     "emf": _image("EMF"),
     "dicom": _image("DICOM", "dcm2img {name} {name}.png"),
+    "pdf": Unsupported("a damaged PDF", "mutool clean {name} {name}.pdf"),
     "postscript": _image("PostScript", "magick -density 150 {name} {name}.png"),
     "svg": _image("SVG", "rsvg-convert -o {name}.png {name}"),
     "avif": _image("AVIF", _WHOLE_IMAGE),
@@ -95,7 +96,7 @@ _UNSUPPORTED = {
     "iphone-png": _image("an iPhone's own PNG", "pngcrush -revert-iphone-optimizations {name} {name}.png"),
 }
 UNUSUAL_BMP, UNUSUAL_TIFF, IPHONE_PNG = _UNSUPPORTED["bmp"], _UNSUPPORTED["tiff"], _UNSUPPORTED["iphone-png"]
-RAW, AVIF = _UNSUPPORTED["raw"], _UNSUPPORTED["avif"]
+RAW, AVIF, DAMAGED_PDF = _UNSUPPORTED["raw"], _UNSUPPORTED["avif"], _UNSUPPORTED["pdf"]
 HINTS = tuple(dict.fromkeys(kind.hint for kind in _UNSUPPORTED.values()))
 """Every hint of this module."""
 _JPEG_PROCESSES = {

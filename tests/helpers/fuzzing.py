@@ -521,9 +521,10 @@ class Documents(Boundary):
         content = self._timed(lambda: self._sandbox.inspect("file", data))
         count = content.count if isinstance(content, Content) else 1
         found = [
-            self._timed(lambda page=page: self._sandbox.open("file", data, part=Part(page))) for page in (1, count)
+            self._timed(lambda page=page: self._sandbox.open("file", data, part=Part(page), dpi=72))
+            for page in (1, count)
         ]
-        whole = self._timed(lambda: self._sandbox.open("file", data))
+        whole = self._timed(lambda: self._sandbox.open("file", data, dpi=72))
         none = self._timed(lambda: self._sandbox.open("file", data, part=Part(count + 1)))
         assert isinstance(none, LlavaError), "a page that is not there"
         for one in (content, *found, whole, none):

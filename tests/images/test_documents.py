@@ -29,6 +29,7 @@ from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.errors import LlavaError
 from llava_cli.images import sandbox as module
+from llava_cli.images import tiff
 from llava_cli.images.animation import seconds_of
 from llava_cli.images.sandbox import Sandbox
 from llava_cli.parts import WHOLE, Content, Part
@@ -128,6 +129,7 @@ def test_an_enormous_page_has_a_bound_on_its_pixels(sandbox: Sandbox) -> None:
         (encrypted_pdf(b"word"), "needs a password", "qpdf --decrypt --password=PASSWORD a.pdf a.pdf.pdf"),
         (b"%PDF-1.7\n", "a damaged PDF", "mutool clean a.pdf a.pdf.pdf"),
         (b"\n\n%PDF-1.4" + bytes(3000), "a damaged PDF", "mutool clean a.pdf a.pdf.pdf"),
+        (b"%pDF-1.7\n<|", "a damaged PDF", "mutool clean a.pdf a.pdf.pdf"),
         (text_pdf("one")[:300], "a damaged PDF", "mutool clean a.pdf a.pdf.pdf"),
         (
             pdf(b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[2 0 R 2 0 R]/Count 5>>"),
@@ -273,6 +275,13 @@ def test_thumbnails_and_masks_in_a_tiff_are_no_pages(sandbox: Sandbox) -> None:
     assert [picture(sandbox, bytes(data), page) for page in (1, 2)] == [drawing(1), drawing(3)]
 
 
+def test_places_that_no_file_has_end_a_tiff() -> None:
+    for kind, place in (("TIFF", 4), ("BigTIFF", 8)):
+        data = bytearray(several("TIFF", **TIFFS["BigTIFF" if kind == "BigTIFF" else "none"]))
+        data[place : place + 8] = b"\xff" * 8
+        assert tiff.page_indexes(bytes(data)) == []
+
+
 def test_a_chain_of_pages_that_goes_round_ends(sandbox: Sandbox) -> None:
     data = bytearray(several("TIFF", 2))
     (first,) = struct.unpack_from("<I", data, 4)
@@ -287,8 +296,6 @@ def test_a_chain_of_pages_that_goes_round_ends(sandbox: Sandbox) -> None:
 
 def test_more_pages_than_are_counted(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """`limits.PAGES` and one: the others are not looked at."""
-    from llava_cli.images import tiff
-
     monkeypatch.setattr(limits, "PAGES", 2)
     assert tiff.page_indexes(several("TIFF", 4)) == [0, 1, 2]
 
