@@ -29,11 +29,14 @@ from llava_cli.hardware.device import Plan
 from llava_cli.models.aliases import ALIASES
 from llava_cli.models.families import FAMILIES
 from llava_cli.models.footprint import footprint
+from llava_cli.prompts.question_fields import FIELDS
+from llava_cli.prompts.saved_prompts import BUILTIN
 
 DOCS = Path(__file__).parent
 PLACES = (
     paths.config_file,
     paths.data_folder,
+    paths.prompts_folder,
     paths.quantized_cache,
     paths.digest_cache,
     paths.kernel_cache,
@@ -143,6 +146,7 @@ def files() -> str:
     named = (
         "config_file",
         "data_folder",
+        "prompts_folder",
         "quantized_cache",
         "digest_cache",
         "kernel_cache",
@@ -220,6 +224,16 @@ def templates() -> str:
     """The names that `--template` takes."""
     folder = Path(llava_cli.__file__).parent / "prompts" / "templates"
     return ", ".join(code(file.stem) for file in sorted(folder.glob("*.jinja")))
+
+
+def fields() -> str:
+    """What a question may have in braces."""
+    return table(("field", "", "such as"), ((code(f"{{{one}}}"), *words) for one, words in FIELDS.items()))
+
+
+def builtin_prompts() -> str:
+    """The prompts that every user has."""
+    return table(("name", "prompt"), ((code(prompt.name), code(prompt.text)) for prompt in BUILTIN.values()))
 
 
 def bounds() -> str:
@@ -327,10 +341,12 @@ def _fields(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
 
 PARTS: dict[str, Callable[[], str]] = {
     "api": api,
+    "builtin prompts": builtin_prompts,
     "chat commands": chat_commands,
     "commands": commands,
     "exit codes": exit_codes,
     "families": families,
+    "fields": fields,
     "files": files,
     "limits": bounds,
     "models": models,

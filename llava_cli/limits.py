@@ -28,6 +28,8 @@ DOCUMENT_MEMORY = 2 * 2**30
 """Bytes of address space of the process that draws pages."""
 ASK_PAGES = 4
 """Of a document in a question, unless --pages says which."""
+QUESTION_PICTURES = 100
+"""Of one file in a question, if options say which, and files on the clipboard: each may take 30 MB of memory."""
 FILM_BYTES = 50_000_000_000
 """All of a film is read once, for its hash."""
 FILM_FRAMES = 4
@@ -59,6 +61,26 @@ TABLE_COLUMNS = 10_000
 CONTEXT_BYTES = 100_000
 """Of what a source says of one picture besides, as JSON: a table's other columns, a `.json` beside it."""
 
+# The clipboard and the screen.
+CLIPBOARD_SECONDS = 2.0
+"""Until a program that reads the clipboard has answered; it waits for the program that was copied from."""
+SCREEN_SECONDS = 10.0
+"""Until a program has written its picture of the screen."""
+
+# What questions are filled in with.
+EXIF_BYTES = 1_000_000
+"""Of all EXIF values of a picture."""
+EXIF_CHARACTERS = 1_000
+"""Of one of them; the rest is cut off."""
+EXIF_SECONDS = 10.0
+"""To read those of one picture."""
+QUESTION_SECONDS = 5.0
+"""To fill in one question."""
+QUESTION_MEMORY = 2**29
+"""Bytes of address space for that."""
+SAVED_PROMPT_BYTES = 1_000_000
+"""Of a saved prompt's file."""
+
 # Sandboxed processes.
 SANDBOX_MEMORY = 4 * 2**30
 """Bytes of address space."""
@@ -74,6 +96,14 @@ FETCH_SECONDS = 10.0
 FETCH_REDIRECTS = 5
 FETCHES = 16
 """At a time in one process."""
+
+# Buckets, data sets and archives by URL.
+REMOTE_SECONDS = 60.0
+"""For one object or one part of an archive, all attempts together; after that it counts as unreadable."""
+REMOTE_STALL_SECONDS = 20.0
+"""Between two parts of an answer."""
+REMOTE_BYTES = 10**15
+"""Of an archive by URL, which is read as a stream."""
 
 # Requests to `llava serve`.
 CONNECTIONS = 256
@@ -228,6 +258,12 @@ GRAMMAR_RULES = 500
 """Rules and terminals of a Lark grammar: llguidance's stack ends where a thousand refer to each other in a chain."""
 GRAMMAR_STATES = 50_000
 """Of the automaton that is made of a schema, regex or grammar as answers go on: 1 to 2 kB each."""
+EXPORT_COLUMNS = 1_000
+"""Keys of rows that become columns of a table."""
+SIDECAR_BYTES = 4_000_000
+"""Of a text or XMP file beside a picture that a new description may go into."""
+SIDECAR_DEPTH = 100
+"""Of elements in such an XMP file."""
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000

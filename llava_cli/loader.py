@@ -179,7 +179,9 @@ def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore
     if options.visual_tokens:
         choose_tokens(model.network, options.visual_tokens)
     seconds = time.perf_counter() - begin
-    return LocalEngine(checkpoint.name, model.network, prompter, plan.precision, seconds, patch)
+    engine = LocalEngine(checkpoint.name, model.network, prompter, plan.precision, seconds, patch)
+    engine.has_new_copy = model.is_new_copy
+    return engine
 
 
 def _checked_files(checkpoint: Checkpoint, tell: Tell) -> tuple[Configs, Weights]:

@@ -44,7 +44,7 @@ def answer_object(answer: Answer, conversation: Conversation, engine: Engine) ->
     return {
         "answer": answer.text,
         "question": conversation.turns[-1].question,
-        "images": [picture.name for picture in conversation.pictures],
+        "images": [picture.reference for picture in conversation.pictures],
         "model": engine.model,
         "precision": engine.precision or None,
         "device": engine.device or None,
@@ -137,6 +137,16 @@ def stats(answer: Answer, engine: Engine) -> str:
 def say(text: str) -> None:
     """Prints to stdout what a person asked to see, safe on a terminal."""
     print(for_terminal(text) if sys.stdout.isatty() else text, flush=True)
+
+
+def write_file(chunks: Iterable[bytes]) -> None:
+    """Writes a file's content to stdout: as text that is safe on a terminal, unchanged in a pipe."""
+    for chunk in chunks:
+        if sys.stdout.isatty():
+            sys.stdout.write(for_terminal(chunk.decode("utf-8", "replace")))
+        else:
+            sys.stdout.buffer.write(chunk)
+    sys.stdout.flush()
 
 
 _mid_line = False
@@ -247,6 +257,22 @@ def counting(total: int | None, quiet: bool = False) -> Iterator[Any]:
             bar.update(task, completed=done, description=words)
 
         yield show
+
+
+@contextmanager
+def counted(words: str, total: int | None = None, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar of things on stderr, if that is a terminal: yields a function of how many are done."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(words, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], optional: int = 0) -> None:

@@ -100,8 +100,11 @@ def wait(sizes: Sizes, plan: Plan, speeds: Speeds) -> tuple[float | None, float 
 
 
 def duration(seconds: float) -> str:
-    """In words, a tenth of a second at least: "0.4 s", "25 s", "3 min"."""
-    return f"{rate(max(seconds, 0.1))} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    """In words, a tenth of a second at least: "0.4 s", "25 s", "3 min", "5.2 h", "12 days"."""
+    for unit, size in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} min" if unit == "min" else f"{rate(seconds / size)} {unit}"
+    return f"{rate(max(seconds, 0.1))} s"
 
 
 def rate(number: float) -> str:

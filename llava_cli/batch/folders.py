@@ -118,7 +118,7 @@ class Selection:
         self._system_folders: set[str] = set()
 
     def takes(self, path: str, head: Callable[[], bytes]) -> bool:
-        """Whether a name is a picture's; `head` gives its first `foreign_files.MAGIC_BYTES`, where the name is none."""
+        """Whether a name is a picture's; `head` gives its first `formats.MAGIC_BYTES`, where the name is none."""
         if self._is_passed_over(path):
             return False
         if _is_included(path, self.include) or (not self.include and is_head_of_picture(head())):

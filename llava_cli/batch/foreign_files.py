@@ -14,8 +14,6 @@ from llava_cli.images.reader import SUFFIXES
 JSON_LINES = (".jsonl", ".ndjson")
 HEAD_BYTES = 65_536
 """The part of a SOURCE that is looked at."""
-MAGIC_BYTES = formats.MAGIC_BYTES
-"""The part of a file in a folder or an archive that is looked at."""
 _BATCH = 'llava batch FOLDER "what is this?"'
 _PIPE = "{tool} {name} | llava batch - …"
 
@@ -95,7 +93,7 @@ def head_of(path: str) -> bytes:
     """The first bytes of a file, enough to know a picture; none if it cannot be read."""
     try:
         with regular_files.open_regular(path) as file:
-            return file.read(MAGIC_BYTES)
+            return file.read(formats.MAGIC_BYTES)
     except (OSError, ValueError):
         return b""
 

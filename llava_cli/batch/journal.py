@@ -7,6 +7,7 @@ output. A row is a line, appended whole, and row N is about line N of the manife
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from array import array
@@ -44,6 +45,8 @@ class Journal:
         """How many rows there will be."""
         self.to_redo = array("q")
         """The numbers of rows to be answered again, counted from 0."""
+        self.added = self.removed = 0
+        """Tasks that the source has gained and lost since the run was begun, as `look` finds."""
         self._name = printable(str(output))
         self._manifest, self._settings = self.folder / "manifest", self.folder / "settings.json"
         self._lock = self._file = -1
@@ -54,12 +57,7 @@ class Journal:
         from filelock import lock_descriptor  # only here: rows on stdout need no lock
 
         try:
-            if self.output.is_dir():
-                hint = f"-o {files.quoted(self.output / 'out.jsonl')} writes into it"
-                raise OutputTaken(self._name, "a folder", hint)
-            if self.output.exists() and not self.output.is_file():
-                raise OutputTaken(self._name, "not a regular file", "without -o rows go to stdout")
-            files.refuse_link(self.output)
+            self._refuse_output()
             files.make_folder(self.folder, parents=False)
             self._lock = files.open_for_writing(self.folder / "lock", os.O_RDWR, files.SHARED)
             if not lock_descriptor(self._lock, blocking=False):
@@ -71,6 +69,15 @@ class Journal:
             self._file = files.open_for_writing(self.output, os.O_RDWR | os.O_APPEND, files.SHARED)
         except OSError as error:
             raise self._taken(error) from None
+
+    def _refuse_output(self) -> None:
+        """Raises `OutputTaken` or `OSError` for what can never be an output."""
+        if self.output.is_dir():
+            hint = f"-o {files.quoted(self.output / 'out.jsonl')} writes into it"
+            raise OutputTaken(self._name, "a folder", hint)
+        if self.output.exists() and not self.output.is_file():
+            raise OutputTaken(self._name, "not a regular file", "without -o rows go to stdout")
+        files.refuse_link(self.output)
 
     def _taken(self, error: OSError) -> OutputTaken:
         hint = "give another file to -o"
@@ -106,9 +113,7 @@ class Journal:
         run's, or that other settings made.
         """
         if not self._is_begun():
-            if os.fstat(self._file).st_size:
-                reason = "it has rows already, and no folder .run beside it that says what made them"
-                raise BadData(self._name, reason, "give another file to -o")
+            self._refuse_rows(os.fstat(self._file).st_size)
             data = run_settings.to_json(settings, self.output)
             with self._output_errors():
                 files.atomic_write(self._manifest, (line for line, _ in merge_tasks((), tasks)))
@@ -116,8 +121,7 @@ class Journal:
                 files.sync_folder(self.folder.parent)
             self.total = _count_lines(self._manifest)
             return 0, 0
-        if changes := run_settings.changes(run_settings.read(self._settings), settings):
-            raise BadData(self._name, f"other settings made its rows: {changes}", "give another file to -o")
+        self._refuse_changes(settings)
         before, remaining, after = _count_lines(self._manifest), 0, 0
 
         def merged_lines() -> Iterator[bytes]:
@@ -135,13 +139,80 @@ class Journal:
         self.total = after if extend else before
         return after - before, before - remaining
 
+    def _refuse_rows(self, size: int) -> None:
+        """Raises `BadData` if an output of `size` bytes has rows that are no run's."""
+        if size:
+            reason = "it has rows already, and no folder .run beside it that says what made them"
+            raise BadData(self._name, reason, "give another file to -o")
+
+    def _refuse_changes(self, settings: dict[str, Any]) -> None:
+        """Raises `BadData` if the run that is resumed had other settings."""
+        if changes := run_settings.changes(run_settings.read(self._settings), settings):
+            raise BadData(self._name, f"other settings made its rows: {changes}", "give another file to -o")
+
+    def look(
+        self,
+        settings: dict[str, Any],
+        tasks: Iterable[Task],
+        on_row: OnRow,
+        extend: bool = False,
+        retry: bool = False,
+        repair: bool = False,
+    ) -> Iterator[tuple[int, Task]]:
+        """The tasks that a run would answer, with the numbers of their rows; writes nothing and takes no lock.
+
+        What the source has gained and lost is in `added` and `removed` once all were read. Raises what `lock`, `begin`
+        and `check` would, except where another run has the output.
+        """
+        self.refuse_unwritable()
+        if not self._is_begun():
+            self._refuse_rows(self.output.stat().st_size if self.output.exists() else 0)
+            for number, task in enumerate(tasks):
+                self.total = number + 1
+                yield number, task
+            return
+        self._refuse_changes(settings)
+        if self.output.exists():
+            self._read(on_row, retry, repair)
+        before, redo = _count_lines(self._manifest), set(self.to_redo)
+        self.removed = before
+        for number, (line, is_in_source) in enumerate(merge_tasks(_lines(self._manifest), tasks)):
+            is_new = number >= before
+            self.added += is_new
+            self.removed -= is_in_source and not is_new
+            if (number >= self.done or number in redo) and (extend or not is_new):
+                yield number, Task.from_line(line)
+        self.total = before + (self.added if extend else 0)
+
+    def refuse_unwritable(self) -> None:
+        """Raises `OutputTaken` if the output could not be written; tries it with nothing."""
+        try:
+            self._refuse_output()
+            folder = self.output.parent
+            folder.stat()
+            for path in (folder, self.output):
+                if path.exists() and not os.access(path, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        except OSError as error:
+            raise self._taken(error) from None
+
     def check(self, on_row: OnRow, retry: bool = False, repair: bool = False) -> None:
         """Reads the existing rows, each with its task, and finds those `to_redo`; calls `on_row` for all others.
 
         A last line without an end is torn: it is cut off and kept in `torn-N`. With `retry`, rows with errors are to be
         answered again, with `repair` damaged ones, too. Raises `BadData` for damage without `repair`.
         """
-        size = os.fstat(self._file).st_size
+        size, end, damaged = self._read(on_row, retry, repair)
+        with self._output_errors():
+            if damaged or end < size:
+                self._set_aside([*zip(damaged[::2], damaged[1::2], strict=True), (end, size)])
+            if end < size:
+                files.truncate(self._file, end)
+        self._size = end
+
+    def _read(self, on_row: OnRow, retry: bool, repair: bool) -> tuple[int, int, array[int]]:
+        """`check` without writing -> the output's bytes, those in whole lines, and the spans of damaged lines."""
+        size = self.output.stat().st_size
         end, damaged = 0, array("q")
         with _open(self.output) as rows, _open(self._manifest) as manifest:
             tasks = bounded_lines(manifest)
@@ -169,12 +240,7 @@ class Journal:
                     self.to_redo.append(number)
                 else:
                     on_row(Task.from_line(task), row)
-        with self._output_errors():
-            if damaged or end < size:
-                self._set_aside([*zip(damaged[::2], damaged[1::2], strict=True), (end, size)])
-            if end < size:
-                files.truncate(self._file, end)
-        self._size = end
+        return size, end, damaged
 
     def tasks(self) -> Iterator[Task]:
         """The tasks that have no row yet."""

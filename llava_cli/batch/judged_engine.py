@@ -76,7 +76,7 @@ class JudgedEngine(Engine):
     ) -> None:
         self.model, self.precision, self.device = engine.model, engine.precision, engine.device
         self.load_seconds, self.where, self.decoding = engine.load_seconds, engine.where, engine.decoding
-        self.family, self.context = engine.family, engine.context
+        self.family, self.context, self.has_new_copy = engine.family, engine.context, engine.has_new_copy
         self._engine, self._promise, self._larger, self._concurrency = engine, promise, larger, concurrency
         self._unusable: LlavaError | None = None
         """Why the larger model is not asked any more."""
@@ -97,6 +97,9 @@ class JudgedEngine(Engine):
 
     def peak_memory(self) -> int:
         return self._engine.peak_memory()
+
+    def most_at_a_time(self, size: int | None = None) -> int:
+        return self._engine.most_at_a_time(size)
 
     def answer_many(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 from llava_cli import limits
 from llava_cli.batch.foreign_files import head_of
 from llava_cli.batch.tasks import Task
-from llava_cli.errors import LlavaError
+from llava_cli.errors import LlavaError, SourceLost
 from llava_cli.images import formats
 from llava_cli.images.reader import is_url, sandbox_pool
 from llava_cli.parts import WHOLE, Content, Part, choose, split_reference
@@ -50,6 +50,7 @@ def with_parts(tasks: Iterable[Task], find: Find, options: PictureOptions, left_
     """Each task, for each picture of its file: of consecutive tasks about one file all about its first page, and so on.
 
     A file that cannot be opened keeps its tasks, whose rows will say why; so does one without any page of `options`.
+    Raises `SourceLost`.
     """
     together: list[Task] = []
     for task in tasks:
@@ -90,9 +91,11 @@ def _is_there(image: str, find: Find) -> bool:
 
 
 def _found(image: str, find: Find) -> bytes | Path | None:
-    """The file of a picture; None if its row will say why there is none."""
+    """The file of a picture; None if its row will say why there is none. Raises `SourceLost`."""
     try:
         return find(image)
+    except SourceLost:
+        raise
     except LlavaError:
         return None
 

@@ -10,7 +10,7 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -43,18 +43,20 @@ _NUMBERS: dict[str, tuple[str, Callable[[str], float]]] = {
 """Columns of a table that are numbers: how they are written, and what reads them."""
 _MAX_NAMES = 6
 """Keys or columns that a message lists."""
-_FIELDS = tuple(field.name for field in fields(Task) if field.name not in ("row", "sight"))
+_FIELDS = tuple(field.name for field in fields(Task) if field.name not in ("row", "sight", "asked"))
 _EXAMPLES = {"page": '"page": 2', "time": '"time": 12.5 is in seconds', "region": '"region": "60%,0,100%,30%"'}
 
 
 class Questions:
     """The tasks in a listing; `default_questions` are for rows without a question of their own.
 
-    `check` raises `UsageError` for a task that cannot be asked.
+    `check` raises `UsageError` for a task that cannot be asked. `used` are columns of which the questions have fields.
     """
 
-    def __init__(self, listing: Listing, default_questions: Sequence[str], check: Check) -> None:
-        self.listing, self.default_questions, self._check = listing, default_questions, check
+    def __init__(
+        self, listing: Listing, default_questions: Sequence[str], check: Check, used: Container[str] = ()
+    ) -> None:
+        self.listing, self.default_questions, self._check, self._used = listing, default_questions, check, used
         self.ignored: Counter[str] = Counter()
         """How many rows have a key that is ignored; counted when all rows are read for the first time."""
         self._is_counted = False
@@ -104,10 +106,11 @@ class Questions:
 
     def note(self) -> str:
         """The ignored keys in one line; empty if there are none."""
-        parts = [_count_note(key, count) for key, count in self.ignored.most_common(_MAX_NAMES)]
+        ignored = Counter({key: count for key, count in self.ignored.items() if key not in self._used})
+        parts = [_count_note(key, count) for key, count in ignored.most_common(_MAX_NAMES)]
         if not parts:
             return ""
-        more = len(self.ignored) - _MAX_NAMES
+        more = len(ignored) - _MAX_NAMES
         others = f" and {more:,} others" if more > 0 else ""
         return f"ignored keys: {', '.join(parts)}{others}"
 

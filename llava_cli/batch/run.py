@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -20,9 +22,10 @@ from llava_cli.batch.judged_engine import JudgedEngine, Promise
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
-from llava_cli.batch.runner import answer_tasks, conversation_of, sampled, sampling_of
+from llava_cli.batch.runner import answer_tasks, conversation_of, sampled, sampling_of, unfilled
 from llava_cli.batch.source import Source
 from llava_cli.batch.tally import Tally
+from llava_cli.batch.task_questions import TaskQuestions
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
 from llava_cli.errors import InputMissing, LlavaError
@@ -39,6 +42,8 @@ class Job:
     settings: Settings
     command: str
     output: Path | None = None
+    templates: TaskQuestions | None = None
+    """Fills in the questions that are templates."""
     size: int | None = None
     extend: bool = False
     retry: bool = False
@@ -58,14 +63,18 @@ def run(job: Job) -> int:
     """Runs the job and returns the exit code. Raises a `LlavaError` if it cannot begin, or cannot write."""
     tally, stop = Tally(job.verify), StopSignal(job.quiet)
     with ExitStack() as stack:
+        if job.templates:
+            stack.callback(job.templates.close)
         stack.callback(job.source.close)
         journal = tasks = None
-        larger = _open_larger(job)
+        larger = open_larger(job)
         if job.output is None:
             if job.promise:
-                job = _with_one_precision(job, None)
-                _run_settings(job, larger)  # holds the calibration against them
+                job = settle_precision(job, None)
+                run_settings(job, larger)  # holds the calibration against them
             tasks = job.source.checked_tasks()
+            if job.templates and job.templates.columns and not job.source.is_stream:
+                deque(job.templates.checked(job.source.tasks_with_rows()), maxlen=0)
         else:
             journal = Journal(job.output)
             stack.callback(journal.close)
@@ -74,25 +83,12 @@ def run(job: Job) -> int:
                 tasks = journal.tasks()
         source_is_read = journal is not None or not job.source.is_stream
         if source_is_read:
-            _note_what_is_left_out(job)
+            note_what_is_left_out(job)
         if tasks is None:
             return _finish(job, tally, stop, "nothing left to do")
-        loader = PictureLoader(
-            job.source.find,
-            job.allow_truncated,
-            job.allow_urls,
-            dpi=job.settings.pictures.dpi,
-            readers=job.source.readers,
-        )
+        loader = loader_of(job)
         stack.callback(loader.close)
-        with render.spinner("loading the model", job.quiet):
-            engine = open_engine(job.settings, render.note, render.notes(job.quiet))
-        sampling = job.settings.sampling
-        engine.check_options(replace(sampling, sight=sampling.sight or job.sight > 0))
-        if not job.quiet:
-            render.note_demo_model(job.settings.load, engine)
-        if job.promise or larger:
-            engine = JudgedEngine(engine, job.promise, larger, job.settings.remote.concurrency)
+        engine = engine_of(job, larger)
         stack.enter_context(stop)
         speed = _answer(job, journal, tasks, tally, engine, loader, stop)
         if job.verify and not stop.signal:
@@ -100,17 +96,42 @@ def run(job: Job) -> int:
         if loader.last_refusal and not job.quiet:
             render.note(f"{loader.last_refusal}; {loader.last_refusal.hint}")
         if not source_is_read:
-            _note_what_is_left_out(job)
+            note_what_is_left_out(job)
     return _finish(job, tally, stop, speed)
 
 
-def _note_what_is_left_out(job: Job) -> None:
+def loader_of(job: Job) -> PictureLoader:
+    return PictureLoader(
+        job.source.find,
+        job.allow_truncated,
+        job.allow_urls,
+        dpi=job.settings.pictures.dpi,
+        readers=job.source.readers,
+        holds=job.source.holds,
+        keep_files=job.templates is not None,
+    )
+
+
+def engine_of(job: Job, larger: Engine | None) -> Engine:
+    """The model that answers, ready. Raises as `open_engine`, and `UsageError` for options that it does not have."""
+    with render.spinner("loading the model", job.quiet):
+        engine = open_engine(job.settings, render.note, render.notes(job.quiet))
+    sampling = job.settings.sampling
+    engine.check_options(replace(sampling, sight=sampling.sight or job.sight > 0))
+    if not job.quiet:
+        render.note_demo_model(job.settings.load, engine)
+    if job.promise or larger:
+        engine = JudgedEngine(engine, job.promise, larger, job.settings.remote.concurrency)
+    return engine
+
+
+def note_what_is_left_out(job: Job) -> None:
     """Prints the notes of a source that has been read to its end."""
     for line in () if job.quiet else job.source.notes():
         render.note(line)
 
 
-def _open_larger(job: Job) -> Engine | None:
+def open_larger(job: Job) -> Engine | None:
     """The model that is asked about what the first one leaves open. Raises as `RemoteEngine`."""
     if job.escalate is None:
         return None
@@ -126,15 +147,20 @@ _ESCALATE_WORDS = {"--server": "--escalate", "-m NAME": "--escalate-model NAME",
 """What the options of a first server are called for the larger model."""
 
 
-def _with_one_precision(job: Job, saved: str | None) -> Job:
+def settle_precision(job: Job, saved: str | None) -> Job:
+    """The job with the one precision of all its rows. Raises and hints as `one_precision`."""
     return replace(job, settings=with_one_precision(job.settings, saved, render.notes(job.quiet)))
 
 
 def _open_journal(job: Job, journal: Journal, tally: Tally, larger: Engine | None) -> Job:
     """Locks the output, checks that its rows are this job's, and counts them; returns the job with its precision."""
     journal.lock()
-    job = _with_one_precision(job, journal.saved_precision())
-    added, removed = journal.begin(_run_settings(job, larger), job.source.tasks(), job.extend)
+    saved = journal.saved_precision()
+    job = settle_precision(job, saved)
+    tasks = job.source.tasks()
+    if job.templates and saved is None:  # a source that has lost a column since is no reason not to go on
+        tasks = job.templates.checked(tasks)
+    added, removed = journal.begin(run_settings(job, larger), tasks, job.extend)
     if not job.quiet and (added or removed):
         action = "are taken in" if job.extend else "are left out; --extend takes them in"
         changes = [f"{added} rows were added to the source since and {action}"] if added else []
@@ -144,7 +170,7 @@ def _open_journal(job: Job, journal: Journal, tally: Tally, larger: Engine | Non
     return job
 
 
-def _run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
+def run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
     """What all rows of a run have in common; with other settings the run cannot be resumed.
 
     Raises `BadData` if the calibration was made with others.
@@ -162,6 +188,7 @@ def _run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
         "visual_tokens": settings.load.visual_tokens,
         "allow_truncated": job.allow_truncated,
         "questions": source.questions,
+        **(job.templates.said() if job.templates else {}),
         "root": source.origin,
     }
     if job.promise:
@@ -184,10 +211,11 @@ def _answer(
 ) -> str:
     """Answers the tasks whose rows are to be replaced, then `tasks`, and returns a line about the speed."""
     begin, pictures, last_image, tokens_before = time.monotonic(), 0, "", tally.tokens
+    fill = partial(job.templates.fill, folder=job.source.folder) if job.templates else unfilled
 
     def rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
         nonlocal pictures, last_image
-        for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on):
+        for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on, fill):
             tally.add(task, row)
             pictures += task.image != last_image
             last_image = task.image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -17,10 +17,19 @@ from llava_cli.batch.listing import STDIN, Layout, Listing
 from llava_cli.batch.parts_of_tasks import LeftOut, file_of, with_parts
 from llava_cli.batch.questions import Check, Questions
 from llava_cli.batch.roots import resolve
-from llava_cli.batch.source_kinds import ContainerSource, FolderSource, ListSource, OneSource, QuestionsSource
+from llava_cli.batch.source_kinds import (
+    CloudSource,
+    ContainerSource,
+    FolderSource,
+    ListSource,
+    OneSource,
+    PictureSource,
+    QuestionsSource,
+)
 from llava_cli.batch.tasks import Task
 from llava_cli.errors import InputMissing
 from llava_cli.images.reader import is_url, local_path, read
+from llava_cli.images.remote_names import is_cloud_url, shown
 from llava_cli.settings import PictureOptions
 from llava_cli.untrusted_text import printable
 
@@ -44,6 +53,8 @@ class Source:
     root: str | None = None
     check: Check = lambda task: None
     """Raises `UsageError` for a row of questions that cannot be asked."""
+    used: Collection[str] = ()
+    """Columns of which its questions have fields; it may grow while they are read."""
     pictures: PictureOptions = PictureOptions()  # noqa: RUF009  (immutable)
     """Which pages and frames of its files are asked about."""
     allow_urls: bool = False
@@ -55,7 +66,7 @@ class Source:
     @property
     def name(self) -> str:
         """As in messages."""
-        return printable(self.words[0]) + (f" and {len(self.words) - 1:,} more" if len(self.words) > 1 else "")
+        return shown(self.words[0]) + (f" and {len(self.words) - 1:,} more" if len(self.words) > 1 else "")
 
     @property
     def is_stdin(self) -> bool:
@@ -66,7 +77,7 @@ class Source:
     def each(self) -> tuple[OneSource, ...]:
         """Its SOURCEs, in order. Raises a `LlavaError` for one that cannot be read."""
         found = tuple(map(self._open, self.words))
-        opens_all = any(type(one) is ListSource for one in found)
+        opens_all = any(one.names_anything for one in found)
         for one in found:
             if isinstance(one, QuestionsSource):
                 one.keep_refused = opens_all
@@ -80,15 +91,17 @@ class Source:
             return FolderSource(word, is_single, self.root, self.include, self.skipped)
         if container := open_container(word, self.include, self.root):
             return ContainerSource(word, container, is_single)
+        if is_cloud_url(word):
+            return CloudSource(word)
         is_picture = is_url(word) or foreign_files.is_picture(b"", word) or file_of(word) != word
-        return OneSource(word) if is_picture else self._open_listing(Listing(word, self.null), is_single)
+        return PictureSource(word) if is_picture else self._open_listing(Listing(word, self.null), is_single)
 
     def _open_listing(self, listing: Listing, is_single: bool) -> OneSource:
         if listing.layout is Layout.PICTURE:
-            return OneSource(listing.source)
+            return PictureSource(listing.source)
         if not listing.is_questions:
             return ListSource(listing, is_single, self.root)
-        questions = Questions(listing, self._distinct_questions, self.check)
+        questions = Questions(listing, self._distinct_questions, self.check, self.used)
         return QuestionsSource(listing, is_single, self.root, questions)
 
     @cached_property
@@ -96,14 +109,14 @@ class Source:
         """All but pictures, the most particular names first: those in archives; lists last, which have any names."""
 
         def rank(one: OneSource) -> tuple[bool, int]:
-            return type(one) is ListSource, -len(one.start) if isinstance(one, ContainerSource) else 1
+            return one.names_anything, -len(one.start) if isinstance(one, ContainerSource) else 1
 
-        return sorted((one for one in self.each if type(one) is not OneSource), key=rank)
+        return sorted((one for one in self.each if not isinstance(one, PictureSource)), key=rank)
 
     @cached_property
     def _named_pictures(self) -> frozenset[str]:
-        """The absolute paths of pictures that are SOURCEs: there may be as many as a command line takes."""
-        return frozenset(os.path.abspath(file_of(one.word)) for one in self.each if type(one) is OneSource)
+        """The absolute paths of pictures that are SOURCEs, in place of a search through all of them for each."""
+        return frozenset(os.path.abspath(file_of(one.word)) for one in self.each if isinstance(one, PictureSource))
 
     @property
     def _containers(self) -> list[ContainerSource]:
@@ -123,6 +136,11 @@ class Source:
         """Whether it can be read only once."""
         return any(one.is_stream for one in self.each)
 
+    @property
+    def has_questions(self) -> bool:
+        """Whether one of its SOURCEs is a file of questions."""
+        return any(isinstance(one, QuestionsSource) for one in self.each)
+
     def is_substituted(self, word: str) -> bool:
         """Whether a word is the shell's `<(…)`, whose name means nothing to another command."""
         return word in self.words and _SUBSTITUTED.match(word) is not None and Listing(word).is_stream
@@ -137,6 +155,10 @@ class Source:
         """`folder` for other commands: absolute and without links, or a URL."""
         return self.folder if "://" in self.folder else os.path.realpath(self.folder)
 
+    def holds(self, image: str) -> bool:
+        """Whether a picture whose name is a URL is in one of its archives, which `find` reads."""
+        return any(one.start and image.startswith(one.start) for one in self.each if isinstance(one, ContainerSource))
+
     def find(self, image: str) -> bytes | Path:
         """The file of a task's picture. Raises `InputMissing` if no SOURCE may name it, or as `Container.read`."""
         if self.allow_urls and is_url(image) and not any(image.startswith(one.start) for one in self._containers):
@@ -144,7 +166,7 @@ class Source:
         if self._named_pictures and os.path.abspath(path := local_path(image)) in self._named_pictures:
             return Path(resolve(path))
         for one in self._in_order_of_finding:
-            if type(one) is ListSource and self._is_refused(image):
+            if one.names_anything and self._is_refused(image):
                 break
             if (file := one.find(image)) is not None:
                 return file
@@ -171,6 +193,10 @@ class Source:
         """In the order of the words; in a folder by path. Raises `BadData` for an invalid row of questions."""
         tasks = chain.from_iterable(one.tasks(self._distinct_questions) for one in self.each)
         return with_parts(tasks, self.find, self.pictures, self._left_out)
+
+    def tasks_with_rows(self) -> Iterator[Task]:
+        """As `tasks`, of those SOURCEs that say more of a picture than its name; a file is one picture."""
+        return chain.from_iterable(one.tasks(self._distinct_questions) for one in self.each if one.has_rows)
 
     def notes(self) -> list[str]:
         """Lines about what the tasks leave out. Call it after all tasks were read."""

@@ -10,10 +10,13 @@ from glob import glob, has_magic
 from itertools import product
 
 from llava_cli import files, limits
+from llava_cli.batch.containers.remote_file import is_remote
 from llava_cli.batch.listing import STDIN
 from llava_cli.batch.parts_of_tasks import file_of
+from llava_cli.batch.remote_words import expand_url
 from llava_cli.errors import InputMissing, UsageError
 from llava_cli.images.reader import SUFFIXES, is_url, local_path
+from llava_cli.images.remote_names import is_cloud_url
 from llava_cli.parts import WHOLE, split_reference
 from llava_cli.untrusted_text import printable
 
@@ -31,11 +34,12 @@ def split_question(words: Sequence[str]) -> tuple[list[str], str | None]:
 def _is_source(word: str) -> bool:
     """Whether a last word exists as a file, or looks like a picture. A question may end in the name of a picture."""
     looks_like_one = word == STDIN or is_url(word) or split_reference(word)[0].lower().endswith(SUFFIXES)
-    return os.path.lexists(file_of(word)) or (looks_like_one and not re.search(r"\s", word))
+    is_there = os.path.lexists(file_of(word)) or is_cloud_url(word)
+    return is_there or (looks_like_one and not re.search(r"\s", word))
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """Expands `~`, variables and patterns, as a shell does: some shells do not, and none does within quotes.
+    """Expands `~`, variables and patterns, as a shell does: some shells do not, and none does within quotes or in URLs.
 
     Raises `InputMissing` for a word that names no file.
     """
@@ -44,8 +48,10 @@ def expand(words: Sequence[str]) -> list[str]:
         if not word:
             raise UsageError("SOURCE", "there is none", USAGE)
         for one in [word] if os.path.lexists(word) else expand_braces(word):
-            is_plain = one == STDIN or is_url(one) or os.path.lexists(file_of(one))
-            expanded += [one] if is_plain else _expand_word(one, words)
+            if one == STDIN or os.path.lexists(file_of(one)):
+                expanded.append(one)
+            else:
+                expanded += expand_url(one) if is_remote(one) else _expand_word(one, words)
     return expanded
 
 
@@ -92,7 +98,7 @@ def _missing(word: str, path: str, words: Sequence[str]) -> InputMissing:
     """Why a word names no file, and what was probably meant."""
     name, folder, hint = printable(word), os.path.dirname(path), ""
     if _SCHEME.match(word):
-        return InputMissing(name, "a URL that is not fetched: only http and https are", "download it first")
+        return InputMissing(name, "a URL that is not read", "download it first")
     is_sentence = re.search(r"\s", word) and not folder
     if re.search("[*?]", path) and not is_sentence:
         hint = f"llava batch {files.quoted(folder or '.')} QUESTION takes all pictures below it"

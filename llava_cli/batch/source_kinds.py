@@ -21,8 +21,10 @@ from llava_cli.batch.listing import Listing
 from llava_cli.batch.questions import Questions
 from llava_cli.batch.roots import is_below, resolve
 from llava_cli.batch.tasks import Task, expected_answer, is_valid, sort_paths
-from llava_cli.errors import BadData
+from llava_cli.errors import BadData, InputMissing
+from llava_cli.images.cloud import Cloud
 from llava_cli.images.reader import is_url, local_path
+from llava_cli.images.remote_names import is_cloud_url, shown, without_secrets
 from llava_cli.parts import split_reference
 from llava_cli.untrusted_text import printable
 
@@ -32,19 +34,23 @@ _OWN_COLUMNS = ("question", "id", "answer")
 
 
 class OneSource:
-    """A single picture, and what all kinds have in common."""
+    """What all kinds have in common."""
 
     is_stream = False
     """Whether it can be read only once."""
     has_questions = False
     """Whether its rows may have questions of their own."""
+    has_rows = False
+    """Whether it says more of a picture than its name."""
+    names_anything = False
+    """Whether it may name any file of this machine."""
     takes_root = False
     """Whether --root names where its paths begin."""
     readers = 4
     """How many threads may `find` its pictures at a time."""
 
     def __init__(self, word: str) -> None:
-        self.word, self.name = word, printable(word)
+        self.word, self.name = word, shown(word)
 
     @property
     def folder(self) -> str:
@@ -58,7 +64,8 @@ class OneSource:
                 yield Task(image, question, row=row)
 
     def images(self) -> Iterator[Entry]:
-        yield Entry(self.word)
+        """Its pictures, and what it says of them."""
+        raise NotImplementedError
 
     def begin(self) -> None:
         """Makes sure that it can be listed. Raises a `LlavaError` if not."""
@@ -67,11 +74,8 @@ class OneSource:
         """Reads what can be read twice. Raises `BadData` for an invalid row."""
 
     def find(self, image: str) -> bytes | Path | None:
-        """The file of one of its pictures; None for a name that it must not or cannot give.
-
-        Raises `InputMissing` or `BadImage`, as `Container.read`. A picture's own file is found by `Source`.
-        """
-        return None
+        """The file of one of its pictures; None for a name that it must not give. Raises as `Container.read`."""
+        raise NotImplementedError
 
     def notes(self) -> list[str]:
         """What its tasks leave out, in a line each."""
@@ -83,6 +87,27 @@ class OneSource:
 
     def close(self) -> None:
         """Gives back its files."""
+
+
+class CloudSource(OneSource):
+    """A single picture in a bucket."""
+
+    def images(self) -> Iterator[Entry]:
+        yield Entry(self.word)
+
+    def find(self, image: str) -> bytes | None:
+        return Cloud(self.word).read(self.word) if image == self.word else None
+
+
+class PictureSource(OneSource):
+    """A picture: a path, or a URL."""
+
+    def images(self) -> Iterator[Entry]:
+        yield Entry(self.word)
+
+    def find(self, image: str) -> Path | None:
+        path = local_path(image)
+        return Path(resolve(path)) if os.path.abspath(path) == os.path.abspath(self.word) else None
 
 
 class FolderSource(OneSource):
@@ -121,7 +146,7 @@ class FolderSource(OneSource):
 class ListSource(OneSource):
     """A list of paths, which are the user's own, and may be `file:` URLs."""
 
-    takes_root = True
+    names_anything = takes_root = True
 
     def __init__(self, listing: Listing, is_single: bool, root: str | None) -> None:
         super().__init__(listing.source)
@@ -137,6 +162,9 @@ class ListSource(OneSource):
         return (Entry(self._named(path)) for path in self.listing.paths())
 
     def find(self, image: str) -> Path | None:
+        if is_cloud_url(image):
+            hint = "llava batch s3://BUCKET/FOLDER/ … takes what is in it"
+            raise InputMissing(printable(image), "a bucket's objects in a list are not read", hint)
         return Path(self._path(image))
 
     def _named(self, path: str) -> str:
@@ -150,10 +178,8 @@ class ListSource(OneSource):
 
     def notes(self) -> list[str]:
         """Where the first picture is, if it is not where it should be."""
-        first, start = self._first, self.folder or os.curdir
-        if not first or _URL.match(first) or os.path.isabs(first):
-            return []
-        if any(os.path.lexists(os.path.join(start, name)) for name in (first, split_reference(first)[0])):
+        first, start = split_reference(self._first or "")[0], self.folder or os.curdir
+        if not first or _URL.match(first) or os.path.isabs(first) or os.path.lexists(os.path.join(start, first)):
             return []
         beside = os.path.dirname(self.word) or os.curdir
         roots = [root for root in (os.curdir, beside) if os.path.lexists(os.path.join(root, first))]
@@ -165,7 +191,7 @@ class ListSource(OneSource):
 class QuestionsSource(ListSource):
     """A file of questions. It is often a stranger's: its pictures must be below its folder, wherever links lead."""
 
-    has_questions = True
+    has_questions, has_rows, names_anything = True, True, False
 
     def __init__(self, listing: Listing, is_single: bool, root: str | None, questions: Questions) -> None:
         super().__init__(listing, is_single, root)
@@ -210,10 +236,12 @@ class QuestionsSource(ListSource):
 class ContainerSource(OneSource):
     """An archive, a table or a bucket."""
 
+    has_rows = True
+
     def __init__(self, word: str, container: Container, is_single: bool) -> None:
         super().__init__(word)
         self._container = container
-        self.start = "" if is_single else word.rstrip("/") + "/"
+        self.start = "" if is_single else without_secrets(word).rstrip("/") + "/"
         """What the names of its pictures begin with."""
         self.readers, self.has_questions = container.readers, container.has_questions
         self.takes_root = container.has_paths
@@ -221,10 +249,14 @@ class ContainerSource(OneSource):
     @property
     def folder(self) -> str:
         """The archive itself, in which its names are."""
-        return self.word
+        return without_secrets(self.word)
 
     def begin(self) -> None:
         next(self._container.entries(), None)
+
+    def check(self) -> None:
+        if self.takes_root or self.has_questions:
+            deque(self._container.entries(), maxlen=0)
 
     def images(self) -> Iterator[Entry]:
         return (Entry(self.start + name, row) for name, row in self._container.entries())

@@ -44,6 +44,8 @@ class Task:
     """What else the source says of the picture, for the fields of a question."""
     sight: bool | None = None
     """Whether it is in the sample of which the sight is told; no source says so."""
+    asked: str | None = None
+    """The question with its fields filled in; no source says so."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -53,6 +55,11 @@ class Task:
     def about(self, image: str) -> Task:
         """The same of a picture of this name."""
         return self if image == self.image else replace(self, image=image)
+
+    @property
+    def wording(self) -> str:
+        """The question as the model gets it."""
+        return self.question if self.asked is None else self.asked
 
     @property
     def part(self) -> Part:
@@ -111,6 +118,7 @@ _VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "region": partial(_is_parsed, parse_region),
     "row": lambda value: isinstance(value, dict),
     "sight": lambda value: isinstance(value, bool),
+    "asked": lambda value: isinstance(value, str),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.options import ANSWERING, FORM, PICTURES, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import ANSWERING, FORM, PICTURES, JsonOpt, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.saved_prompt import NamedQuestion, ParamOpt, PromptOpt, named_question
 from llava_cli.errors import UsageError
 from llava_cli.files import quoted
 from llava_cli.settings import LoadOptions, Settings
@@ -19,12 +22,14 @@ from llava_cli.settings import LoadOptions, Settings
 if TYPE_CHECKING:
     from llava_cli.batch.judged_engine import Promise
     from llava_cli.batch.source import Source
+    from llava_cli.batch.task_questions import TaskQuestions
 
 WordsArg = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SOURCE]... [QUESTION]",
-        help="Pictures and folders; or one file of paths, one of questions (.jsonl, .json, .csv), or - for stdin.",
+        help="Pictures, folders, archives (zip, tar), tables (Parquet, Arrow), files of paths or of questions (.jsonl,"
+        " .json, .csv), and - for stdin.",
         show_default=False,
     ),
 ]
@@ -36,7 +41,8 @@ OutputOpt = Annotated[
     typer.Option("-o", "--output", metavar="FILE", help="Write rows here; the same command resumes after a stop."),
 ]
 IncludeOpt = Annotated[
-    list[str] | None, typer.Option("--include", metavar="GLOB", help="Names to take from a folder; repeatable.")
+    list[str] | None,
+    typer.Option("--include", metavar="GLOB", help="Names to take from a folder or an archive; repeatable."),
 ]
 NullOpt = Annotated[bool, typer.Option("-0", "--null", help="Paths end in NUL, as from `find -print0`.")]
 RootOpt = Annotated[
@@ -76,6 +82,14 @@ SightOpt = Annotated[
     int,
     typer.Option("--sight", metavar="N", min=0, help="Of N rows, tell how far the answer depends on the picture."),
 ]
+TemplateOpt = Annotated[
+    bool,
+    typer.Option("--template-question", help="Fill in the fields of questions, such as {name}, {date}, {row.city}."),
+]
+DryRunOpt = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Write nothing: tell what would be done, and the time and memory that it takes."),
+]
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
@@ -84,6 +98,9 @@ USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 def batch(
     words: WordsArg = None,
     questions: QuestionsOpt = None,
+    template_question: TemplateOpt = False,
+    prompt: PromptOpt = None,
+    parameters: ParamOpt = None,
     output: OutputOpt = None,
     include: IncludeOpt = None,
     null: NullOpt = False,
@@ -99,6 +116,8 @@ def batch(
     escalate: EscalateOpt = None,
     escalate_model: LargerOpt = None,
     sight_sample: SightOpt = 0,
+    dry_run: DryRunOpt = False,
+    json: JsonOpt = False,
     *,
     context: typer.Context,
     allow_truncated: TruncatedOpt = False,
@@ -110,6 +129,8 @@ def batch(
 
     llava batch *.jpg "what is this?"
 
+    llava batch photos.zip shard-{000..099}.tar more/ questions.jsonl "what is this?" -o out.jsonl
+
     find . -name '*.jpg' | llava batch - "what is this?" | jq -r .answer
 
     llava batch questions.jsonl -o answers.jsonl
@@ -117,8 +138,11 @@ def batch(
     llava batch photos/ "the weather?" --choices sunny,rain --calibration weather.cal.json --max-error 2%
 
     Each picture, each path of a list and each line of a questions file has its own row, in their order. SOURCE is known
-    by its content: questions may have any name, or come on stdin. What is skipped in a folder is counted on stderr.
+    by its content: questions may have any name, or come on stdin. What is skipped in a folder or an archive is counted
+    on stderr.
     """
+    from llava_cli.batch import dry_run as dry
+    from llava_cli.batch.questions import Check
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.runner import check_form
     from llava_cli.batch.source import Source
@@ -128,9 +152,15 @@ def batch(
     from llava_cli.hardware.allocator import limit_caches
 
     limit_caches(primitives=32)
+    if json and not dry_run:
+        raise UsageError("--json", "is about --dry-run", "rows are JSON as they are")
     to_file = None if output is None or str(output) == "-" else output
     if to_file is None and (extend or retry_errors or repair):
         raise UsageError("--extend, --retry-errors, --repair", "are about a file of rows", USAGE)
+    sources, question = split_question(words or [""])
+    all_questions = (*([question] if question is not None else []), *(questions or []))
+    named = named_question(context, prompt, parameters, next(iter(all_questions), None))
+    all_questions = (named.saved.text,) if named else all_questions
     if max_error is not None and context.params["otherwise"] is not None:
         _leave_to(context, max_error)
     settings = settings_of(context)
@@ -138,11 +168,24 @@ def batch(
     if settings.remote.server and batch_size != "auto":
         raise UsageError("--batch-size", f"{settings.remote.server} decides that", "--concurrency N requests at a time")
     size = _size(batch_size)
-    sources, question = split_question(words or [""])
-    all_questions = (*([question] if question is not None else []), *(questions or []))
-    check = partial(check_form, sampling=settings.sampling, sandbox=None if settings.remote.server else FormSandbox())
+    check: Check = partial(
+        check_form, sampling=settings.sampling, sandbox=None if settings.remote.server else FormSandbox()
+    )
+    templates = _templates(all_questions, named, template_question)
+    if templates:
+        check = templates.checking(check)
+    elif not quiet:
+        _note_fields(all_questions)
     source = Source(
-        expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures, allow_urls
+        expand(sources),
+        all_questions,
+        tuple(include or ()),
+        null,
+        root,
+        check,
+        templates.columns if templates else (),
+        settings.pictures,
+        allow_urls,
     )
     check_source(source, allow_urls, to_file)
     job = Job(
@@ -150,6 +193,7 @@ def batch(
         settings=settings,
         command=_command(source),
         output=to_file,
+        templates=templates,
         size=size,
         extend=extend,
         retry=retry_errors,
@@ -162,15 +206,42 @@ def batch(
         allow_urls=allow_urls,
         quiet=quiet,
     )
-    if code := run(job):
+    if code := dry.dry_run(job, json) if dry_run else run(job):
         raise typer.Exit(code)
 
 
 def _command(source: Source) -> str:
     """The command line that resumes this run; a pipe is written as `…`."""
-    words = ["<(…)" if source.is_substituted(word) else quoted(word) for word in sys.argv[1:]]
+    words = ["<(…)" if source.is_substituted(word) else quoted(_without_secrets(word)) for word in sys.argv[1:]]
     command = " ".join(["llava", *words])
     return f"… | {command}" if source.is_stdin else command
+
+
+def _templates(questions: tuple[str, ...], named: NamedQuestion | None, every: bool) -> TaskQuestions | None:
+    """What fills in the questions; None if they are asked as they are. Raises `UsageError` for one that it cannot."""
+    if not (named or every):
+        return None
+    from llava_cli.batch.task_questions import TaskQuestions
+    from llava_cli.prompts.question_fields import QuestionFields
+
+    fields = named.fields if named else QuestionFields({})
+    templates = TaskQuestions(fields, questions, every, is_saved=named is not None)
+    templates.check_command_line()
+    return templates
+
+
+def _note_fields(questions: Iterable[str]) -> None:
+    """Notes what looks like a field in a question that is asked as it is."""
+    from llava_cli.prompts.question_fields import fields_in
+
+    if found := {f"{{{field}}}": None for question in questions for field in fields_in(question)}:
+        render.note(f"the question has {', '.join(found)} as text; --template-question fills fields in")
+
+
+def _without_secrets(word: str) -> str:
+    from llava_cli.images.remote_names import scheme_of, shown
+
+    return shown(word) if scheme_of(word) in ("http", "https") else word
 
 
 def _size(text: str) -> int | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import DeviceLost, LlavaError, ServerFailed
-from llava_cli.images.reader import Source, picture_from
+from llava_cli.images.reader import Source, open_pictures
 from llava_cli.models.families import Family
 from llava_cli.settings import Sampling
 
@@ -114,6 +114,8 @@ class Engine(ABC):
     device: str
     """Both empty where only a server knows."""
     load_seconds: float = 0.0
+    has_new_copy: bool = False
+    """Whether loading it has made a quantized copy: the next time takes less time and memory."""
     where: str = ""
     """What answers, where that is not this process."""
     decoding: str = ""
@@ -147,6 +149,10 @@ class Engine(ABC):
 
     def check_options(self, sampling: Sampling) -> None:  # noqa: B027  (most have all options)
         """Raises `UsageError` for an option that this engine has nothing like."""
+
+    def most_at_a_time(self, size: int | None = None) -> int:
+        """How many requests of `answer_many` are answered at a time, at most, where it gets this `size`."""
+        return 1
 
     def answer(self, conversation: Conversation, sampling: Sampling | None = None) -> Answer:
         """The whole answer to the conversation's last question."""
@@ -182,6 +188,7 @@ class Engine(ABC):
     def ask(self, images: Source | Sequence[Source], question: str, system: str | None = None, **sampling: Any) -> str:
         """The answer to one question about one or more pictures: paths, URLs, a file's bytes, Pillow's images.
 
+        Of a file with several pictures, `doc.pdf#2` names one, and `open_pictures` chooses others than the first ones.
         Keywords are the fields of `Sampling`: `engine.ask("img.jpg", "what is this?", max_tokens=20)`.
         """
         unset = frozenset(Sampling.names()) - sampling.keys()
@@ -208,4 +215,5 @@ class Engine(ABC):
 
 def _pictures_from(images: Source | Sequence[Source]) -> list[Picture]:
     several = isinstance(images, Sequence) and not isinstance(images, (str, bytes))
-    return [picture_from(source) for source in (images if several else [images])]  # type: ignore[arg-type,union-attr]
+    sources: Sequence[Source] = images if several else [images]  # type: ignore[assignment,list-item]
+    return [picture for source in sources for picture in open_pictures(source)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,34 @@ def peak_memory() -> int:
         info = psutil.Process().memory_info()
         return int(getattr(info, "peak_wset", info.rss))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> bool:
+    """Has `peak_memory` begin anew with what is held now; returns whether this system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: the peak of the resident set
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_of_children() -> int:
+    """The most bytes that each process which this one has started, and which still runs, has had resident; summed.
+
+    Where the system does not tell that of other processes, what they have now.
+    """
+    import psutil
+
+    total = 0
+    for process in psutil.Process().children():
+        with suppress(psutil.Error, OSError):
+            total += _peak_of(process.pid) or int(process.memory_info().rss)
+    return total
+
+
+def _peak_of(pid: int) -> int:
+    """A process's peak on Linux, else 0. Raises `OSError` where it has ended."""
+    if sys.platform != "linux":
+        return 0
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))

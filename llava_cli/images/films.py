@@ -21,7 +21,6 @@ from llava_cli.errors import BadImage
 from llava_cli.images import formats
 from llava_cli.images.film_frames import HINTS, REPLY, REQUEST
 from llava_cli.images.local_file import open_path
-from llava_cli.parts import Part
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
@@ -32,7 +31,6 @@ T = TypeVar("T")
 JOB = "llava_cli.images.film_frames"
 _BLOCK_BYTES = 1 << 20
 _MAKE_INDEX = "ffmpeg -i {name} -c copy INDEXED.mkv makes it quicker"
-_AT_A_TIME = "{name}#t=1.5 is its frame at 1.5 s"
 _FIRST_HOUR = "ffmpeg -i {name} -t 3600 -c copy FIRST-HOUR.mkv"
 
 
@@ -61,12 +59,10 @@ class FilmReader:
         """The time at which a film's last frame ends, in seconds."""
         return self._opened(file).length()
 
-    def frame(self, file: bytes | Path, part: Part, shrink: int | None) -> tuple[Image, str]:
+    def frame(self, file: bytes | Path, seconds: float, shrink: int | None) -> tuple[Image, str]:
         """The frame that is shown at a time, of at most `shrink` pixels per side, and the SHA-256 of the film."""
-        if part.page is not None:
-            raise BadImage("", "a film has times, not pages", _AT_A_TIME)
         film = self._opened(file)
-        return film.frame(part.time or 0.0, shrink or 0), film.sha256
+        return film.frame(seconds, shrink or 0), film.sha256
 
     def _opened(self, file: bytes | Path) -> _Film:
         """The film, in the process that has it open, or in a new one."""

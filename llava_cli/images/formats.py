@@ -185,6 +185,17 @@ def is_avif(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and re.search(b"avi[fs]", head[8:40]) is not None
 
 
+def is_jpeg_xl(head: bytes) -> bool:
+    """Whether a file begins like JPEG XL, in its container or without."""
+    return format_of(head, ("jpeg-xl",)) is not None
+
+
+def is_pdf(head: bytes) -> bool:
+    """Whether a file is a PDF, perhaps behind a few other bytes, and nothing that is opened as a picture."""
+    is_picture = format_of(head, SUPPORTED) or is_bmp(head) or is_heif(head) or is_avif(head) or is_jpeg_xl(head)
+    return not is_picture and b"%PDF-" in head[:_PDF_HEAD_BYTES]
+
+
 def film_format(head: bytes) -> str | None:
     """The one of `FILM_DEMUXERS` that a file begins like; `head` should have `MAGIC_BYTES`."""
     if is_heif(head) or is_avif(head):
@@ -203,17 +214,6 @@ def _is_mpeg_ts(head: bytes) -> bool:
     """Whether packets of an MPEG transport stream (ISO/IEC 13818-1) begin where they should: every 188 or 192 bytes."""
     begins = ((0, 188), (4, 192))
     return b"\0" in head and any(head[start : start + 2 * size + 1 : size] == b"GGG" for start, size in begins)
-
-
-def is_jpeg_xl(head: bytes) -> bool:
-    """Whether a file begins like JPEG XL, in its container or without."""
-    return format_of(head, ("jpeg-xl",)) is not None
-
-
-def is_pdf(head: bytes) -> bool:
-    """Whether a file is a PDF, perhaps behind a few other bytes, and nothing that is opened as a picture."""
-    is_picture = format_of(head, SUPPORTED) or is_bmp(head) or is_heif(head) or is_avif(head) or is_jpeg_xl(head)
-    return not is_picture and b"%PDF-" in head[:_PDF_HEAD_BYTES]
 
 
 def begins_like_a_picture(head: bytes) -> bool:

@@ -16,12 +16,9 @@ from llava_cli.untrusted_text import printable
 
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.-]+)://"
 _DOWNLOADERS = {
-    "s3": "aws s3 cp {url} - | llava ask - QUESTION",
-    "gs": "gcloud storage cat {url} | llava ask - QUESTION",
     "ftp": "curl -L {url} | llava ask - QUESTION",
     "ftps": "curl -L {url} | llava ask - QUESTION",
     "sftp": "curl {url} | llava ask - QUESTION",
-    "hf": "hf download REPO FILE",
 }
 """Commands for URLs of other schemes."""
 

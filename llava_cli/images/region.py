@@ -14,5 +14,5 @@ def cut(picture: Picture, region: str) -> Picture | BadImage:
     box = region_box(region, picture.image.width, picture.image.height)
     if box is None:
         size = f"{picture.image.width}x{picture.image.height}"
-        return BadImage(printable(picture.name), f"{size}, without a region {region}", "--region 0,0,50%,50%")
+        return BadImage(printable(picture.reference), f"{size}, without a region {region}", "--region 0,0,50%,50%")
     return replace(picture, image=picture.image.crop(box), region=region, data=None, format="", plain=False)

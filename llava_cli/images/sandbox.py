@@ -16,9 +16,9 @@ from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, LlavaError
 from llava_cli.files import quoted
-from llava_cli.images import formats
+from llava_cli.images import films, formats
 from llava_cli.images.decode import Decoded
-from llava_cli.images.films import FilmReader, is_film
+from llava_cli.images.films import FilmReader
 from llava_cli.images.job import (
     CONTENT,
     FORMATS,
@@ -85,8 +85,8 @@ class Sandbox:
 
     def inspect(self, source: str, file: bytes | Path) -> Content | LlavaError:
         """What a file, called `source`, contains, or the error with it: as `open`."""
-        if self._films and is_film(file):
-            length = _of_film(source, WHOLE, partial(self._films.length, file))
+        if self._films and films.is_film(file):
+            length = self._tried(source, WHOLE, partial(self._films.length, file))
             return length if isinstance(length, LlavaError) else Content("film", 0, length)
         data = _read(source, file)
         if isinstance(data, LlavaError):
@@ -108,9 +108,8 @@ class Sandbox:
         `file` is its bytes, or the resolved path of one on this disk. With `shrink` the picture is made no larger than
         that many pixels per side. Pages are drawn with `dpi` dots an inch.
         """
-        if self._films and is_film(file):
-            frame = _of_film(source, part, partial(self._films.frame, file, part, shrink))
-            return frame if isinstance(frame, LlavaError) else Picture(source, *frame, part=part)
+        if self._films and films.is_film(file):
+            return self._tried(source, part, partial(self._frame, self._films, source, file, shrink, part))
         data = _read(source, file)
         if isinstance(data, LlavaError):
             return data
@@ -129,26 +128,50 @@ class Sandbox:
         self, source: str, part: Part, data: bytes, digest: str, asked: tuple[int, ...]
     ) -> Decoded | Content | LlavaError:
         """What the right process replies, or the error."""
-        decoder = self._decoders[formats.package_for(data)]
-        is_page = part != WHOLE or formats.is_pdf(data)
+        decoder, is_pdf = self._decoders[formats.package_for(data)], formats.is_pdf(data)
+        is_page = part != WHOLE or is_pdf
+        seconds = min(self._seconds, limits.PAGE_SECONDS if is_page else math.inf)
+
+        def ask() -> Decoded | Content:
+            if self._late_pages == (digest, limits.LATE_PAGES):
+                reason = f"not tried: {limits.LATE_PAGES} of its pages took too long, or too much memory"
+                raise BadImage("", reason)
+            try:
+                return decoder.ask(asked, data, digest, seconds)
+            except WorkerLate:
+                self._count_late(digest, is_page)
+                raise
+            except WorkerDied as error:
+                if is_pdf and not str(error):  # PDFium ends its process where memory ends
+                    self._count_late(digest, is_page)
+                    memory = f"{limits.DOCUMENT_MEMORY >> 30} GB of memory"
+                    raise BadImage("", f"takes more than {memory}, or crashes PDFium") from None
+                raise
+            except ValueError:
+                decoder.worker.end()
+                raise WorkerDied from None
+
+        return self._tried(source, part, ask)
+
+    def _frame(self, reader: FilmReader, source: str, file: bytes | Path, shrink: int | None, part: Part) -> Picture:
+        if part.page is not None:
+            raise BadImage("", "a film has times, not pages", "{name}#t=1.5 is its frame at 1.5 s")
+        image, digest = reader.frame(file, part.time or 0.0, shrink)
+        return Picture(source, image, digest, part=part)
+
+    def _tried(self, source: str, part: Part, work: Callable[[], T]) -> T | LlavaError:
+        """What `work` returns, or what is wrong with the file that it is about."""
         name = shown_name(source) + str(part)
-        if self._late_pages == (digest, limits.LATE_PAGES):
-            return BadImage(name, f"not tried: {limits.LATE_PAGES} of its pages took too long, or too much memory")
         try:
-            return decoder.ask(asked, data, digest, min(self._seconds, limits.PAGE_SECONDS if is_page else math.inf))
+            return work()
         except BadImage as error:
             return BadImage(name, error.reason, _complete_hint(error.hint, source))
+        except LlavaError as error:
+            return error
         except WorkerLate as error:
-            self._count_late(digest, is_page)
             return BadImage(name, f"takes longer than {error} s to decode")
         except WorkerDied as error:
-            if formats.is_pdf(data) and not str(error):  # PDFium ends its process where memory ends
-                self._count_late(digest, is_page)
-                return BadImage(name, f"takes more than {limits.DOCUMENT_MEMORY >> 30} GB of memory, or crashes PDFium")
             return Crash(name, str(error) or _CRASHES)
-        except ValueError:
-            decoder.worker.end()
-            return _malformed(source)
 
     def _count_late(self, digest: str, is_page: bool) -> None:
         last, count = self._late_pages
@@ -192,19 +215,6 @@ _CRASHES = "crashes its decoder"
 def _malformed(source: str) -> Crash:
     """The error for a reply that is none to the request."""
     return Crash(shown_name(source), _CRASHES)
-
-
-def _of_film(source: str, part: Part, work: Callable[[], T]) -> T | LlavaError:
-    """What `work` returns, or what is wrong with the film that it is about."""
-    name = shown_name(source) + str(part)
-    try:
-        return work()
-    except BadImage as error:
-        return BadImage(name, error.reason, _complete_hint(error.hint, source))
-    except LlavaError as error:
-        return error
-    except WorkerDied as error:
-        return Crash(name, str(error) or _CRASHES)
 
 
 def _read(source: str, file: bytes | Path) -> bytes | LlavaError:

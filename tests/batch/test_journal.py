@@ -11,7 +11,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +125,24 @@ def damaged(folder: Path) -> dict[str, Any]:
     return {"repair": True}
 
 
+def zipped(folder: Path) -> dict[str, Any]:
+    """The pictures are in an archive, whatever its name is."""
+    begin(folder)
+    with zipfile.ZipFile(folder / "list.txt", "w") as archive:
+        for name in NAMES:
+            archive.writestr(name, name)
+    return {}
+
+
+def packed(folder: Path) -> dict[str, Any]:
+    """The same in one that can only be read forward."""
+    begin(folder)
+    with tarfile.open(folder / "list.txt", "w:gz") as archive:
+        for name in NAMES:
+            archive.addfile(tarfile.TarInfo(name))
+    return {}
+
+
 SCENES: list[Scene] = [fresh, torn, erring, growing, damaged]
 OPEN, ROW, SYNC, CUT = 2, 5, 2, 4
 PUT = OPEN + ROW + SYNC + 2 + SYNC
@@ -200,6 +220,11 @@ def test_the_moments_are_those_that_were_counted_by_hand(stage: Stage) -> None:
 
 def test_killed_at_any_moment(stage: Stage) -> None:
     survives(stage)
+
+
+@pytest.mark.parametrize("scene", [zipped, packed])
+def test_a_run_over_an_archive_is_killed_at_any_moment(scene: Scene, tmp_path: Path, undisturbed: bytes) -> None:
+    survives(Stage(scene, tmp_path, undisturbed))
 
 
 def test_power_fails_at_any_moment(stage: Stage) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pexpect
 import pytest
 from helpers.command import Run
+from helpers.desktop import Copy, copy, display
 from helpers.terminal import Open, Terminal
 
 from llava_cli.models.registry import builtin_folder
 
+__all__ = ["copy", "display"]
 ENTER, ESCAPE = "\r", "\x1b"
 PROMPT = "(>\x08|Question: )"  # as prompt_toolkit draws it, and as `--plain` does
 
@@ -139,4 +141,22 @@ def test_plain_draws_nothing(chat: Open, drawing: Path) -> None:
     child.expect("background\r\n")
     assert ESCAPE not in (child.before or "")
     child.sendeof()
+    assert child.leave() == 0
+
+
+def test_ctrl_v_pastes_a_picture_or_text(chat: Open, copy: Copy, drawing: Path) -> None:
+    child = chat("--no-preview")
+    child.send("\x16")
+    child.expect("llava: clipboard: is empty")
+    copy(drawing, "image/png")
+    child.expect(PROMPT)
+    child.send("what color\x16")
+    child.expect(re.escape("clipboard (300x200) goes with the next question"))
+    copy(b"\x1b[31m\r\nis the circle?")
+    child.expect("what color")  # drawn again below the note
+    child.send(f"\x16{ENTER}")
+    child.expect(r"\[\?2004lred\r\n")
+    child.send(f"/images{ENTER}")
+    child.expect(re.escape("clipboard (300x200) with question 1"))
+    child.send(f"/exit{ENTER}")
     assert child.leave() == 0

@@ -46,13 +46,13 @@ def test_importing_the_library_is_light() -> None:
 
 def test_every_command_is_in_the_readme(run: Run) -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    for words in ("ask", "prompt", "report", "doctor", "models pull", "models default"):
+    for words in ("ask", "export", "prompt", "report", "doctor", "models pull", "models default"):
         assert f"llava {words}" in readme
         assert run(*words.split(), "--help").exit_code == 0
 
 
 def test_examples_in_the_help_name_real_options(run: Run) -> None:
-    for command in ("ask", "prompt", "report", "models pull", "models default"):
+    for command in ("ask", "export", "prompt", "report", "models pull", "models default"):
         text = run(*command.split(), "--help").stdout
         examples = re.findall(r"^  llava .+$", text, re.M)
         assert examples

@@ -38,7 +38,7 @@ import psutil
 from helpers import films
 from helpers.pdf_bytes import encrypted_pdf, form_pdf, many_pages_pdf, nested_forms_pdf, text_pdf
 from helpers.servers import Server, begin
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llava_cli import limits
 from llava_cli.batch.journal import Journal
@@ -65,6 +65,7 @@ from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
 from llava_cli.parts import Content, Part, choose
 from llava_cli.prompts.chat_template import TEMPLATES
+from llava_cli.prompts.question_fields import QuestionFields
 from llava_cli.prompts.sandbox import TextRefused, TextSandbox
 from llava_cli.safetensors_header import read_header
 from llava_cli.settings import LoadOptions, Sampling
@@ -802,6 +803,51 @@ class Templates(Boundary):
         return "fine"
 
 
+class Questions(Boundary):
+    """A question with fields, filled in for a picture whose EXIF was mutated."""
+
+    name, seconds = "questions with fields", 4.0
+    _FIELDS = ("name", "exif.Model", "exif['UserComment']", "row.items", "row['a b']", "page", "date", "lang")
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.limit(QUESTION_SECONDS=0.3, EXIF_SECONDS=2.0)
+        self._fields = QuestionFields({"lang": "{name}"})
+        self._stack.callback(self._fields.close)
+        self._seeds = [_with_exif(form) for form in ("JPEG", "PNG", "WEBP", "TIFF")]
+        self._whole = Image.new("RGB", (2, 2))
+
+    def make(self, rng: Random) -> bytes:
+        text = template(rng, rng.randrange(1, 4)).replace("{{", "{").replace("}}", "}")
+        text += "".join(f"{{{rng.choice(self._FIELDS)} or {expression(rng, 1)}}}" for _ in range(rng.randrange(3)))
+        return text.encode("utf-8", "surrogatepass") + b"\0" + mutate(rng, rng.choice(self._seeds), self._seeds)
+
+    def check(self, data: bytes) -> str:
+        text, _, file = data.partition(b"\0")
+        picture = Picture("a.jpg", self._whole, "", file=file)
+        row = {"items": ["{name}", 1.5, None], "a b": "\x1b[2J{% x %}\ud800", "": {"a": {}}}
+        question = text.decode("utf-8", "surrogatepass")
+        try:
+            self._fields.check(question, is_saved=True)
+            filled = self._fields.fill(question, picture, "a.jpg", "", row)
+        except LlavaError as error:
+            return refused(error, error.thing, error.hint)
+        assert 0 < len(filled) <= limits.TEXT_CHARACTERS
+        return "fine"
+
+
+def _with_exif(form: str) -> bytes:
+    """A picture's file with EXIF of all kinds."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Model] = "Pixel 9"
+    exif[ExifTags.Base.XPTitle] = "title".encode("utf-16-le")
+    more, where = exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.GPSInfo)
+    more.update({0x9003: "2024:08:17 12:00:00", 0x829D: 2.8, 0x9286: b"ASCII\0\0\0text", 0x927C: bytes(range(256))})
+    where.update({1: "S", 2: (38.0, 30.0, 36.0)})
+    Image.new("RGB", (9, 7), "red").save(file, form, exif=exif)
+    return file.getvalue()
+
+
 # The server.
 
 _STATUSES = {200, 400, 403, 404, 405, 408, 411, 413, 415, 422, 429, 431, 499, 501, 503}
@@ -1317,12 +1363,13 @@ BOUNDARIES: tuple[type[Boundary], ...] = (
     Requests,
     Heads,
     Pictures,
-    *([Films] if films.AVAILABLE else []),
     Documents,
+    *([Films] if films.AVAILABLE else []),
     Headers,
     Checkpoints,
     Tokenizers,
     Templates,
+    Questions,
     Answers,
     OtherServers,
     Rows,

@@ -10,7 +10,7 @@
 | alpha 0 in a BMP | V4 header | V5, and alpha that counts | the colors | `test_the_alpha_of_a_bmp` |
 | wholly transparent | RGBA PNG | GIF, WEBP, palette | said so | `test_nothing_to_be_seen` |
 | proxies | http_proxy | ALL_PROXY, no_proxy, socks, lists | by it, or a line | `test_proxy_…` |
-| other URLs | file:///a.png | escapes, a host, s3, data | the file, or a line | `test_file_url`, `test_other_urls` |
+| other URLs | file:///a.png | escapes, a host, ftp, data | the file, or a line | `test_file_url`, `test_other_urls` |
 | suggestions | U+202F in a name | a space, quote, dash | as a shell takes it | `test_suggestions_…` |
 | endings | .jfif | .pjp, .dib, .apng, .mpo | meant as a picture | `test_endings` |
 """
@@ -185,9 +185,9 @@ def box(brand: bytes) -> bytes:
 
 
 SUPPORTED = "is not a supported image"
-NO_FILM = "truncated or damaged" if films.AVAILABLE else "films need Python 3.11 or later"
 TIFF_RGB = struct.pack("<HHIH", 262, 3, 1, 2)[:-1]
 """The tag of the colors, whose value is replaced by one that nobody has."""
+NO_FILM = "truncated or damaged" if films.AVAILABLE else "films need Python 3.11 or later"
 
 
 def raw_tiff(tag: int, kind: int) -> bytes:
@@ -395,7 +395,11 @@ def test_file_url_of_another_machine(run: Run) -> None:
 @pytest.mark.parametrize(
     ("url", "reason", "hint"),
     [
-        ("s3://b/a.png", "s3://b/a.png: s3:// URLs are not fetched", "aws s3 cp s3://b/a.png - | llava ask - QUESTION"),
+        (
+            "sftp://h/a.png",
+            "sftp://h/a.png: sftp:// URLs are not fetched",
+            "curl sftp://h/a.png | llava ask - QUESTION",
+        ),
         ("ftp://h/a b", "ftp://h/a b: ftp:// URLs are not fetched", "curl -L 'ftp://h/a b' | llava ask - QUESTION"),
         ("data:image/png;base64,aaaa", "data:…: data: URLs are not taken", "base64 -d FILE | llava ask - QUESTION"),
     ],

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import families
 from helpers.command import Run
 from helpers.families import FAMILIES
+from helpers.pages import text_page
 from helpers.tables import for_each
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageStat
 
 from llava_cli.loader import load_prompter
 from llava_cli.settings import LoadOptions
@@ -112,3 +114,31 @@ def test_pillow_resizes_whatever_else_is_installed(family: str, checkpoint: Chec
     prompter = load_prompter(LoadOptions(model=family if family == "builtin" else str(checkpoint(family))))
     assert "Pil" in type(prompter.processor.image_processor._image_processor).__name__
     assert prompter.processor.image_processor.backend == "pil"
+
+
+def test_the_text_of_a_page_is_as_in_a_page_drawn_directly(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the picture sizes that LLaVA-OneVision was trained with: a page is seen in tiles, each as wide as 384."""
+    pypdfium2 = pytest.importorskip("pypdfium2")
+    monkeypatch.setattr(families, "SIDE", 384)
+    monkeypatch.setattr(families, "GRID", [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)])
+    model = families.save("llava-onevision", tmp_path / "model")
+    text_page(
+        page := tmp_path / "invoice.pdf", [f"Invoice {n}: {n * 379} widgets at {n * 7}.25 EUR" for n in range(44)]
+    )
+    seen = view(run, tmp_path / "view.png", "-m", model, page)
+    direct = pypdfium2.PdfDocument(page)[0].render(scale=150 / 72).to_pil().convert("RGB")
+
+    side, columns, rows = 384, 4, 5
+    assert seen.size == ((side + 4) * (1 + columns * rows) - 4, side)
+    sheet = Image.new("RGB", (side * columns, side * rows))
+    for n in range(columns * rows):
+        left = (n + 1) * (side + 4)  # behind the whole page in one tile
+        sheet.paste(seen.crop((left, 0, left + side, side)), (n % columns * side, n // columns * side))
+    width = round(direct.width * sheet.height / direct.height)
+    expected = direct.resize((width, sheet.height), Image.Resampling.BICUBIC)
+    left = (sheet.width - width) // 2
+    difference = ImageStat.Stat(ImageChops.difference(sheet.crop((left, 0, left + width, sheet.height)), expected))
+    assert max(difference.rms) < 1  # of 255; moved by one pixel, it is 25
+    assert width >= direct.width  # nothing is lost

@@ -7,8 +7,10 @@ import stat
 from collections.abc import Sequence
 
 from llava_cli.batch.containers.archive_file import LocalFile, reading
+from llava_cli.batch.containers.bucket import Bucket
 from llava_cli.batch.containers.compression import FORMATS, UNPACK_ERRORS, unpacking
 from llava_cli.batch.containers.container import Container, OpenFile
+from llava_cli.batch.containers.remote_file import RemoteFile, is_archive, is_picture_url, is_remote
 from llava_cli.batch.containers.table import Table
 from llava_cli.batch.containers.tar_archive import TarArchive
 from llava_cli.batch.containers.tar_headers import BLOCK, is_header
@@ -16,6 +18,7 @@ from llava_cli.batch.containers.zip_archive import ZipArchive
 from llava_cli.batch.foreign_files import HEAD_BYTES, is_called_tar, is_document_in_zip, is_picture
 from llava_cli.errors import BadData
 from llava_cli.images import formats
+from llava_cli.images.remote_names import is_cloud_url, shown, without_secrets
 from llava_cli.untrusted_text import printable
 
 _STREAM, _STREAM_SUFFIXES = b"\xff\xff\xff\xff", (".arrow", ".arrows", ".ipc", ".feather")
@@ -27,6 +30,8 @@ def open_container(word: str, include: Sequence[str] = (), root: str | None = No
     Only its first bytes are read. `include` are patterns of the names that are taken, as of `find_pictures`; `root` is
     where the paths of a table begin. Raises a `LlavaError` if it cannot be opened.
     """
+    if is_remote(word):
+        return _remote(word, include)
     try:
         is_file = stat.S_ISREG(os.stat(word).st_mode)
     except (OSError, ValueError):
@@ -34,6 +39,15 @@ def open_container(word: str, include: Sequence[str] = (), root: str | None = No
     if not is_file or is_picture(b"", word):
         return None
     return container_in(word, LocalFile(word), include, os.path.dirname(word) if root is None else root)
+
+
+def _remote(url: str, include: Sequence[str]) -> Container | None:
+    """The container at a URL; None for a picture."""
+    if not is_archive(url):
+        return Bucket(url, include) if is_cloud_url(url) and not is_picture_url(url) else None
+    if container := container_in(without_secrets(url), RemoteFile(url), include):
+        return container
+    raise BadData(shown(url), "neither an archive nor a table")
 
 
 def container_in(

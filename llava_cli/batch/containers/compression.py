@@ -24,14 +24,15 @@ class Unpacked(io.RawIOBase):
 
     def __init__(self, name: str, format_: str, file: BinaryIO) -> None:
         self._name, self._source = name, _Counted(file)
-        self._file = _OPENERS[format_](self._source)  # type: ignore[arg-type]  # they only read it
+        file = _OPENERS[format_](self._source)  # type: ignore[arg-type]  # they only read it
+        self._read = getattr(file, "read1", file.read)  # what is there before damage is not lost
         self._count = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
+        data = self._read(len(buffer))
         self._count += len(data)
         if self._count > limits.ARCHIVE_SLACK_BYTES + limits.ARCHIVE_RATIO * self._source.count:
             raise BadData(self._name, f"unpacks to more than {limits.ARCHIVE_RATIO:,} times its size")

@@ -25,6 +25,8 @@ BYTES, STRUCT, TEXT, SCALAR, OTHER = "bytes", "struct", "text", "scalar", "other
 """Kinds of columns. A struct is that of the datasets library: a picture's `bytes` and `path`."""
 LISTED_ROWS = 100
 """Rows of a list that are answered at a time."""
+_CURSORS = 2
+"""Places of the same columns that are read on from at a time."""
 _BUFFER_BYTES = 1 << 18
 _BATCH_BYTES = 1 << 23
 """Of the pictures that are read at a time, as far as their average says."""
@@ -34,11 +36,13 @@ _MODULES: dict[str, Any] = {}
 def prepare() -> None:
     """Imports pyarrow, which starts no threads of its own then."""
     import pyarrow
+    import pyarrow.compute
     import pyarrow.ipc
     import pyarrow.parquet
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # others reserve more addresses than the process has
     pyarrow.set_cpu_count(1)
+    bounded_context({"text": [""]})  # codecs, too, are found while files can be opened
     _MODULES.update(pa=pyarrow, parquet=pyarrow.parquet, ipc=pyarrow.ipc)
 
 
@@ -53,8 +57,9 @@ def answer(request: bytes) -> list[bytes]:
         if words["do"] == "list":
             return [JSON_REPLY, json.dumps(_table.rows(words["first"], words["columns"], words["path"])).encode()]
         return _table.picture(words["row"], words["column"])
-    except (KeyError, MemoryError, OSError, OverflowError, ValueError, TypeError, NotImplementedError) as error:
-        return [ERROR, str(error).partition("\n")[0][:200].encode("utf-8", "replace")]
+    except Exception as error:  # pyarrow raises almost any for a damaged table
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        return [ERROR, reason.encode("utf-8", "replace")]
 
 
 class _Asked(io.RawIOBase):
@@ -91,7 +96,7 @@ class _Asked(io.RawIOBase):
 
 
 class _Table:
-    """A table, and where in it was read last: once for what is listed, and once for the pictures."""
+    """A table, and the places in it that were read last."""
 
     def __init__(self, format_: str, size: int) -> None:
         self._format, self._size = format_, size
@@ -99,7 +104,7 @@ class _Table:
         if format_ == "parquet":
             self._parquet = _MODULES["parquet"].ParquetFile(self._file(), buffer_size=_BUFFER_BYTES)
         self.schema = self._parquet.schema_arrow if self._parquet else self._reader(None).schema
-        self._cursors: dict[tuple[str, ...], _Cursor] = {}
+        self._cursors: dict[tuple[str, ...], list[_Cursor]] = {}
 
     def columns(self) -> list[list[str]]:
         """Name and kind of each column."""
@@ -115,12 +120,20 @@ class _Table:
             return []
         if not names:
             return [[None, None]] * part.num_rows
+        values = {name: self._values(part.column(name)) for name in names}
         found = []
-        for row in part.to_pylist():
-            context = {name: _plain(row[name]) for name in columns}
-            picture = row[path] if path is not None else None
-            found.append([picture if isinstance(picture, str) else None, bounded_context(context)])
+        for number in range(part.num_rows):
+            picture = values[path][number] if path is not None else None
+            context = bounded_context({name: values[name][number] for name in columns})
+            found.append([picture if isinstance(picture, str) else None, context])
         return found
+
+    def _values(self, column: Any) -> list[Any]:
+        """A column's values as JSON has them. Times are in UTC, since the names of zones are files."""
+        pa = _MODULES["pa"]
+        if pa.types.is_timestamp(column.type):
+            column = column.cast(pa.timestamp("us"), safe=False)
+        return [_plain(value) for value in column.to_pylist()]
 
     def picture(self, row: int, column: str) -> list[bytes]:
         """A row's picture: its bytes, or its path in JSON; null where it has none."""
@@ -141,11 +154,20 @@ class _Table:
 
     def _rows_from(self, row: int, columns: tuple[str, ...], most: int) -> Any:
         """A batch that begins with a row, of these columns; None behind the last one."""
-        cursor = self._cursors.get(columns)
-        if cursor is None or row < cursor.first:
-            cursor = self._cursors[columns] = _Cursor(*self._batches_from(row, columns))
+        cursor = self._cursor_before(row, columns)
         batch = cursor.move_to(row)
         return None if batch is None else batch.slice(row - cursor.first, most)
+
+    def _cursor_before(self, row: int, columns: tuple[str, ...]) -> _Cursor:
+        """The cursor that is nearest before a row. There are two: one looks for pages ahead of the other."""
+        cursors = self._cursors.setdefault(columns, [])
+        before = [cursor for cursor in cursors if cursor.first <= row]
+        if before:
+            return max(before, key=lambda cursor: cursor.first)
+        if len(cursors) == _CURSORS:
+            cursors.remove(min(cursors, key=lambda cursor: cursor.first))
+        cursors.append(_Cursor(*self._batches_from(row, columns)))
+        return cursors[-1]
 
     def _batches_from(self, row: int, columns: tuple[str, ...]) -> tuple[Iterator[Any], int]:
         """Batches that begin at or before a row, and the number of their first row."""

@@ -11,16 +11,18 @@ from llava_cli import limits
 from llava_cli.batch.containers.archive_file import ArchiveFile, Forward, reading
 from llava_cli.batch.containers.compression import UNPACK_ERRORS
 from llava_cli.batch.containers.container import Entry, OpenFile
-from llava_cli.batch.containers.member_index import Member, MemberIndex
+from llava_cli.batch.containers.member_index import MORE_THAN_ONCE, Member, MemberIndex
 from llava_cli.batch.containers.tar_headers import BrokenTar, TarMember, members
 from llava_cli.batch.folders import Selection
-from llava_cli.batch.foreign_files import MAGIC_BYTES
 from llava_cli.bounded_json import Bounds, loads
 from llava_cli.errors import BadImage, InputMissing
+from llava_cli.images.formats import MAGIC_BYTES
 from llava_cli.images.local_file import shown_name, too_large
 from llava_cli.untrusted_text import printable
 
 _SIDECARS = ("json", "txt", "cls")
+_STREAMS = 2
+"""How often an archive that can only be read forward is open at a time."""
 _PENDING = 1000
 """Pictures of one sample that are in memory at most."""
 
@@ -39,7 +41,7 @@ class TarArchive:
         self._problem = ""
         self._index: MemberIndex | None = None
         self._file = ArchiveFile(self._name, open_file)
-        self._stream: Forward | None = None
+        self._streams: list[Forward] = []
         self._lock = threading.Lock()
 
     def entries(self) -> Iterator[Entry]:
@@ -57,20 +59,18 @@ class TarArchive:
         return data
 
     def note(self) -> str:
-        doubles = self._index.doubles if self._index else 0
-        parts = [self._selection.skipped.note()]
-        if self._irregular:
-            parts.append(f"{self._irregular:,} links, devices and files with holes are passed over")
-        if self._unread:
-            parts.append(f"{self._unread:,} files beside pictures cannot be read")
-        if doubles:
-            parts.append(f"{doubles:,} names are there more than once: the last one counts")
+        counts = {
+            "links, devices and files with holes that are passed over": self._irregular,
+            "files beside pictures that cannot be read": self._unread,
+            MORE_THAN_ONCE: self._index.doubles if self._index else 0,
+        }
+        parts = [self._selection.skipped.note(), *(f"{what}: {count:,}" for what, count in counts.items() if count)]
         return "; ".join(filter(None, [*parts, self._problem]))
 
     def close(self) -> None:
         self._file.close()
-        if self._stream:
-            self._stream.close()
+        for stream in self._streams:
+            stream.close()
         if self._index:
             self._index.close()
 
@@ -84,18 +84,25 @@ class TarArchive:
 
     def _read_forward(self, member: Member) -> bytes:
         with self._lock, reading(self._name):
+            stream = self._stream_before(member.offset)
             try:
-                if self._stream is None or self._stream.position > member.offset:
-                    if self._stream:
-                        self._stream.close()
-                    self._stream = None
-                    self._stream = Forward(self._open(), can_return=False)
-                if self._stream.move_to(member.offset) < member.offset:
-                    return b""
-                return self._stream.read(member.size)
+                return stream.read(member.size) if stream.move_to(member.offset) == member.offset else b""
             except UNPACK_ERRORS:
-                self._stream = None
+                self._streams.remove(stream)
+                stream.close()
                 raise BadImage(shown_name(member.name), f"damaged in {self._name}") from None
+
+    def _stream_before(self, offset: int) -> Forward:
+        """The stream that is nearest before an offset. There are two: one looks for pages ahead of the other."""
+        before = [stream for stream in self._streams if stream.position <= offset]
+        if before:
+            return max(before, key=lambda stream: stream.position)
+        if len(self._streams) == _STREAMS:
+            last = min(self._streams, key=lambda stream: stream.position)
+            self._streams.remove(last)
+            last.close()
+        self._streams.append(Forward(self._open(), can_return=False))
+        return self._streams[-1]
 
     def _pictures(self) -> Iterator[Member]:
         """The members that are taken, each with what stands beside it; says in `note` where the archive is damaged."""

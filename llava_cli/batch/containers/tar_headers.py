@@ -56,9 +56,10 @@ def members(file: Forward) -> Iterator[TarMember]:
             raise BrokenTar(reached)
         if block in (b"", _ZEROS):
             return
-        kind, stored = block[156:157], _number(block[124:136])
-        if len(block) < BLOCK or not _has_checksum(block) or stored is None or stored > _MOST:
+        stored = _number(block[124:136]) if len(block) == BLOCK and _has_checksum(block) else None
+        if stored is None or stored > _MOST:
             raise BrokenTar(position)
+        kind = block[156:157]
         position += BLOCK
         if kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL):
             data = _header_data(file, stored, position)

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 from llava_cli import files, limits
 from llava_cli.batch.containers.archive_file import ArchiveFile, reading
 from llava_cli.batch.containers.container import Entry, OpenFile
-from llava_cli.batch.containers.member_index import Member, MemberIndex
+from llava_cli.batch.containers.member_index import MORE_THAN_ONCE, Member, MemberIndex
 from llava_cli.batch.folders import Selection
-from llava_cli.batch.foreign_files import MAGIC_BYTES
 from llava_cli.errors import BadData, BadImage, InputMissing
+from llava_cli.images.formats import MAGIC_BYTES
 from llava_cli.images.local_file import shown_name, too_large
 from llava_cli.untrusted_text import printable
 
@@ -70,7 +70,7 @@ class ZipArchive:
     def note(self) -> str:
         parts = [self._selection.skipped.note()]
         if self._index and self._index.doubles:
-            parts.append(f"{self._index.doubles:,} names are there more than once: the last one counts")
+            parts.append(f"{MORE_THAN_ONCE}: {self._index.doubles:,}")
         return "; ".join(filter(None, parts))
 
     def close(self) -> None:
@@ -88,7 +88,8 @@ class ZipArchive:
     def _pictures(self) -> Iterator[Member]:
         """The members that are taken. Raises `BadData` if the directory is damaged."""
         for member in self._members():
-            if not member.name.endswith("/") and self._selection.takes(member.name, lambda: self._head(member)):  # noqa: B023
+            is_file = member.name and not member.name.endswith("/")
+            if is_file and self._selection.takes(member.name, lambda: self._head(member)):  # noqa: B023
                 yield member
 
     def _members(self) -> Iterator[Member]:
@@ -112,18 +113,17 @@ class ZipArchive:
         if place < 0 or len(tail) - place < _END.size:
             hint = f"load it again, or repair it: zip -FF {self._typed} --out whole.zip"
             raise BadData(self._name, "its end is missing", hint)
-        _, disk, _, _, count, directory_bytes, offset, _ = _END.unpack_from(tail, place)
+        _, disk, _, _, _, directory_bytes, offset, _ = _END.unpack_from(tail, place)
         end = size - tail_bytes + place
-        if _UNKNOWN16 in (count, disk) or _UNKNOWN32 in (directory_bytes, offset):
-            locator = self._file.read_at(max(end - _LOCATOR.size, 0), _LOCATOR.size)
-            if len(locator) == _LOCATOR.size and locator.startswith(b"PK\6\7"):
-                end64 = self._file.read_at(min(_LOCATOR.unpack(locator)[2], size), _END64.size)
-                if len(end64) < _END64.size or not end64.startswith(b"PK\6\6"):  # something stands before the archive
-                    end64 = self._file.read_at(max(end - _LOCATOR.size - _END64.size, 0), _END64.size)
-                if len(end64) < _END64.size or not end64.startswith(b"PK\6\6"):
-                    raise self._damaged()
-                disk, *_, directory_bytes, offset = _END64.unpack(end64)[4:]
-                end -= _LOCATOR.size + _END64.size
+        locator = self._file.read_at(max(end - _LOCATOR.size, 0), _LOCATOR.size)
+        if len(locator) == _LOCATOR.size and locator.startswith(b"PK\6\7"):
+            end64 = self._file.read_at(min(_LOCATOR.unpack(locator)[2], size), _END64.size)
+            if len(end64) < _END64.size or not end64.startswith(b"PK\6\6"):  # something stands before the archive
+                end64 = self._file.read_at(max(end - _LOCATOR.size - _END64.size, 0), _END64.size)
+            if len(end64) < _END64.size or not end64.startswith(b"PK\6\6"):
+                raise self._damaged()
+            disk, *_, directory_bytes, offset = _END64.unpack(end64)[4:]
+            end -= _LOCATOR.size + _END64.size
         if disk not in (0, _UNKNOWN16):
             raise BadData(self._name, "one part of several", f"zip -s 0 {self._typed} --out whole.zip joins them")
         begin = end - directory_bytes

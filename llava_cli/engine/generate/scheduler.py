@@ -43,6 +43,11 @@ class Scheduler:
         return MAX_ROWS if self.model.num_parameters() < LARGE_PARAMETERS else 2 * LARGE_ROWS
 
     @property
+    def most_rows(self) -> int:
+        """How many sequences there may be at a time, before the memory is asked."""
+        return self.size or (LARGE_ROWS if _is_large(self.model) else MAX_ROWS)
+
+    @property
     def running(self) -> int:
         """How many sequences are being answered."""
         return len(self._batch.sequences)
@@ -176,5 +181,8 @@ def _rows_that_fit(model: Any, sequence: Sequence) -> int:
     free = free_memory(model.device.type, cards_of(model))
     share = _CACHE_SHARE["cuda" if model.device.type == "cuda" else "cpu"]
     rows = free * share / (bytes_per_token * sequence.max_length)
-    is_large = model.device.type == "cpu" and model.num_parameters() > LARGE_PARAMETERS
-    return int(min(max(rows, 1), LARGE_ROWS if is_large else MAX_ROWS))
+    return int(min(max(rows, 1), LARGE_ROWS if _is_large(model) else MAX_ROWS))
+
+
+def _is_large(model: Any) -> bool:
+    return model.device.type == "cpu" and bool(model.num_parameters() > LARGE_PARAMETERS)

@@ -63,6 +63,9 @@ class LocalServerEngine(Engine):
                 self._announce_fallback(error)
         yield from skip_shown(shown, self._load_fallback().stream(conversation, sampling))
 
+    def most_at_a_time(self, size: int | None = None) -> int:
+        return size or CONCURRENCY
+
     def answer_many(
         self,
         requests: Iterable[Request | LlavaError],
