@@ -83,8 +83,10 @@ class FilmReader:
         return film if film and film.identity == identity else None
 
     @property
-    def is_running(self) -> bool:
-        return self._film is not None and self._film.worker.is_running
+    def worker(self) -> Worker | None:
+        """The process that has a film open."""
+        film = self._film
+        return film.worker if film else None
 
     def end(self) -> None:
         """Kills the process. The film is closed as soon as no thread uses it."""
@@ -119,6 +121,8 @@ class _Film:
     def __init__(self, identity: _Stamp | str, stream: BinaryIO) -> None:
         """`identity` of a film that was bytes is their hash."""
         self.identity = identity
+        self._late = 0
+        """How many of its frames took too long."""
         self.worker = Worker(JOB, limits.SANDBOX_MEMORY, file=stream)
 
     @property
@@ -134,9 +138,12 @@ class _Film:
 
     def _asked(self, request: bytes, parse: Callable[[bytearray], T]) -> T:
         """What the reply to a request says. Raises `BadImage` with the reason that it gives."""
+        if self._late >= limits.LATE_PAGES:
+            raise BadImage("", f"not tried: {self._late} of its frames took too long", _MAKE_INDEX)
         try:
             return parse(self.worker.ask((request,), REPLY.size + 3 * limits.PICTURE_PIXELS, limits.PAGE_SECONDS))
         except WorkerLate as error:
+            self._late += 1
             raise BadImage("", f"takes longer than {error} s to find a frame in", _MAKE_INDEX) from None
         except (ValueError, struct.error):  # it is none
             self.worker.end()
