@@ -200,7 +200,7 @@ class QuestionsSource(ListSource):
         self.refused: set[str] = set()
         """Pictures that it must not name, of those that `keep_refused` has seen."""
         self.keep_refused = False
-        """Whether there is another SOURCE that would open them."""
+        """Whether there are other SOURCEs, which may open them."""
 
     @property
     def folder(self) -> str:

@@ -546,8 +546,8 @@ def test_sources_of_all_kinds_at_once(run: Run) -> None:
     assert run(*command).exit_code == 0 and Path("out.jsonl").read_bytes() == whole
 
 
-def test_a_list_opens_nothing_for_a_questions_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A list may name any picture, but what a stranger's questions name beside it must be below their folder."""
+def test_other_sources_open_nothing_for_a_questions_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else may be opened, what a stranger's questions name must be below their folder."""
     Path("secret.png").write_bytes(png())
     Path("data").mkdir()
     Path("data/link.png").symlink_to("../secret.png")
@@ -556,6 +556,11 @@ def test_a_list_opens_nothing_for_a_questions_file(run: Run, monkeypatch: pytest
     Path("list.txt").write_text("secret.png\n")
     rows = rows_of(run("batch", "list.txt", "data/q.jsonl", QUESTION).stdout)
     assert [row["status"] for row in rows] == ["ok", "error", "error", "error"]
+    WRITERS["x.zip"]("a.zip", PICTURES)
+    for other, name in (("secret.png", "../secret.png"), ("a.zip", "../a.zip/a/0.png"), (".", "../secret.png")):
+        Path("data/one.jsonl").write_text(json.dumps({"image": name}))
+        rows = rows_of(run("batch", other, "data/one.jsonl", QUESTION).stdout)
+        assert [row["status"] for row in rows] == ["ok"] * (len(rows) - 1) + ["error"]
     monkeypatch.setattr(limits, "COUNTED_NAMES", 2)
     result = run("batch", "list.txt", "data/q.jsonl", QUESTION, "-o", "out.jsonl")
     assert result.exit_code == 65 and "names more than 2 pictures outside" in result.stderr
