@@ -31,7 +31,8 @@ from helpers.fuzzing import BOUNDARIES, Boundary, Footprint, Served, attempt, in
 SHARES: dict[type[Boundary], float] = {
     fuzzing.Requests: 0.1,
     fuzzing.Heads: 0.075,
-    fuzzing.Pictures: 0.2,
+    fuzzing.Pictures: 0.15,
+    fuzzing.Films: 0.05,
     fuzzing.Headers: 0.125,
     fuzzing.Checkpoints: 0.05,
     fuzzing.Tokenizers: 0.075,

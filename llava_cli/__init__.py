@@ -8,9 +8,9 @@
     if engine.check("page.png", "the Save button is visible", at_least=0.9):
         ...
 
-`load` returns an `Engine`; `check` alone takes the user's own model, and loads it once. `Conversation`, `Sampling` and
-`open_picture` are for what `ask` does not cover: several turns, streaming, prepared pictures. Importing this package
-does not import torch.
+`load` returns an `Engine`; `check` alone takes the user's own model, and loads it once. `Conversation`, `Sampling`,
+`open_picture` and `open_pictures` are for what `ask` does not cover: several turns, streaming, prepared pictures, pages
+and frames. Importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llava_cli.conversation import Conversation, Picture, Turn
     from llava_cli.engine import Answer, Chunk, Engine
     from llava_cli.errors import LlavaError
-    from llava_cli.images.reader import open_picture
+    from llava_cli.images.reader import open_picture, open_pictures
     from llava_cli.loader import load
     from llava_cli.settings import Sampling
 
@@ -41,6 +41,7 @@ _MODULES = {
     "check": "loader",
     "load": "loader",
     "open_picture": "images.reader",
+    "open_pictures": "images.reader",
 }
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "check",
     "load",
     "open_picture",
+    "open_pictures",
 ]
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_cli.errors import PromptTooLong
 from llava_cli.parts import WHOLE, Part
 
 if TYPE_CHECKING:
@@ -35,6 +40,30 @@ class Picture:
     """Which page or frame of the file it is."""
     region: str | None = None
     """What of the page or frame it is (see `parts.parse_region`); None for all of it."""
+    file: bytes | Path | None = field(default=None, repr=False, compare=False)
+    """The file that it is a part of, where that is kept to be asked what else it says."""
+
+    @property
+    def reference(self) -> str:
+        """Its name with the part: `invoice.pdf#2`."""
+        return f"{self.name}{self.part}"
+
+    @property
+    def label(self) -> str:
+        """What people read: `invoice.pdf#2 at 60%,0,100%,30%`."""
+        return f"{self.reference} at {self.region}" if self.region else self.reference
+
+    @property
+    def is_whole_file(self) -> bool:
+        """Whether its file has no other pictures that it could be taken for."""
+        return self.part == WHOLE and self.region is None
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for pictures with the same pixels: the digest of the file or, if that does not tell, of the pixels."""
+        if self.sha256 and self.is_whole_file:
+            return self.sha256
+        return hashlib.sha256(f"{self.image.size}".encode() + self.image.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -108,6 +137,21 @@ class Conversation:
     def pictures(self) -> tuple[Picture, ...]:
         """All pictures, in the order in which the prompt names them."""
         return tuple(picture for turn in self.turns for picture in turn.pictures)
+
+
+@contextmanager
+def naming_fewer_parts(conversation: Conversation) -> Iterator[None]:
+    """Has a `PromptTooLong` name the option that takes fewer pages or frames of a file, if there are several."""
+    try:
+        yield
+    except PromptTooLong as error:
+        parts = [picture.part for picture in conversation.pictures if picture.part != WHOLE]
+        if len(parts) > 1:
+            half = len(parts) // 2
+            pages = "1" if half == 1 else f"1-{half}"
+            fewer = f"--pages {pages}" if parts[0].time is None else f"--frames {half}"
+            error.hint = f"{len(parts)} pages or frames are in it; {fewer} takes fewer"
+        raise
 
 
 def _as_text(text: str) -> str:

@@ -7,6 +7,7 @@
     ├── BadData             65   a file of questions or of answers that is not what it should be
     │   └── NoAnswer        65   a server's model answered nothing, refused, or was cut off by a filter
     ├── InputMissing        66   a file or URL that is not there, or cannot be read
+    │   └── SourceLost      66   nothing of a bucket can be read any more
     ├── ModelUnusable       69   unknown, absent, damaged or unsuitable checkpoint
     │   └── DeviceLost      69   a GPU that does nothing more for this process
     ├── ServerFailed        69   a server that did not answer, despite retries
@@ -63,6 +64,10 @@ class InputMissing(LlavaError):
     exit_code = 66
 
 
+class SourceLost(InputMissing):
+    """After this every further picture of the source would fail, too: the run ends, and can be resumed."""
+
+
 class ModelUnusable(LlavaError):
     exit_code = 69
 
@@ -108,6 +113,15 @@ def os_reason(error: BaseException) -> str:
     """The operating system's reason for a failed call, without the path; for other errors, `plain_message`."""
     words = printable(getattr(error, "strerror", None) or "")
     return words[:1].lower() + words[1:] or plain_message(error)
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+
+
+def output_failure(thing: str, error: OSError) -> LlavaError:
+    """The error for an output that cannot be written: because of the disk, or because of what is in its place."""
+    kind = OutputError if error.errno in _DISK_ERRORS else OutputTaken
+    return kind(thing, os_reason(error), "give another file to -o")
 
 
 _MEMORY_WORDS = (

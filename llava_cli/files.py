@@ -15,8 +15,11 @@ import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from glob import escape
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 _BINARY = getattr(os, "O_BINARY", 0)  # only on Windows
@@ -29,6 +32,14 @@ PRIVATE = 0o700
 """The mode of a folder for its owner alone."""
 SHARED = 0o666
 """The mode of a file that the user's umask decides about."""
+
+
+class Change(Enum):
+    """What `update` did."""
+
+    NEW = "new"
+    NONE = "unchanged"
+    REPLACED = "replaced"
 
 
 class IsLink(OSError):
@@ -146,6 +157,38 @@ def atomic_write(path: Path, chunks: Iterable[bytes], mode: int = SHARED) -> Non
     with _beside(path) as new:
         _create(new, chunks, mode, exact)
     sync_folder(path.parent)
+
+
+def update(path: Path, chunks: Iterable[bytes], replace: bool = False) -> Change:
+    """As `atomic_write`, but a file that has this content already is not touched.
+
+    Raises `FileExistsError` for a file of another content unless it may be replaced, as soon as the contents differ.
+    """
+    if refuse_irregular(path) is None:
+        atomic_write(path, chunks)
+        return Change.NEW
+    with open(open_existing(path, os.O_RDONLY), "rb") as there:
+        rest, same = iter(chunks), 0
+        different = b""
+        for chunk in rest:
+            if there.read(len(chunk)) != chunk:
+                different = chunk
+                break
+            same += len(chunk)
+        if not different and not there.read(1):
+            return Change.NONE
+        if not replace:
+            raise FileExistsError(errno.EEXIST, "is there already, with another content", os.fspath(path))
+        there.seek(0)
+        atomic_write(path, chain(_first(there, same), [different], rest))
+    return Change.REPLACED
+
+
+def _first(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The first bytes of a file, in pieces."""
+    while size and (piece := file.read(min(size, 1 << 20))):
+        yield piece
+        size -= len(piece)
 
 
 def write_new(path: Path, data: bytes, mode: int = SHARED) -> None:

@@ -26,10 +26,60 @@ DOCUMENT_MEMORY = 2 * 2**30
 """Bytes of address space of the process that draws pages."""
 ASK_PAGES = 4
 """Of a document in a question, unless --pages says which."""
+QUESTION_PICTURES = 100
+"""Of one file in a question, if options say which: each page may take 30 MB of memory."""
+FILM_BYTES = 50_000_000_000
+"""All of a film is read once, for its hash."""
 FILM_FRAMES = 4
 """Of a film, unless --frames or --every says how many."""
 FILM_SECONDS = 10_000_000.0
-"""The longest time between two frames."""
+"""The longest time between two frames, and the longest film; the rest of one is left out."""
+
+# Archives and tables of pictures.
+EXPANDED_WORDS = 100_000
+"""That braces in a SOURCE stand for."""
+ARCHIVE_MEMBERS = 10_000_000
+MEMBER_HEADER_BYTES = 1_000_000
+"""Of what a tar says of one member before its bytes, such as a long name."""
+MEMBER_NAME_BYTES = 4096
+"""As long as Linux's paths."""
+ARCHIVE_WINDOW_BYTES = 256_000_000
+"""What decompressing an archive may keep of what was before; `xz -9` takes 65 MB."""
+ARCHIVE_RATIO = 1_000
+"""What a compressed tar may unpack to, in times of its own size; gzip itself ends at 1,032."""
+ARCHIVE_SLACK_BYTES = 1_000_000_000
+"""What a compressed tar may unpack to besides, for small ones."""
+TABLE_MEMORY = 4 * 2**30
+"""Bytes of address space of the process that reads a table in columns."""
+TABLE_READ_BYTES = 8_000_000
+"""Of the table's file that the process gets at a time."""
+TABLE_SECONDS = 60.0
+"""To read one picture, or a hundred rows of what stands beside them."""
+TABLE_COLUMNS = 10_000
+CONTEXT_BYTES = 100_000
+"""Of what a source says of one picture besides, as JSON: a table's other columns, a `.json` beside it."""
+
+# The clipboard and the screen.
+CLIPBOARD_SECONDS = 2.0
+"""Until a program that reads the clipboard has answered; it waits for the program that was copied from."""
+SCREEN_SECONDS = 10.0
+"""Until a program has written its picture of the screen."""
+CLIPBOARD_FILES = 100
+"""Files that were copied in a file manager."""
+
+# What questions are filled in with.
+EXIF_BYTES = 1_000_000
+"""Of all EXIF values of a picture."""
+EXIF_CHARACTERS = 1_000
+"""Of one of them; the rest is cut off."""
+EXIF_SECONDS = 10.0
+"""To read those of one picture."""
+QUESTION_SECONDS = 5.0
+"""To fill in one question."""
+QUESTION_MEMORY = 2**29
+"""Bytes of address space for that."""
+SAVED_PROMPT_BYTES = 1_000_000
+"""Of a saved prompt's file."""
 
 # Sandboxed processes.
 SANDBOX_MEMORY = 4 * 2**30
@@ -46,6 +96,14 @@ FETCH_SECONDS = 10.0
 FETCH_REDIRECTS = 5
 FETCHES = 16
 """At a time in one process."""
+
+# Buckets, data sets and archives by URL.
+REMOTE_SECONDS = 60.0
+"""For one object or one part of an archive, all attempts together; after that it counts as unreadable."""
+REMOTE_STALL_SECONDS = 20.0
+"""Between two parts of an answer."""
+REMOTE_BYTES = 10**15
+"""Of an archive by URL, which is read as a stream."""
 
 # Requests to `llava serve`.
 CONNECTIONS = 256
@@ -200,6 +258,12 @@ GRAMMAR_RULES = 500
 """Rules and terminals of a Lark grammar: llguidance's stack ends where a thousand refer to each other in a chain."""
 GRAMMAR_STATES = 50_000
 """Of the automaton that is made of a schema, regex or grammar as answers go on: 1 to 2 kB each."""
+TABLE_COLUMNS = 1_000
+"""Keys of rows that become columns of a table."""
+SIDECAR_BYTES = 4_000_000
+"""Of a text or XMP file beside a picture that a new description may go into."""
+SIDECAR_DEPTH = 100
+"""Of elements in such an XMP file."""
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000

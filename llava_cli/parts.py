@@ -18,7 +18,7 @@ from llava_cli.errors import UsageError, printable
 
 _PAGES_EXAMPLE, _EVERY_EXAMPLE, _REGION_EXAMPLE = "--pages 1-3,5", "--every 5s", "--region 60%,0,100%,30%"
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?(?:ms|min|[smh])\s*)+|[0-9]+(?:\.[0-9]*)?", re.IGNORECASE)
+_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?\s*(?:ms|min|[smh])\s*)+|[0-9]+(?:\.[0-9]*)?", re.IGNORECASE)
 _REFERENCE = re.compile(r"(?P<path>.+)#(?:(?:page=)?(?P<page>[1-9][0-9]{0,8})|t=(?P<time>[0-9]{1,8}(?:\.[0-9]{1,6})?))")
 
 

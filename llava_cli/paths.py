@@ -25,6 +25,11 @@ def data_folder() -> Path:
     return _named("LLAVA_DATA") or _user_folder("data")
 
 
+def prompts_folder() -> Path:
+    """Holds the prompts that `llava prompts save` has saved, a TOML file each."""
+    return data_folder() / "prompts"
+
+
 def quantized_cache() -> Path:
     """Holds quantized copies of checkpoints."""
     return _cache_folder() / "quantised"

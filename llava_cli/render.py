@@ -44,7 +44,7 @@ def answer_object(answer: Answer, conversation: Conversation, engine: Engine) ->
     return {
         "answer": answer.text,
         "question": conversation.turns[-1].question,
-        "images": [picture.name for picture in conversation.pictures],
+        "images": [picture.reference for picture in conversation.pictures],
         "model": engine.model,
         "precision": engine.precision or None,
         "device": engine.device or None,
@@ -137,6 +137,16 @@ def stats(answer: Answer, engine: Engine) -> str:
 def say(text: str) -> None:
     """Prints to stdout what a person asked to see, safe on a terminal."""
     print(for_terminal(text) if sys.stdout.isatty() else text, flush=True)
+
+
+def write_file(chunks: Iterable[bytes]) -> None:
+    """Writes a file's content to stdout: as text that is safe on a terminal, unchanged in a pipe."""
+    for chunk in chunks:
+        if sys.stdout.isatty():
+            sys.stdout.write(for_terminal(chunk.decode("utf-8", "replace")))
+        else:
+            sys.stdout.buffer.write(chunk)
+    sys.stdout.flush()
 
 
 _mid_line = False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 from llava_cli import limits
-from llava_cli.batch.foreign_files import begins_like_a_picture
+from llava_cli.batch.foreign_files import begins_like_a_picture, is_head_of_picture
 from llava_cli.errors import InputMissing, os_reason
 from llava_cli.images.reader import SUFFIXES
 from llava_cli.untrusted_text import one_line, printable
@@ -108,6 +108,41 @@ def find_pictures(folder: str, include: Sequence[str] = (), skipped: SkippedFile
             if not inside:
                 raise InputMissing(printable(folder), os_reason(error)) from None
             skipped.unreadable.add(f"{inside}: {os_reason(error)}")
+
+
+class Selection:
+    """Which of an archive's names are taken, by the rules of `find_pictures`; it counts the rest in `skipped`."""
+
+    def __init__(self, include: Sequence[str] = ()) -> None:
+        self.include, self.skipped = include, SkippedFiles()
+        self._system_folders: set[str] = set()
+
+    def takes(self, path: str, head: Callable[[], bytes]) -> bool:
+        """Whether a name is a picture's; `head` gives its first `formats.MAGIC_BYTES`, where the name is none."""
+        if self._is_passed_over(path):
+            return False
+        if _is_included(path, self.include) or (not self.include and is_head_of_picture(head())):
+            return True
+        if not self.include:
+            self.skipped.add_file(path)
+        return False
+
+    def _is_passed_over(self, path: str) -> bool:
+        """Whether the name, or that of a folder above it, is hidden or a system's."""
+        begin = 0
+        for name in path.split("/"):
+            end = begin + len(name)
+            if name.startswith(".") and name not in (".", ".."):
+                self.skipped.hidden += 1
+                return True
+            if end < len(path) and name.lower() in _SYSTEM_FOLDERS:
+                folder = path[:end]
+                if folder not in self._system_folders and len(self._system_folders) < limits.COUNTED_NAMES:
+                    self._system_folders.add(folder)
+                    self.skipped.system.add(name)
+                return True
+            begin = end + 1
+        return False
 
 
 def _is_included(path: str, include: Sequence[str]) -> bool:

@@ -14,8 +14,6 @@ from llava_cli.images.reader import SUFFIXES
 JSON_LINES = (".jsonl", ".ndjson")
 HEAD_BYTES = 65_536
 """The part of a SOURCE that is looked at."""
-_MAGIC_BYTES = 16
-"""The part of a file in a folder that is looked at."""
 _BATCH = 'llava batch FOLDER "what is this?"'
 _PIPE = "{tool} {name} | llava batch - …"
 
@@ -40,11 +38,9 @@ def _compressed(tool: str) -> Foreign:
 
 _OFFICE = Foreign("is a document of an office program", 'a picture of each page: pdftoppm -png, or "save as"')
 _SHEET = Foreign("is a spreadsheet", "save it as CSV, with the columns image and question")
-_TABLE = Foreign(
-    "is a table in columns",
-    "duckdb -c \"COPY (SELECT image, question FROM {name}) TO 'questions.jsonl'\"; then: llava batch questions.jsonl",
-)
-_TAR, _ZIP = _archive("mkdir FOLDER && tar -xf {name} -C FOLDER"), _archive("unzip {name} -d FOLDER")
+_PIPED = "save it as a file, which is a SOURCE: llava batch FILE QUESTION"
+_TABLE = Foreign("is a table that is damaged, or comes through a pipe", _PIPED)
+_TAR = _ZIP = Foreign("is an archive that is damaged, or comes through a pipe", _PIPED)
 _BINARY = Foreign("is binary, not pictures, a list or questions", "SOURCE is pictures, a folder, a list or questions")
 _NUL = Foreign("has NUL bytes: its paths do not end in line ends", "-0 says that paths end in NUL")
 _UNMARKED = Foreign("is UTF-16 without a byte-order mark", "iconv -f {encoding} -t utf-8 {name} | llava batch - …")
@@ -88,6 +84,7 @@ def is_picture(head: bytes, name: str) -> bool:
         or formats.is_bmp(head)
         or formats.is_heif(head)
         or formats.is_avif(head)
+        or formats.is_film(head)
         or formats.text_format_of(head, ("svg",)) is not None
     )
 
@@ -96,14 +93,18 @@ def head_of(path: str) -> bytes:
     """The first bytes of a file, enough to know a picture; none if it cannot be read."""
     try:
         with regular_files.open_regular(path) as file:
-            return file.read(_MAGIC_BYTES)
+            return file.read(formats.MAGIC_BYTES)
     except (OSError, ValueError):
         return b""
 
 
 def begins_like_a_picture(path: str) -> bool:
     """Whether a file has the first bytes of a format that every installation opens; False if it cannot be read."""
-    head = head_of(path)
+    return is_head_of_picture(head_of(path))
+
+
+def is_head_of_picture(head: bytes) -> bool:
+    """Whether these are the first bytes of a format that every installation opens."""
     return formats.format_of(head, formats.SUPPORTED) is not None or formats.is_bmp(head)
 
 
@@ -123,18 +124,25 @@ def _format_of(head: bytes, name: str) -> Foreign | None:
     if formats.text_format_of(head, ("html",)):
         return _HTML
     kind = _FOREIGN.get(formats.format_of(head, _FOREIGN, maybe_text=True) or "")
-    stem = name.lower().rpartition(".")[0]
-    is_tar = name.lower().endswith(_TAR_SUFFIXES) or stem.endswith(".tar")
-    return _TAR if is_tar and (kind is not None or b"\0" in head) else kind
+    return _TAR if is_called_tar(name) and (kind is not None or b"\0" in head) else kind
+
+
+def is_called_tar(name: str) -> bool:
+    """Whether a file's name is that of a tar, which may be compressed."""
+    name = name.lower()
+    return name.endswith(_TAR_SUFFIXES) or name.rpartition(".")[0].endswith(".tar")
+
+
+def is_document_in_zip(head: bytes) -> bool:
+    """Whether a ZIP is a document of an office program, by the names of its first members."""
+    return b"[Content_Types].xml" in head or b"vnd.oasis.opendocument" in head
 
 
 def _inside_zip(head: bytes) -> Foreign:
     """What a ZIP is, by the names of its first members."""
-    if b"xl/" in head or b"opendocument.spreadsheet" in head:
-        return _SHEET
-    if b"[Content_Types].xml" in head or b"vnd.oasis.opendocument" in head:
-        return _OFFICE
-    return _ZIP
+    if not is_document_in_zip(head):
+        return _ZIP
+    return _SHEET if b"xl/" in head or b"opendocument.spreadsheet" in head else _OFFICE
 
 
 def _with_nuls(head: bytes, name: str) -> Foreign | None:

@@ -110,8 +110,9 @@ class Listing:
 
     @property
     def delimiter(self) -> str:
-        """What separates the columns of a table."""
-        return max(_DELIMITERS, key=self._first_line.count)
+        """What separates the columns of a table: most frequent in its first line, outside of quotes."""
+        names = re.sub(r'"(?:[^"]|"")*"', "", self._first_line)
+        return "\t" if self.source.lower().endswith(".tsv") else max(_DELIMITERS, key=names.count)
 
     def paths(self) -> Iterator[str]:
         """The paths of a list, as they arrive. Raises `BadData` for one that is too long."""

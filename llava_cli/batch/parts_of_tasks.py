@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_cli import limits
 from llava_cli.batch.foreign_files import head_of
 from llava_cli.batch.tasks import Task
-from llava_cli.errors import LlavaError
+from llava_cli.errors import LlavaError, SourceLost
 from llava_cli.images import formats
 from llava_cli.images.reader import sandbox_pool
 from llava_cli.parts import WHOLE, Chosen, Content, Part, choose, split_reference
@@ -22,7 +22,7 @@ Find = Callable[[str], "bytes | Path"]
 def with_parts(tasks: Iterable[Task], find: Find, options: PictureOptions) -> Iterator[Task]:
     """Each task, for each picture of its file; in the order of the tasks, then of the pages or frames.
 
-    A file that cannot be opened keeps its one task, whose row will say why.
+    A file that cannot be opened keeps its one task, whose row will say why. Raises `SourceLost`.
     """
     chosen: tuple[str, list[Part]] = "", []
     for task in tasks:
@@ -50,15 +50,19 @@ def _may_have_several(image: str, find: Find, options: PictureOptions) -> bool:
         return False
     try:
         file = find(image)
+    except SourceLost:
+        raise
     except LlavaError:
         return False
-    head = file[:64] if isinstance(file, bytes) else head_of(str(file))
+    head = file[: formats.MAGIC_BYTES] if isinstance(file, bytes) else head_of(str(file))
     return formats.has_several(head)
 
 
 def _chosen(image: str, find: Find, options: PictureOptions) -> Chosen:
     try:
         content = sandbox_pool().inspect(image, find(image))
+    except SourceLost:
+        raise
     except LlavaError:
         return Chosen([WHOLE])
     if not isinstance(content, Content):

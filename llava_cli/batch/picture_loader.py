@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
-from llava_cli.errors import BadImage, InputMissing, LlavaError
+from llava_cli.errors import BadImage, InputMissing, LlavaError, SourceLost
 from llava_cli.images.reader import is_url, read
 from llava_cli.images.region import cut
 from llava_cli.images.sandbox import Crash, SandboxPool
 from llava_cli.settings import PictureOptions
 from llava_cli.untrusted_text import printable
 
+Item = TypeVar("Item")
+Work = TypeVar("Work")
 ATTEMPTS = 2
 """For a picture whose file is missing or whose process crashes."""
 PREFETCH_PER_PROCESS = 4
@@ -28,8 +30,9 @@ class PictureLoader:
     """Opens pictures in a pool of processes.
 
     `find` gives a picture's file: its bytes, or its path on this disk. It raises a `LlavaError` if there is none, or if
-    it must not be opened, and is called by `readers` threads, in the order of the tasks where that is one. URLs are
-    fetched only with `allow_urls`. With `max_side` pictures are scaled down to that many pixels.
+    it must not be opened, and is called by `readers` threads, in the order of the tasks where that is one. URLs that it
+    does not hold, as `holds` says, are fetched only with `allow_urls`. With `max_side` pictures are scaled down to that
+    many pixels, and with `keep_files` they come with their files.
     """
 
     def __init__(
@@ -40,32 +43,35 @@ class PictureLoader:
         max_side: int | None = None,
         dpi: int = PictureOptions.dpi,
         readers: int = 4,
+        holds: Callable[[str], bool] = lambda image: False,
+        keep_files: bool = False,
     ) -> None:
         self.allow_urls = allow_urls
         self.last_refusal: LlavaError | None = None
         """What `find` raised last."""
-        self._find, self._max_side = find, max_side
+        self._find, self._holds, self._max_side, self._keep_files = find, holds, max_side, keep_files
         self._options: dict[str, Any] = {"allow_truncated": allow_truncated, "dpi": dpi}
         self._sandboxes = SandboxPool()
         self._process_count = len(self._sandboxes.all)
         self._readers, self._decoders = ThreadPoolExecutor(readers), ThreadPoolExecutor(self._process_count)
-        self._window = max(self._process_count * PREFETCH_PER_PROCESS, 2 * readers)
+        self._files_ahead, self._pictures_ahead = max(readers, 4), self._process_count * PREFETCH_PER_PROCESS
         self._is_closed = False
 
     def load_all(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Picture | LlavaError]]:
-        """Each task with its picture, in order; consecutive tasks about the same picture get the same object."""
-        pending: deque[tuple[Task, Future[Picture | LlavaError]]] = deque()
-        for task in tasks:
-            is_same = bool(pending) and _about(pending[-1][0]) == _about(task)
-            pending.append((task, pending[-1][1] if is_same else self._submit(task)))
-            if len(pending) > self._window:
-                first, future = pending.popleft()
-                yield first, future.result()
-        for task, future in pending:
-            yield task, future.result()
+        """Each task with its picture, in order; consecutive tasks about the same picture get the same object.
 
-    def _submit(self, task: Task) -> Future[Picture | LlavaError]:
-        file = self._readers.submit(self._read, task.image)
+        Raises `SourceLost`.
+        """
+        files = _ahead(tasks, lambda task: task.image, self._begin_reading, self._files_ahead)
+        pictures = _ahead(files, lambda read: _about(read[0]), self._begin_decoding, self._pictures_ahead)
+        for (task, _), picture in pictures:
+            yield task, picture.result()
+
+    def _begin_reading(self, task: Task) -> Future[bytes | Path | LlavaError]:
+        return self._readers.submit(self._read, task.image)
+
+    def _begin_decoding(self, read: tuple[Task, Future[bytes | Path | LlavaError]]) -> Future[Picture | LlavaError]:
+        task, file = read
         return self._decoders.submit(lambda: self._decode(task, file.result()))
 
     def load(self, task: Task) -> Picture | LlavaError:
@@ -73,12 +79,14 @@ class PictureLoader:
         return self._decode(task, self._read(task.image))
 
     def _read(self, image: str) -> bytes | Path | LlavaError:
-        if is_url(image):
+        if is_url(image) and not self._holds(image):
             if not self.allow_urls:
                 return InputMissing(printable(image), "URLs in a list are not fetched", "--allow-urls fetches them")
             return _retried(lambda: read(image, public=True))
         try:
             return self._find(image)
+        except SourceLost:
+            raise
         except LlavaError as error:
             self.last_refusal = error
             return error
@@ -91,8 +99,8 @@ class PictureLoader:
         for _ in range(ATTEMPTS):
             picture = self._sandboxes.open(name, file, shrink=shrink, part=task.part, **self._options)
             if isinstance(picture, Picture):
-                picture = cut(replace(picture, name=task.image), task.region) if task.region else picture
-                return replace(picture, name=task.image) if isinstance(picture, Picture) else picture
+                picture = replace(picture, name=task.image, file=file if self._keep_files else None)
+                return cut(picture, task.region) if task.region else picture
             if self._is_closed or not isinstance(picture, (InputMissing, Crash)):
                 break
         return BadImage(printable(name), picture.reason) if isinstance(picture, Crash) else picture
@@ -103,6 +111,19 @@ class PictureLoader:
         for threads in (self._readers, self._decoders):
             threads.shutdown(wait=False, cancel_futures=True)
         self._sandboxes.close()
+
+
+def _ahead(
+    items: Iterable[Item], about: Callable[[Item], object], begin: Callable[[Item], Work], window: int
+) -> Iterator[tuple[Item, Work]]:
+    """Each item with its work, in order; work begins up to `window` items ahead, once for neighbors about the same."""
+    pending: deque[tuple[Item, Work]] = deque()
+    for item in items:
+        is_same = bool(pending) and about(pending[-1][0]) == about(item)
+        pending.append((item, pending[-1][1] if is_same else begin(item)))
+        if len(pending) > window:
+            yield pending.popleft()
+    yield from pending
 
 
 def _about(task: Task) -> tuple[object, ...]:

@@ -19,6 +19,9 @@ _SYNONYMS = {
     "choices": "options option candidates classes answerchoices answeroptions multiplechoices",
     "schema": "jsonschema outputschema responseschema responseformat",
     "regex": "regexp pattern",
+    "page": "pagenumber pagenum pageno",
+    "time": "timestamp timesec timeseconds second seconds",
+    "region": "bbox box boundingbox crop roi",
     "max_tokens": "maxnewtokens maxlength maxcompletiontokens",
 }
 """Our key -> synonyms in lower case, without the characters between their words."""

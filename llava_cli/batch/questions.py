@@ -18,12 +18,14 @@ from typing import IO, Any
 
 from llava_cli import files, limits
 from llava_cli.batch import foreign_files
+from llava_cli.batch.context import bounded_context
 from llava_cli.batch.lines import bounded_lines, is_too_long, parse_line
 from llava_cli.batch.listing import STDIN, Layout, Listing
 from llava_cli.batch.question_keys import KEY_CHARACTERS, has_rows, jq_path, jq_value, meant_key, shown
 from llava_cli.batch.tasks import FORMS, Task, expected_answer, is_valid
 from llava_cli.bounded_json import Bounds, TooMuch, loads
 from llava_cli.errors import BadData, UsageError
+from llava_cli.parts import parse_region
 from llava_cli.settings import OPTIONS
 
 Check = Callable[[Task], None]
@@ -33,9 +35,16 @@ _FORM_EXAMPLES = {
     "schema": '"schema": "shop, total float, items [name, price float]"',
     "regex": '"regex": "[0-9]+ (cats|dogs)"',
 }
+_NUMBERS: dict[str, tuple[str, Callable[[str], float]]] = {
+    "max_tokens": ("[0-9]{1,9}", int),
+    "page": ("[0-9]{1,9}", int),
+    "time": (r"[0-9]{1,9}(\.[0-9]{1,9})?", float),
+}
+"""Columns of a table that are numbers: how they are written, and what reads them."""
 _MAX_NAMES = 6
 """Keys or columns that a message lists."""
-_FIELDS = tuple(field.name for field in fields(Task) if field.name != "sight")
+_FIELDS = tuple(field.name for field in fields(Task) if field.name not in ("row", "sight", "asked"))
+_EXAMPLES = {"page": '"page": 2', "time": '"time": 12.5 is in seconds', "region": '"region": "60%,0,100%,30%"'}
 
 
 class Questions:
@@ -64,18 +73,23 @@ class Questions:
         values = {name: row[name] for name in _FIELDS if row.get(name) is not None}
         self._count_ignored(row)
         values["answer"] = expected_answer(values.get("answer"))
+        if "region" in values:
+            with _errors_at(place):
+                values["region"] = parse_region("'region'", values["region"])
         for name in FORMS.keys() & values.keys():
             with _errors_at(place):
                 values[name] = FORMS[name](OPTIONS[name].flag, values[name])
         invalid = [name for name, value in values.items() if value is not None and not is_valid(name, value)]
         if invalid:
-            raise BadData(place, f"{invalid[0]!r} is not what it should be", EXAMPLE)
+            hint = _EXAMPLES.get(invalid[0], EXAMPLE)
+            raise BadData(place, f"{invalid[0]!r} is not what it should be", hint)
         questions = [values.pop("question")] if "question" in values else self.default_questions
         missing = [name for name, exists in (("image", "image" in values), ("question", questions)) if not exists]
         if missing:
             raise self._missing(place, row, missing)
+        context = bounded_context({key: value for key, value in row.items() if key not in _FIELDS})
         for question in questions:
-            task = Task(question=question, **values)
+            task = Task(question=question, row=context, **values)
             with _errors_at(place):
                 self._check(task)
             yield task
@@ -146,9 +160,9 @@ def _read_table(listing: Listing, file: IO[bytes]) -> Iterator[tuple[str, dict[s
             raise _no_image_column(listing, names)
         for values in reader:
             row: dict[str, Any] = {name: value for name, value in zip(columns, values, strict=False) if value.strip()}
-            max_tokens = row.get("max_tokens", "")
-            if re.fullmatch("[0-9]{1,9}", max_tokens):
-                row["max_tokens"] = int(max_tokens)
+            for name, (pattern, parse) in _NUMBERS.items():
+                if re.fullmatch(pattern, row.get(name, "").strip()):
+                    row[name] = parse(row[name])
             if row:
                 yield f"{listing.name}, line {reader.line_num}", row
     except csv.Error as error:

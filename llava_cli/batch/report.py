@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
+from contextlib import closing
 from pathlib import Path
 
 from llava_cli import files, render
 from llava_cli.batch import report_page
 from llava_cli.batch.report_pictures import PictureFolders
 from llava_cli.batch.report_rows import RowsFile
-from llava_cli.errors import OutputError, OutputTaken, UsageError, os_reason
+from llava_cli.errors import OutputTaken, UsageError, os_reason, output_failure
 from llava_cli.untrusted_text import printable
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
 def report(
@@ -35,11 +33,10 @@ def report(
         render.note(f"{printable(str(source))}: its last line is not whole and left out; the batch will go on there")
     counts, folders = report_page.PageCounts(), PictureFolders.of(source, root)
     try:
-        with render.spinner("making thumbnails", quiet):
-            files.atomic_write(output, report_page.page(rows, first, folders, counts))
+        with render.spinner("making thumbnails", quiet), closing(folders):
+            files.atomic_write(output, report_page.page(rows, first, folders, counts, output))
     except OSError as error:
-        kind = OutputError if error.errno in _DISK_ERRORS else OutputTaken
-        raise kind(printable(str(output)), os_reason(error), "give another file to -o") from None
+        raise output_failure(printable(str(output)), error) from None
     if not quiet:
         without = f", {counts.without_picture:,} without their picture" if counts.without_picture else ""
         lines = [f"{printable(str(output))}: {counts.rows:,} rows{without}", *report_page.notes(rows, first)]

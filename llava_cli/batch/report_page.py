@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli.batch.picture_loader import PictureLoader
-from llava_cli.batch.report_pictures import PictureFolders, thumbnail
+from llava_cli.batch.report_pictures import PictureFolders, task_of, thumbnail
 from llava_cli.batch.report_rows import RowsFile
 from llava_cli.batch.rows import escalation_error, is_number
 from llava_cli.batch.tasks import Task
+from llava_cli.conversation import Picture
 from llava_cli.untrusted_text import for_page, printable
 
 MAX_THUMBNAILS = 5_000
@@ -47,8 +48,11 @@ class PageCounts:
     without_picture: int = 0
 
 
-def page(rows: RowsFile, first: int, folders: PictureFolders, counts: PageCounts) -> Iterator[bytes]:
-    """The page with the rows from number `first` on, in pieces, so that memory does not grow with the rows."""
+def page(rows: RowsFile, first: int, folders: PictureFolders, counts: PageCounts, path: Path) -> Iterator[bytes]:
+    """The page with the rows from number `first` on, in pieces, so that memory does not grow with the rows.
+
+    Its links are relative to `path`, where it will be.
+    """
     template = Path(__file__).with_name("report.html").read_text("utf-8")
     for name in ("style", "script"):  # their hashes are in the content security policy
         element = template.rpartition(f"<{name}>")[2].partition(f"</{name}>")[0]
@@ -59,7 +63,7 @@ def page(rows: RowsFile, first: int, folders: PictureFolders, counts: PageCounts
     yield f'{before}<script type="application/json" id="about">{_to_json(about)}</script>\n'.encode()
     begin, end = b'<script type="application/json" class="rows">\n', b"</script>\n"
     yield begin
-    for page_row in _page_rows(rows, first, folders):
+    for page_row in _page_rows(rows, first, folders, path):
         yield _to_json(page_row).encode() + b"\n"
         counts.rows += 1
         counts.without_picture += "why" in page_row and counts.rows <= MAX_THUMBNAILS
@@ -81,23 +85,30 @@ def notes(rows: RowsFile, first: int) -> list[str]:
     return lines
 
 
-def _page_rows(rows: RowsFile, first: int, folders: PictureFolders) -> Iterator[dict[str, Any]]:
-    """Rows as the page has them: with a thumbnail, with `why` there is none, or with `same` for the one before."""
+def _page_rows(rows: RowsFile, first: int, folders: PictureFolders, path: Path) -> Iterator[dict[str, Any]]:
+    """Rows as the page has them: with a thumbnail, with `why` there is none, or with `same` for the one before.
+
+    What was opened has a link to its file.
+    """
     selected = islice(rows, first - 1, first - 1 + MAX_ROWS)
     waiting = deque[tuple[int, dict[str, Any]]]()
 
     def tasks() -> Iterator[Task]:
         for number, row in islice(selected, MAX_THUMBNAILS):
             waiting.append((number, row))
-            yield Task(row["image"], "")
+            yield task_of(row)
 
-    with closing(PictureLoader(folders.find, folders.allow_truncated, max_side=THUMBNAIL_SIDE)) as loader:
+    side, dpi = THUMBNAIL_SIDE, folders.dpi
+    # One reader: an archive may be a stream.
+    with closing(PictureLoader(folders.find, folders.allow_truncated, max_side=side, dpi=dpi, readers=1)) as loader:
         previous: Any = None
-        for _, picture in loader.load_all(tasks()):
+        for task, picture in loader.load_all(tasks()):
             number, row = waiting.popleft()
             current = picture, row.get("sha256")
             is_same = previous is not None and current[0] is previous[0] and current[1] == previous[1]
-            yield {**page_fields(number, row), **({"same": True} if is_same else thumbnail(picture, row))}
+            link = folders.link(task, path) if isinstance(picture, Picture) else None
+            shown = {"same": True} if is_same else thumbnail(picture, row, side)
+            yield {**page_fields(number, row), **shown, **({"link": link} if link else {})}
             previous = current
     why = {"why": f"no thumbnails after row {first + MAX_THUMBNAILS - 1:,}"}
     for number, row in selected:
@@ -108,6 +119,9 @@ def page_fields(number: int, row: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of a row, as text that is safe to show; nothing else of the row is in the page."""
     error, flags, right, expected = (row.get(name) for name in ("error", "flags", "right", "expected"))
     fields: dict[str, Any] = {"n": number, "image": printable(row["image"]), "question": for_page(row["question"])}
+    if isinstance(row.get("asked"), str) and row["asked"] != row["question"]:
+        fields["asked"] = for_page(row["asked"])
+    fields |= _place(task_of(row))
     if row["status"] == "error":
         words = [str(error[name]) for name in ("type", "message") if error.get(name)] if isinstance(error, dict) else []
         fields["error"] = for_page(": ".join(words) or "error")
@@ -123,6 +137,20 @@ def page_fields(number: int, row: dict[str, Any]) -> dict[str, Any]:
     facts = {"id": row.get("id"), "model": row.get("model"), "tokens": row.get("answer_tokens")}
     facts["sha256"] = row.get("sha256")
     return fields | {name: for_page(str(value)) for name, value in facts.items() if value is not None}
+
+
+def _place(task: Task) -> dict[str, str]:
+    """What of its file a task is about, in words."""
+    words = {"page": task.page, "time": None if task.time is None else clock(task.time), "region": task.region}
+    return {name: str(word) for name, word in words.items() if word is not None}
+
+
+def clock(seconds: float) -> str:
+    """`12.5` -> `0:12.5`, `3661` -> `1:01:01`."""
+    minutes, rest = divmod(round(seconds, 3), 60)
+    shown = f"{rest:06.3f}".rstrip("0").rstrip(".")
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02}:{shown}" if hours else f"{minutes}:{shown}"
 
 
 def scores(row: dict[str, Any]) -> dict[str, Any]:

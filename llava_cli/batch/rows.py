@@ -17,7 +17,7 @@ from llava_cli.errors import LlavaError
 from llava_cli.parts import WHOLE
 from llava_cli.untrusted_text import for_json_line
 
-_KEYS = ("image", "question", "answer", "status", "error", "model", "finish_reason", "answer_tokens", "sha256")
+KEYS = ("image", "question", "answer", "status", "error", "model", "finish_reason", "answer_tokens", "sha256")
 """The keys that every row has."""
 _MAX_PERIOD = 152
 """Characters of a phrase that `is_repetitive` looks for."""
@@ -38,7 +38,10 @@ class PictureFacts:
 
 
 def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaError, model: str) -> dict[str, Any]:
-    """A row with the nine `_KEYS`, and with optional ones where they say something."""
+    """A row with the nine `KEYS`, and with optional ones where they say something.
+
+    `asked` is the question with its fields filled in, where that is another text.
+    """
     answer = outcome if isinstance(outcome, Answer) else None
     error = error_object(outcome) if isinstance(outcome, LlavaError) else None
     row: dict[str, Any] = {
@@ -56,7 +59,9 @@ def make_row(task: Task, picture: PictureFacts | None, outcome: Answer | LlavaEr
     row |= {name: value for name, value in place.items() if value is not None}
     if task.id is not None:
         row = {"id": task.id, **row}
-    if answer and (flags := warning_flags(answer, task.question)):
+    if task.wording != task.question:
+        row["asked"] = task.wording
+    if answer and (flags := warning_flags(answer, task.wording)):
         row["flags"] = flags
     if answer:
         row |= answer.details()
@@ -118,7 +123,7 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def is_complete(row: dict[str, Any]) -> bool:
     """Whether a parsed row has everything that `make_row` writes and a `Tally` counts."""
-    if not row.keys() >= set(_KEYS):
+    if not row.keys() >= set(KEYS):
         return False
     is_answered = isinstance(row["answer"], str) and type(row["answer_tokens"]) is int
     is_failed = _is_error(row["error"])
@@ -128,6 +133,7 @@ def is_complete(row: dict[str, Any]) -> bool:
         and isinstance(flags, list)
         and all(isinstance(flag, str) for flag in flags)
         and isinstance(row.get("right", False), bool)
+        and isinstance(row.get("asked", ""), str)
         and (escalation_error(row) is None or _is_error(escalation_error(row)))
     )
 

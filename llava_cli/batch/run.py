@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -20,9 +22,10 @@ from llava_cli.batch.judged_engine import JudgedEngine, Promise
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
-from llava_cli.batch.runner import answer_tasks, conversation_of, sampled, sampling_of
+from llava_cli.batch.runner import Fill, answer_tasks, conversation_of, sampled, sampling_of, unfilled
 from llava_cli.batch.source import Source
 from llava_cli.batch.tally import Tally
+from llava_cli.batch.task_questions import TaskQuestions
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
 from llava_cli.errors import InputMissing, LlavaError
@@ -39,6 +42,8 @@ class Job:
     settings: Settings
     command: str
     output: Path | None = None
+    templates: TaskQuestions | None = None
+    """Fills in the questions that are templates."""
     size: int | None = None
     extend: bool = False
     retry: bool = False
@@ -58,6 +63,9 @@ def run(job: Job) -> int:
     """Runs the job and returns the exit code. Raises a `LlavaError` if it cannot begin, or cannot write."""
     tally, stop = Tally(job.verify), StopSignal(job.quiet)
     with ExitStack() as stack:
+        stack.callback(job.source.close)
+        if job.templates:
+            stack.callback(job.templates.close)
         journal = tasks = None
         larger = open_larger(job)
         if job.output is None:
@@ -65,6 +73,8 @@ def run(job: Job) -> int:
                 job = settle_precision(job, None)
                 run_settings(job, larger)  # holds the calibration against them
             tasks = job.source.checked_tasks()
+            if job.templates and tasks:
+                tasks = with_columns_checked(job.source, job.templates, tasks)
         else:
             journal = Journal(job.output)
             stack.callback(journal.close)
@@ -90,6 +100,11 @@ def run(job: Job) -> int:
     return _finish(job, tally, stop, speed)
 
 
+def fill_of(job: Job) -> Fill:
+    """What fills in the questions of tasks."""
+    return partial(job.templates.fill, folder=job.source.folder) if job.templates else unfilled
+
+
 def loader_of(job: Job) -> PictureLoader:
     return PictureLoader(
         job.source.find,
@@ -97,6 +112,8 @@ def loader_of(job: Job) -> PictureLoader:
         job.allow_urls,
         dpi=job.settings.pictures.dpi,
         readers=job.source.readers,
+        holds=job.source.holds,
+        keep_files=job.templates is not None,
     )
 
 
@@ -111,6 +128,14 @@ def engine_of(job: Job, larger: Engine | None) -> Engine:
     if job.promise or larger:
         engine = JudgedEngine(engine, job.promise, larger, job.settings.remote.concurrency)
     return engine
+
+
+def with_columns_checked(source: Source, templates: TaskQuestions, tasks: Iterator[Task]) -> Iterator[Task]:
+    """Tasks that are not kept anywhere; what can be read twice is read once for its columns."""
+    if source.is_stream or not source.has_questions:
+        return templates.peeked(tasks)
+    deque(templates.checked(source.tasks()), maxlen=0)
+    return tasks
 
 
 def note_what_is_left_out(job: Job) -> None:
@@ -143,8 +168,12 @@ def settle_precision(job: Job, saved: str | None) -> Job:
 def _open_journal(job: Job, journal: Journal, tally: Tally, larger: Engine | None) -> Job:
     """Locks the output, checks that its rows are this job's, and counts them; returns the job with its precision."""
     journal.lock()
-    job = settle_precision(job, journal.saved_precision())
-    added, removed = journal.begin(run_settings(job, larger), job.source.tasks(), job.extend)
+    saved = journal.saved_precision()
+    job = settle_precision(job, saved)
+    tasks = job.source.tasks()
+    if job.templates and saved is None:  # a source that has lost a column since is no reason not to go on
+        tasks = job.templates.checked(tasks)
+    added, removed = journal.begin(run_settings(job, larger), tasks, job.extend)
     if not job.quiet and (added or removed):
         action = "are taken in" if job.extend else "are left out; --extend takes them in"
         changes = [f"{added} rows were added to the source since and {action}"] if added else []
@@ -172,7 +201,8 @@ def run_settings(job: Job, larger: Engine | None) -> dict[str, Any]:
         "visual_tokens": settings.load.visual_tokens,
         "allow_truncated": job.allow_truncated,
         "questions": source.questions,
-        "root": str(Path(source.folder).resolve()),
+        **(job.templates.said() if job.templates else {}),
+        "root": source.origin,
     }
     if job.promise:
         calibration = job.promise.calibration
@@ -194,10 +224,11 @@ def _answer(
 ) -> str:
     """Answers the tasks whose rows are to be replaced, then `tasks`, and returns a line about the speed."""
     begin, pictures, last_image, tokens_before = time.monotonic(), 0, "", tally.tokens
+    fill = fill_of(job)
 
     def rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
         nonlocal pictures, last_image
-        for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on):
+        for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on, fill):
             tally.add(task, row)
             pictures += task.image != last_image
             last_image = task.image

@@ -62,7 +62,15 @@ def sampled(tasks: Iterable[tuple[int, Task]], count: int, total: int | None) ->
 
 def conversation_of(task: Task, picture: Picture, settings: Settings) -> Conversation:
     system = task.system if task.system is not None else settings.system
-    return Conversation(system=system).ask(task.question, [picture])
+    return Conversation(system=system).ask(task.wording, [picture])
+
+
+Fill = Callable[[Task, Picture], Task]
+
+
+def unfilled(task: Task, picture: Picture) -> Task:
+    """A task whose question is asked as it is."""
+    return task
 
 
 def answer_tasks(
@@ -72,9 +80,11 @@ def answer_tasks(
     settings: Settings,
     size: int | None,
     go_on: Callable[[], bool],
+    fill: Fill = unfilled,
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Each task with its row, in order; up to `size` at a time, see `Engine.answer_many`.
 
+    `fill` fills in the fields of its question, or raises a `LlavaError`, which its row has then.
     Once `go_on()` is false, only the answers that were begun are finished.
     """
     free_slots = threading.Semaphore(MAX_PENDING)
@@ -90,9 +100,17 @@ def answer_tasks(
             if isinstance(picture, LlavaError):
                 pending[number] = task, None
                 yield picture
-            else:
-                pending[number] = task, PictureFacts.of(picture)
-                yield Request(conversation_of(task, picture, settings), sampling_of(task, settings.sampling))
+                continue
+            facts = PictureFacts.of(picture)
+            try:
+                task = fill(task, picture)
+            except LlavaError as error:
+                pending[number] = task, facts
+                yield error
+                continue
+            pending[number] = task, facts
+            picture = replace(picture, file=None)
+            yield Request(conversation_of(task, picture, settings), sampling_of(task, settings.sampling))
 
     finished: dict[int, Answer | LlavaError] = {}
     next_number = 0

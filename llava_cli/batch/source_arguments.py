@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from glob import glob, has_magic
+from itertools import product
 
-from llava_cli import files
+from llava_cli import files, limits
+from llava_cli.batch.containers.remote_file import is_remote
 from llava_cli.batch.listing import STDIN
+from llava_cli.batch.remote_words import expand_url
 from llava_cli.errors import InputMissing, UsageError
 from llava_cli.images.reader import SUFFIXES, is_url, local_path
+from llava_cli.images.remote_names import is_cloud_url
 from llava_cli.untrusted_text import printable
 
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
+_BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,9})\.\.(?P<last>[0-9]{1,9})|(?P<items>[^{},]*(?:,[^{},]*)+))\}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -26,11 +32,11 @@ def split_question(words: Sequence[str]) -> tuple[list[str], str | None]:
 def _is_source(word: str) -> bool:
     """Whether a last word exists as a file, or looks like a picture. A question may end in the name of a picture."""
     looks_like_one = word == STDIN or is_url(word) or word.lower().endswith(SUFFIXES)
-    return os.path.lexists(word) or (looks_like_one and not re.search(r"\s", word))
+    return os.path.lexists(word) or is_cloud_url(word) or (looks_like_one and not re.search(r"\s", word))
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """Expands `~`, variables and patterns, as a shell does: some shells do not, and none does within quotes.
+    """Expands `~`, variables and patterns, as a shell does: some shells do not, and none does within quotes or in URLs.
 
     Raises `InputMissing` for a word that names no file.
     """
@@ -38,8 +44,39 @@ def expand(words: Sequence[str]) -> list[str]:
     for word in words:
         if not word:
             raise UsageError("SOURCE", "there is none", USAGE)
-        expanded += [word] if word == STDIN or is_url(word) or os.path.lexists(word) else _expand_word(word, words)
+        for one in [word] if os.path.lexists(word) else expand_braces(word):
+            if one == STDIN or os.path.lexists(one):
+                expanded.append(one)
+            else:
+                expanded += expand_url(one) if is_remote(one) else _expand_word(one, words)
     return expanded
+
+
+def expand_braces(word: str) -> list[str]:
+    """Expands ranges of numbers and lists in braces, as bash does: `shard-{000..099}.tar`, `{a,b}.zip`.
+
+    Raises `UsageError` for more words than a command line takes.
+    """
+    pieces: list[Sequence[str]] = []
+    end = 0
+    for match in _BRACES.finditer(word):
+        pieces += [[word[end : match.start()]], _brace_items(match)]
+        end = match.end()
+    pieces.append([word[end:]])
+    if math.prod(map(len, pieces)) > limits.EXPANDED_WORDS:
+        raise UsageError(printable(word), f"more than {limits.EXPANDED_WORDS:,} names", USAGE)
+    return ["".join(chosen) for chosen in product(*pieces)]
+
+
+def _brace_items(match: re.Match[str]) -> Sequence[str]:
+    """What a pair of braces stands for, at most one more than is allowed; a zero in front keeps a width."""
+    if match["items"] is not None:
+        return match["items"].split(",")
+    first, last = match["first"], match["last"]
+    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+    step = 1 if int(first) <= int(last) else -1
+    numbers = range(int(first), int(last) + step, step)[: limits.EXPANDED_WORDS + 1]
+    return [f"{number:0{width}}" for number in numbers]
 
 
 def _expand_word(word: str, words: Sequence[str]) -> list[str]:
@@ -54,7 +91,7 @@ def _missing(word: str, path: str, words: Sequence[str]) -> InputMissing:
     """Why a word names no file, and what was probably meant."""
     name, folder, hint = printable(word), os.path.dirname(path), ""
     if _SCHEME.match(word):
-        return InputMissing(name, "a URL that is not fetched: only http and https are", "download it first")
+        return InputMissing(name, "a URL that is not read", "download it first")
     is_sentence = re.search(r"\s", word) and not folder
     if re.search("[*?]", path) and not is_sentence:
         hint = f"llava batch {files.quoted(folder or '.')} QUESTION takes all pictures below it"

@@ -5,37 +5,52 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 from llava_cli import files
-from llava_cli.batch.listing import STDIN, Layout, Listing
+from llava_cli.batch.containers.remote_file import is_archive
+from llava_cli.batch.listing import STDIN
 from llava_cli.batch.source import Source
 from llava_cli.batch.source_arguments import USAGE
+from llava_cli.batch.source_kinds import ContainerSource, OneSource
 from llava_cli.errors import UsageError
 from llava_cli.images.reader import SUFFIXES, is_url
+from llava_cli.images.remote_names import shown
 from llava_cli.untrusted_text import printable
 
 
 def check_source(source: Source, allow_urls: bool = False, output: Path | None = None) -> None:
     """Raises a `LlavaError` if the source cannot be read, has no questions, or is the output itself."""
     for url in filter(is_url, () if allow_urls else source.words):
-        hint = f"--allow-urls fetches a picture; a list: curl -L {files.quoted(url)} | llava batch - …"
-        raise UsageError(printable(url), "a URL", hint)
+        hint = f"--allow-urls fetches a picture; a list: curl -L {files.quoted(shown(url))} | llava batch - …"
+        raise UsageError(shown(url), "a URL", "--allow-urls fetches it" if is_archive(url) else hint)
     if output is not None and _reads(source, output):
         raise UsageError("-o", f"{printable(str(output))} is a SOURCE", "give another file to -o")
+    if source.words.count(STDIN) > 1:
+        raise UsageError(STDIN, "it is there twice, and stdin is read once", USAGE)
     if source.is_stdin and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(STDIN, "no paths on stdin", 'find . -name "*.jpg" | llava batch - "what is this?"')
     if any(not question.strip() for question in source.questions):
         raise UsageError("QUESTION", "it is empty", USAGE)
-    for word in source.words if len(source.words) > 1 else ():
-        _check_one_of_several(word, source.null)
-    if source.is_stdin and not source.listing:
+    if any(type(one) is OneSource and one.word == STDIN for one in source.each):
         raise UsageError(STDIN, "a picture on stdin, not a list of them", "llava ask - QUESTION takes one")
-    if not source.is_questions and not source.questions:
+    if not source.questions and not all(one.has_questions for one in source.each):
         raise UsageError("QUESTION", "there is none", _question_hint(source))
-    if source.root is not None and not source.listing and not source.is_folder:
-        raise UsageError("--root", "is about lists and questions files", USAGE)
+    if source.root is not None and not any(one.takes_root for one in source.each):
+        raise UsageError("--root", "is about lists, questions files and tables of paths", USAGE)
+    _check_names(source)
+    for one in source.each:
+        one.begin()
+
+
+def _check_names(source: Source) -> None:
+    """Raises `UsageError` for two archives that have the same name where what is secret is left out of their URLs."""
+    starts = [one.start for one in source.each if isinstance(one, ContainerSource)]
+    twice = next((start for start, count in Counter(starts).items() if count > 1 and is_url(start)), None)
+    if twice:
+        raise UsageError(printable(twice), "two URLs differ only behind `?`", "give one at a time")
 
 
 def _reads(source: Source, output: Path) -> bool:
@@ -46,17 +61,6 @@ def _reads(source: Source, output: Path) -> bool:
             if stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.stat(output)):
                 return True
     return False
-
-
-def _check_one_of_several(word: str, null: bool) -> None:
-    """Raises a `LlavaError` unless the word is a picture or a folder; a list must be the only SOURCE."""
-    if os.path.isdir(word) or is_url(word) or word.lower().endswith(SUFFIXES):
-        return
-    listing = Listing(word, null)
-    if word == STDIN or listing.layout is not Layout.PICTURE:
-        kind = "questions" if word != STDIN and listing.is_questions else "a list"
-        hint = f"llava batch {listing.typed} …; or join them: cat FILES | llava batch - …"
-        raise UsageError(listing.name, f"{kind} among other SOURCEs", hint)
 
 
 def _question_hint(source: Source) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from llava_cli.batch.tasks import Task, scratch_database
+from llava_cli.batch.scratch import scratch_database
+from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
 from llava_cli.errors import LlavaError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -53,6 +53,8 @@ class Tally:
             return
         self.tokens += row["answer_tokens"]
         self._answered += 1
+        if self.sample_size:
+            task = replace(task, asked=row.get("asked"))
         if len(self.sample) < self.sample_size:
             self.sample.append((task, row["answer"]))
         elif (index := self._random.randrange(self._answered)) < self.sample_size:

@@ -7,16 +7,15 @@ import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 from llava_cli.batch.lines import parse_line
+from llava_cli.batch.scratch import scratch_database
 from llava_cli.choices import check_choices, written_choices
-from llava_cli.errors import BadData, OutputError, UsageError
+from llava_cli.errors import BadData, UsageError
 from llava_cli.parts import Part, parse_region
-from llava_cli.paths import scratch_folder
 from llava_cli.schemas import parse_regex, written_grammar, written_schema
 
 
@@ -45,11 +44,22 @@ class Task:
     """What else the source says of the picture, for the fields of a question."""
     sight: bool | None = None
     """Whether it is in the sample of which the sight is told; no source says so."""
+    asked: str | None = None
+    """The question with its fields filled in; no source says so."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What the row is about. A source may have the same key more than once, and gets a row for each."""
         return self.image, self.question, self.id, self.page, self.time, self.region
+
+    def about(self, image: str) -> Task:
+        """The same of a picture of this name."""
+        return self if image == self.image else replace(self, image=image)
+
+    @property
+    def wording(self) -> str:
+        """The question as the model gets it."""
+        return self.question if self.asked is None else self.asked
 
     @property
     def part(self) -> Part:
@@ -108,6 +118,7 @@ _VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "region": partial(_is_parsed, parse_region),
     "row": lambda value: isinstance(value, dict),
     "sight": lambda value: isinstance(value, bool),
+    "asked": lambda value: isinstance(value, str),
 }
 
 
@@ -163,15 +174,3 @@ def _insert(database: sqlite3.Connection, name: str, insert: str, keyed_lines: I
             database.execute(count, (key,))
             (nth,) = database.execute(f"select count from {name} where key = ?", (key,)).fetchone()
             database.execute(insert, (key, nth, line))
-
-
-@contextmanager
-def scratch_database() -> Iterator[sqlite3.Connection]:
-    """A temporary database that keeps at most 8 MB in memory. Raises `OutputError`."""
-    with scratch_folder() as folder:
-        try:
-            with closing(sqlite3.connect(folder / "scratch.db", check_same_thread=False)) as database:
-                database.executescript("pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -8000")
-                yield database
-        except sqlite3.Error as error:
-            raise OutputError(str(folder), str(error), "TMPDIR=FOLDER llava … puts it elsewhere") from None

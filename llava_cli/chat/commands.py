@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,10 @@ from llava_cli.choices import parse_choices
 from llava_cli.conversation import Picture
 from llava_cli.engine import Chunk
 from llava_cli.errors import InputMissing, UsageError
-from llava_cli.images.reader import SUFFIXES, is_url, local_path, open_picture
-from llava_cli.settings import GRAMMAR_OPTIONS, OPTIONS, Sampling
+from llava_cli.images.reader import SUFFIXES, Opened, is_url, local_path, open_chosen
+from llava_cli.images.remote_names import is_cloud_url
+from llava_cli.parts import split_reference
+from llava_cli.settings import GRAMMAR_OPTIONS, OPTIONS, PictureOptions, Sampling
 from llava_cli.untrusted_text import printable
 
 Result = str | Generator[Chunk, None, None] | None
@@ -112,26 +114,108 @@ def _picture_length(typed: str, is_first: bool) -> int:
     ends = [match.start() for match in re.finditer(r"(?<=\S)(?=\s|$)", typed[:_MAX_PATH])]
     for end in reversed(ends):
         is_word = word is not None and end == word.end()
-        if os.path.isfile(_path(typed[:end]) if is_word else os.path.expanduser(typed[:end])):
+        if _is_file(_path(typed[:end]) if is_word else os.path.expanduser(typed[:end])):
             return end
     if not word:
         return len(typed) if is_first else 0
     path = _path(word[0])
-    if is_url(path) or path.lower().endswith(SUFFIXES) or path[:5].lower() == "file:":
+    is_named = is_url(path) or is_cloud_url(path) or path[:5].lower() == "file:"
+    if is_named or split_reference(path)[0].lower().endswith(SUFFIXES):
         return word.end()
     return len(typed) if is_first else 0
 
 
+def _is_file(path: str) -> bool:
+    """Whether it names a file, or a page or frame of one."""
+    return os.path.isfile(path) or os.path.isfile(split_reference(path)[0])
+
+
 def _image(chat: Chat, typed: str) -> Result:
-    paths, question = _pictures_and_question(typed)
+    paths, rest = _pictures_and_question(typed)
     if not paths or "-" in paths:
         raise UsageError("/image", "which one?", "/image PATH")
-    pictures = [open_picture(path) for path in paths]  # before any is attached: all of them or none
-    for picture in pictures:
-        chat.attach(picture)
-        if not question:
-            chat.note(f"{_description(picture)} goes with the next question")
+    options, question = _options_and_question(chat.picture_options, rest)
+    opened = [open_chosen(path, options) for path in paths]  # before any is attached: all of them or none
+    _attach(chat, opened, is_asked=bool(question))
     return chat.ask(question) if question else None
+
+
+def _options_and_question(options: PictureOptions, typed: str) -> tuple[PictureOptions, str]:
+    """The options after a command's pictures, `--pages 1-3`, and the question behind them."""
+    given: dict[str, Any] = {}
+    while match := _PICTURE_OPTION.match(typed):
+        given[match[1]] = OPTIONS[match[1]].convert(f"--{match[1]}", match[2])
+        typed = typed[match.end() :]
+    if "frames" in given or "every" in given:  # each of them takes the place of the other
+        given = {"frames": None, "every": None} | given
+    return replace(options, **given), typed
+
+
+_PICTURE_OPTION = re.compile(rf"--({'|'.join(PictureOptions.names())})(?:=|\s+)(\S+)\s*")
+
+
+def _attach(chat: Chat, opened: Iterable[Opened], is_asked: bool) -> None:
+    """Attaches pictures, with a note of each unless the question follows in the same line."""
+    for one in opened:
+        for picture in one.pictures:
+            chat.attach(picture)
+            if not is_asked:
+                chat.note(f"{_description(picture)} goes with the next question")
+        for note in one.notes:
+            chat.note(note)
+
+
+def _paste(chat: Chat, typed: str) -> Result:
+    from llava_cli.images.clipboard import open_clipboard
+
+    return _take(chat, typed, open_clipboard)
+
+
+def _screen(chat: Chat, typed: str) -> Result:
+    from llava_cli.images.screen import open_screen
+
+    return _take(chat, typed, open_screen)
+
+
+def _take(chat: Chat, typed: str, take: Callable[[PictureOptions], Opened]) -> Result:
+    options, question = _options_and_question(chat.picture_options, typed)
+    _attach(chat, [take(options)], is_asked=bool(question))
+    return chat.ask(question) if question else None
+
+
+def paste(chat: Chat) -> str:
+    """Attaches the picture on the clipboard; without one, returns the text there, which may be empty.
+
+    Raises a `LlavaError` if there is neither.
+    """
+    from llava_cli.images.clipboard import NoPicture, clipboard_text, open_clipboard
+
+    try:
+        opened = open_clipboard(chat.picture_options)
+    except NoPicture:
+        if text := clipboard_text():
+            return text
+        raise
+    _attach(chat, [opened], is_asked=False)
+    return ""
+
+
+def _region(chat: Chat, typed: str) -> Result:
+    if not typed:
+        return _REGION_HELP
+    region, question = _REGION.fullmatch(typed).groups()  # type: ignore[union-attr]  # it matches any text
+    is_in_place = bool(chat.attached)
+    picture = chat.look_at(region)
+    if not question:
+        place = "in the place of all of it" if is_in_place else "besides what was shown before"
+        chat.note(f"{_description(picture)} goes with the next question, {place}")
+    return chat.ask(question) if question else None
+
+
+_REGION = re.compile(r"((?:[^,\s]+\s*,\s*){3}\S+|\S+)\s*(.*)", re.DOTALL)
+_REGION_HELP = """\
+/region LEFT,TOP,RIGHT,BOTTOM [QUESTION]: a part of the last picture, in pixels or percent, in full resolution
+/region 60%,0,100%,30% what does the sign say?   the right of the top"""
 
 
 def _images(chat: Chat, _: str) -> Result:
@@ -142,7 +226,7 @@ def _images(chat: Chat, _: str) -> Result:
 
 
 def _description(picture: Picture) -> str:
-    return f"{printable(picture.name)} ({picture.image.width}x{picture.image.height})"
+    return f"{printable(picture.label)} ({picture.image.width}x{picture.image.height})"
 
 
 def _clear(chat: Chat, _: str) -> Result:
@@ -241,6 +325,9 @@ def _exit(chat: Chat, _: str) -> Result:
 
 COMMANDS = {
     "image": Command(_image, "PATH... [QUESTION]", "Attach pictures to the next question, or to this one."),
+    "paste": Command(_paste, "[QUESTION]", "Attach the picture on the clipboard; so does Ctrl-V."),
+    "screen": Command(_screen, "[QUESTION]", "Attach a picture of the screen."),
+    "region": Command(_region, "L,T,R,B [QUESTION]", "Look at a part of the last picture: /region 60%,0,100%,30%"),
     "images": Command(_images, "", "List the pictures of this conversation."),
     "clear": Command(_clear, "", "Begin a new conversation."),
     "undo": Command(_undo, "", "Take back the last question and its answer."),

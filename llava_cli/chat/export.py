@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from llava_cli import files
@@ -25,23 +26,23 @@ def save(conversation: Conversation, model: str, path: Path) -> None:
 def export(conversation: Conversation, model: str, path: Path) -> None:
     """Writes Markdown, and the pictures to a new folder beside it. Raises as `write_new` does."""
     folder = path.parent / f"{path.stem}_pictures"
-    pictures = {picture.sha256: picture for picture in conversation.pictures}
-    names = {sha256: _file_name(n, picture) for n, (sha256, picture) in enumerate(pictures.items(), 1)}
-    links = {sha256: f"{quote(folder.name)}/{name}" for sha256, name in names.items()}
+    pictures = {picture.identity: picture for picture in conversation.pictures}
+    names = {identity: _file_name(n, picture) for n, (identity, picture) in enumerate(pictures.items(), 1)}
+    links = {identity: f"{quote(folder.name)}/{name}" for identity, name in names.items()}
     if names and os.path.lexists(folder):
         raise UsageError(printable(str(folder)), "is there already", "choose another name, or move it")
     write_new(path, as_markdown(conversation, model, links))
     with _writing(folder):
         if names:
             files.make_new_folder(folder)
-        for sha256, picture in pictures.items():
+        for identity, picture in pictures.items():
             picture.image.save(data := io.BytesIO(), "PNG")
-            files.write_new(folder / names[sha256], data.getvalue())
+            files.write_new(folder / names[identity], data.getvalue())
 
 
 def as_text(conversation: Conversation) -> str:
     return "\n".join(
-        turn_as_text([printable(picture.name) for picture in turn.pictures], turn.question, turn.answer or "")
+        turn_as_text([printable(picture.label) for picture in turn.pictures], turn.question, turn.answer or "")
         for turn in conversation.turns
     )
 
@@ -59,7 +60,7 @@ def as_json(conversation: Conversation, model: str) -> str:
     turns = [
         {
             "question": turn.question,
-            "images": [{"name": picture.name, "sha256": picture.sha256} for picture in turn.pictures],
+            "images": [_as_object(picture) for picture in turn.pictures],
             "answer": turn.answer,
         }
         for turn in conversation.turns
@@ -67,11 +68,17 @@ def as_json(conversation: Conversation, model: str) -> str:
     return json.dumps({"model": model, "system": conversation.system, "turns": turns}, indent=2) + "\n"
 
 
+def _as_object(picture: Picture) -> dict[str, Any]:
+    """What identifies a picture; `page`, `time` and `region` only where it is not all of its file."""
+    part = {"page": picture.part.page, "time": picture.part.time, "region": picture.region}
+    return {"name": picture.name, "sha256": picture.sha256} | {k: v for k, v in part.items() if v is not None}
+
+
 def as_markdown(conversation: Conversation, model: str, links: dict[str, str]) -> str:
-    """`links` are the relative URLs of the pictures by their SHA-256."""
+    """`links` are the relative URLs of the pictures by their `identity`."""
     parts = [f"# A chat with {_escaped(one_line(model))}"]
     for turn in conversation.turns:
-        parts += [f"![{_escaped(picture.name)}]({links[picture.sha256]})" for picture in turn.pictures]
+        parts += [f"![{_escaped(picture.label)}]({links[picture.identity]})" for picture in turn.pictures]
         parts.append(_quoted(turn.question))
         parts.append(turn.answer or "")
     return "\n\n".join(parts) + "\n"
@@ -94,7 +101,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _file_name(number: int, picture: Picture) -> str:
-    return f"{number}-{re.sub(r'[^A-Za-z0-9_-]+', '-', Path(picture.name).stem)[:40] or 'picture'}.png"
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{Path(picture.name).stem[:40]}{picture.part}")
+    return f"{number}-{stem or 'picture'}.png"
 
 
 def _escaped(name: str) -> str:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
-from llava_cli import files
+from llava_cli import files, render
 from llava_cli.chat.commands import COMMANDS
 from llava_cli.chat.repl import Read
-from llava_cli.errors import OutputError, os_reason
+from llava_cli.errors import LlavaError, OutputError, os_reason
 from llava_cli.images.reader import SUFFIXES
 from llava_cli.settings import Sampling
+from llava_cli.untrusted_text import for_terminal
 
 
 class CommandCompleter(Completer):
@@ -48,12 +50,17 @@ def _folder_or_picture(path: str) -> bool:
     return os.path.isdir(path) or path.lower().endswith(SUFFIXES)
 
 
-def keyboard(history: Path | None) -> Read:
-    """Reads lines with editing, completion and history; Alt-Enter inserts a line break.
+def keyboard(history: Path | None, paste: Callable[[], str]) -> Read:
+    """Reads lines with editing, completion and history; Alt-Enter inserts a line break, and Ctrl-V calls `paste`.
 
-    `history` is the file that lines are saved in, None for none. Raises `OutputError` if it cannot be written.
+    `history` is the file that lines are saved in, None for none. `paste` returns text to insert, or takes a picture
+    and returns none. Raises `OutputError` if `history` cannot be written.
     """
     keys = KeyBindings()
+
+    @keys.add("c-v")
+    async def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text(await run_in_terminal(lambda: _pasted(paste)))
 
     @keys.add("escape", "enter")
     def _(event: KeyPressEvent) -> None:
@@ -90,6 +97,16 @@ def keyboard(history: Path | None) -> Read:
                 session.default_buffer.reset()  # Ctrl-C first clears the line, then leaves
 
     return read
+
+
+def _pasted(paste: Callable[[], str]) -> str:
+    """What `paste` returns as text that can be edited; its error is shown, and leaves the line as it is."""
+    try:
+        text = paste()
+    except LlavaError as error:
+        render.show_error(error)
+        return ""
+    return for_terminal(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def plain_keyboard() -> Read:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 
 from llava_cli.chat.store import SavedChat, Store
-from llava_cli.conversation import Conversation, Picture, Turn
+from llava_cli.conversation import Conversation, Picture, Turn, naming_fewer_parts
 from llava_cli.engine import Answer, Chunk, Engine
-from llava_cli.errors import UsageError
+from llava_cli.errors import BadImage, InputMissing, UsageError, printable
+from llava_cli.images.reader import open_chosen
+from llava_cli.images.region import cut
+from llava_cli.parts import parse_region
 from llava_cli.settings import Settings
 
 Window = tuple[int, int]
@@ -31,11 +34,15 @@ class Chat:
         store: Store | None = None,
     ) -> None:
         self.engine, self.sampling, self.note, self.preview = engine, settings.sampling, note, preview
+        self.picture_options = replace(settings.pictures, pages=None, region=None)
+        """How files are opened in this chat; which pages and what of them is said for each file."""
         self.conversation = Conversation(system=settings.system)
         self.attached: list[Picture] = []
         self.last: Answer | None = None
         self._store, self._saved = store, SavedChat()
         self._window: Window = (0, 0)
+        self._wholes: dict[str, Picture] = {}
+        """The pictures that regions were cut from, by the regions' `identity`."""
 
     def resume(self, number: int, conversation: Conversation) -> None:
         """Continues a conversation that is chat `number` in the store."""
@@ -49,6 +56,36 @@ class Chat:
         pictures = len(self.conversation.pictures) + len(self.attached)
         if pictures == 2 and self.engine.family and (warning := self.engine.family.warning(pictures)):
             self.note(warning)
+
+    def look_at(self, region: str) -> Picture:
+        """Attaches a region of the last picture; one that was not asked about yet takes its whole picture's place.
+
+        Regions are those of a whole picture, also where the last one is itself a region. Raises `UsageError` without a
+        picture or for what is no region, `BadImage` if the picture has no such place.
+        """
+        region = parse_region("/region", region)
+        if not (pictures := self.attached or self.conversation.pictures):
+            raise UsageError("/region", "there is no picture yet", "/image PATH")
+        whole = self._whole(pictures[-1])
+        part = cut(whole, region)
+        if isinstance(part, BadImage):
+            part.hint = "/region 0,0,50%,50%"
+            raise part
+        self._wholes[part.identity] = whole
+        del self.attached[-1:]
+        self.attach(part)
+        return part
+
+    def _whole(self, picture: Picture) -> Picture:
+        """The picture that a region was cut from; any other picture itself. Raises `InputMissing` if it is gone."""
+        if picture.region is None:
+            return picture
+        if whole := self._wholes.get(picture.identity):
+            return whole
+        whole = open_chosen(picture.reference, self.picture_options, allow_truncated=True).pictures[0]
+        if whole.sha256 != picture.sha256:
+            raise InputMissing(printable(picture.name), "is not the picture any more: it has changed", "/image PATH")
+        return whole
 
     def ask(self, question: str) -> Generator[Chunk, None, None]:
         """Answers a question about the attached pictures and the conversation so far.
@@ -103,10 +140,11 @@ class Chat:
         texts: list[str] = []
         answer: Answer | None = None
         try:
-            for chunk in self.engine.stream(_cut(conversation, window), self.sampling):
-                texts.append(chunk.text)
-                answer = chunk.answer
-                yield chunk
+            with naming_fewer_parts(conversation):
+                for chunk in self.engine.stream(_cut(conversation, window), self.sampling):
+                    texts.append(chunk.text)
+                    answer = chunk.answer
+                    yield chunk
         finally:
             if texts:
                 self.last = answer or self.last

@@ -1,7 +1,7 @@
 """Chats on disk: a SQLite database in the user's data folder, in which each turn is committed when it is answered.
 
-A picture is saved as its path and the SHA-256 of its bytes. One without a path (from stdin or a URL) is saved as a PNG
-file beside the database.
+A picture is saved as its path and the SHA-256 of its bytes. What has no path (from stdin, a URL, the clipboard or the
+screen) and what is a page, a frame or a region is saved as a PNG file beside the database.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from llava_cli import files
 from llava_cli.conversation import Conversation, Picture, Turn
 from llava_cli.errors import InputMissing, LlavaError, OutputError, UsageError, os_reason
-from llava_cli.images.reader import is_url, open_picture
+from llava_cli.images.reader import CLIPBOARD, SCREEN, is_url, open_picture
+from llava_cli.images.remote_names import is_cloud_url
 from llava_cli.models.registry import is_folder
+from llava_cli.parts import Part
 from llava_cli.paths import data_folder
 from llava_cli.untrusted_text import printable
 
@@ -38,7 +41,13 @@ CREATE TABLE IF NOT EXISTS pictures (
     sha256 TEXT NOT NULL, PRIMARY KEY (chat, turn, place),
     FOREIGN KEY (chat, turn) REFERENCES turns ON DELETE CASCADE
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS parts (
+    chat INTEGER NOT NULL, turn INTEGER NOT NULL, place INTEGER NOT NULL, origin BLOB NOT NULL, page INTEGER, time REAL,
+    region TEXT, PRIMARY KEY (chat, turn, place), FOREIGN KEY (chat, turn, place) REFERENCES pictures ON DELETE CASCADE
+) WITHOUT ROWID;
 """
+_NO_PATHS = ("-", CLIPBOARD, SCREEN)
+"""Names of pictures that are not files."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,12 @@ class Store:
             for i, turn in enumerate(turns[same:], same):
                 db.execute("INSERT INTO turns VALUES (?, ?, ?, ?)", (number, i, turn.question, turn.answer))
                 for place, picture in enumerate(turn.pictures):
-                    row = (number, i, place, printable(picture.name), paths[id(picture)], picture.sha256)
+                    row = (number, i, place, printable(picture.label), paths[id(picture)], picture.sha256)
                     db.execute("INSERT INTO pictures VALUES (?, ?, ?, ?, ?, ?)", row)
+                    if not picture.is_whole_file:
+                        origin = os.fsencode(_absolute(picture.name))
+                        part = (number, i, place, origin, *picture.part, picture.region)
+                        db.execute("INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?, ?)", part)
         return SavedChat(number, turns)
 
     def last(self) -> int | None:
@@ -143,7 +156,7 @@ class Store:
         """The turns of a chat, in order. Raises `UsageError` if there is no such chat."""
         self.model(chat)
         return [
-            SavedTurn(question, tuple(name for name, _, _ in self._pictures(chat, number)), answer)
+            SavedTurn(question, tuple(row[0] for row in self._pictures(chat, number)), answer)
             for number, question, answer in self._turns(chat)
         ]
 
@@ -186,24 +199,29 @@ class Store:
     def _turns(self, chat: int) -> list[tuple[int, str, str]]:
         return self._read("SELECT number, question, answer FROM turns WHERE chat = ? ORDER BY number", chat)
 
-    def _pictures(self, chat: int, turn: int) -> list[tuple[str, bytes, str]]:
+    def _pictures(self, chat: int, turn: int) -> list[tuple[Any, ...]]:
         return self._read(
-            "SELECT name, path, sha256 FROM pictures WHERE chat = ? AND turn = ? ORDER BY place", chat, turn
+            """SELECT name, path, sha256, origin, page, time, region
+               FROM pictures LEFT JOIN parts USING (chat, turn, place) WHERE chat = ? AND turn = ? ORDER BY place""",
+            chat,
+            turn,
         )
 
     def _path(self, picture: Picture) -> str:
-        """The picture's path; one without a path is saved to a file first."""
-        if picture.name != "-" and not is_url(picture.name):
-            return os.path.abspath(picture.name)
-        file = self._pictures_folder() / f"{picture.sha256}.png"
+        """The picture's path; one without a path, and what is not all of a file, is saved to a file first."""
+        if picture.is_whole_file and _has_path(picture.name):
+            return _absolute(picture.name)
+        file = self._pictures_folder() / f"{picture.identity}.png"
         files.make_folder(file.parent, 0o700)
         if not files.refuse_irregular(file):
             picture.image.save(data := io.BytesIO(), "PNG")
             files.atomic_write(file, [data.getvalue()], files.SECRET)
         return str(file)
 
-    def _open(self, chat: int, name: str, encoded_path: bytes, sha256: str) -> Picture:
-        path = os.fsdecode(encoded_path)
+    def _open(
+        self, chat: int, name: str, encoded_path: bytes, sha256: str, origin: bytes | None, *part: Any
+    ) -> Picture:
+        path, (page, time, region) = os.fsdecode(encoded_path), part
         is_saved_copy = Path(path).parent == self._pictures_folder()
         thing, hint = printable(path), f"llava chats show {chat} prints what was said"
         try:
@@ -212,7 +230,11 @@ class Store:
             raise InputMissing(thing, error.reason, hint) from None
         if not is_saved_copy and picture.sha256 != sha256:
             raise InputMissing(thing, "is not the picture that the chat is about: it has changed", hint)
-        return Picture(name if is_saved_copy else path, picture.image, sha256, picture.frames, picture.truncated)
+        if origin is not None:
+            name = os.fsdecode(origin)
+        name = name if is_saved_copy else path
+        opened = Picture(name, picture.image, sha256, picture.frames, picture.truncated)
+        return replace(opened, part=Part(page, time), region=region)
 
     def _pictures_folder(self) -> Path:
         return self.folder / "pictures"
@@ -236,3 +258,12 @@ class Store:
             thing = getattr(error, "filename", None) or self.file
             kind = DataFolderUnusable if getattr(error, "errno", None) in _FOLDER_UNUSABLE else OutputError
             raise kind(printable(str(thing)), os_reason(error), "--no-save keeps nothing") from None
+
+
+def _has_path(name: str) -> bool:
+    return name not in _NO_PATHS and not is_url(name) and not is_cloud_url(name)
+
+
+def _absolute(name: str) -> str:
+    """A picture's name as it is found from any folder."""
+    return os.path.abspath(name) if _has_path(name) else name

@@ -97,7 +97,11 @@ def _llava(
         print(context.get_help())
 
 
-COMMANDS = ("ask", "batch", "calibrate", "chat", "chats", "check", "doctor", "models", "prompt", "report", "serve")
+COMMANDS = (
+    *("ask", "batch", "calibrate", "chat", "chats", "check", "doctor", "export", "models", "prompt", "prompts"),
+    "report",
+    "serve",
+)
 
 
 def register(command: str = "") -> None:

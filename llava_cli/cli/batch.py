@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llava_cli import render
 from llava_cli.cli import app
 from llava_cli.cli.options import ANSWERING, FORM, PICTURES, JsonOpt, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.saved_prompt import NamedQuestion, ParamOpt, PromptOpt, named_question
 from llava_cli.errors import UsageError
 from llava_cli.files import quoted
 from llava_cli.settings import LoadOptions, Settings
@@ -19,6 +22,7 @@ from llava_cli.settings import LoadOptions, Settings
 if TYPE_CHECKING:
     from llava_cli.batch.judged_engine import Promise
     from llava_cli.batch.source import Source
+    from llava_cli.batch.task_questions import TaskQuestions
 
 WordsArg = Annotated[
     list[str] | None,
@@ -80,6 +84,10 @@ DryRunOpt = Annotated[
     bool,
     typer.Option("--dry-run", help="Write nothing: tell what would be done, and the time and memory that it takes."),
 ]
+TemplateOpt = Annotated[
+    bool,
+    typer.Option("--template-question", help="Fill in the fields of questions, such as {name}, {date}, {row.city}."),
+]
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 
 
@@ -88,6 +96,9 @@ USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 def batch(
     words: WordsArg = None,
     questions: QuestionsOpt = None,
+    template_question: TemplateOpt = False,
+    prompt: PromptOpt = None,
+    parameters: ParamOpt = None,
     output: OutputOpt = None,
     include: IncludeOpt = None,
     null: NullOpt = False,
@@ -126,6 +137,7 @@ def batch(
     by its content: questions may have any name, or come on stdin. What is skipped in a folder is counted on stderr.
     """
     from llava_cli.batch import dry_run as dry
+    from llava_cli.batch.questions import Check
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.runner import check_form
     from llava_cli.batch.source import Source
@@ -140,6 +152,10 @@ def batch(
     to_file = None if output is None or str(output) == "-" else output
     if to_file is None and (extend or retry_errors or repair):
         raise UsageError("--extend, --retry-errors, --repair", "are about a file of rows", USAGE)
+    sources, question = split_question(words or [""])
+    all_questions = (*([question] if question is not None else []), *(questions or []))
+    named = named_question(context, prompt, parameters, next(iter(all_questions), None))
+    all_questions = (named.saved.text,) if named else all_questions
     if max_error is not None and context.params["otherwise"] is not None:
         _leave_to(context, max_error)
     settings = settings_of(context)
@@ -147,9 +163,14 @@ def batch(
     if settings.remote.server and batch_size != "auto":
         raise UsageError("--batch-size", f"{settings.remote.server} decides that", "--concurrency N requests at a time")
     size = _size(batch_size)
-    sources, question = split_question(words or [""])
-    all_questions = (*([question] if question is not None else []), *(questions or []))
-    check = partial(check_form, sampling=settings.sampling, sandbox=None if settings.remote.server else FormSandbox())
+    check: Check = partial(
+        check_form, sampling=settings.sampling, sandbox=None if settings.remote.server else FormSandbox()
+    )
+    templates = _templates(all_questions, named, template_question)
+    if templates:
+        check = templates.checking(check)
+    elif not quiet:
+        _note_fields(all_questions)
     source = Source(expand(sources), all_questions, tuple(include or ()), null, root, check, settings.pictures)
     check_source(source, allow_urls, to_file)
     job = Job(
@@ -157,6 +178,7 @@ def batch(
         settings=settings,
         command=_command(source),
         output=to_file,
+        templates=templates,
         size=size,
         extend=extend,
         retry=retry_errors,
@@ -175,9 +197,30 @@ def batch(
 
 def _command(source: Source) -> str:
     """The command line that resumes this run; a pipe is written as `…`."""
-    words = ["<(…)" if source.is_substituted and word == source.words[0] else quoted(word) for word in sys.argv[1:]]
+    words = ["<(…)" if source.is_substituted(word) else quoted(word) for word in sys.argv[1:]]
     command = " ".join(["llava", *words])
     return f"… | {command}" if source.is_stdin else command
+
+
+def _templates(questions: tuple[str, ...], named: NamedQuestion | None, every: bool) -> TaskQuestions | None:
+    """What fills in the questions; None if they are asked as they are. Raises `UsageError` for one that it cannot."""
+    if not (named or every):
+        return None
+    from llava_cli.batch.task_questions import TaskQuestions
+    from llava_cli.prompts.question_fields import QuestionFields
+
+    fields = named.fields if named else QuestionFields({})
+    templates = TaskQuestions(fields, questions, every, is_saved=named is not None)
+    templates.check_command_line()
+    return templates
+
+
+def _note_fields(questions: Iterable[str]) -> None:
+    """Notes what looks like a field in a question that is asked as it is."""
+    from llava_cli.prompts.question_fields import fields_in
+
+    if found := {f"{{{field}}}": None for question in questions for field in fields_in(question)}:
+        render.note(f"the question has {', '.join(found)} as text; --template-question fills fields in")
 
 
 def _size(text: str) -> int | None:

@@ -78,7 +78,7 @@ def chat(
         settings = replace(settings, load=replace(settings.load, model=model))
     if "-" in (images or []):
         raise UsageError("-", "stdin is where the questions come from", "llava chat img.jpg")
-    pictures = [open_named(source, allow_truncated, quiet) for source in images or []]
+    pictures = open_named(images or [], settings.pictures, allow_truncated, quiet)
 
     is_interactive = sys.stdin is not None and sys.stdin.isatty()
     has_thumbnails = is_interactive and sys.stdout.isatty() and not plain and not no_preview
@@ -99,6 +99,7 @@ def chat(
     if not is_interactive:
         answer_lines(session, piped_lines(), quiet, stats)
         return
+    from llava_cli.chat.commands import paste
     from llava_cli.chat.keyboard import keyboard, plain_keyboard
 
     if number is not None:
@@ -107,5 +108,5 @@ def chat(
     session.note(f"{one_line(engine.model)}: /help lists commands, Ctrl-D leaves")
     history = store.folder / "history" if store else None
     signals.spare_imports()
-    converse(session, plain_keyboard() if plain else keyboard(history), quiet, stats)
+    converse(session, plain_keyboard() if plain else keyboard(history, lambda: paste(session)), quiet, stats)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit

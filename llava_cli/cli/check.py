@@ -10,7 +10,18 @@ from llava_cli import render
 from llava_cli.checking import check_threshold
 from llava_cli.cli import app
 from llava_cli.cli.arguments import conversation_from
-from llava_cli.cli.options import LOADING, PICTURES, JsonOpt, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import (
+    LOADING,
+    PICTURES,
+    ClipboardOpt,
+    JsonOpt,
+    QuietOpt,
+    ScreenOpt,
+    TruncatedOpt,
+    settings_of,
+    with_options,
+)
+from llava_cli.conversation import naming_fewer_parts
 
 USAGE = 'llava check page.png "the Save button is visible"'
 EXIT_CODES = {"yes": 0, "no": 1, "unsure": 3}
@@ -34,6 +45,8 @@ def check(
     context: typer.Context,
     args: PicturesAndStatement = None,
     threshold: AtLeastOpt = 0.5,
+    clipboard: ClipboardOpt = False,
+    screen: ScreenOpt = False,
     allow_truncated: TruncatedOpt = False,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -50,7 +63,9 @@ def check(
     """
     check_threshold(threshold)
     settings = settings_of(context)
-    conversation = conversation_from(args, settings, allow_truncated, quiet, "STATEMENT", USAGE)
+    conversation = conversation_from(
+        args, settings, allow_truncated, quiet, "STATEMENT", USAGE, clipboard=clipboard, screen=screen
+    )
     with render.spinner("loading the model", quiet):
         from llava_cli.loader import open_engine
 
@@ -58,7 +73,8 @@ def check(
     if not quiet:
         render.note_demo_model(settings.load, engine)
         render.note_picture_count(engine.family, conversation)
-    checked = engine.check(conversation.pictures, conversation.turns[-1].question, threshold, settings.system)
+    with naming_fewer_parts(conversation):
+        checked = engine.check(conversation.pictures, conversation.turns[-1].question, threshold, settings.system)
     if json:
         render.show_json(checked.to_json())
     elif not quiet:

@@ -23,6 +23,8 @@ ANSWERING = [*LOADING, *PLAIN_OPTIONS, "system", "server"]
 TruncatedOpt = Annotated[
     bool, typer.Option("--allow-truncated", help="Take what there is of a picture whose end is missing.")
 ]
+ClipboardOpt = Annotated[bool, typer.Option("--clipboard", help="Take the picture that is on the clipboard.")]
+ScreenOpt = Annotated[bool, typer.Option("--screen", help="Take a picture of the screen.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 StatsOpt = Annotated[bool, typer.Option("--stats", help="Print times and memory on stderr.")]
 QuietOpt = Annotated[bool, typer.Option("-q", "--quiet", help="No hints, warnings or spinner on stderr.")]
@@ -62,9 +64,15 @@ def _parameter(key: str) -> inspect.Parameter:
     default = f" [{option.default:g}]" if option.bounds and option.default is not None else ""
     flags = [flag for flag in (option.short, option.flag) if flag]
     declared = typer.Option(*flags, metavar=option.metavar, help=option.help + default)
-    kind: Any = list[str] if option.type == tuple[str, ...] else option.type
+    text = str if option.parse else option.type  # Typer would take a time such as 5s for a number
+    kind: Any = list[str] if option.type == tuple[str, ...] else text
     annotation = Annotated[kind | None, declared]
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def is_given(context: typer.Context, key: str) -> bool:
+    """Whether the command line has the option of a setting."""
+    return context.params.get(key) not in (None, [], ())
 
 
 def settings_of(context: typer.Context) -> Settings:

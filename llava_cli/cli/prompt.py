@@ -14,16 +14,17 @@ import typer
 
 from llava_cli import render
 from llava_cli.cli import app
-from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
     PICTURES,
+    ClipboardOpt,
     JsonOpt,
     PicturesAndQuestion,
     QuietOpt,
+    ScreenOpt,
     TruncatedOpt,
-    settings_of,
     with_options,
 )
+from llava_cli.cli.saved_prompt import ParamOpt, PromptOpt, conversation_about
 from llava_cli.errors import UsageError
 
 DiffOpt = Annotated[bool, typer.Option("--diff", help="Compare the checkpoint's own format with that of its training.")]
@@ -38,6 +39,10 @@ ViewOpt = Annotated[
 def prompt(
     context: typer.Context,
     args: PicturesAndQuestion = None,
+    clipboard: ClipboardOpt = False,
+    screen: ScreenOpt = False,
+    name: PromptOpt = None,
+    parameters: ParamOpt = None,
     allow_truncated: TruncatedOpt = False,
     diff: DiffOpt = False,
     ids: IdsOpt = False,
@@ -54,11 +59,21 @@ def prompt(
     llava prompt "what is this?" --diff -m llava-1.5-7b
 
     llava prompt img.jpg "what is this?" --ids
+
+    llava prompt img.jpg -t caption -P lang=German
     """
     if diff and ids:
         raise UsageError("--ids", "--diff compares texts", "llava prompt --ids --template native prints one format's")
-    settings = settings_of(context)
-    conversation = conversation_from(args, settings, allow_truncated, quiet)
+    settings, conversation = conversation_about(
+        context,
+        args,
+        name,
+        parameters,
+        allow_truncated=allow_truncated,
+        quiet=quiet,
+        clipboard=clipboard,
+        screen=screen,
+    )
     with render.spinner("loading the tokenizer", quiet):
         from llava_cli.loader import load_prompter
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import DeviceLost, LlavaError, ServerFailed
-from llava_cli.images.reader import Source, picture_from
+from llava_cli.images.reader import Source, open_pictures
 from llava_cli.models.families import Family
 from llava_cli.settings import Sampling
 
@@ -188,6 +188,7 @@ class Engine(ABC):
     def ask(self, images: Source | Sequence[Source], question: str, system: str | None = None, **sampling: Any) -> str:
         """The answer to one question about one or more pictures: paths, URLs, a file's bytes, Pillow's images.
 
+        Of a file with several pictures, `doc.pdf#2` names one, and `open_pictures` chooses others than the first ones.
         Keywords are the fields of `Sampling`: `engine.ask("img.jpg", "what is this?", max_tokens=20)`.
         """
         unset = frozenset(Sampling.names()) - sampling.keys()
@@ -214,4 +215,5 @@ class Engine(ABC):
 
 def _pictures_from(images: Source | Sequence[Source]) -> list[Picture]:
     several = isinstance(images, Sequence) and not isinstance(images, (str, bytes))
-    return [picture_from(source) for source in (images if several else [images])]  # type: ignore[arg-type,union-attr]
+    sources: Sequence[Source] = images if several else [images]  # type: ignore[assignment,list-item]
+    return [picture for source in sources for picture in open_pictures(source)]

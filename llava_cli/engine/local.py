@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from llava_cli.conversation import Conversation, Picture
+from llava_cli.conversation import Conversation
 from llava_cli.engine.base import Answer, Chunk, Engine, Request, always
 from llava_cli.engine.forward import release_memory
 from llava_cli.engine.generate.batch import Batch, can_batch
@@ -25,7 +24,6 @@ from llava_cli.engine.generate.sequential import LonePrompt, generate_alone
 from llava_cli.engine.model_patch import ModelPatch
 from llava_cli.errors import DeviceLost, LlavaError, ModelUnusable, PromptTooLong, is_out_of_memory, model_errors
 from llava_cli.hardware import memory
-from llava_cli.parts import WHOLE
 from llava_cli.prompts.prompter import Prompter
 from llava_cli.settings import Sampling
 
@@ -264,7 +262,7 @@ class LocalEngine(Engine):
     ) -> Sequence:
         begin = time.perf_counter()
         sequence = self._sequence_of(number, self._encode(request.conversation), request.sampling, begin)
-        sequence.images = tuple(_identity(picture) for picture in request.conversation.pictures)
+        sequence.images = tuple(picture.identity for picture in request.conversation.pictures)
         sequence.on_token, sequence.top_logprobs = on_token, top_logprobs
         return sequence
 
@@ -284,7 +282,7 @@ class LocalEngine(Engine):
             replay = ChoiceReplay(sequence.number, inputs, tree, request.sampling, tokenizer, 0.0)
         else:
             replay = Replay(sequence.number, inputs, Detokenizer(tokenizer))
-        replay.images = tuple(_identity(picture) for picture in conversation.pictures)
+        replay.images = tuple(picture.identity for picture in conversation.pictures)
         return replay
 
     def _sequence_of(self, number: int, inputs: dict[str, torch.Tensor], sampling: Sampling, begin: float) -> Sequence:
@@ -345,10 +343,3 @@ class LocalEngine(Engine):
             reason = f"{length} tokens; {self.model} reads at most {self.context}"
             raise PromptTooLong("prompt", reason, "llava prompt prints it and counts its tokens")
         return min(requested, self.context - length)
-
-
-def _identity(picture: Picture) -> str:
-    """Equal for pictures with the same pixels: the digest of the file or, if that does not tell, of the pixels."""
-    if picture.sha256 and picture.part == WHOLE and picture.region is None:
-        return picture.sha256
-    return hashlib.sha256(f"{picture.image.size}".encode() + picture.image.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Downloads a picture that the user names by URL, with limits on time, size and redirects.
+"""Downloads what the user names by URL, a picture or an archive, with limits on time, size and redirects.
 
 A person may name any address, since it is their own network; but a public page must not redirect to a private address.
 Each host is resolved once, and the connection goes to the very address that was checked.
@@ -10,8 +10,10 @@ import concurrent.futures
 import ipaddress
 import socket
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import closing, suppress
+from types import MappingProxyType
 from urllib.parse import urljoin
 
 from llava_cli import limits
@@ -24,9 +26,10 @@ from llava_cli.bounded_http import (
     send_request,
     start_tls,
 )
-from llava_cli.errors import BadImage, InputMissing, UsageError, plain_message, printable
+from llava_cli.errors import BadImage, InputMissing, UsageError, plain_message
 from llava_cli.http_url import UnusableProxy, Url, proxy_for
 from llava_cli.images.public_address import is_public
+from llava_cli.images.remote_names import shown
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -37,7 +40,7 @@ def fetch(url: str, public: bool = False) -> bytes:
     URLs that a person names go through the environment's proxies. Raises `InputMissing` if the bytes do not arrive in
     time, `BadImage` if they are too many, `UsageError` for an unusable proxy.
     """
-    name, deadline = printable(url), Deadline(limits.FETCH_SECONDS)
+    name, deadline = shown(url), Deadline(limits.FETCH_SECONDS)
     try:
         _slots.acquire(deadline)
     except TimeoutError:
@@ -55,6 +58,14 @@ def fetch(url: str, public: bool = False) -> bytes:
         raise InputMissing(name, plain_message(error), _proxy_hint(url, public)) from None
     finally:
         _slots.release_after(download.lookup)
+
+
+def request(url: str, headers: Mapping[str, str], deadline: Deadline) -> Response:
+    """The response to a URL that a person names, after redirects, whatever its status; the caller closes it.
+
+    Raises `InputMissing` for a redirect that is not followed, `UnusableProxy`, `OSError` or `ValueError`.
+    """
+    return _Download(url, shown(url), False, deadline).open(headers)
 
 
 class _Slots:
@@ -97,19 +108,24 @@ class _Download:
         """The last name lookup, which may still run."""
 
     def run(self) -> bytes:
+        with closing(self.open()) as response:
+            if response.status != 200:
+                raise InputMissing(self._name, f"the server answered {response.status}")
+            return response.read(limits.FETCH_BYTES)
+
+    def open(self, headers: Mapping[str, str] = MappingProxyType({})) -> Response:
+        """The response that redirects lead to."""
         url = self._url
         for _ in range(limits.FETCH_REDIRECTS + 1):
-            with closing(self._request(url)) as response:
-                location = response.header("Location")
-                if response.status in _REDIRECTS and location:
-                    url = urljoin(url, _as_utf_8(location))
-                    continue
-                if response.status != 200:
-                    raise InputMissing(self._name, f"the server answered {response.status}")
-                return response.read(limits.FETCH_BYTES)
+            response = self._request(url, headers)
+            location = response.header("Location")
+            if response.status not in _REDIRECTS or not location:
+                return response
+            response.close()
+            url = urljoin(url, _as_utf_8(location))
         raise InputMissing(self._name, f"more than {limits.FETCH_REDIRECTS} redirects")
 
-    def _request(self, url: str) -> Response:
+    def _request(self, url: str, more_headers: Mapping[str, str]) -> Response:
         is_redirect = url != self._url
         target = self._parse(url, is_redirect)
         # With `only_public` the connection goes to the address that was checked: a proxy would look it up itself.
@@ -120,7 +136,7 @@ class _Download:
             reason = "a public address redirects to a private one" if is_redirect else "not a public address"
             raise InputMissing(self._name, reason)
         self._host, self._is_public = target.host, is_public_host
-        headers = {"Host": target.authority}
+        headers = {"Host": target.authority, **more_headers}
         if target.authorization:
             headers["Authorization"] = target.authorization
         if proxy:

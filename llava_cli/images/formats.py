@@ -68,12 +68,17 @@ SIGNATURES: tuple[Signature, ...] = tuple(
         ("postscript", 0, (b"%!PS", b"\xc5\xd0\xd3\xc6")),
         ("office", 0, (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",)),  # OLE 2: the office programs of before 2007
         # Sound and video.
-        ("audio", 4, (b"ftypM4A ",)),
+        ("ogg-video", 28, (b"\x80theora", b"fishead\0", b"OVP80")),
+        ("audio", 4, (b"ftypM4A ", b"ftypM4B ", b"ftypM4P ")),
         ("audio", 0, (b"OggS", b"ID3", b"fLaC")),
         ("audio", 8, (b"WAVE",)),
-        ("video", 4, (b"ftyp", b"moov", b"mdat", b"wide")),
-        ("video", 8, (b"AVI ",)),
-        ("video", 0, (b"\x1a\x45\xdf\xa3", b"FLV\1", b"\0\0\1\xba", b"\0\0\1\xb3", b"\x30\x26\xb2\x75")),
+        ("mp4", 4, (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")),
+        ("avi", 8, (b"AVI ",)),
+        ("matroska", 0, (b"\x1a\x45\xdf\xa3",)),
+        ("flv", 0, (b"FLV\1",)),
+        ("mpeg-ps", 0, (b"\0\0\1\xba",)),
+        ("asf", 0, (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",)),
+        ("video", 0, (b"\0\0\1\xb3",)),
         # Archives and compressed files.
         ("zip", 0, (b"PK\3\4", b"PK\5\6")),
         ("7z", 0, (b"7z\xbc\xaf\x27\x1c",)),
@@ -118,16 +123,28 @@ _TEXT_PATTERNS = {
 """Text formats, after a byte-order mark and white space; compiled only when no signature matches."""
 HEAD_BYTES = 4096
 """The part of a text file that is searched."""
+MAGIC_BYTES = 512
+"""The part of a file that all signatures are in."""
 DOCUMENT_SUFFIXES = (".pdf", ".tif", ".tiff")
 ANIMATION_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".avif", ".avifs", ".heic", ".heif", ".hif", ".heics", ".jxl")
 FILM_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".wmv", ".flv", ".3gp"),
-    *(".ogv",),
+    *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".mts", ".m2ts", ".wmv", ".asf"),
+    *(".flv", ".3gp", ".3g2", ".ogv"),
 )
+FILM_DEMUXERS = {
+    **{"mp4": "mov", "matroska": "matroska", "avi": "avi", "flv": "flv", "asf": "asf", "ogg-video": "ogg"},
+    **{"mpeg-ps": "mpeg", "mpeg-ts": "mpegts"},
+}
+"""The formats of films that we open, and what libavformat calls the demuxer of each."""
+_OFTEN_TAKEN_FOR_FILMS = ("audio", "gif", "jpeg-2000", "jpeg-xl", "raw")
 SINGLE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".bmp", ".dib", ".svg")
 SUFFIXES_OF_SEVERAL = (*DOCUMENT_SUFFIXES, *ANIMATION_SUFFIXES, *FILM_SUFFIXES)
-SUPPORTED = frozenset({"jpeg", "png", "gif", "webp"})
-"""Formats with a signature that every decoder opens; BMP and HEIF have functions of their own."""
+SUPPORTED = frozenset({"jpeg", "png", "gif", "webp", "tiff"})
+"""Formats with a signature that need no extra; BMP and AVIF, which are opened too, have functions of their own."""
+HEIF, JPEG_XL, PDF = "pillow_heif", "pillow_jxl", "pypdfium2"
+"""The packages that open what Pillow does not."""
+_PDF_HEAD_BYTES = 1024
+"""Where in a file readers of PDF look for its first bytes."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -168,14 +185,55 @@ def is_avif(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and re.search(b"avi[fs]", head[8:40]) is not None
 
 
+def is_jpeg_xl(head: bytes) -> bool:
+    """Whether a file begins like JPEG XL, in its container or without."""
+    return format_of(head, ("jpeg-xl",)) is not None
+
+
+def is_pdf(head: bytes) -> bool:
+    """Whether a file is a PDF, perhaps behind a few other bytes, and nothing that is opened as a picture."""
+    is_picture = format_of(head, SUPPORTED) or is_bmp(head) or is_heif(head) or is_avif(head) or is_jpeg_xl(head)
+    return not is_picture and b"%PDF-" in head[:_PDF_HEAD_BYTES]
+
+
+def film_format(head: bytes) -> str | None:
+    """The one of `FILM_DEMUXERS` that a file begins like; `head` should have `MAGIC_BYTES`."""
+    if is_heif(head) or is_avif(head):
+        return None
+    name = format_of(head, (*FILM_DEMUXERS, *_OFTEN_TAKEN_FOR_FILMS), maybe_text=True)
+    name = name or ("mpeg-ts" if _is_mpeg_ts(head) else None)
+    return name if name in FILM_DEMUXERS else None
+
+
 def is_film(head: bytes) -> bool:
-    """Whether a file begins like a film."""
-    return not is_heif(head) and not is_avif(head) and format_of(head, ("audio", "jpeg-xl", "raw", "video")) == "video"
+    """Whether a file begins like a film that we open."""
+    return film_format(head) is not None
+
+
+def _is_mpeg_ts(head: bytes) -> bool:
+    """Whether packets of an MPEG transport stream (ISO/IEC 13818-1) begin where they should: every 188 or 192 bytes."""
+    begins = ((0, 188), (4, 192))
+    return b"\0" in head and any(head[start : start + 2 * size + 1 : size] == b"GGG" for start, size in begins)
+
+
+def begins_like_a_picture(head: bytes) -> bool:
+    """Whether a file begins like a picture, document or film that we open, if need be with an extra."""
+    known = (is_bmp, is_heif, is_avif, is_jpeg_xl, is_film)
+    return format_of(head, (*SUPPORTED, "pdf")) is not None or any(is_it(head) for is_it in known)
 
 
 def has_several(head: bytes) -> bool:
     """Whether a file begins like a document or a film, all of whose pictures count."""
-    return format_of(head, ("pdf", "tiff", "raw")) in ("pdf", "tiff") or is_film(head)
+    return format_of(head, ("raw", "tiff")) == "tiff" or is_pdf(head) or is_film(head)
+
+
+def package_for(head: bytes) -> str:
+    """The package that opens what begins like this; empty for what Pillow opens by itself, and for what nobody does."""
+    if is_heif(head):
+        return HEIF
+    if is_jpeg_xl(head):
+        return JPEG_XL
+    return PDF if is_pdf(head) else ""
 
 
 def _as_utf_8(head: bytes) -> bytes:

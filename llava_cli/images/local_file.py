@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 
 from llava_cli import files, limits, regular_files
 from llava_cli.errors import BadImage, InputMissing, os_reason
@@ -13,12 +16,9 @@ from llava_cli.untrusted_text import printable
 
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.-]+)://"
 _DOWNLOADERS = {
-    "s3": "aws s3 cp {url} - | llava ask - QUESTION",
-    "gs": "gcloud storage cat {url} | llava ask - QUESTION",
     "ftp": "curl -L {url} | llava ask - QUESTION",
     "ftps": "curl -L {url} | llava ask - QUESTION",
     "sftp": "curl {url} | llava ask - QUESTION",
-    "hf": "hf download REPO FILE",
 }
 """Commands for URLs of other schemes."""
 
@@ -36,9 +36,25 @@ def too_large(source: str) -> BadImage:
 def read_path(path: str, follow: bool = True) -> bytes:
     """Raises `InputMissing`, or `BadImage` if it is too large; with `follow` false also for a symbolic link."""
     try:
-        return regular_files.read(path, limits.PICTURE_BYTES, follow)
+        with _errors_of(path):
+            return regular_files.read(path, limits.PICTURE_BYTES, follow)
     except TooLarge:
         raise too_large(path) from None
+
+
+def open_path(path: str, follow: bool = True) -> BufferedReader:
+    """Opens a file of any size. Raises as `read_path`."""
+    with _errors_of(path):
+        return regular_files.open_regular(path, follow)
+
+
+@contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    """Raises `InputMissing` for a file that cannot be opened; `TooLarge` is passed on."""
+    try:
+        yield
+    except TooLarge:
+        raise
     except NotRegular:
         if os.path.isdir(path):
             hint = f"llava ask {files.quoted(path)}/PICTURE QUESTION"

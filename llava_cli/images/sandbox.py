@@ -1,59 +1,96 @@
-"""The sandboxed job that decodes pictures.
-
-A request is `REQUEST_HEADER` and the file's bytes. A reply is `_HEADER` and the pixels, RGB, 3 bytes each; for a
-picture that cannot be decoded the reason as UTF-8, with the index of a hint in `decode.HINTS` in place of the width.
-Anything else is not a reply.
-"""
+"""Pictures of files, decoded in processes without rights: `job.py` is what they do."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import queue
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, LlavaError
 from llava_cli.files import quoted
-from llava_cli.images import decode, formats
+from llava_cli.images import films, formats
 from llava_cli.images.decode import Decoded
+from llava_cli.images.films import FilmReader
+from llava_cli.images.job import (
+    CONTENT,
+    FORMATS,
+    HINTS,
+    IS_CONTENT,
+    IS_PICTURE,
+    IS_REFUSAL,
+    KINDS,
+    PICTURE,
+    REFUSAL,
+    REQUEST,
+)
 from llava_cli.images.local_file import read_path, shown_name, too_large
 from llava_cli.parts import WHOLE, Content, Part
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
-REQUEST_HEADER = struct.Struct("<?I")
-"""Whether truncated pictures are allowed; the most pixels per side of the result, 0 for any number."""
-_HEADER = struct.Struct("<?III?B?")
-"""Whether it is a picture; its width, height and number of frames; whether its end was missing; the index of its format
-in `_FORMATS`; whether it is plain (see `Decoded`)."""
-_FORMATS = ("", "JPEG", "PNG")
-"""The formats that callers distinguish."""
-JOB, HEIF = "llava_cli.images.sandbox", "pillow_heif"
+T = TypeVar("T")
+JOB = "llava_cli.images.job"
 
 
 class Crash(LlavaError):
     """A picture has crashed its decoder's process."""
 
 
-class Sandbox:
-    """Decodes one picture at a time in a process, started when needed; HEIF's decoder has a second process."""
+class _Decoder:
+    """A process that decodes, and the file that it has open."""
 
-    def __init__(self, seconds: float | None = None) -> None:
-        """`seconds` for one picture; None for `limits.DECODE_SECONDS`."""
+    def __init__(self, package: str = "") -> None:
+        """`package` is what opens its files; empty for Pillow."""
+        memory = limits.DOCUMENT_MEMORY if package == formats.PDF else limits.SANDBOX_MEMORY
+        self.worker = Worker(JOB, memory, *[package] * bool(package))
+        self._open: tuple[int, str] | None = None
+        """The number of the process that has a file open, and the file's hash."""
+
+    def ask(self, asked: tuple[int, ...], data: bytes, digest: str, seconds: float) -> Decoded | Content:
+        """What the process replies about a file, which is sent only if it is not open there; `asked` is for `REQUEST`.
+
+        Raises `WorkerDied` or `WorkerLate`, `BadImage` with its reason, `ValueError` for a malformed reply.
+        """
+        is_open = self.worker.is_running and self._open == (self.worker.starts, digest)
+        self._open = None
+        most = PICTURE.size + 3 * limits.PICTURE_PIXELS
+        request = REQUEST.pack(is_open, *asked), b"" if is_open else data
+        found = _parse_reply(self.worker.ask(request, most, seconds))
+        if (found.count if isinstance(found, Content) else found.frames) > 1:
+            self._open = self.worker.starts, digest
+        return found
+
+
+class Sandbox:
+    """Decodes one picture at a time in processes that are started when needed, one for each package that decodes."""
+
+    def __init__(self, seconds: float | None = None, takes_films: bool = True) -> None:
+        """`seconds` for one picture; None for `limits.DECODE_SECONDS`. Pages have at most `limits.PAGE_SECONDS`.
+
+        Without `takes_films`, films are refused.
+        """
         self._seconds = limits.DECODE_SECONDS if seconds is None else seconds
-        self._workers = [Worker(JOB, limits.SANDBOX_MEMORY), Worker(JOB, limits.SANDBOX_MEMORY, HEIF)]
+        self._films = FilmReader() if takes_films else None
+        self._decoders = {name: _Decoder(name) for name in ("", formats.HEIF, formats.JPEG_XL, formats.PDF)}
 
     def inspect(self, source: str, file: bytes | Path) -> Content | LlavaError:
         """What a file, called `source`, contains, or the error with it: as `open`."""
-        picture = self.open(source, file)
-        return picture if isinstance(picture, LlavaError) else Content("picture", picture.frames)
+        if self._films and films.is_film(file):
+            length = self._tried(source, WHOLE, partial(self._films.length, file))
+            return length if isinstance(length, LlavaError) else Content("film", 0, length)
+        data = _read(source, file)
+        if isinstance(data, LlavaError):
+            return data
+        found = self._ask(source, WHOLE, data, hashlib.sha256(data).hexdigest(), (True, False, 0, 0, 0))
+        return _malformed(source) if isinstance(found, Decoded) else found
 
     def open(
         self,
@@ -69,58 +106,110 @@ class Sandbox:
         `file` is its bytes, or the resolved path of one on this disk. With `shrink` the picture is made no larger than
         that many pixels per side. Pages are drawn with `dpi` dots an inch.
         """
-        try:
-            # A path is resolved: a link that is there now was put there since.
-            data = file if isinstance(file, bytes) else read_path(str(file), follow=False)
-        except LlavaError as error:
-            return error
-        if len(data) > limits.PICTURE_BYTES:
-            return too_large(source)
-        worker = self._workers[formats.is_heif(data)]
-        try:
-            request = REQUEST_HEADER.pack(allow_truncated, shrink or 0), data
-            reply = worker.ask(request, _HEADER.size + 3 * limits.PICTURE_PIXELS, self._seconds)
-            decoded = _parse_reply(reply)
-        except BadImage as error:
-            return BadImage(shown_name(source), error.reason, _complete_hint(error.hint, source))
-        except WorkerLate as error:
-            return BadImage(shown_name(source), f"takes longer than {error} s to decode")
-        except WorkerDied as error:
-            return Crash(shown_name(source), str(error) or "crashes its decoder")
-        except ValueError:
-            worker.end()
-            return Crash(shown_name(source), "crashes its decoder")
+        if self._films and films.is_film(file):
+            return self._tried(source, part, partial(self._frame, self._films, source, file, shrink, part))
+        data = _read(source, file)
+        if isinstance(data, LlavaError):
+            return data
         # Hashed here: a decoder that was taken over could claim the hash of another picture.
         digest = hashlib.sha256(data).hexdigest()
-        image, frames, truncated, picture_format, plain = decoded
-        return Picture(source, image, digest, frames, truncated, data, picture_format, plain)
+        found = self._ask(source, part, data, digest, (False, allow_truncated, shrink or 0, part.page or 0, dpi))
+        if isinstance(found, LlavaError):
+            return found
+        if isinstance(found, Content):
+            return _malformed(source)
+        image, frames, truncated, picture_format, plain = found
+        kept = data if part == WHOLE else None
+        return Picture(source, image, digest, frames, truncated, kept, picture_format, plain, part)
+
+    def _ask(
+        self, source: str, part: Part, data: bytes, digest: str, asked: tuple[int, ...]
+    ) -> Decoded | Content | LlavaError:
+        """What the right process replies, or the error."""
+        decoder, is_pdf = self._decoders[formats.package_for(data)], formats.is_pdf(data)
+        seconds = min(self._seconds, limits.PAGE_SECONDS if part != WHOLE or is_pdf else math.inf)
+
+        def ask() -> Decoded | Content:
+            try:
+                return decoder.ask(asked, data, digest, seconds)
+            except WorkerDied as error:
+                if is_pdf and not str(error):  # PDFium ends its process where memory ends
+                    memory = f"{limits.DOCUMENT_MEMORY >> 30} GB of memory"
+                    raise BadImage("", f"takes more than {memory}, or crashes PDFium") from None
+                raise
+            except ValueError:
+                decoder.worker.end()
+                raise WorkerDied from None
+
+        return self._tried(source, part, ask)
+
+    def _frame(self, reader: FilmReader, source: str, file: bytes | Path, shrink: int | None, part: Part) -> Picture:
+        if part.page is not None:
+            raise BadImage("", "a film has times, not pages", "{name}#t=1.5 is its frame at 1.5 s")
+        image, digest = reader.frame(file, part.time or 0.0, shrink)
+        return Picture(source, image, digest, part=part)
+
+    def _tried(self, source: str, part: Part, work: Callable[[], T]) -> T | LlavaError:
+        """What `work` returns, or what is wrong with the file that it is about."""
+        name = shown_name(source) + str(part)
+        try:
+            return work()
+        except BadImage as error:
+            return BadImage(name, error.reason, _complete_hint(error.hint, source))
+        except LlavaError as error:
+            return error
+        except WorkerLate as error:
+            return BadImage(name, f"takes longer than {error} s to decode")
+        except WorkerDied as error:
+            return Crash(name, str(error) or _CRASHES)
 
     def start(self) -> None:
-        """Starts the process before it is needed. Raises `WorkerDied`."""
-        self._workers[0].start()
+        """Starts the process for most pictures before it is needed. Raises `WorkerDied`."""
+        self._decoders[""].worker.start()
 
     def layers(self) -> list[str]:
         """The layers of `confine` that its process has. Raises `Crash` if it cannot be started."""
         try:
-            return self._workers[0].layers()
+            return self._decoders[""].worker.layers()
         except (WorkerDied, WorkerLate):
             raise Crash("sandbox", "its process does not start") from None
 
     @property
     def is_running(self) -> bool:
-        return any(worker.is_running for worker in self._workers)
+        is_film_open = self._films is not None and self._films.is_running
+        return is_film_open or any(decoder.worker.is_running for decoder in self._decoders.values())
 
     def end(self) -> None:
         """Kills its processes."""
-        for worker in self._workers:
-            worker.end()
+        for decoder in self._decoders.values():
+            decoder.worker.end()
+        if self._films:
+            self._films.end()
+
+
+_CRASHES = "crashes its decoder"
+
+
+def _malformed(source: str) -> Crash:
+    """The error for a reply that is none to the request."""
+    return Crash(shown_name(source), _CRASHES)
+
+
+def _read(source: str, file: bytes | Path) -> bytes | LlavaError:
+    """A file's bytes, within the limit."""
+    try:
+        # A path is resolved: a link that is there now was put there since.
+        data = file if isinstance(file, bytes) else read_path(str(file), follow=False)
+    except LlavaError as error:
+        return error
+    return too_large(source) if len(data) > limits.PICTURE_BYTES else data
 
 
 class SandboxPool:
     """A sandbox for each core, up to four, which threads share."""
 
-    def __init__(self, seconds: float | None = None) -> None:
-        self.all = [Sandbox(seconds) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
+    def __init__(self, seconds: float | None = None, takes_films: bool = True) -> None:
+        self.all = [Sandbox(seconds, takes_films) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
         self._free: queue.LifoQueue[Sandbox] = queue.LifoQueue()  # last in, first out: starts no more than are needed
         for sandbox in self.all:
             self._free.put(sandbox)
@@ -153,23 +242,38 @@ class SandboxPool:
             sandbox.end()
 
 
-def _parse_reply(reply: bytearray) -> Decoded:
+def _parse_reply(reply: bytearray) -> Decoded | Content:
     """The content of a reply. Raises `BadImage` with the reason that it gives, `ValueError` if it is malformed."""
+    kind = reply[0] if reply else IS_REFUSAL
+    header = {IS_REFUSAL: REFUSAL, IS_PICTURE: PICTURE, IS_CONTENT: CONTENT}.get(kind)
+    if header is None or len(reply) < header.size:
+        raise ValueError("no header")
+    _, *values = header.unpack_from(reply)
+    body = memoryview(reply)[header.size :]
+    if kind == IS_PICTURE:
+        return _parse_picture(body, *values)
+    if kind == IS_CONTENT:
+        kind_index, count, seconds = values
+        if kind_index >= len(KINDS) or not count or not 0 <= seconds < math.inf or body:
+            raise ValueError("no content that a file has")
+        return Content(KINDS[kind_index], count, seconds)
+    (hint_index,) = values
+    hint = HINTS[hint_index] if hint_index < len(HINTS) else ""
+    raise BadImage("", one_line(bytes(body[:1000]).decode("utf-8", "replace")), hint)
+
+
+def _parse_picture(
+    pixels: memoryview, width: int, height: int, frames: int, truncated: bool, format_index: int, plain: bool
+) -> Decoded:
+    """Raises `ValueError` if it is malformed."""
     from PIL import Image
 
-    if len(reply) < _HEADER.size:
-        raise ValueError("no header")
-    is_picture, width, height, frames, truncated, format_index, plain = _HEADER.unpack_from(reply)
-    body = memoryview(reply)[_HEADER.size :]
-    if not is_picture:
-        hint = decode.HINTS[width] if width < len(decode.HINTS) else ""
-        raise BadImage("", one_line(bytes(body[:1000]).decode("utf-8", "replace")), hint)
-    if not 0 < width * height <= limits.PICTURE_PIXELS or len(body) != 3 * width * height:
+    if not 0 < width * height <= limits.PICTURE_PIXELS or len(pixels) != 3 * width * height:
         raise ValueError("pixels of another number than the header says")
-    if format_index >= len(_FORMATS):
+    if format_index >= len(FORMATS):
         raise ValueError("a format of no name")
-    image = Image.frombytes("RGB", (width, height), body)
-    return Decoded(image, max(1, frames), truncated, _FORMATS[format_index], plain)
+    image = Image.frombytes("RGB", (width, height), pixels)
+    return Decoded(image, max(1, frames), truncated, FORMATS[format_index], plain)
 
 
 def _complete_hint(hint: str, source: str) -> str:
@@ -180,43 +284,3 @@ def _complete_hint(hint: str, source: str) -> str:
         return f"curl -Lo FILE {quoted(source)}; {hint.replace('{name}', 'FILE')}"
     path = "FILE" if source == "-" else f"./{source}" if source.startswith("-") else source
     return hint.replace("{name}", quoted(path))
-
-
-# Below: inside the sandbox.
-
-_IMPORTS = (
-    "encodings.utf_16",
-    "PIL.ImageOps",
-    "PIL.ImagePalette",
-    *(f"PIL.{name}ImagePlugin" for name in ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "Tiff", "WebP")),
-)
-
-
-def prepare(extra: str = "") -> None:
-    """Imports everything that decoding may need: after this no file can be opened."""
-    for name in _IMPORTS:
-        import_module(name)
-    if extra:
-        with suppress(ImportError):  # the extra is not installed, which `decode` says
-            import_module(extra)
-
-
-def answer(request: bytes) -> tuple[bytes, ...]:
-    """The parts of a reply."""
-    allow_truncated, shrink = REQUEST_HEADER.unpack_from(request)
-    try:
-        decoded = decode.decode(request[REQUEST_HEADER.size :], "", allow_truncated)
-        if shrink:  # here, because sending a large picture takes long
-            decoded.image.thumbnail((shrink, shrink))
-    except MemoryError:
-        return refusal("takes too much memory to decode", "")
-    except BadImage as error:
-        return refusal(error.reason, error.hint)
-    format_index = _FORMATS.index(decoded.format) if decoded.format in _FORMATS else 0
-    frames = min(decoded.frames, 2**32 - 1)
-    header = _HEADER.pack(True, *decoded.image.size, frames, decoded.truncated, format_index, decoded.plain)
-    return header, decoded.image.tobytes()
-
-
-def refusal(reason: str, hint: str) -> tuple[bytes, ...]:
-    return _HEADER.pack(False, decode.HINTS.index(hint), 0, 0, False, 0, False), reason.encode()

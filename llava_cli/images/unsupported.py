@@ -32,10 +32,9 @@ def _archive(kind: str, unpack: str) -> Unsupported:
 _SHOW_CONTENT = "less {name} shows what came in its place"
 _UNSUPPORTED = {
     "raw": _image("a camera's RAW"),
-    "tiff": _image("TIFF"),
+    "tiff": _image("a TIFF of this kind"),
     "jpeg-xr": _image("JPEG XR", "JxrDecApp -i {name} -o {name}.bmp"),
     "jpeg-2000": _image("JPEG 2000"),
-    "jpeg-xl": _image("JPEG XL", "djxl {name} {name}.png"),
     "jpeg-ls": _image("JPEG-LS", "ffmpeg -i {name} {name}.png"),
     "tga": _image("TGA"),
     "ico": _image("an icon (ICO)"),
@@ -63,7 +62,6 @@ _UNSUPPORTED = {
     "wmf": _image("WMF"),
     "emf": _image("EMF"),
     "dicom": _image("DICOM", "dcm2img {name} {name}.png"),
-    "pdf": _image("PDF", "pdftoppm -png -r 150 {name} page"),
     "postscript": _image("PostScript", "magick -density 150 {name} {name}.png"),
     "svg": _image("SVG", "rsvg-convert -o {name}.png {name}"),
     "avif": _image("AVIF", _WHOLE_IMAGE),
@@ -96,7 +94,8 @@ _UNSUPPORTED = {
     "bmp": _image("a BMP of this kind"),
     "iphone-png": _image("an iPhone's own PNG", "pngcrush -revert-iphone-optimizations {name} {name}.png"),
 }
-UNUSUAL_BMP, IPHONE_PNG = _UNSUPPORTED["bmp"], _UNSUPPORTED["iphone-png"]
+UNUSUAL_BMP, UNUSUAL_TIFF, IPHONE_PNG = _UNSUPPORTED["bmp"], _UNSUPPORTED["tiff"], _UNSUPPORTED["iphone-png"]
+RAW, AVIF = _UNSUPPORTED["raw"], _UNSUPPORTED["avif"]
 HINTS = tuple(dict.fromkeys(kind.hint for kind in _UNSUPPORTED.values()))
 """Every hint of this module."""
 _JPEG_PROCESSES = {
@@ -115,8 +114,8 @@ def identify(data: bytes) -> Unsupported | None:
 
 def _unsupported_format(data: bytes) -> str | None:
     head = data[: formats.HEAD_BYTES]
-    if formats.is_avif(head):
-        return "avif"
+    if formats.is_film(head):
+        return "video"
     if head.startswith(b"\x1f\x8b") and _gunzip(head).lstrip().startswith((b"<svg", b"<?xml")):
         return "svg"
     if name := formats.format_of(head, _UNSUPPORTED) or formats.text_format_of(head):

@@ -1,12 +1,13 @@
-"""Takes away a process's rights for good, except its pipes, its memory and a clock.
+"""Takes away a process's rights for good, except its pipes, its memory, a clock, and perhaps one file that is open.
 
 Three layers, as far as the system has them:
 
 - Landlock (`landlock(7)`, Linux 5.13): no path can be opened, no TCP port bound or connected to, no signal or abstract
   socket reaches a process outside;
-- hard resource limits (`setrlimit(2)`) on address space and CPU time; no file grows, no new descriptor or process;
+- hard resource limits (`setrlimit(2)`) on address space and CPU time; no file grows, no new descriptor;
 - seccomp (`seccomp(2)`, x86-64 and arm64): only the system calls in `_ALLOWED`, no executable memory, threads but no
-  processes. A refused call fails with EPERM, so that libraries fall back to others.
+  processes. A refused call fails with EPERM, so that libraries fall back to others. Without it a resource limit forbids
+  processes and, unless the user is root, threads, without which libde265 decodes no HEIC.
 
 Landlock and seccomp need `PR_SET_NO_NEW_PRIVS`, so that no setuid program gives rights back. Constants are those of
 Linux's headers. If a step fails halfway, the rights that it has taken away stay so.
@@ -31,16 +32,24 @@ except ImportError:  # Windows
 
 LAYERS = ("landlock", "limits", "seccomp")
 """The layers that `confine` may report, in the order in which it applies them."""
+FILE = 3
+"""The descriptor of the file that a process may keep."""
 
 
-def confine(memory: int, cpu_seconds: int) -> list[str]:
+def confine(memory: int, cpu_seconds: int, file: int | None = None) -> list[str]:
     """Confines this process to `memory` bytes of address space and `cpu_seconds`; returns the layers in force.
 
-    Everything that it needs must be imported and open before. Descriptors other than 0, 1 and 2 are closed.
+    Everything that it needs must be imported and open before. Descriptors other than 0, 1, 2 and `file` are closed;
+    that one becomes `FILE`. It should be open for reading only, but no file can be written to in any case.
     """
-    os.closerange(3, 1 << 16)
+    if file is not None:
+        os.dup2(file, FILE)
+    os.closerange(FILE + (file is not None), 1 << 16)
     steps = {"landlock": _restrict_paths, "limits": lambda: _limit(memory, cpu_seconds), "seccomp": _filter_calls}
-    return [name for name, step in steps.items() if _succeeds(step)]
+    in_force = [name for name, step in steps.items() if _succeeds(step)]
+    if "seccomp" not in in_force:
+        _succeeds(lambda: _set_limits({"NPROC": 0}))
+    return in_force
 
 
 def _succeeds(step: Callable[[], None]) -> bool:
@@ -52,9 +61,12 @@ def _succeeds(step: Callable[[], None]) -> bool:
 
 
 def _limit(memory: int, cpu_seconds: int) -> None:
+    _set_limits({"AS": memory, "CPU": cpu_seconds, "FSIZE": 0, "NOFILE": 3, "CORE": 0, "MEMLOCK": 0})
+
+
+def _set_limits(most: dict[str, int]) -> None:
     if resource is None:
         raise OSError(errno.ENOSYS, "no limits on this system")
-    most = {"AS": memory, "CPU": cpu_seconds, "FSIZE": 0, "NOFILE": 3, "NPROC": 0, "CORE": 0, "MEMLOCK": 0}
     for name, value in most.items():
         with suppress(OSError, ValueError, AttributeError):  # a system that lacks one, or has a lower one already
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))

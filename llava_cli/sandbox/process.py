@@ -37,9 +37,14 @@ class WorkerLate(Exception):
 class Worker:
     """A process that does one job, for one thread at a time; if it has ended, the next request starts a new one."""
 
-    def __init__(self, job: str, memory: int, *arguments: str) -> None:
-        """`job` is a module's name; its `prepare` gets the arguments. `memory` is address space in bytes."""
-        self._command = job, str(memory), str(limits.SANDBOX_CPU_SECONDS), *arguments
+    def __init__(self, job: str, memory: int, *arguments: str, file: BinaryIO | None = None) -> None:
+        """`job` is a module's name; its `prepare` gets the arguments. `memory` is address space in bytes.
+
+        The job can read and seek in `file`, if there is one: what it does moves this process's position, too.
+        """
+        number = str(file.fileno()) if file else ""
+        self._command = job, str(memory), str(limits.SANDBOX_CPU_SECONDS), number, *arguments
+        self._file = file  # which keeps it open for processes that are started later
         self._process: subprocess.Popen[bytes] | None = None
         self._parent = 0
         self.starts = 0
@@ -73,6 +78,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+            pass_fds=(self._file.fileno(),) if self._file else (),
             cwd=os.path.abspath(os.sep),
             start_new_session=True,  # a terminal's Ctrl-C is for us to handle
         )

@@ -14,13 +14,16 @@ from llava_cli.sandbox.messages import receive, send
 
 
 def main() -> None:
-    """Runs `JOB MEMORY CPU_SECONDS ARGUMENTS...`; a job is a module with `prepare(*arguments)` and `answer`."""
-    job, memory, cpu_seconds, *arguments = sys.argv[1:]
+    """Runs `JOB MEMORY CPU_SECONDS FILE ARGUMENTS...`; a job is a module with `prepare(*arguments)` and `answer`.
+
+    FILE is the number of a descriptor that the job may read from (as `confine.FILE`), or empty.
+    """
+    job, memory, cpu_seconds, file, *arguments = sys.argv[1:]
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdin = sys.stdout = None  # no library writes to our pipe
     module = import_module(job)
     module.prepare(*arguments)
-    send(replies, " ".join(confine(int(memory), int(cpu_seconds))).encode())
+    send(replies, " ".join(confine(int(memory), int(cpu_seconds), int(file) if file else None)).encode())
     with suppress(EOFError, BrokenPipeError):  # the parent process has ended
         while True:
             send(replies, *module.answer(bytes(receive(requests, sys.maxsize))))

@@ -135,7 +135,8 @@ class RequestPictures:
 
     def __init__(self, allow_urls: bool) -> None:
         self._allow_urls = allow_urls
-        self._quick, self._slow = SandboxPool(limits.QUICK_DECODE_SECONDS), SandboxPool(limits.SERVED_DECODE_SECONDS)
+        self._quick = SandboxPool(limits.QUICK_DECODE_SECONDS, takes_films=False)
+        self._slow = SandboxPool(limits.SERVED_DECODE_SECONDS, takes_films=False)
         self._quick.start_one()
         self._fetch_lane = WorkerLane(limits.FETCHES)
         quick = len(self._quick.all)

@@ -162,10 +162,13 @@ def test_a_question_that_is_a_files_name(run: Run) -> None:
         ([QUESTION, "a.png", "b.png"], 66, [f"{QUESTION}: no such file", "the question comes last"]),
         (["gone.png", "a.png", QUESTION], 66, ["gone.png: no such file"]),
         (["photos/*.jpg", QUESTION], 66, ["photos/*.jpg: no file has a name like that", "llava batch photos QUESTION"]),
-        (["a.png", "list.txt", QUESTION], 2, ["list.txt: a list among other SOURCEs", "cat FILES | llava batch -"]),
-        (["q.jsonl", "r.jsonl"], 2, ["q.jsonl: questions among other SOURCEs"]),
-        (["a.png", "-", QUESTION], 2, ["-: a list among other SOURCEs"]),
-        (["a.png", "x.zip", QUESTION], 65, ["x.zip: is an archive"]),
+        (["q.jsonl", "list.txt"], 2, ["QUESTION: there is none"]),
+        (["-", "-", QUESTION], 2, ["-: it is there twice"]),
+        (["a.png", "empty", QUESTION], 65, ["empty: its end is missing"]),
+        (["x.zip"], 2, ["QUESTION: there is none"]),
+        (["x.zip", QUESTION, "--root", "photos"], 2, ["--root: "]),
+        (["s-{1..3}.zip", QUESTION], 66, ["s-1.zip: no such file"]),
+        (["s-{1..1000000}.zip", QUESTION], 2, ["more than 100,000 names"]),
         (["a.png", QUESTION, "--root", "photos"], 2, ["--root: "]),
         (["https://example.org/a.png", QUESTION], 2, ["https://example.org/a.png: a URL", "--allow-urls"]),
         (["a.png", "http://example.org/", QUESTION], 2, ["http://example.org/: a URL"]),
@@ -180,6 +183,7 @@ def test_words_that_make_no_source(words: list[str], code: int, said: list[str],
     Path("r.jsonl").write_text('{"image": "a.png", "question": "x?"}\n')
     with zipfile.ZipFile("x.zip", "w") as archive:
         archive.write("a.png")
+    Path("empty").write_bytes(Path("x.zip").read_bytes()[:40])
     refused(run("batch", *words), code, *said)
     assert loads.count == 0
 
@@ -254,12 +258,9 @@ def zipped(*names: str) -> bytes:
 
 
 FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
-    "x.zip": (lambda: zipped("a.png"), "is an archive\n  unzip x.zip -d FOLDER; then: llava batch FOLDER"),
-    "no ending": (lambda: zipped("a.png"), "is an archive\n  unzip 'no ending' -d FOLDER"),
-    "empty.zip": (zipped, "is an archive"),
-    "x.tar": (tar, "is an archive\n  mkdir FOLDER && tar -xf x.tar -C FOLDER"),
-    "x.tar.gz": (lambda: gzip.compress(tar()), "is an archive\n  mkdir FOLDER && tar -xf x.tar.gz"),
-    "x.tgz": (lambda: gzip.compress(tar()), "is an archive"),
+    "x.zip": (lambda: zipped("a.png")[:-1], "its end is missing\n  load it again, or repair it: zip -FF x.zip"),
+    "x.tar": (lambda: b"\1" + tar()[1:], "is an archive that is damaged, or comes through a pipe\n  save it as a file"),
+    "x.tar.gz": (lambda: gzip.compress(b"{}"), "is an archive that is damaged"),
     "q.jsonl.gz": (lambda: gzip.compress(b"{}"), "is compressed\n  gunzip -c q.jsonl.gz | llava batch - …"),
     "list.xz": (lambda: b"\xfd7zXZ\0" + bytes(20), "is compressed\n  xz -dc list.xz | llava batch - …"),
     "x.7z": (lambda: b"7z\xbc\xaf\x27\x1c" + bytes(20), "is an archive\n  7z x x.7z"),
@@ -298,7 +299,8 @@ def test_files_that_are_no_source(name: str, run: Run, loads: Loads) -> None:
 
 @for_each("name", ["x.zip", "x.pdf", "x.mp4", "paths", "x.bin"], own=(loads,))
 def test_the_same_on_stdin(name: str, run: Run, loads: Loads) -> None:
-    refused(run("batch", "-", QUESTION, input=FOREIGN[name][0]()), 65, "llava: -: ")
+    data = zipped("a.png") if name == "x.zip" else FOREIGN[name][0]()
+    refused(run("batch", "-", QUESTION, input=data), 65, "llava: -: ")
     assert loads.count == 0
 
 

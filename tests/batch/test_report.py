@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from helpers.command import Run, Shell, missing
+from helpers.rows import row, sha256, write
 from helpers.tables import for_each
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from llava_cli import files, limits
 from llava_cli.batch import report_page
 from llava_cli.batch.report import report
-from llava_cli.batch.rows import to_line
+from llava_cli.batch.report_pictures import PictureFolders, task_of
 
 ROOT = Path(__file__).parents[2]
 UNUSED = ("background-networking", "component-update", "sync")
@@ -71,32 +71,6 @@ def opened(browser: Browser) -> Iterator[Open]:
     context.close()
 
 
-def row(image: str, answer: str | None = "a cat", question: str = "what is this?", **more: Any) -> dict[str, Any]:
-    status = "error" if answer is None else "ok"
-    error = {"type": "BadImage", "message": "truncated"} if answer is None else None
-    return {
-        "image": image,
-        "question": question,
-        "answer": answer,
-        "status": status,
-        "error": error,
-        "model": "builtin",
-        "finish_reason": "stop" if answer is not None else None,
-        "answer_tokens": 2,
-        "sha256": None,
-        **more,
-    }
-
-
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_bytes(b"".join(map(to_line, rows)))
-    return path
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of 5,003 rows: all about one picture, of which each tenth is flagged and each 1,000th failed."""
@@ -113,7 +87,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def numbers(page: Page) -> list[int]:
     """Which rows are on the page, by the numbers in front of their names."""
-    return [int(text.split(" ")[0]) for text in page.locator("article .name").all_inner_texts()]
+    return [int(text.split(" ")[0]) for text in page.locator("article .name").all_text_contents()]
 
 
 def at_row(page: Page, number: int) -> None:
@@ -473,6 +447,60 @@ def test_pictures_without_a_run_beside_the_rows(tmp_path: Path, run: Run, opened
     (tmp_path / "out.jsonl.run" / "settings.json").write_text(json.dumps(settings))
     assert run("report", source).stderr.endswith("2 rows\n")  # what the batch took, the page takes
     expect(opened(tmp_path / "out.html").locator("article img")).to_have_count(2)
+
+
+def test_what_of_a_file_was_looked_at(tmp_path: Path, run: Run, opened: Open, drawing: Path) -> None:
+    """Its page, time and region by name, the region alone as its thumbnail, and the question with its fields."""
+    pixels = "140,60,260,150"
+    source = write(
+        tmp_path / "out.jsonl",
+        row("drawing.png", region="50%,0,100%,100%", sha256=sha256(drawing)),
+        row("drawing.png", region=pixels, sha256=sha256(drawing), question="{name}?", asked="drawing?"),
+        row("gone.pdf", page=12),
+        row("gone.mp4", time=3675.25),
+        row("gone.png", page="1", time=-1, region="<b>", asked=7),
+        row("a #?%.png", asked="what is this?"),
+    )
+    shutil.copy(drawing, tmp_path / "a #?%.png")
+    (tmp_path / "pages").mkdir()
+    assert run("report", source, "-o", tmp_path / "pages" / "out.html").exit_code == 0
+    page = opened(tmp_path / "pages" / "out.html")
+    assert page.locator("article .name").all_text_contents() == [
+        "1 · drawing.png · region 50%,0,100%,100%",
+        f"2 · drawing.png · region {pixels}",
+        "3 · gone.pdf · page 12",
+        "4 · gone.mp4 · time 1:01:15.25",
+        "5 · gone.png",
+        "6 · a #?%.png",
+    ]
+    expect(page.locator("article .question").nth(1)).to_have_text("drawing?")
+    sizes = page.locator("article img").evaluate_all("all => all.map(i => [i.naturalWidth, i.naturalHeight])")
+    assert sizes == [[120, 160], [120, 90], [160, 107]]
+    page.locator("#search").fill("page 12")
+    assert numbers(page) == [3]
+    page.keyboard.press("Escape")
+    page.locator("article button").nth(1).click()
+    expect(page.locator("#big")).to_contain_text("{name}?")
+    for links in (1, 0, 0, 0):
+        expect(page.locator("#big a")).to_have_count(links)
+        page.keyboard.press("j")
+    link = page.locator("#big").get_by_role("link", name="Open a #?%.png")
+    assert link.evaluate("link => link.href") == (tmp_path / "a #?%.png").as_uri()
+    assert "question as given" not in page.locator("#big").inner_text()
+
+
+@for_each(
+    "place, link",
+    [
+        ({"page": 2}, "drawing.png#page=2"),
+        ({"time": 12.5}, "drawing.png#t=12.5"),
+        ({"region": "0,0,1,1"}, "drawing.png"),
+        ({"page": 0}, "drawing.png"),
+    ],
+)
+def test_a_link_leads_to_what_was_looked_at(place: dict[str, Any], link: str, drawing: Path) -> None:
+    folders = PictureFolders.of(drawing.with_name("out.jsonl"))
+    assert folders.link(task_of(row("drawing.png", **place)), drawing.with_name("out.html")) == link
 
 
 def test_light_and_dark(many: Path, browser: Browser) -> None:

@@ -231,7 +231,7 @@ def test_all_that_is_kept_is_its_owners_alone(mask: int, home: Path, drawing: Pa
     umask = os.umask(mask)
     try:
         kept(drawing)
-        keyboard(Store().folder / "history")
+        keyboard(Store().folder / "history", str)
     finally:
         os.umask(umask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (home / "data").rglob("*")}
@@ -240,7 +240,7 @@ def test_all_that_is_kept_is_its_owners_alone(mask: int, home: Path, drawing: Pa
     assert (home / "data").stat().st_mode & 0o777 == 0o700
     for name in ("chats.db", "history"):
         (home / "data" / name).chmod(0o644)
-    keyboard(Store().folder / "history")
+    keyboard(Store().folder / "history", str)
     assert all((home / "data" / name).stat().st_mode & 0o777 == 0o600 for name in ("chats.db", "history"))
 
 
@@ -289,7 +289,7 @@ def test_a_planted_link_in_the_place_of_the_history(home: Path) -> None:
     (home / "secret").write_bytes(b"mine")
     (home / "data" / "history").symlink_to("../secret")
     with pytest.raises(OutputError, match="history: is a link to "):
-        keyboard(home / "data" / "history")
+        keyboard(home / "data" / "history", str)
     assert (home / "secret").read_bytes() == b"mine"
 
 

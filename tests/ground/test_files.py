@@ -185,7 +185,20 @@ def put_new(path: Path) -> None:
     files.write_new(path, b"new")
 
 
-WRITES: list[Write] = [opened, emptied, put, put_new, files.make_folder, files.make_new_folder, files.make_own_file]
+def updated(path: Path) -> None:
+    files.update(path, [b"n", b"ew"], replace=True)
+
+
+WRITES: list[Write] = [
+    opened,
+    emptied,
+    put,
+    put_new,
+    updated,
+    files.make_folder,
+    files.make_new_folder,
+    files.make_own_file,
+]
 
 
 @for_each("write, target", itertools.product(WRITES, ["../secret", "../nowhere", "..", "planted", "/dev/null"]))
@@ -333,6 +346,34 @@ def test_what_breaks_leaves_what_was(folder: Path) -> None:
         assert os.listdir(folder) == left
         path.write_text("old")
     assert path.read_text() == "old"
+
+
+@for_each(
+    "before, change",
+    [
+        (None, files.Change.NEW),
+        (b"one two", files.Change.NONE),
+        (b"", files.Change.REPLACED),
+        (b"one", files.Change.REPLACED),
+        (b"one two three", files.Change.REPLACED),
+        (b"one too", files.Change.REPLACED),
+    ],
+)
+def test_an_update_leaves_alone_what_is_right_already(
+    before: bytes | None, change: files.Change, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+    if change is files.Change.REPLACED:
+        with pytest.raises(FileExistsError):
+            files.update(path, [b"one ", b"two"])
+        assert path.read_bytes() == before
+    inode = path.stat().st_ino if before is not None else None
+    assert files.update(path, [b"one ", b"two"], replace=True) is change
+    assert path.read_bytes() == b"one two"
+    assert (path.stat().st_ino == inode) == (change is files.Change.NONE)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @for_each("name", ["n" * 255, "é" * 127, "[a-z]*?", "-", ".hidden", "\udcff"])

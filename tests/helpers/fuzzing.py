@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import psutil
+from helpers import films
 from helpers.servers import Server, begin
 from PIL import Image
 
@@ -55,10 +56,11 @@ from llava_cli.errors import LlavaError, model_errors
 from llava_cli.hardware.allocator import trim_heap
 from llava_cli.images import reader
 from llava_cli.images.fetch import fetch
-from llava_cli.images.sandbox import Crash
+from llava_cli.images.sandbox import Crash, Sandbox
 from llava_cli.models.registry import Checkpoint, builtin_folder
 from llava_cli.models.validate import check_files
 from llava_cli.models.weight_files import check_weights
+from llava_cli.parts import choose
 from llava_cli.prompts.chat_template import TEMPLATES
 from llava_cli.prompts.sandbox import TextRefused, TextSandbox
 from llava_cli.safetensors_header import read_header
@@ -925,6 +927,50 @@ class Heads(Served):
         return bytes(got), True
 
 
+class Films(Boundary):
+    """A film's file: its length, and frames from all of it."""
+
+    name, seconds = "films", 45.0
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.limit(PAGE_SECONDS=10.0)
+        self._seeds = films.one_of_each()
+        self._sandbox = Sandbox()
+        self._stack.callback(self._sandbox.end)
+        self._most_memory, self._most_seconds = 0, 0.0
+
+    def make(self, rng: Random) -> bytes:
+        return mutate(rng, rng.choice(self._seeds), self._seeds)
+
+    def check(self, data: bytes) -> str:
+        (file := self.folder / "film").write_bytes(data)
+        content = self._timed(lambda: self._sandbox.inspect("film", file))
+        if isinstance(content, LlavaError):
+            return self._refused(content)
+        parts = choose(content, None, 3, None, 3).parts
+        pictures = [self._timed(lambda part=part: self._sandbox.open("film", file, part=part)) for part in parts]
+        self._most_memory = max(self._most_memory, films.peak_memory())
+        for picture in pictures:
+            if isinstance(picture, LlavaError):
+                return self._refused(picture)
+            assert picture.image.width * picture.image.height <= limits.PICTURE_PIXELS
+        return "fine" if content.kind == "film" else "fine, no film"
+
+    def _timed(self, work: Callable[[], Any]) -> Any:
+        begin = time.monotonic()
+        found = work()
+        self._most_seconds = max(self._most_seconds, time.monotonic() - begin)
+        return found
+
+    def _refused(self, error: LlavaError) -> str:
+        assert "{name}" not in error.hint
+        return refused(error, error.thing, error.hint)
+
+    def notes(self) -> list[str]:
+        return [f"at most {self._most_seconds:.1f} s a call, and {self._most_memory / 1e6:.0f} MB in the process"]
+
+
 # Other servers.
 
 
@@ -1177,6 +1223,7 @@ BOUNDARIES: tuple[type[Boundary], ...] = (
     Requests,
     Heads,
     Pictures,
+    *([Films] if films.AVAILABLE else []),
     Headers,
     Checkpoints,
     Tokenizers,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import time
 
-from llava_cli.images import sandbox
-from llava_cli.images.sandbox import prepare
+from llava_cli.images import job as sandbox
+from llava_cli.images.job import prepare
 
 __all__ = ["answer", "prepare"]
-HEADER = sandbox.REQUEST_HEADER.size
+HEADER = sandbox.REQUEST.size
 
 
 def answer(request: bytes) -> tuple[bytes, ...]:
@@ -24,5 +24,5 @@ def answer(request: bytes) -> tuple[bytes, ...]:
         try:
             bytearray(5 << 30)
         except MemoryError:
-            return sandbox.refusal("takes too much memory to decode", "")
+            return sandbox.refusal("takes too much memory to decode")
     return sandbox.answer(request)

@@ -684,7 +684,7 @@ def test_a_picture_of_a_request_comes_from_no_such_address(host: str) -> None:
     [
         ("http://", "no host"),
         ("http:///img.png", "no host"),
-        ("https://?x", "no host"),
+        ("https:///x", "no host"),
         ("http://[::1", "invalid IPv6 URL"),
         ("http://127.0.0.1:x/", "invalid port: 'x'"),
         ("http://127.0.0.1:99999/", "invalid port: '99999'"),

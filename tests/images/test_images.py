@@ -273,9 +273,9 @@ def test_the_hash_is_of_the_bytes_that_were_decoded(folder: Path, monkeypatch: p
     (folder / "img.png").write_bytes(data := encoded(noise(), "PNG"))
 
     class Slow(SandboxPool):
-        def open(self, *args: Any) -> Any:
+        def open(self, *args: Any, **options: Any) -> Any:
             (folder / "img.png").write_bytes(b"other bytes")
-            return super().open(*args)
+            return super().open(*args, **options)
 
     monkeypatch.setattr(reader, "sandbox_pool", Slow)
     picture = open_picture("img.png")

@@ -19,6 +19,7 @@ from PIL import Image
 from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, LlavaError
+from llava_cli.images import job
 from llava_cli.images import sandbox as pictures
 from llava_cli.images.sandbox import Crash, Sandbox
 from llava_cli.sandbox.confine import LAYERS
@@ -27,7 +28,11 @@ SUPPORTED = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch6
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="Landlock and seccomp are Linux's, on these two processors")
 
 
-HEADER = pictures._HEADER
+CONTENT = job.CONTENT
+
+
+def header(width: int, height: int, format_index: int = 1) -> bytes:
+    return job.PICTURE.pack(job.IS_PICTURE, width, height, 1, False, format_index, True)
 
 
 @for_each(
@@ -35,18 +40,25 @@ HEADER = pictures._HEADER
     [
         b"",
         b"x",
-        HEADER.pack(True, 10, 10, 1, False, 1, True),  # no pixels
-        HEADER.pack(True, 10, 10, 1, False, 1, True) + bytes(299),
-        HEADER.pack(True, 10, 10, 1, False, 1, True) + bytes(301),
-        HEADER.pack(True, 1, 1, 1, False, 99, True) + bytes(3),
-        HEADER.pack(True, 0, 0, 1, False, 1, True),
-        HEADER.pack(True, 0, 5, 1, False, 1, True),
-        HEADER.pack(True, 2**32 - 1, 2**32 - 1, 1, False, 1, True) + bytes(3),
-        HEADER.pack(True, 2**31, 2, 1, False, 1, True),
-        HEADER.pack(True, limits.PICTURE_PIXELS + 1, 1, 1, False, 1, True) + bytes(30),
+        header(10, 10),  # no pixels
+        header(10, 10) + bytes(299),
+        header(10, 10) + bytes(301),
+        header(1, 1, 99) + bytes(3),
+        header(0, 0),
+        header(0, 5),
+        header(2**32 - 1, 2**32 - 1) + bytes(3),
+        header(2**31, 2),
+        header(limits.PICTURE_PIXELS + 1, 1) + bytes(30),
+        bytes([3]) + bytes(30),
+        CONTENT.pack(job.IS_CONTENT, len(job.KINDS), 1, 0),
+        CONTENT.pack(job.IS_CONTENT, 1, 0, 0),
+        CONTENT.pack(job.IS_CONTENT, 1, 1, -1),
+        CONTENT.pack(job.IS_CONTENT, 1, 1, float("nan")),
+        CONTENT.pack(job.IS_CONTENT, 1, 1, float("inf")),
+        CONTENT.pack(job.IS_CONTENT, 1, 1, 0) + b"x",
     ],
 )
-def test_pixels_of_another_number_than_said_are_no_picture(reply: bytes) -> None:
+def test_a_reply_of_another_form_is_none(reply: bytes) -> None:
     with pytest.raises(ValueError):
         pictures._parse_reply(bytearray(reply))
 
@@ -54,7 +66,7 @@ def test_pixels_of_another_number_than_said_are_no_picture(reply: bytes) -> None
 @pytest.mark.parametrize("hint", [99, 2**32 - 1])
 def test_a_reason_is_one_clean_line_and_a_hint_is_ours(hint: int) -> None:
     with pytest.raises(BadImage) as raised:
-        head = HEADER.pack(False, hint, 0, 0, False, 0, False)
+        head = job.REFUSAL.pack(job.IS_REFUSAL, hint)
         pictures._parse_reply(bytearray(head + b"\x1b[2Jdamaged\nrm -rf ~" * 500))
     assert raised.value.reason.startswith("\\x1b[2Jdamaged")
     assert len(raised.value.reason) <= limits.NAME_CHARACTERS

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -127,8 +128,64 @@ def test_it_knows_nothing_of_us(attempt: Try, monkeypatch: pytest.MonkeyPatch, a
         assert attempt(f"os.read({descriptor}, 1)") == ["raises", "OSError", errno.EBADF]
 
 
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Worker]:
+    """One that may read a file."""
+    (tmp_path / "file").write_bytes(b"0123456789")
+    with (tmp_path / "other").open("wb+") as other, (tmp_path / "file").open("rb") as file:
+        os.set_inheritable(other.fileno(), True)
+        worker = Worker("helpers.attacker", 1 << 30, file=file)
+        yield worker
+        worker.end()
+
+
+@pytest.fixture
+def read_attempt(reader: Worker) -> Try:
+    return lambda code: list(json.loads(reader.ask((code.encode(),), 100_000, 20)))
+
+
+def test_one_file_can_be_read(read_attempt: Try, reader: Worker) -> None:
+    assert reader.layers() == list(LAYERS)
+    assert read_attempt("os.read(3, 4)") == ["is", "b'0123'"]
+    assert read_attempt("os.lseek(3, 8, os.SEEK_SET), os.read(3, 4), os.lseek(3, 0, 2)") == ["is", "(8, b'89', 10)"]
+    assert read_attempt("io.FileIO(3, closefd=False).read(1)") == ["is", "b''"]
+    reader.end()
+    assert read_attempt("os.lseek(3, 0, os.SEEK_SET), os.read(3, 2)") == [
+        "is",
+        "(0, b'01')",
+    ]  # a new process has it, too
+
+
+FILE_ATTACKS = [
+    "os.write(3, b'x')",
+    "os.pwrite(3, b'x', 0)",
+    "os.ftruncate(3, 0)",
+    "os.fchmod(3, 0o777)",
+    "os.posix_fallocate(3, 0, 100)",
+    "os.open('/proc/self/fd/3', os.O_RDWR)",
+    "os.open('/dev/fd/3', os.O_RDONLY)",
+    "os.dup(3)",
+    "os.dup2(3, 4)",
+    "mmap.mmap(3, 10, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)",
+    "mmap.mmap(3, 10, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)",
+    "os.fchdir(3)",
+    "os.listdir(3)",
+    "os.sendfile(1, 3, 0, 10)",
+    "os.read(4, 1)",
+    "os.write(4, b'x')",
+    *ATTACKS,
+]
+
+
+@for_each("code", FILE_ATTACKS)
+def test_the_file_opens_no_way_out(code: str, read_attempt: Try) -> None:
+    kind, *what = read_attempt(code)
+    assert kind == "raises", what
+    assert what[0] in ("PermissionError", "ValueError") or what[1] in (errno.EPERM, errno.ENOSYS, errno.EBADF), what
+
+
 def test_its_limits_are_hard(attempt: Try, attacker: Worker) -> None:
-    for name in ("FSIZE", "NPROC", "CORE"):
+    for name in ("FSIZE", "CORE"):
         assert attempt(f"resource.getrlimit(resource.RLIMIT_{name})") == ["raises", "PermissionError", errno.EPERM]
         found = resource_limit(attacker, name)
         assert found == (0, 0), name
@@ -138,14 +195,13 @@ def test_its_limits_are_hard(attempt: Try, attacker: Worker) -> None:
 
 
 def resource_limit(worker: Worker, name: str) -> tuple[int, int]:
-    import resource
-
     assert worker._process
     return resource.prlimit(worker._process.pid, getattr(resource, f"RLIMIT_{name}"))
 
 
-def test_threads_are_allowed_for_decoders_have_them(attempt: Try) -> None:
+def test_threads_are_allowed_for_decoders_have_them(attempt: Try, attacker: Worker) -> None:
     assert attempt("in_a_thread(lambda: 6 * 7)") == ["is", "42"]
+    assert resource_limit(attacker, "NPROC") == resource.getrlimit(resource.RLIMIT_NPROC)  # which root may exceed
 
 
 def test_what_it_says_on_stderr_is_not_heard(attempt: Try, capfd: pytest.CaptureFixture[str]) -> None:

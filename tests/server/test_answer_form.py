@@ -17,7 +17,7 @@ from helpers.tables import for_each
 
 from llava_cli import Conversation, Sampling, limits, load
 from llava_cli.engine.local import LocalEngine
-from llava_cli.images.reader import picture_from
+from llava_cli.images.reader import open_picture
 from llava_cli.server.chat_request import ChatRequest
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes.png"
@@ -91,7 +91,7 @@ def test_choices_are_those_of_the_engine(field: str, server: Endpoint, engine: L
     body["llava"] = {"confidence": True, "sight": True, "otherwise": "unsure", "at_least": 1}
     message = server.client().chat.completions.create(**asked(), extra_body=body).choices[0].message
     sampling = Sampling(choices=COLORS, confidence=True, sight=True, otherwise="unsure", at_least=1)  # type: ignore[arg-type]
-    expected = engine.answer(Conversation().ask(QUESTION, [picture_from(SHAPES)]), sampling)
+    expected = engine.answer(Conversation().ask(QUESTION, [open_picture(str(SHAPES))]), sampling)
     assert message.content == expected.text == "unsure"
     assert message.model_extra == {"llava": expected.details()}
     assert next(iter(message.model_extra["llava"]["probabilities"])) == "orange"

@@ -127,7 +127,7 @@ class RemoteEngine(Engine):
 
     def prompt(self, conversation: Conversation) -> str:
         """The messages that are sent as JSON; the string that the model reads is made by the server."""
-        return json.dumps(messages(conversation, lambda picture: picture.name), ensure_ascii=False, indent=1)
+        return json.dumps(messages(conversation, lambda picture: picture.label), ensure_ascii=False, indent=1)
 
     def count(self, conversation: Conversation) -> int:
         raise UsageError("tokens", f"only {self.where} could count them")

@@ -1,0 +1,190 @@
+"""Reads objects of buckets and files of data sets by URL (`s3://bucket/a.jpg`), through fsspec's file systems.
+
+The package for a scheme is imported once such a URL is given. It finds credentials and endpoints as it does elsewhere:
+in variables, profiles and the files of its own command.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from llava_cli import limits
+from llava_cli.errors import UsageError
+from llava_cli.images.local_file import too_large
+from llava_cli.images.remote_errors import Patience, status_of
+from llava_cli.images.remote_names import path_of, scheme_of, shown
+
+EXTRA = "pip install 'llava-cli[cloud]'"
+CONNECTIONS = 32
+"""At a time to one service."""
+_BLOCK_BYTES = 8_000_000
+"""Of an archive that is read at once."""
+_BUFFER_BYTES = 1 << 17
+_CONNECT_SECONDS = 10
+_S3_OPTIONS = {
+    "config_kwargs": {
+        "connect_timeout": _CONNECT_SECONDS,
+        "max_pool_connections": CONNECTIONS,
+        "read_timeout": limits.REMOTE_STALL_SECONDS,
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+    }
+}
+
+
+class Service(NamedTuple):
+    """What answers to a scheme."""
+
+    protocol: str
+    """fsspec's name for it."""
+    package: str
+    sign_in: str
+    """The command that finds credentials."""
+    options: dict[str, Any] = {}
+    """Of fsspec's file system."""
+
+
+_S3_SIGN_IN = "aws configure, or export AWS_PROFILE=NAME; for a public bucket: export FSSPEC_S3_ANON=true"
+_S3 = Service("s3", "s3fs", _S3_SIGN_IN, _S3_OPTIONS)
+_GOOGLE = Service(
+    "gs", "gcsfs", "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon"
+)
+_AZURE = Service("abfs", "adlfs", "az login, and export AZURE_STORAGE_ACCOUNT_NAME=NAME")
+_HUB = Service("hf", "huggingface_hub", "hf auth login, or export HF_TOKEN=…")
+SERVICES = {"s3": _S3, "gs": _GOOGLE, "gcs": _GOOGLE, "az": _AZURE, "abfs": _AZURE, "hf": _HUB}
+"""By the scheme of a URL."""
+
+
+class Object(NamedTuple):
+    """Something that is listed."""
+
+    name: str
+    """Relative to what was listed, with `/` between its parts."""
+    size: int | None
+
+
+class Cloud:
+    """The objects of one service; for any number of threads."""
+
+    def __init__(self, url: str) -> None:
+        """`url` is what messages call it. Raises `UsageError` if the package for its scheme is not installed."""
+        service = SERVICES[scheme_of(url)]
+        if importlib.util.find_spec(service.package) is None:
+            raise UsageError(shown(url), f"needs {service.package}, which is not installed", EXTRA)
+        self._list = _s3_pages if service is _S3 else _folders
+        self._files = file_system(service.protocol)
+        self._patience = Patience(shown(url), service.sign_in)
+
+    def list(self, url: str) -> Iterator[Object]:
+        """All objects whose URL begins with this one, which ends with `/`; in no order. Raises `InputMissing`."""
+        return self._list(self._files, path_of(url), self._patience.call)
+
+    def read(self, url: str, thing: str = "") -> bytes:
+        """An object's bytes, all of the same version of it, at most `limits.PICTURE_BYTES`.
+
+        Raises `InputMissing` about `thing`, or about all if that is the only object; `SourceLost` if no other can be
+        read either, `BadImage` for one that is too large.
+        """
+        path = path_of(url)
+
+        def get() -> bytes:  # one request, so that an object which changes meanwhile is the old or the new one
+            try:
+                return bytes(self._files.cat_file(path, start=0, end=limits.PICTURE_BYTES + 1))
+            except Exception as error:
+                if status_of(error) == _RANGE_NOT_SATISFIABLE:  # no byte is in an empty object
+                    return b""
+                raise
+
+        data = self._patience.call(get, thing)
+        if len(data) > limits.PICTURE_BYTES:
+            raise too_large(thing or url)
+        return data
+
+    def open(self, url: str, is_forward: bool) -> tuple[BinaryIO, object]:
+        """An object, and what tells its versions apart; with `is_forward` it is read from beginning to end only.
+
+        Raises `InputMissing`; its own methods raise `SourceLost`.
+        """
+        path = path_of(url)
+        # Reading ahead would load what stands between the members of an archive as well.
+        options = {"block_size": _BLOCK_BYTES, "cache_type": "readahead" if is_forward else "none"}
+        file = self._patience.call(lambda: self._files.open(path, "rb", **options))
+        details = getattr(file, "details", None) or {}
+        tags = [details[key] for key in ("ETag", "etag", "md5Hash", "blob_id") if key in details]
+        raw = _CloudFile(file, self._patience, is_forward)
+        return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES)), (details.get("size"), *tags)
+
+    def end(self) -> None:
+        """Ends attempts that wait."""
+        self._patience.end()
+
+
+_RANGE_NOT_SATISFIABLE = 416
+
+
+@lru_cache
+def file_system(protocol: str) -> Any:
+    """fsspec's file system, with one connection pool for the whole process."""
+    import fsspec
+
+    options = next(service.options for service in SERVICES.values() if service.protocol == protocol)
+    files = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
+    if protocol == "s3":
+        files.retries = 1  # `Patience` tries again
+    return files
+
+
+class _CloudFile(io.RawIOBase):
+    """fsspec's file, whose reads are tried again: one that fails has not moved the position."""
+
+    def __init__(self, file: Any, patience: Patience, is_forward: bool) -> None:
+        self._file, self._patience, self._is_forward = file, patience, is_forward
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return not self._is_forward
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._patience.call(lambda: self._file.read(len(buffer)), is_in_use=True)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+Ask = Callable[[Callable[[], Any]], Any]
+
+
+def _s3_pages(files: Any, path: str, ask: Ask) -> Iterator[Object]:
+    """By pages of 1,000, of which one is in memory at a time."""
+    bucket, prefix, _ = files.split_path(path)
+    page: dict[str, Any] = {"IsTruncated": True}
+    while page["IsTruncated"]:
+        token = {"ContinuationToken": page["NextContinuationToken"]} if "NextContinuationToken" in page else {}
+        page = ask(lambda: files.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **token))  # noqa: B023
+        for item in page.get("Contents", ()):
+            yield Object(item["Key"][len(prefix) :], item["Size"])
+
+
+def _folders(files: Any, path: str, ask: Ask) -> Iterator[Object]:
+    """Folder by folder, of which one is in memory at a time."""
+    top = path.rstrip("/")
+    folders = [top]
+    while folders:
+        folder = folders.pop()
+        for item in ask(lambda: files.ls(folder, detail=True)):  # noqa: B023
+            name = item["name"].rstrip("/")
+            if item["type"] == "directory" and name != folder:
+                folders.append(name)
+            elif item["type"] == "file":
+                yield Object(name[len(top) + 1 :], item.get("size"))
