@@ -18,7 +18,7 @@ from llava_cli.errors import LlavaError
 from llava_cli.settings import Settings
 
 ENOUGH_SECONDS = 30.0
-"""Once rows have been timed for so long, or answered for twice as long, the sample ends early."""
+"""Once rows have been timed for so long, or the ones before them took twice as long, the sample ends early."""
 _LEAST_ROWS = 24
 """Rows of a sample, at least: their pictures differ."""
 _PAUSE = 0.0005
@@ -207,13 +207,16 @@ class _Burst:
 
 
 def _is_enough(bursts: Sequence[_Burst], first: int) -> bool:
-    """Whether half as many rows as the first ones have been timed for long, or these have taken very long."""
+    """Whether half as many rows as the first ones have been timed, and either has taken long.
+
+    The first rows alone tell too much: kernels are compiled and caches are filled with them.
+    """
     begin = next((burst for burst in bursts if burst.done >= first), None)
     if begin is None:
         return False
     last = bursts[-1]
     is_timed = last.done >= begin.done + first // 2 and last is not begin
-    return (is_timed and last.seconds - begin.seconds > ENOUGH_SECONDS) or begin.seconds > 2 * ENOUGH_SECONDS
+    return is_timed and (last.seconds - begin.seconds > ENOUGH_SECONDS or begin.seconds > 2 * ENOUGH_SECONDS)
 
 
 def _slope(bursts: Sequence[_Burst]) -> float:
