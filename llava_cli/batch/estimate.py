@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
 from llava_cli.batch.picture_loader import PictureLoader
-from llava_cli.batch.runner import conversation_of, sampling_of
+from llava_cli.batch.runner import Fill, conversation_of, sampling_of, unfilled
 from llava_cli.batch.survey import Survey, size_class
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Answer, Engine, Request
@@ -18,7 +18,7 @@ from llava_cli.errors import LlavaError
 from llava_cli.settings import Settings
 
 ENOUGH_SECONDS = 30.0
-"""Once rows have been timed for so long, or answered for twice as long, the sample ends early."""
+"""Once rows have been timed for so long, or the ones before them took twice as long, the sample ends early."""
 _LEAST_ROWS = 24
 """Rows of a sample, at least: their pictures differ."""
 _PAUSE = 0.0005
@@ -126,12 +126,13 @@ def measure(
     sample: Sample,
     settings: Settings,
     size: int | None,
+    fill: Fill = unfilled,
     show: Callable[[int], None] = lambda done: None,
 ) -> Measured:
     """Answers a sample as a run would. `show` gets the number of rows that are done."""
 
     def outcomes(tasks: Iterable[Task]) -> Iterator[_Outcome]:
-        return _outcomes(engine, loader, tasks, settings, size)
+        return _outcomes(engine, loader, tasks, settings, size, fill)
 
     if sample.following:
         return _measure_midst(outcomes(chain(sample.first, sample.timed, sample.following)), sample, show)
@@ -140,7 +141,12 @@ def measure(
 
 
 def _outcomes(
-    engine: Engine, loader: PictureLoader, tasks: Iterable[Task], settings: Settings, size: int | None
+    engine: Engine,
+    loader: PictureLoader,
+    tasks: Iterable[Task],
+    settings: Settings,
+    size: int | None,
+    fill: Fill,
 ) -> Iterator[_Outcome]:
     """In the order in which they get done."""
     sizes: dict[int, int] = {}
@@ -152,6 +158,12 @@ def _outcomes(
                 continue
             width, height = picture.image.size
             sizes[number] = size_class(width * height)
+            try:
+                task = fill(task, picture)
+            except LlavaError as error:
+                yield error
+                continue
+            picture = replace(picture, file=None)
             yield Request(conversation_of(task, picture, settings), sampling_of(task, settings.sampling))
 
     begin = time.monotonic()
@@ -195,13 +207,16 @@ class _Burst:
 
 
 def _is_enough(bursts: Sequence[_Burst], first: int) -> bool:
-    """Whether half as many rows as the first ones have been timed for long, or these have taken very long."""
+    """Whether half as many rows as the first ones have been timed, and either has taken long.
+
+    The first rows alone tell too much: kernels are compiled and caches are filled with them.
+    """
     begin = next((burst for burst in bursts if burst.done >= first), None)
     if begin is None:
         return False
     last = bursts[-1]
     is_timed = last.done >= begin.done + first // 2 and last is not begin
-    return (is_timed and last.seconds - begin.seconds > ENOUGH_SECONDS) or begin.seconds > 2 * ENOUGH_SECONDS
+    return is_timed and (last.seconds - begin.seconds > ENOUGH_SECONDS or begin.seconds > 2 * ENOUGH_SECONDS)
 
 
 def _slope(bursts: Sequence[_Burst]) -> float:
