@@ -23,6 +23,7 @@ from llava_cli.batch.source_kinds import (
     FolderSource,
     ListSource,
     OneSource,
+    PictureSource,
     QuestionsSource,
 )
 from llava_cli.batch.tasks import Task
@@ -71,7 +72,7 @@ class Source:
     def each(self) -> tuple[OneSource, ...]:
         """Its SOURCEs, in order. Raises a `LlavaError` for one that cannot be read."""
         found = tuple(map(self._open, self.words))
-        opens_all = any(type(one) is ListSource for one in found)
+        opens_all = any(one.names_anything for one in found)
         for one in found:
             if isinstance(one, QuestionsSource):
                 one.keep_refused = opens_all
@@ -88,11 +89,11 @@ class Source:
         if is_cloud_url(word):
             return CloudSource(word)
         is_picture = is_url(word) or foreign_files.is_picture(b"", word)
-        return OneSource(word) if is_picture else self._open_listing(Listing(word, self.null), is_single)
+        return PictureSource(word) if is_picture else self._open_listing(Listing(word, self.null), is_single)
 
     def _open_listing(self, listing: Listing, is_single: bool) -> OneSource:
         if listing.layout is Layout.PICTURE:
-            return OneSource(listing.source)
+            return PictureSource(listing.source)
         if not listing.is_questions:
             return ListSource(listing, is_single, self.root)
         questions = Questions(listing, self._distinct_questions, self.check)
@@ -103,14 +104,14 @@ class Source:
         """All but pictures, the most particular names first: those in archives; lists last, which have any names."""
 
         def rank(one: OneSource) -> tuple[bool, int]:
-            return type(one) is ListSource, -len(one.start) if isinstance(one, ContainerSource) else 1
+            return one.names_anything, -len(one.start) if isinstance(one, ContainerSource) else 1
 
-        return sorted((one for one in self.each if type(one) is not OneSource), key=rank)
+        return sorted((one for one in self.each if not isinstance(one, PictureSource)), key=rank)
 
     @cached_property
     def _named_pictures(self) -> frozenset[str]:
-        """The absolute paths of pictures that are SOURCEs: there may be as many as a command line takes."""
-        return frozenset(os.path.abspath(one.word) for one in self.each if type(one) is OneSource)
+        """The absolute paths of pictures that are SOURCEs, in place of a search through all of them for each."""
+        return frozenset(os.path.abspath(one.word) for one in self.each if isinstance(one, PictureSource))
 
     @property
     def readers(self) -> int:
@@ -150,7 +151,7 @@ class Source:
         if self._named_pictures and os.path.abspath(path := local_path(image)) in self._named_pictures:
             return Path(resolve(path))
         for one in self._in_order_of_finding:
-            if type(one) is ListSource and self._is_refused(image):
+            if one.names_anything and self._is_refused(image):
                 break
             if (file := one.find(image)) is not None:
                 return file

@@ -14,7 +14,7 @@ from llava_cli.batch.containers.remote_file import is_archive
 from llava_cli.batch.listing import STDIN
 from llava_cli.batch.source import Source
 from llava_cli.batch.source_arguments import USAGE
-from llava_cli.batch.source_kinds import ContainerSource, OneSource
+from llava_cli.batch.source_kinds import ContainerSource, PictureSource
 from llava_cli.errors import UsageError
 from llava_cli.images.reader import SUFFIXES, is_url
 from llava_cli.images.remote_names import shown
@@ -34,7 +34,7 @@ def check_source(source: Source, allow_urls: bool = False, output: Path | None =
         raise UsageError(STDIN, "no paths on stdin", 'find . -name "*.jpg" | llava batch - "what is this?"')
     if any(not question.strip() for question in source.questions):
         raise UsageError("QUESTION", "it is empty", USAGE)
-    if any(type(one) is OneSource and one.word == STDIN for one in source.each):
+    if any(isinstance(one, PictureSource) and one.word == STDIN for one in source.each):
         raise UsageError(STDIN, "a picture on stdin, not a list of them", "llava ask - QUESTION takes one")
     if not source.questions and not all(one.has_questions for one in source.each):
         raise UsageError("QUESTION", "there is none", _question_hint(source))

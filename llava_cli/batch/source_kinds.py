@@ -33,12 +33,14 @@ _OWN_COLUMNS = ("question", "id", "answer")
 
 
 class OneSource:
-    """A single picture, and what all kinds have in common."""
+    """What all kinds have in common."""
 
     is_stream = False
     """Whether it can be read only once."""
     has_questions = False
     """Whether its rows may have questions of their own."""
+    names_anything = False
+    """Whether it may name any file of this machine."""
     takes_root = False
     """Whether --root names where its paths begin."""
     readers = 4
@@ -59,7 +61,8 @@ class OneSource:
                 yield Task(image, question, row=row)
 
     def images(self) -> Iterator[Entry]:
-        yield Entry(self.word)
+        """Its pictures, and what it says of them."""
+        raise NotImplementedError
 
     def begin(self) -> None:
         """Makes sure that it can be listed. Raises a `LlavaError` if not."""
@@ -68,11 +71,8 @@ class OneSource:
         """Reads what can be read twice. Raises `BadData` for an invalid row."""
 
     def find(self, image: str) -> bytes | Path | None:
-        """The file of one of its pictures; None for a name that it must not or cannot give.
-
-        Raises `InputMissing` or `BadImage`, as `Container.read`. A picture's own file is found by `Source`.
-        """
-        return None
+        """The file of one of its pictures; None for a name that it must not give. Raises as `Container.read`."""
+        raise NotImplementedError
 
     def notes(self) -> list[str]:
         """What its tasks leave out, in a line each."""
@@ -86,8 +86,22 @@ class OneSource:
         """Gives back its files."""
 
 
+class PictureSource(OneSource):
+    """A picture: a path, or a URL."""
+
+    def images(self) -> Iterator[Entry]:
+        yield Entry(self.word)
+
+    def find(self, image: str) -> Path | None:
+        path = local_path(image)
+        return Path(resolve(path)) if os.path.abspath(path) == os.path.abspath(self.word) else None
+
+
 class CloudSource(OneSource):
     """A single picture in a bucket."""
+
+    def images(self) -> Iterator[Entry]:
+        yield Entry(self.word)
 
     def find(self, image: str) -> bytes | None:
         return Cloud(self.word).read(self.word) if image == self.word else None
@@ -129,7 +143,7 @@ class FolderSource(OneSource):
 class ListSource(OneSource):
     """A list of paths, which are the user's own, and may be `file:` URLs."""
 
-    takes_root = True
+    names_anything = takes_root = True
 
     def __init__(self, listing: Listing, is_single: bool, root: str | None) -> None:
         super().__init__(listing.source)
@@ -174,7 +188,7 @@ class ListSource(OneSource):
 class QuestionsSource(ListSource):
     """A file of questions. It is often a stranger's: its pictures must be below its folder, wherever links lead."""
 
-    has_questions = True
+    has_questions, names_anything = True, False
 
     def __init__(self, listing: Listing, is_single: bool, root: str | None, questions: Questions) -> None:
         super().__init__(listing, is_single, root)

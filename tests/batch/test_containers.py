@@ -202,7 +202,7 @@ def test_names_in_other_encodings() -> None:
     assert archive
     assert [entry.name for entry in archive.entries()] == ["éa.png", "é.png", "dd.png"]
     assert archive.read("dd.png") == png(4)
-    assert archive.note() == "1 names are there more than once: the last one counts"
+    assert archive.note() == "members of the same name, of which the last one counts: 1"
     archive.close()
 
 
@@ -318,7 +318,7 @@ def test_members_of_a_tar_that_are_no_files(run: Run) -> None:
         archive.addfile(member, io.BytesIO(png()))
     result = run("batch", "x.tar", QUESTION)
     assert [image for image, *_ in facts(rows_of(result.stdout))] == ["a.png"]
-    assert "5 links, devices and files with holes are passed over" in result.stderr
+    assert "links, devices and files with holes that are passed over: 5" in result.stderr
 
 
 def test_a_tar_that_was_cut_off(run: Run) -> None:
@@ -362,7 +362,8 @@ def test_a_webdataset(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert third == {"image": "s/2.png", "question": QUESTION}
     result = run("batch", "pax.tar", QUESTION)
     assert (
-        "1 file is no picture (1 .json)" in result.stderr and "2 files beside pictures cannot be read" in result.stderr
+        "1 file is no picture (1 .json)" in result.stderr
+        and "files beside pictures that cannot be read: 2" in result.stderr
     )
 
 
@@ -450,11 +451,11 @@ def test_a_table_names_no_pictures_outside_its_folder(run: Run) -> None:
     Path("sub").mkdir()
     Path("sub/link.png").symlink_to("../secret.png")
     Path("sub/in.png").write_bytes(png())
-    names = ["../secret.png", str(Path("secret.png").absolute()), "link.png", "in.png", ""]
+    names = ["../secret.png", str(Path("secret.png").absolute()), "link.png", "in.png", "", "a\0b"]
     parquet.write_table(table_of(image=names), "sub/x.parquet")
     result = run("batch", "sub/x.parquet", QUESTION)
     assert [row["status"] for row in rows_of(result.stdout)] == ["error", "error", "error", "ok"]
-    assert "1 rows have no picture" in result.stderr
+    assert "rows without a picture: 2" in result.stderr
     rows = rows_of(run("batch", "sub/x.parquet", QUESTION, "--root", ".").stdout)
     assert [row["error"] and row["error"]["message"] for row in rows[1:3]] == [None, None] or rows[1]["status"] == "ok"
     elsewhere = container_in("far.parquet", lambda: open("sub/x.parquet", "rb"))  # noqa: SIM115

@@ -273,7 +273,7 @@ FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
     "x.mp3": (lambda: b"ID3\4" + bytes(20), "is a sound"),
     "x.xlsx": (lambda: zipped("[Content_Types].xml", "xl/workbook.xml"), "is a spreadsheet\n  save it as CSV"),
     "x.docx": (lambda: zipped("[Content_Types].xml", "word/document.xml"), "is a document of an office program"),
-    "x.parquet": (lambda: b"PAR1\x15\4" + bytes(20), "is a table in columns\n  duckdb -c"),
+    "x.parquet": (lambda: b"PAR1\x15\4" + bytes(20), "damaged: parquet magic bytes not found in footer\n  load it again"),
     "x.db": (lambda: b"SQLite format 3\0" + bytes(20), "is a database"),
     "x.html": (lambda: b"\n<!DOCTYPE html><html>", "is an HTML page"),
     "q.jsonl": (lambda: b"<html><body>sign in", "is an HTML page"),

@@ -17,6 +17,7 @@ from llava_cli.batch.scratch import scratch_database, scratch_error
 from llava_cli.errors import BadData
 from llava_cli.images.reader import is_url
 
+MORE_THAN_ONCE = "members of the same name, of which the last one counts"
 _PAGE = 1000
 """Entries that are in memory at a time."""
 

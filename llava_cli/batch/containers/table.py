@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from llava_cli.batch.containers.container import Entry, OpenFile
 from llava_cli.batch.question_keys import meant_key, shown
 from llava_cli.batch.roots import resolve_below
 from llava_cli.bounded_json import Bounds, loads
-from llava_cli.errors import BadData, BadImage, InputMissing
+from llava_cli.errors import BadData, BadImage, InputMissing, LlavaError
 from llava_cli.images.local_file import shown_name, too_large
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line, printable
@@ -71,7 +72,7 @@ class Table:
         number = nothing = 0
         while rows := self._ask_json(request | {"first": number}):
             for path, row in rows:
-                if self.has_paths and not path:
+                if self.has_paths and (not path or "\0" in path):
                     nothing += 1
                 else:
                     yield Entry(path if self.has_paths else str(number), row)
@@ -99,7 +100,7 @@ class Table:
         raise InputMissing(shown_name(name), f"has no picture in {self._name}")
 
     def note(self) -> str:
-        return f"{self._nothing:,} rows have no picture" if self._nothing else ""
+        return f"rows without a picture: {self._nothing:,}" if self._nothing else ""
 
     def close(self) -> None:
         self._worker.end()
@@ -145,7 +146,8 @@ class Table:
         return BadData(self._name, f"{reason}: {columns}", hint)
 
     def _damaged(self, reason: str) -> BadData:
-        return BadData(self._name, f"damaged: {one_line(reason, 200)}", "load it again")
+        sentence = one_line(reason, 200).partition(". ")[0].rstrip(".")
+        return BadData(self._name, f"damaged: {sentence[:1].lower()}{sentence[1:]}", "load it again")
 
     def _ask_json(self, request: dict[str, Any]) -> Any:
         try:
@@ -207,7 +209,18 @@ class Table:
                 raise BadData(self._name, one_line(reply[1:].decode("utf-8", "replace"), 200))
             if reply[:1] != job.READ:
                 return reply
-            offset, count = job.SPAN.unpack(reply[1:])
-            message = self._file.read_at(min(offset, 1 << 62), min(count, limits.TABLE_READ_BYTES))
+            message = self._bytes_for(reply[1:])
         self._worker.end()  # it waits for bytes
         raise WorkerLate(f"{limits.TABLE_SECONDS:.0f}")
+
+    def _bytes_for(self, span: bytes) -> bytes:
+        """The bytes that the process asks for. If they cannot be read, it is ended, since it would wait for them."""
+        try:
+            offset, count = job.SPAN.unpack(span)
+            return self._file.read_at(min(offset, 1 << 62), min(count, limits.TABLE_READ_BYTES))
+        except LlavaError:
+            self._worker.end()
+            raise
+        except struct.error:
+            self._worker.end()
+            raise WorkerDied from None

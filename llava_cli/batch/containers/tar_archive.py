@@ -11,7 +11,7 @@ from llava_cli import limits
 from llava_cli.batch.containers.archive_file import ArchiveFile, Forward, reading
 from llava_cli.batch.containers.compression import UNPACK_ERRORS
 from llava_cli.batch.containers.container import Entry, OpenFile
-from llava_cli.batch.containers.member_index import Member, MemberIndex
+from llava_cli.batch.containers.member_index import MORE_THAN_ONCE, Member, MemberIndex
 from llava_cli.batch.containers.tar_headers import BrokenTar, TarMember, members
 from llava_cli.batch.folders import Selection
 from llava_cli.batch.foreign_files import MAGIC_BYTES
@@ -59,14 +59,12 @@ class TarArchive:
         return data
 
     def note(self) -> str:
-        doubles = self._index.doubles if self._index else 0
-        parts = [self._selection.skipped.note()]
-        if self._irregular:
-            parts.append(f"{self._irregular:,} links, devices and files with holes are passed over")
-        if self._unread:
-            parts.append(f"{self._unread:,} files beside pictures cannot be read")
-        if doubles:
-            parts.append(f"{doubles:,} names are there more than once: the last one counts")
+        counts = {
+            "links, devices and files with holes that are passed over": self._irregular,
+            "files beside pictures that cannot be read": self._unread,
+            MORE_THAN_ONCE: self._index.doubles if self._index else 0,
+        }
+        parts = [self._selection.skipped.note(), *(f"{what}: {count:,}" for what, count in counts.items() if count)]
         return "; ".join(filter(None, [*parts, self._problem]))
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from llava_cli import files, limits
 from llava_cli.batch.containers.archive_file import ArchiveFile, reading
 from llava_cli.batch.containers.container import Entry, OpenFile
-from llava_cli.batch.containers.member_index import Member, MemberIndex
+from llava_cli.batch.containers.member_index import MORE_THAN_ONCE, Member, MemberIndex
 from llava_cli.batch.folders import Selection
 from llava_cli.batch.foreign_files import MAGIC_BYTES
 from llava_cli.errors import BadData, BadImage, InputMissing
@@ -70,7 +70,7 @@ class ZipArchive:
     def note(self) -> str:
         parts = [self._selection.skipped.note()]
         if self._index and self._index.doubles:
-            parts.append(f"{self._index.doubles:,} names are there more than once: the last one counts")
+            parts.append(f"{MORE_THAN_ONCE}: {self._index.doubles:,}")
         return "; ".join(filter(None, parts))
 
     def close(self) -> None:
@@ -88,7 +88,8 @@ class ZipArchive:
     def _pictures(self) -> Iterator[Member]:
         """The members that are taken. Raises `BadData` if the directory is damaged."""
         for member in self._members():
-            if not member.name.endswith("/") and self._selection.takes(member.name, lambda: self._head(member)):  # noqa: B023
+            is_file = member.name and not member.name.endswith("/")
+            if is_file and self._selection.takes(member.name, lambda: self._head(member)):  # noqa: B023
                 yield member
 
     def _members(self) -> Iterator[Member]:
