@@ -89,16 +89,6 @@ class OneSource:
         """Gives back its files."""
 
 
-class CloudSource(OneSource):
-    """A single picture in a bucket."""
-
-    def images(self) -> Iterator[Entry]:
-        yield Entry(self.word)
-
-    def find(self, image: str) -> bytes | None:
-        return Cloud(self.word).read(self.word) if image == self.word else None
-
-
 class PictureSource(OneSource):
     """A picture: a path, or a URL."""
 
@@ -108,6 +98,16 @@ class PictureSource(OneSource):
     def find(self, image: str) -> Path | None:
         path = local_path(image)
         return Path(resolve(path)) if os.path.abspath(path) == os.path.abspath(self.word) else None
+
+
+class CloudSource(OneSource):
+    """A single picture in a bucket."""
+
+    def images(self) -> Iterator[Entry]:
+        yield Entry(self.word)
+
+    def find(self, image: str) -> bytes | None:
+        return Cloud(self.word).read(self.word) if image == self.word else None
 
 
 class FolderSource(OneSource):
