@@ -22,7 +22,7 @@ from llava_cli.batch.judged_engine import JudgedEngine, Promise
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
-from llava_cli.batch.runner import answer_tasks, conversation_of, sampled, sampling_of, unfilled
+from llava_cli.batch.runner import Fill, answer_tasks, conversation_of, sampled, sampling_of, unfilled
 from llava_cli.batch.source import Source
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.task_questions import TaskQuestions
@@ -110,6 +110,11 @@ def loader_of(job: Job) -> PictureLoader:
         holds=job.source.holds,
         keep_files=job.templates is not None,
     )
+
+
+def fill_of(job: Job) -> Fill:
+    """What fills in the questions of its tasks."""
+    return partial(job.templates.fill, folder=job.source.folder) if job.templates else unfilled
 
 
 def engine_of(job: Job, larger: Engine | None) -> Engine:
@@ -211,7 +216,7 @@ def _answer(
 ) -> str:
     """Answers the tasks whose rows are to be replaced, then `tasks`, and returns a line about the speed."""
     begin, pictures, last_image, tokens_before = time.monotonic(), 0, "", tally.tokens
-    fill = partial(job.templates.fill, folder=job.source.folder) if job.templates else unfilled
+    fill = fill_of(job)
 
     def rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
         nonlocal pictures, last_image
