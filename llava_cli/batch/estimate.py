@@ -18,7 +18,7 @@ from llava_cli.errors import LlavaError
 from llava_cli.settings import Settings
 
 ENOUGH_SECONDS = 30.0
-"""Once rows have been timed for so long, or the ones before them took twice as long, the sample ends early."""
+"""Once rows have been timed for so long, or answered for twice as long, the sample ends early."""
 _LEAST_ROWS = 24
 """Rows of a sample, at least: their pictures differ."""
 _PAUSE = 0.0005
@@ -126,10 +126,10 @@ def measure(
     sample: Sample,
     settings: Settings,
     size: int | None,
-    fill: Fill = unfilled,
     show: Callable[[int], None] = lambda done: None,
+    fill: Fill = unfilled,
 ) -> Measured:
-    """Answers a sample as a run would. `show` gets the number of rows that are done."""
+    """Answers a sample as a run would (`answer_tasks`). `show` gets the number of rows that are done."""
 
     def outcomes(tasks: Iterable[Task]) -> Iterator[_Outcome]:
         return _outcomes(engine, loader, tasks, settings, size, fill)
@@ -141,12 +141,7 @@ def measure(
 
 
 def _outcomes(
-    engine: Engine,
-    loader: PictureLoader,
-    tasks: Iterable[Task],
-    settings: Settings,
-    size: int | None,
-    fill: Fill,
+    engine: Engine, loader: PictureLoader, tasks: Iterable[Task], settings: Settings, size: int | None, fill: Fill
 ) -> Iterator[_Outcome]:
     """In the order in which they get done."""
     sizes: dict[int, int] = {}
@@ -207,16 +202,13 @@ class _Burst:
 
 
 def _is_enough(bursts: Sequence[_Burst], first: int) -> bool:
-    """Whether half as many rows as the first ones have been timed, and either has taken long.
-
-    The first rows alone tell too much: kernels are compiled and caches are filled with them.
-    """
+    """Whether half as many rows as the first ones have been timed for long, or these have taken very long."""
     begin = next((burst for burst in bursts if burst.done >= first), None)
     if begin is None:
         return False
     last = bursts[-1]
     is_timed = last.done >= begin.done + first // 2 and last is not begin
-    return is_timed and (last.seconds - begin.seconds > ENOUGH_SECONDS or begin.seconds > 2 * ENOUGH_SECONDS)
+    return (is_timed and last.seconds - begin.seconds > ENOUGH_SECONDS) or begin.seconds > 2 * ENOUGH_SECONDS
 
 
 def _slope(bursts: Sequence[_Burst]) -> float:

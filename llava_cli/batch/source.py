@@ -186,7 +186,7 @@ class Source:
         Raises `BadData` or `InputMissing`.
         """
         for one in self.each:
-            one.check()
+            one.check(self._distinct_questions)
         tasks = self.tasks()
         first = next(tasks, None)
         return None if first is None else chain([first], tasks)
