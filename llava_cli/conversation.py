@@ -31,7 +31,7 @@ class Picture:
     truncated: bool = False
     """Whether the file's end is missing, which the user allowed."""
     data: bytes | None = field(default=None, repr=False, compare=False)
-    """The file's bytes; None if they were not kept, or if it is a part of what they contain."""
+    """The file's bytes; None if they were not kept, or if they do not tell which picture it is."""
     format: str = field(default="", compare=False)
     """JPEG or PNG; empty for other formats, or if unknown."""
     plain: bool = field(default=False, compare=False)
@@ -40,6 +40,8 @@ class Picture:
     """Which page or frame of the file it is."""
     region: str | None = None
     """What of the page or frame it is (see `parts.parse_region`); None for all of it."""
+    dpi: int | None = None
+    """Dots an inch with which it was drawn; None for what has pixels of its own."""
     file: bytes | Path | None = field(default=None, repr=False, compare=False)
     """The file that it is a part of, where that is kept to be asked what else it says."""
 
@@ -56,7 +58,7 @@ class Picture:
     @property
     def is_whole_file(self) -> bool:
         """Whether its file has no other pictures that it could be taken for."""
-        return self.part == WHOLE and self.region is None
+        return self.part == WHOLE and self.region is None and self.dpi is None
 
     @cached_property
     def identity(self) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
 from llava_cli import limits, render
 from llava_cli.chat.commands import Leave, parse_command, run_command, unattached_picture
 from llava_cli.chat.session import Chat
+from llava_cli.engine import Chunk
 from llava_cli.errors import BadData, DeviceLost, LlavaError
 from llava_cli.untrusted_text import decoded
 
@@ -47,6 +48,16 @@ def converse(chat: Chat, read: Read, quiet: bool = False, stats: bool = False) -
             render.show_error(error)
 
 
+def ask_first(chat: Chat, question: str, quiet: bool = False, stats: bool = False) -> None:
+    """Asks what was given on the command line, if anything was: a question in any case, also where it begins like a
+    command. Ctrl-C stops the answer."""
+    if question:
+        try:
+            _show(chat, chat.ask(question), quiet, stats)
+        except KeyboardInterrupt:
+            chat.note("stopped")
+
+
 def answer_lines(chat: Chat, lines: Iterator[str], quiet: bool = False, stats: bool = False) -> None:
     """A chat in a pipe: each line is a question or a command. Raises at the first error, since the questions that
     follow may depend on the one that failed."""
@@ -71,11 +82,15 @@ def process_line(chat: Chat, line: str, quiet: bool = False, stats: bool = False
     if isinstance(result, str):
         render.say(result)
     elif result is not None:
-        with closing(result):
-            answer = render.show(result)
-        render.note_details(answer, quiet)
-        if stats:
-            render.note(render.stats(answer, chat.engine))
+        _show(chat, result, quiet, stats)
+
+
+def _show(chat: Chat, answer: Generator[Chunk, None, None], quiet: bool, stats: bool) -> None:
+    with closing(answer):
+        last = render.show(answer)
+    render.note_details(last, quiet)
+    if stats:
+        render.note(render.stats(last, chat.engine))
 
 
 def piped_lines() -> Iterator[str]:

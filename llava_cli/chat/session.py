@@ -85,7 +85,8 @@ class Chat:
             return picture
         if whole := self._wholes.get(picture.identity):
             return whole
-        whole = open_chosen(picture.reference, self.picture_options, allow_truncated=True).pictures[0]
+        options = replace(self.picture_options, dpi=picture.dpi or self.picture_options.dpi)
+        whole = open_chosen(picture.reference, options, allow_truncated=True).pictures[0]
         if whole.sha256 != picture.sha256:
             raise InputMissing(printable(picture.name), "is not the picture any more: it has changed", "/image PATH")
         return whole

@@ -43,7 +43,8 @@ CREATE TABLE IF NOT EXISTS pictures (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS parts (
     chat INTEGER NOT NULL, turn INTEGER NOT NULL, place INTEGER NOT NULL, origin BLOB NOT NULL, page INTEGER, time REAL,
-    region TEXT, PRIMARY KEY (chat, turn, place), FOREIGN KEY (chat, turn, place) REFERENCES pictures ON DELETE CASCADE
+    region TEXT, dpi INTEGER, PRIMARY KEY (chat, turn, place),
+    FOREIGN KEY (chat, turn, place) REFERENCES pictures ON DELETE CASCADE
 ) WITHOUT ROWID;
 """
 _NO_PATHS = ("-", CLIPBOARD, SCREEN)
@@ -137,8 +138,8 @@ class Store:
                     db.execute("INSERT INTO pictures VALUES (?, ?, ?, ?, ?, ?)", row)
                     if not picture.is_whole_file:
                         origin = os.fsencode(_absolute(picture.name))
-                        part = (number, i, place, origin, *picture.part, picture.region)
-                        db.execute("INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?, ?)", part)
+                        part = (number, i, place, origin, *picture.part, picture.region, picture.dpi)
+                        db.execute("INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", part)
         return SavedChat(number, turns)
 
     def last(self) -> int | None:
@@ -201,7 +202,7 @@ class Store:
 
     def _pictures(self, chat: int, turn: int) -> list[tuple[Any, ...]]:
         return self._read(
-            """SELECT name, path, sha256, origin, page, time, region
+            """SELECT name, path, sha256, origin, page, time, region, dpi
                FROM pictures LEFT JOIN parts USING (chat, turn, place) WHERE chat = ? AND turn = ? ORDER BY place""",
             chat,
             turn,
@@ -221,7 +222,7 @@ class Store:
     def _open(
         self, chat: int, name: str, encoded_path: bytes, sha256: str, origin: bytes | None, *part: Any
     ) -> Picture:
-        path, (page, time, region) = os.fsdecode(encoded_path), part
+        path, (page, time, region, dpi) = os.fsdecode(encoded_path), part
         is_saved_copy = Path(path).parent == self._pictures_folder()
         thing, hint = printable(path), f"llava chats show {chat} prints what was said"
         try:
@@ -234,7 +235,7 @@ class Store:
             name = os.fsdecode(origin)
         name = name if is_saved_copy else path
         opened = Picture(name, picture.image, sha256, picture.frames, picture.truncated)
-        return replace(opened, part=Part(page, time), region=region)
+        return replace(opened, part=Part(page, time), region=region, dpi=dpi)
 
     def _pictures_folder(self) -> Path:
         return self.folder / "pictures"

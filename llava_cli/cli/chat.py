@@ -13,6 +13,8 @@ from llava_cli import render, signals
 from llava_cli.cli import app
 from llava_cli.cli.arguments import open_named
 from llava_cli.cli.options import ANSWERING, FORM, PICTURES, QuietOpt, StatsOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.saved_prompt import ParamOpt, PromptOpt, named_question
+from llava_cli.conversation import Conversation
 from llava_cli.errors import UsageError
 from llava_cli.untrusted_text import one_line
 
@@ -40,6 +42,8 @@ def chat(
     no_preview: NoPreviewOpt = False,
     *,
     context: typer.Context,
+    prompt: PromptOpt = None,
+    parameters: ParamOpt = None,
     allow_truncated: TruncatedOpt = False,
     stats: StatsOpt = False,
     quiet: QuietOpt = False,
@@ -50,10 +54,13 @@ def chat(
 
     llava chat --continue
 
+    llava chat img.jpg -t caption -P lang=German
+
     printf 'what is this?\\nwhat color is it?\\n' | llava chat img.jpg
     """
+    named = named_question(context, prompt, parameters, None)
     settings = settings_of(context)
-    from llava_cli.chat.repl import answer_lines, converse, piped_lines
+    from llava_cli.chat.repl import answer_lines, ask_first, converse, piped_lines
     from llava_cli.chat.session import Chat
     from llava_cli.chat.store import DataFolderUnusable, Store
     from llava_cli.chat.thumbnail import draw as draw_thumbnail
@@ -79,6 +86,7 @@ def chat(
     if "-" in (images or []):
         raise UsageError("-", "stdin is where the questions come from", "llava chat img.jpg")
     pictures = open_named(images or [], settings.pictures, allow_truncated, quiet)
+    first = named.asked(Conversation().ask("", pictures)).turns[-1].question if named else ""
 
     is_interactive = sys.stdin is not None and sys.stdin.isatty()
     has_thumbnails = is_interactive and sys.stdout.isatty() and not plain and not no_preview
@@ -97,6 +105,7 @@ def chat(
     for picture in pictures:
         session.attach(picture)
     if not is_interactive:
+        ask_first(session, first, quiet, stats)
         answer_lines(session, piped_lines(), quiet, stats)
         return
     from llava_cli.chat.commands import paste
@@ -108,5 +117,6 @@ def chat(
     session.note(f"{one_line(engine.model)}: /help lists commands, Ctrl-D leaves")
     history = store.folder / "history" if store else None
     signals.spare_imports()
+    ask_first(session, first, quiet, stats)
     converse(session, plain_keyboard() if plain else keyboard(history, lambda: paste(session)), quiet, stats)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit

@@ -9,7 +9,6 @@ import typer
 from llava_cli import render
 from llava_cli.checking import check_threshold
 from llava_cli.cli import app
-from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import (
     LOADING,
     PICTURES,
@@ -18,9 +17,9 @@ from llava_cli.cli.options import (
     QuietOpt,
     ScreenOpt,
     TruncatedOpt,
-    settings_of,
     with_options,
 )
+from llava_cli.cli.saved_prompt import ParamOpt, PromptOpt, conversation_about
 from llava_cli.conversation import naming_fewer_parts
 
 USAGE = 'llava check page.png "the Save button is visible"'
@@ -47,6 +46,8 @@ def check(
     threshold: AtLeastOpt = 0.5,
     clipboard: ClipboardOpt = False,
     screen: ScreenOpt = False,
+    prompt: PromptOpt = None,
+    parameters: ParamOpt = None,
     allow_truncated: TruncatedOpt = False,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -57,14 +58,24 @@ def check(
 
     llava check photo.jpg "nobody looks away" --at-least 0.9
 
+    llava check page.png -t has-button -P name=Save
+
     llava check -q before.png after.png "both show the same room" && echo same
 
     The line on stdout has the probability that the statement is true; with --quiet there is none.
     """
     check_threshold(threshold)
-    settings = settings_of(context)
-    conversation = conversation_from(
-        args, settings, allow_truncated, quiet, "STATEMENT", USAGE, clipboard=clipboard, screen=screen
+    settings, conversation = conversation_about(
+        context,
+        args,
+        prompt,
+        parameters,
+        allow_truncated=allow_truncated,
+        quiet=quiet,
+        words="STATEMENT",
+        usage=USAGE,
+        clipboard=clipboard,
+        screen=screen,
     )
     with render.spinner("loading the model", quiet):
         from llava_cli.loader import open_engine

@@ -168,17 +168,20 @@ _OTHER_OPTIONS = {"document": ("frames", "every"), "film": ("pages",)}
 def _left_out(shown: str, content: Content, chosen: Chosen, options: PictureOptions) -> str:
     """The note of what the user did not choose to leave out of a file."""
     if chosen.left_out:
-        count = len(chosen.parts) + chosen.left_out
-        return f"{shown}: pages 1 to {len(chosen.parts)} of {count}; --pages 1-{count} takes all"
+        count, taken = content.count, len(chosen.parts)
+        more = f"1-{count} takes all" if count <= limits.QUESTION_PICTURES else f"{taken + 1}-{2 * taken} takes others"
+        return f"{shown}: pages 1 to {taken} of {count:,}; --pages {more}"
     for option in _OTHER_OPTIONS.get(content.kind, ()):
         if getattr(options, option):
             return f"{shown}: a {content.kind}, where --{option} chooses nothing"
     if content.kind == "film" and not (options.frames or options.every):
         return f"{shown}: {len(chosen.parts)} frames of {content.seconds:.0f} s; --frames or --every takes others"
-    if content.kind != "film" and options.pages:
+    if content.kind in ("document", "animation") and options.pages:
         named = [int(number) for number in re.findall("[0-9]+", options.pages)]
         if max(named) > content.count:
-            return f"{shown}: {content.count} pages; --pages {options.pages} goes beyond them"
+            word = "page" if content.kind == "document" else "frame"
+            pages = f"{content.count:,} {word}{'s' * (content.count != 1)}"
+            return f"{shown}: {pages}; --pages {options.pages} goes beyond that"
     return ""
 
 

@@ -121,8 +121,9 @@ class Sandbox:
         if isinstance(found, Content):
             return _malformed(source)
         image, frames, truncated, picture_format, plain = found
-        kept = data if part == WHOLE else None
-        return Picture(source, image, digest, frames, truncated, kept, picture_format, plain, part)
+        drawn_with = dpi if formats.is_pdf(data) else None
+        kept = data if part == WHOLE and drawn_with is None else None
+        return Picture(source, image, digest, frames, truncated, kept, picture_format, plain, part, dpi=drawn_with)
 
     def _ask(
         self, source: str, part: Part, data: bytes, digest: str, asked: tuple[int, ...]
@@ -131,6 +132,8 @@ class Sandbox:
         decoder, is_pdf = self._decoders[formats.package_for(data)], formats.is_pdf(data)
         is_page = part != WHOLE or is_pdf
         seconds = min(self._seconds, limits.PAGE_SECONDS if is_page else math.inf)
+        # A server tries again with more time what takes longer than a moment.
+        counts = is_page and seconds == limits.PAGE_SECONDS
 
         def ask() -> Decoded | Content:
             if self._late_pages == (digest, limits.LATE_PAGES):
@@ -139,7 +142,7 @@ class Sandbox:
             try:
                 return decoder.ask(asked, data, digest, seconds)
             except WorkerLate:
-                self._count_late(digest, is_page)
+                self._count_late(digest, counts)
                 raise
             except WorkerDied as error:
                 if is_pdf and not str(error):  # PDFium ends its process where memory ends

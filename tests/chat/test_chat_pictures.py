@@ -115,6 +115,16 @@ def test_what_is_kept_of_parts(
     assert list((home / "data" / "pictures").iterdir()) == []
 
 
+def test_the_resolution_of_a_page_is_kept(run: Run, tmp_path: Path) -> None:
+    Image.new("RGB", (720, 720), "red").save(page := tmp_path / "page.pdf", resolution=72)
+    for dpi in (36, 18):
+        chat(run, "what is this?", "/region 0,0,50%,50%", "and this?", words=(page, "--dpi", str(dpi)))
+    for number, side in ((1, 360), (2, 180)):
+        printed, _ = chat(run, "/images", "/region 0,0,25%,25%", "hm?", "/images", words=("--resume", str(number)))
+        sizes = [line.split("(")[1].split("x")[0] for line in printed if "page.pdf" in line]
+        assert sizes[:2] == [str(side), str(side // 2)] and sizes[-1] == str(side // 4)
+
+
 def test_a_region_is_one_of_the_whole_picture_the_next_day_too(run: Run, drawing: Path) -> None:
     chat(run, "/region 0,0,50%,100%", "what is this?", words=(drawing,))
     printed, _ = chat(run, "/region 50%,0,100%,100% what is this?", words=("--continue",))

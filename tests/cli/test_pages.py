@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.command import Run
 from helpers.pages import animation, document, shapes
+from helpers.pdf_bytes import many_pages_pdf
 from helpers.tables import for_each
 from PIL import Image
 
@@ -34,13 +35,15 @@ def here(document: Path, animation: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("doc.pdf", "doc.pdf#1 doc.pdf#2 doc.pdf#3 doc.pdf#4", "doc.pdf: pages 1 to 4 of 6; --pages 1-6 takes all"),
         ("doc.pdf --pages 1-3", "doc.pdf#1 doc.pdf#2 doc.pdf#3", ""),
         ("doc.pdf --pages 6,2", "doc.pdf#6 doc.pdf#2", ""),
-        ("doc.pdf --pages 5-9", "doc.pdf#5 doc.pdf#6", "doc.pdf: 6 pages; --pages 5-9 goes beyond them"),
+        ("doc.pdf --pages 5-9", "doc.pdf#5 doc.pdf#6", "doc.pdf: 6 pages; --pages 5-9 goes beyond that"),
         ("doc.pdf --pages 5-", "doc.pdf#5 doc.pdf#6", ""),
         ("doc.pdf#2 moving.gif#3 --pages 1", "doc.pdf#2 moving.gif#3", ""),
         ("doc.pdf#page=2", "doc.pdf#2", ""),
         ("doc.pdf#3", "doc.pdf#3", ""),  # a file of this name
         ("scan.tiff", "scan.tiff", ""),
         ("scan.tiff --pages 1", "scan.tiff", "--pages: none of the pictures has pages or frames"),
+        ("scan.tiff --pages 2", "scan.tiff", "--pages: none of the pictures has pages or frames"),
+        ("moving.gif --pages 3-5", "moving.gif#3", "moving.gif: 3 frames; --pages 3-5 goes beyond that"),
         ("moving.gif", "moving.gif", "moving.gif: the first of 3 frames; --frames 3 takes more"),
         ("moving.gif --frames 3", "moving.gif#1 moving.gif#2 moving.gif#3", ""),
         ("moving.gif --every 2s", "moving.gif#1 moving.gif#3", ""),
@@ -56,6 +59,12 @@ def test_which_pictures(words: str, images: str, notes: str, here: Path, run: Ru
     told = [line.removeprefix("llava: ") for line in result.stderr.splitlines() if line.startswith("llava: ")]
     assert told == [notes] * bool(notes)
     assert run("prompt", "-q", *words.split(), "what is this?").stdout.count("<image>") == len(images.split())
+
+
+def test_more_pages_than_a_question_may_have(here: Path, run: Run) -> None:
+    Path("long.pdf").write_bytes(many_pages_pdf(1000))
+    note = "llava: long.pdf: pages 1 to 4 of 1,000; --pages 5-8 takes others"
+    assert note in run("prompt", "long.pdf", "what is this?").stderr.splitlines()
 
 
 def test_pages_are_shown_in_order(here: Path, run: Run) -> None:

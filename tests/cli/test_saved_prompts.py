@@ -16,6 +16,7 @@ from PIL import Image
 from llava_cli import limits
 from llava_cli import loader as loading
 from llava_cli.batch import run as batch
+from llava_cli.checking import Check
 from llava_cli.conversation import Conversation
 from llava_cli.engine import Answer, Chunk
 from llava_cli.paths import prompts_folder
@@ -59,6 +60,26 @@ def said(run: Run, *words: str, code: int = 0) -> str:
     if code:
         assert result.stdout == "" and len(result.stderr.splitlines()) <= 2, result.stderr
     return (result.stderr if code else result.stdout).rstrip("\n")
+
+
+def test_a_chat_begins_with_a_prompt(run: Run, engine: Repeats) -> None:
+    run("prompts", "save", "sign", "/{stem}: a {lang} sign?", "--system", "Be terse.")
+    words = ("chat", "-q", "a.png", "-t", "sign", "-P", "lang=de")
+    assert run(*words, input="and now?\n").stdout.splitlines() == ["/a: a de sign?", "and now?"]
+    assert engine.asked == [("Be terse.", "/a: a de sign?"), ("Be terse.", "and now?")]
+    assert "-P lang=…" in run("chat", "a.png", "-t", "sign").stderr
+
+
+def test_a_statement_may_be_a_prompt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(engine: Repeats, pictures: object, statement: str, *_: object) -> Check:
+        return Check(statement, 1.0, 0.5)
+
+    monkeypatch.setattr(Repeats, "check", check)
+    run("prompts", "save", "button", "the {name_of} button is on {name}")
+    words = ("check", "a.png", "-t", "button", "-P", "name_of=Save")
+    assert json.loads(said(run, *words, "--json"))["statement"] == "the Save button is on a.png"
+    assert "there is another question already" in said(run, *words, "it is red", code=2)
+    assert "STATEMENT: there is none" in said(run, "check", code=2)
 
 
 def test_a_prompt_from_its_saving_to_its_end(run: Run) -> None:

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
+from llava_cli.engine.remote.image_urls import original_file_url
 from llava_cli.errors import LlavaError
 from llava_cli.images import sandbox as module
 from llava_cli.images import tiff
@@ -48,7 +49,7 @@ def sandbox() -> Iterator[Sandbox]:
 def picture(sandbox: Sandbox, data: bytes, page: int | None = None, **options: Any) -> Image.Image:
     found = sandbox.open("file", data, part=Part(page), **options)
     assert isinstance(found, Picture), found
-    assert found.part == Part(page) and (found.data is None) == (page is not None)
+    assert found.part == Part(page) and (found.data is None) == (page is not None or found.dpi is not None)
     return found.image
 
 
@@ -92,6 +93,15 @@ def test_a_page_is_what_pdfium_draws(name: str, sandbox: Sandbox) -> None:
         for dpi in (72, 150):
             assert picture(sandbox, data, page, dpi=dpi) == drawn(data, page, dpi / 72)
     assert picture(sandbox, data, dpi=72) == drawn(data, 1, 1)
+
+
+def test_the_only_page_at_another_resolution_is_another_picture(sandbox: Sandbox) -> None:
+    """Its file alone does not tell its pixels: to caches, and to servers that would draw it themselves."""
+    coarse, fine = (sandbox.open("a.pdf", text_pdf("one"), dpi=dpi) for dpi in (72, 150))
+    assert isinstance(coarse, Picture) and isinstance(fine, Picture)
+    assert (coarse.sha256, coarse.data) == (fine.sha256, None)
+    assert coarse.identity != fine.identity and coarse != fine
+    assert original_file_url(coarse).startswith("data:image/png")
 
 
 def test_what_a_page_shows(sandbox: Sandbox) -> None:
@@ -201,6 +211,16 @@ def test_pages_that_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert picture(sandbox, text_pdf("one"), 1, dpi=72).size == (595, 842)  # the next document has another process
     sandbox.end()
+
+
+def test_less_time_than_a_page_has_gives_no_file_up() -> None:
+    """A server decodes with little time first, and what takes longer again with more."""
+    hasty = Sandbox(seconds=0.0)
+    try:
+        late = {refused(hasty, nested_forms_pdf())[0] for _ in range(limits.LATE_PAGES + 1)}
+    finally:
+        hasty.end()
+    assert late == {"a.pdf#1: takes longer than 0 s to decode"}
 
 
 def test_memory_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,7 +463,7 @@ def test_a_file_on_this_disk_is_read(sandbox: Sandbox, tmp_path: Path) -> None:
     assert isinstance(sandbox.open("link.pdf", link), LlavaError)
     assert isinstance(sandbox.inspect("gone.pdf", tmp_path / "gone.pdf"), LlavaError)
     whole = sandbox.open("doc.pdf", file, dpi=72, shrink=100)
-    assert isinstance(whole, Picture) and whole.part == WHOLE and whole.data == file.read_bytes()
+    assert isinstance(whole, Picture) and whole.part == WHOLE and whole.dpi == 72
     assert max(whole.image.size) == 100
 
 
