@@ -27,6 +27,7 @@ from llava_cli.batch import run as module
 from llava_cli.batch.containers import container_in, open_container
 from llava_cli.batch.containers.table import Table
 from llava_cli.errors import BadData, BadImage, InputMissing, LlavaError
+from llava_cli.sandbox.process import Worker
 
 QUESTION = "what is this?"
 Row = dict[str, Any]
@@ -468,10 +469,18 @@ def test_a_table_names_no_pictures_outside_its_folder(run: Run) -> None:
 
 
 def test_a_tables_process_has_no_rights_and_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory: list[int] = []
+
+    class Noted(Worker):
+        def __init__(self, job: str, most: int, *arguments: str, **options: Any) -> None:
+            memory.append(most)
+            super().__init__(job, most, *arguments, **options)
+
+    monkeypatch.setattr("llava_cli.batch.containers.table.Worker", Noted)
     parquet.write_table(table_of(image=[png(), bytes(5_000)], text=["short", "x" * 5_000]), "x.parquet")
     table = open_container("x.parquet")
     assert isinstance(table, Table)
-    assert set(table._worker.layers()) >= {"limits"} and table._worker._command[1] == str(limits.TABLE_MEMORY)
+    assert set(table._worker.layers()) >= {"limits"} and memory == [limits.TABLE_MEMORY]
     assert limits.TABLE_READ_BYTES < limits.TABLE_MEMORY
     monkeypatch.setattr(limits, "PICTURE_BYTES", 4_000)
     assert table.read("0") == png()
