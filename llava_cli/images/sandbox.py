@@ -120,6 +120,9 @@ class Sandbox:
             return found
         if isinstance(found, Content):
             return _malformed(source)
+        if part.time is not None:
+            hint = _complete_hint("{name}#2 is its second page or frame", source)
+            return BadImage(shown_name(source) + str(part), "only a film has times", hint)
         image, frames, truncated, picture_format, plain = found
         kept = data if part == WHOLE else None
         return Picture(source, image, digest, frames, truncated, kept, picture_format, plain, part)
