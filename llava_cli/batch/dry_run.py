@@ -21,6 +21,7 @@ from llava_cli.batch.run import (
     engine_of,
     fill_of,
     loader_of,
+    note_refusal,
     note_what_is_left_out,
     open_larger,
     run_settings,
@@ -143,8 +144,7 @@ def _open(job: Job, survey: Survey, loader: PictureLoader) -> float:
         for number, (task, picture) in enumerate(loader.load_all(survey.to_open())):
             survey.opened(number, task, picture)
             show(number + 1)
-    if loader.last_refusal and not job.quiet:
-        render.note(f"{loader.last_refusal}; {loader.last_refusal.hint}")
+    note_refusal(job, loader)
     return time.monotonic() - begin
 
 

@@ -93,8 +93,7 @@ def run(job: Job) -> int:
         speed = _answer(job, journal, tasks, tally, engine, loader, stop)
         if job.verify and not stop.signal:
             _verify(job, tally, engine, loader, stop)
-        if loader.last_refusal and not job.quiet:
-            render.note(f"{loader.last_refusal}; {loader.last_refusal.hint}")
+        note_refusal(job, loader)
         if not source_is_read:
             note_what_is_left_out(job)
     return _finish(job, tally, stop, speed)
@@ -134,6 +133,12 @@ def note_what_is_left_out(job: Job) -> None:
     """Prints the notes of a source that has been read to its end."""
     for line in () if job.quiet else job.source.notes():
         render.note(line)
+
+
+def note_refusal(job: Job, loader: PictureLoader) -> None:
+    """Prints why the last picture that was not there could not be opened, and what helps."""
+    if (error := loader.last_refusal) and not job.quiet:
+        render.note("; ".join(filter(None, (str(error), error.hint))))
 
 
 def open_larger(job: Job) -> Engine | None:

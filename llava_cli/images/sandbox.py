@@ -120,6 +120,9 @@ class Sandbox:
             return found
         if isinstance(found, Content):
             return _malformed(source)
+        if part.time is not None:
+            hint = _complete_hint("{name}#2 is its second page or frame", source)
+            return BadImage(shown_name(source) + str(part), "only a film has times", hint)
         image, frames, truncated, picture_format, plain = found
         drawn_with = dpi if formats.is_pdf(data) else None
         kept = data if part == WHOLE and drawn_with is None else None

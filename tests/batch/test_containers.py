@@ -418,6 +418,8 @@ def test_a_table_of_questions(run: Run) -> None:
     assert result.exit_code == 65 and "llava: q.parquet, 1: there is no question about it" in result.stderr
     parquet.write_table(table_of(pic=[png()] * 60, question=["what?"] * 59 + [None]), "q.parquet")
     assert not run("batch", "q.parquet").stdout  # found before anything is asked
+    parquet.write_table(table_of(pic=[png(), None]), "q.parquet")
+    assert "\n1: has no picture in q.parquet\n" in "\n" + run("batch", "q.parquet", QUESTION).stderr
 
 
 @for_each(

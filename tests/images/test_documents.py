@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.engine.remote.image_urls import original_file_url
-from llava_cli.errors import LlavaError
+from llava_cli.errors import BadImage, LlavaError
 from llava_cli.images import sandbox as module
 from llava_cli.images import tiff
 from llava_cli.images.animation import seconds_of
@@ -158,6 +158,15 @@ def test_pages_that_are_not_there(sandbox: Sandbox) -> None:
     assert refused(sandbox, text_pdf("one", "two"), 3) == ("a.pdf#3: no page 3: it has 2 pages", module_hint())
     assert refused(sandbox, text_pdf("one"), 2)[0] == "a.pdf#2: no page 2: it has 1 page"
     assert refused(sandbox, encoded(noise(), "PNG"), 2)[0] == "a.pdf#2: no frame 2: it has 1 frame"
+
+
+def test_only_a_film_has_times(sandbox: Sandbox) -> None:
+    """Its first page would not be what was asked about."""
+    for data in (text_pdf("one", "two"), encoded(noise(), "PNG")):
+        found = sandbox.open("a.pdf", data, part=Part(time=1.5))
+        assert isinstance(found, BadImage)
+        assert (found.thing, found.reason) == ("a.pdf#t=1.5", "only a film has times")
+        assert found.hint == "a.pdf#2 is its second page or frame"
 
 
 def module_hint() -> str:
