@@ -2,7 +2,7 @@
 
 The built-in model answers about pictures of a folder and about the same ones in a bucket, block after block in turn, in
 one process. The S3 server is moto's, on this machine: it takes CPU time that a server elsewhere would not take, so it
-has a lower priority, and its seconds are shown. Needs the extra `test`.
+has a lower priority (`--nice`), and its time is shown. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def make(folder: Path, count: int) -> None:
         coarse.resize((640, 480), Image.Resampling.BICUBIC).save(inside / f"{number:06d}.jpg", quality=90)
 
 
-def serve(folder: Path) -> None:
+def serve(folder: Path, nice: int) -> None:
     """Serves a bucket `photos` of a folder's files until it is ended; prints its URL."""
     import logging
 
@@ -59,7 +59,7 @@ def serve(folder: Path) -> None:
     from moto.s3.models import s3_backends
     from werkzeug.serving import make_server
 
-    os.nice(10)
+    os.nice(nice)
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
     backend.create_bucket("photos", ENVIRONMENT["AWS_DEFAULT_REGION"])
@@ -73,8 +73,8 @@ def serve(folder: Path) -> None:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[psutil.Process]:
-    command = [sys.executable, __file__, "--serve", str(folder)]
+def serving(folder: Path, nice: int) -> Iterator[psutil.Process]:
+    command = [sys.executable, __file__, "--serve", str(folder), "--nice", str(nice)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         os.environ.update({**ENVIRONMENT, "AWS_ENDPOINT_URL": process.stdout.readline().strip()})
@@ -125,16 +125,17 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=10_000)
     parser.add_argument("--answered", type=int, help="Of these; all by default.")
     parser.add_argument("--block", type=int, default=500)
+    parser.add_argument("--nice", type=int, default=10, help="Of the server; 0 where other programs run.")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve)
+        serve(args.serve, args.nice)
         return
     settings = Settings.resolve()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(folder, args.objects)
-        with serving(folder) as server:
+        with serving(folder, args.nice) as server:
             engine = open_engine(settings, print)
             disk = Side("folder", str(folder), engine, settings)
             bucket = Side("bucket", "s3://photos/", engine, settings)
@@ -151,6 +152,7 @@ def main() -> None:
                 rows = [side.answer(block, server) for side in sides]
                 assert rows[0] == rows[1], "the rows differ"
                 count += len(block)
+                print(f"{count:,}: {disk.seconds[-1]:.1f} s from the folder, {bucket.seconds[-1]:.1f} s", flush=True)
             report(disk, bucket, count)
             disk.close()
             bucket.close()

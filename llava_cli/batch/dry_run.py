@@ -19,7 +19,9 @@ from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.run import (
     Job,
     engine_of,
+    fill_of,
     loader_of,
+    note_refusal,
     note_what_is_left_out,
     open_larger,
     run_settings,
@@ -73,6 +75,9 @@ def dry_run(job: Job, as_json: bool = False) -> int:
     Raises what `run` raises before its first row, except where another run has the output.
     """
     with ExitStack() as stack:
+        if job.templates:
+            stack.callback(job.templates.close)
+        stack.callback(job.source.close)
         survey = stack.enter_context(new_survey())
         journal, tally = Journal(job.output) if job.output else None, Tally()
         larger = open_larger(job)
@@ -112,14 +117,19 @@ def _list(job: Job, survey: Survey, journal: Journal | None, tally: Tally, large
     tasks: Iterable[tuple[int, Task]]
     if journal:
         journal.refuse_unwritable()
-        job = settle_precision(job, journal.saved_precision())
+    saved = journal.saved_precision() if journal else None
+    of_source = job.source.tasks()
+    if job.templates and saved is None and not (journal is None and job.source.is_stream):  # as the run does
+        of_source = job.templates.checked(of_source)
+    if journal:
+        job = settle_precision(job, saved)
         settings = run_settings(job, larger)
-        tasks = journal.look(settings, job.source.tasks(), tally.add, job.extend, job.retry, job.repair)
+        tasks = journal.look(settings, of_source, tally.add, job.extend, job.retry, job.repair)
     else:
         if job.promise:
             job = settle_precision(job, None)
             run_settings(job, larger)  # holds the calibration against them
-        tasks = enumerate(job.source.tasks())
+        tasks = enumerate(of_source)
     with render.counted("reading the source", None, job.quiet) as show:
         for done, (number, task) in enumerate(tasks, 1):
             survey.add(number, task)
@@ -134,8 +144,7 @@ def _open(job: Job, survey: Survey, loader: PictureLoader) -> float:
         for number, (task, picture) in enumerate(loader.load_all(survey.to_open())):
             survey.opened(number, task, picture)
             show(number + 1)
-    if loader.last_refusal and not job.quiet:
-        render.note(f"{loader.last_refusal}; {loader.last_refusal.hint}")
+    note_refusal(job, loader)
     return time.monotonic() - begin
 
 
@@ -151,7 +160,7 @@ def _estimate(job: Job, survey: Survey, loader: PictureLoader, engine: Engine, t
         of_loading = 0
     sample = sample_of(survey, engine.most_at_a_time(job.size), mark)
     with render.counted("answering a sample", None, job.quiet) as show:
-        measured = measure(engine, loader, sample, job.settings, job.size, show)
+        measured = measure(engine, loader, sample, job.settings, job.size, show, fill_of(job))
     return Estimate(
         model=" ".join(filter(None, (engine.model, engine.precision))),
         where=engine.where or engine.device,

@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
 from llava_cli.batch.picture_loader import PictureLoader
-from llava_cli.batch.runner import conversation_of, sampling_of
+from llava_cli.batch.runner import Fill, conversation_of, sampling_of, unfilled
 from llava_cli.batch.survey import Survey, size_class
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Answer, Engine, Request
@@ -127,11 +127,12 @@ def measure(
     settings: Settings,
     size: int | None,
     show: Callable[[int], None] = lambda done: None,
+    fill: Fill = unfilled,
 ) -> Measured:
-    """Answers a sample as a run would. `show` gets the number of rows that are done."""
+    """Answers a sample as a run would (`answer_tasks`). `show` gets the number of rows that are done."""
 
     def outcomes(tasks: Iterable[Task]) -> Iterator[_Outcome]:
-        return _outcomes(engine, loader, tasks, settings, size)
+        return _outcomes(engine, loader, tasks, settings, size, fill)
 
     if sample.following:
         return _measure_midst(outcomes(chain(sample.first, sample.timed, sample.following)), sample, show)
@@ -140,7 +141,7 @@ def measure(
 
 
 def _outcomes(
-    engine: Engine, loader: PictureLoader, tasks: Iterable[Task], settings: Settings, size: int | None
+    engine: Engine, loader: PictureLoader, tasks: Iterable[Task], settings: Settings, size: int | None, fill: Fill
 ) -> Iterator[_Outcome]:
     """In the order in which they get done."""
     sizes: dict[int, int] = {}
@@ -152,6 +153,12 @@ def _outcomes(
                 continue
             width, height = picture.image.size
             sizes[number] = size_class(width * height)
+            try:
+                task = fill(task, picture)
+            except LlavaError as error:
+                yield error
+                continue
+            picture = replace(picture, file=None)
             yield Request(conversation_of(task, picture, settings), sampling_of(task, settings.sampling))
 
     begin = time.monotonic()

@@ -53,18 +53,32 @@ def with_parts(tasks: Iterable[Task], find: Find, options: PictureOptions, left_
     Raises `SourceLost`.
     """
     together: list[Task] = []
+    find = _kept(find)
     for task in tasks:
         task = replace(_at_its_part(task, find), region=task.region or options.region)
-        is_spread = task.part == WHOLE and _may_have_several(task.image, find, options)
-        if together and not (is_spread and task.image == together[0].image and len(together) < _TOGETHER):
-            yield from _spread(together, find, options, left_out)
+        is_whole = task.part == WHOLE
+        if together and not (is_whole and task.image == together[0].image and len(together) < _TOGETHER):
+            yield from _spread(together, find, options, left_out)  # before the next file is looked for
             together = []
-        if is_spread:
+        if is_whole and (together or _may_have_several(task.image, find, options)):
             together.append(task)
         else:
             yield task
     if together:
         yield from _spread(together, find, options, left_out)
+
+
+def _kept(find: Find) -> Find:
+    """As `find`, which is not asked twice in succession for the same file: that may take long."""
+    kept: dict[str, bytes | Path] = {}
+
+    def find_or_keep(image: str) -> bytes | Path:
+        if image not in kept:
+            kept.clear()
+            kept[image] = find(image)
+        return kept[image]
+
+    return find_or_keep
 
 
 def _spread(tasks: list[Task], find: Find, options: PictureOptions, left_out: LeftOut) -> Iterator[Task]:

@@ -120,10 +120,11 @@ class PictureFolders:
         """Where a picture is, or would be if it was there; its real path is below a root. Raises `OutsideRoots`."""
         paths = [os.path.join(start, local_path(image)) for start in self.starts]
         allowed = [path for path in paths if self._is_below_roots(path)]
-        if not allowed:
-            raise self._outside(image, os.path.dirname(os.path.abspath(paths[0])))
         is_there = (os.path.lexists, lambda path: _file_above(resolve(path)) is not None)
-        return next((path for test in is_there for path in allowed if test(path)), allowed[0])
+        found = next((path for test in is_there for path in allowed if test(path)), paths[0])
+        if found not in allowed:
+            raise self._outside(image, os.path.dirname(os.path.abspath(found)))
+        return found
 
     def _outside(self, image: str, folder: str) -> OutsideRoots:
         self.outside.add(folder)

@@ -22,7 +22,7 @@ from llava_cli.batch.judged_engine import JudgedEngine, Promise
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
-from llava_cli.batch.runner import answer_tasks, conversation_of, sampled, sampling_of, unfilled
+from llava_cli.batch.runner import Fill, answer_tasks, conversation_of, sampled, sampling_of, unfilled
 from llava_cli.batch.source import Source
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.task_questions import TaskQuestions
@@ -93,11 +93,15 @@ def run(job: Job) -> int:
         speed = _answer(job, journal, tasks, tally, engine, loader, stop)
         if job.verify and not stop.signal:
             _verify(job, tally, engine, loader, stop)
-        if loader.last_refusal and not job.quiet:
-            render.note(f"{loader.last_refusal}; {loader.last_refusal.hint}")
+        note_refusal(job, loader)
         if not source_is_read:
             note_what_is_left_out(job)
     return _finish(job, tally, stop, speed)
+
+
+def fill_of(job: Job) -> Fill:
+    """What fills in the questions of tasks."""
+    return partial(job.templates.fill, folder=job.source.folder) if job.templates else unfilled
 
 
 def loader_of(job: Job) -> PictureLoader:
@@ -129,6 +133,12 @@ def note_what_is_left_out(job: Job) -> None:
     """Prints the notes of a source that has been read to its end."""
     for line in () if job.quiet else job.source.notes():
         render.note(line)
+
+
+def note_refusal(job: Job, loader: PictureLoader) -> None:
+    """Prints why the last picture that was not there could not be opened, and what helps."""
+    if (error := loader.last_refusal) and not job.quiet:
+        render.note("; ".join(filter(None, (str(error), error.hint))))
 
 
 def open_larger(job: Job) -> Engine | None:
@@ -210,15 +220,17 @@ def _answer(
     stop: StopSignal,
 ) -> str:
     """Answers the tasks whose rows are to be replaced, then `tasks`, and returns a line about the speed."""
-    begin, pictures, last_image, tokens_before = time.monotonic(), 0, "", tally.tokens
-    fill = partial(job.templates.fill, folder=job.source.folder) if job.templates else unfilled
+    begin, pictures, tokens_before = time.monotonic(), 0, tally.tokens
+    last_picture: tuple[Any, ...] | None = None
+    fill = fill_of(job)
 
     def rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
-        nonlocal pictures, last_image
+        nonlocal pictures, last_picture
         for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on, fill):
             tally.add(task, row)
-            pictures += task.image != last_image
-            last_image = task.image
+            picture = task.image, task.part, task.region
+            pictures += picture != last_picture
+            last_picture = picture
             show(tally.rows, tally.failed, pictures, tally.tokens - tokens_before)
             yield row
 
@@ -237,7 +249,7 @@ def _answer(
                 journal.replace(rows(of_sample(journal.tasks_to_redo(), journal.to_redo)))
             for row in rows(of_sample(tasks, count(journal.done))) if stop.go_on() else ():
                 journal.append(row)
-    if not last_image:
+    if last_picture is None:
         return "nothing left to do"
     seconds = time.monotonic() - begin
     rates = f"{pictures / seconds:.1f} pictures/s · {(tally.tokens - tokens_before) / seconds:.1f} tokens/s"

@@ -77,10 +77,9 @@ class Source:
     def each(self) -> tuple[OneSource, ...]:
         """Its SOURCEs, in order. Raises a `LlavaError` for one that cannot be read."""
         found = tuple(map(self._open, self.words))
-        opens_all = any(one.names_anything for one in found)
         for one in found:
             if isinstance(one, QuestionsSource):
-                one.keep_refused = opens_all
+                one.keep_refused = len(found) > 1
         return found
 
     def _open(self, word: str) -> OneSource:
@@ -161,21 +160,24 @@ class Source:
 
     def find(self, image: str) -> bytes | Path:
         """The file of a task's picture. Raises `InputMissing` if no SOURCE may name it, or as `Container.read`."""
+        if self._is_refused(image):
+            raise self._outside(image)
         if self.allow_urls and is_url(image) and not any(image.startswith(one.start) for one in self._containers):
             return read(image, public=True)
         if self._named_pictures and os.path.abspath(path := local_path(image)) in self._named_pictures:
             return Path(resolve(path))
         for one in self._in_order_of_finding:
-            if one.names_anything and self._is_refused(image):
-                break
             if (file := one.find(image)) is not None:
                 return file
+        raise self._outside(image)
+
+    def _outside(self, image: str) -> InputMissing:
         root = next((one.folder for one in self.each if isinstance(one, QuestionsSource)), self.folder)
         reason = f"is outside {printable(root) or 'the current folder'}"
-        raise InputMissing(printable(image), reason, "--root FOLDER names another root")
+        return InputMissing(printable(image), reason, "--root FOLDER names another root")
 
     def _is_refused(self, image: str) -> bool:
-        """Whether a file of questions has named it and must not: that a list may name anything does not help."""
+        """Whether a file of questions has named it and must not: that another SOURCE may does not help."""
         return any(image in one.refused for one in self.each if isinstance(one, QuestionsSource))
 
     def checked_tasks(self) -> Iterator[Task] | None:
@@ -184,7 +186,7 @@ class Source:
         Raises `BadData` or `InputMissing`.
         """
         for one in self.each:
-            one.check()
+            one.check(self._distinct_questions)
         tasks = self.tasks()
         first = next(tasks, None)
         return None if first is None else chain([first], tasks)

@@ -70,8 +70,8 @@ class OneSource:
     def begin(self) -> None:
         """Makes sure that it can be listed. Raises a `LlavaError` if not."""
 
-    def check(self) -> None:
-        """Reads what can be read twice. Raises `BadData` for an invalid row."""
+    def check(self, questions: Sequence[str]) -> None:
+        """Reads what can be read twice. Raises `BadData` as `tasks`."""
 
     def find(self, image: str) -> bytes | Path | None:
         """The file of one of its pictures; None for a name that it must not give. Raises as `Container.read`."""
@@ -89,16 +89,6 @@ class OneSource:
         """Gives back its files."""
 
 
-class CloudSource(OneSource):
-    """A single picture in a bucket."""
-
-    def images(self) -> Iterator[Entry]:
-        yield Entry(self.word)
-
-    def find(self, image: str) -> bytes | None:
-        return Cloud(self.word).read(self.word) if image == self.word else None
-
-
 class PictureSource(OneSource):
     """A picture: a path, or a URL."""
 
@@ -108,6 +98,16 @@ class PictureSource(OneSource):
     def find(self, image: str) -> Path | None:
         path = local_path(image)
         return Path(resolve(path)) if os.path.abspath(path) == os.path.abspath(self.word) else None
+
+
+class CloudSource(OneSource):
+    """A single picture in a bucket."""
+
+    def images(self) -> Iterator[Entry]:
+        yield Entry(self.word)
+
+    def find(self, image: str) -> bytes | None:
+        return Cloud(self.word).read(self.word) if image == self.word else None
 
 
 class FolderSource(OneSource):
@@ -200,7 +200,7 @@ class QuestionsSource(ListSource):
         self.refused: set[str] = set()
         """Pictures that it must not name, of those that `keep_refused` has seen."""
         self.keep_refused = False
-        """Whether there is another SOURCE that would open them."""
+        """Whether there are other SOURCEs, which may open them."""
 
     @property
     def folder(self) -> str:
@@ -221,7 +221,7 @@ class QuestionsSource(ListSource):
             raise BadData(self.name, reason, "--root FOLDER names another root")
         self.refused.add(image)
 
-    def check(self) -> None:
+    def check(self, questions: Sequence[str]) -> None:
         if not self.is_stream:
             deque(self._questions.tasks(), maxlen=0)
 
@@ -254,9 +254,9 @@ class ContainerSource(OneSource):
     def begin(self) -> None:
         next(self._container.entries(), None)
 
-    def check(self) -> None:
+    def check(self, questions: Sequence[str]) -> None:
         if self.takes_root or self.has_questions:
-            deque(self._container.entries(), maxlen=0)
+            deque(self.tasks(questions), maxlen=0)
 
     def images(self) -> Iterator[Entry]:
         return (Entry(self.start + name, row) for name, row in self._container.entries())

@@ -7,10 +7,10 @@ import sqlite3
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-from llava_cli.batch.scratch import scratch_database
+from llava_cli.batch.scratch import scratch_error
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
 from llava_cli.errors import LlavaError
@@ -189,10 +189,16 @@ class Survey:
 
 @contextmanager
 def new_survey() -> Iterator[Survey]:
-    """An empty one, on disk until the end. Raises `OutputError` where there is no room for it."""
-    with scratch_database() as database:
-        database.executescript(_TABLES)
-        yield Survey(database)
+    """An empty one. Raises `OutputError` where there is no room for it.
+
+    Its file has no name: a process that is interrupted while it imports torch leaves no other one behind.
+    """
+    try:
+        with closing(sqlite3.connect("", check_same_thread=False)) as database:
+            database.executescript(f"pragma journal_mode = off; pragma cache_size = -8000; {_TABLES}")
+            yield Survey(database)
+    except sqlite3.Error as error:
+        raise scratch_error(error) from None
 
 
 def size_class(pixels: int) -> int:

@@ -1,5 +1,6 @@
 """Pictures, from where a user names them to an RGB image.
 
-`reader.py` and `fetch.py` get the bytes, `sandbox.py` has `decode.py` decode them in a process without rights.
+`reader.py` and `fetch.py` get the bytes, `sandbox.py` has them decoded in a process without rights, where `job.py`
+calls `decode.py` for pictures and `pdf.py` for pages.
 `formats.py` recognizes file formats; `unsupported.py` says what to do with those that we do not open.
 """

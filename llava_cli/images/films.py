@@ -83,8 +83,10 @@ class FilmReader:
         return film if film and film.identity == identity else None
 
     @property
-    def is_running(self) -> bool:
-        return self._film is not None and self._film.worker.is_running
+    def worker(self) -> Worker | None:
+        """The process that has a film open."""
+        film = self._film
+        return film.worker if film else None
 
     def end(self) -> None:
         """Kills the process. The film is closed as soon as no thread uses it."""

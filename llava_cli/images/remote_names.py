@@ -30,7 +30,7 @@ def without_secrets(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:  # not a URL after all: whoever opens it says why
-        return f"{scheme}://…"
+        return f"{scheme}://…" if "@" in url or "?" in url else url
     return f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 

@@ -121,6 +121,9 @@ class Sandbox:
             return found
         if isinstance(found, Content):
             return _malformed(source)
+        if part.time is not None:
+            hint = _complete_hint("{name}#2 is its second page or frame", source)
+            return BadImage(shown_name(source) + str(part), "only a film has times", hint)
         image, frames, truncated, picture_format, plain = found
         drawn_with = dpi if formats.is_pdf(data) else None
         kept = data if part == WHOLE and drawn_with is None else None
@@ -195,13 +198,15 @@ class Sandbox:
 
     @property
     def is_running(self) -> bool:
-        is_film_open = self._films is not None and self._films.is_running
-        return is_film_open or any(decoder.worker.is_running for decoder in self._decoders.values())
+        return bool(self.processes)
 
     @property
     def processes(self) -> list[int]:
         """The ids of those that run."""
-        return [pid for decoder in self._decoders.values() if (pid := decoder.worker.pid)]
+        workers = [decoder.worker for decoder in self._decoders.values()]
+        if self._films and self._films.worker:
+            workers.append(self._films.worker)
+        return [pid for worker in workers if (pid := worker.pid)]
 
     def end(self) -> None:
         """Kills its processes."""

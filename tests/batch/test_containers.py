@@ -27,6 +27,7 @@ from llava_cli.batch import run as module
 from llava_cli.batch.containers import container_in, open_container
 from llava_cli.batch.containers.table import Table
 from llava_cli.errors import BadData, BadImage, InputMissing, LlavaError
+from llava_cli.sandbox.process import Worker
 
 QUESTION = "what is this?"
 Row = dict[str, Any]
@@ -415,6 +416,10 @@ def test_a_table_of_questions(run: Run) -> None:
     ]
     result = run("batch", "q.parquet")
     assert result.exit_code == 65 and "llava: q.parquet, 1: there is no question about it" in result.stderr
+    parquet.write_table(table_of(pic=[png()] * 60, question=["what?"] * 59 + [None]), "q.parquet")
+    assert not run("batch", "q.parquet").stdout  # found before anything is asked
+    parquet.write_table(table_of(pic=[png(), None]), "q.parquet")
+    assert "\n1: has no picture in q.parquet\n" in "\n" + run("batch", "q.parquet", QUESTION).stderr
 
 
 @for_each(
@@ -466,10 +471,18 @@ def test_a_table_names_no_pictures_outside_its_folder(run: Run) -> None:
 
 
 def test_a_tables_process_has_no_rights_and_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory: list[int] = []
+
+    class Noted(Worker):
+        def __init__(self, job: str, most: int, *arguments: str, **options: Any) -> None:
+            memory.append(most)
+            super().__init__(job, most, *arguments, **options)
+
+    monkeypatch.setattr("llava_cli.batch.containers.table.Worker", Noted)
     parquet.write_table(table_of(image=[png(), bytes(5_000)], text=["short", "x" * 5_000]), "x.parquet")
     table = open_container("x.parquet")
     assert isinstance(table, Table)
-    assert set(table._worker.layers()) >= {"limits"} and table._worker._command[1] == str(limits.TABLE_MEMORY)
+    assert set(table._worker.layers()) >= {"limits"} and memory == [limits.TABLE_MEMORY]
     assert limits.TABLE_READ_BYTES < limits.TABLE_MEMORY
     monkeypatch.setattr(limits, "PICTURE_BYTES", 4_000)
     assert table.read("0") == png()
@@ -546,8 +559,8 @@ def test_sources_of_all_kinds_at_once(run: Run) -> None:
     assert run(*command).exit_code == 0 and Path("out.jsonl").read_bytes() == whole
 
 
-def test_a_list_opens_nothing_for_a_questions_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A list may name any picture, but what a stranger's questions name beside it must be below their folder."""
+def test_other_sources_open_nothing_for_a_questions_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else may be opened, what a stranger's questions name must be below their folder."""
     Path("secret.png").write_bytes(png())
     Path("data").mkdir()
     Path("data/link.png").symlink_to("../secret.png")
@@ -556,6 +569,11 @@ def test_a_list_opens_nothing_for_a_questions_file(run: Run, monkeypatch: pytest
     Path("list.txt").write_text("secret.png\n")
     rows = rows_of(run("batch", "list.txt", "data/q.jsonl", QUESTION).stdout)
     assert [row["status"] for row in rows] == ["ok", "error", "error", "error"]
+    WRITERS["x.zip"]("a.zip", PICTURES)
+    for other, name in (("secret.png", "../secret.png"), ("a.zip", "../a.zip/a/0.png"), (".", "../secret.png")):
+        Path("data/one.jsonl").write_text(json.dumps({"image": name}))
+        rows = rows_of(run("batch", other, "data/one.jsonl", QUESTION).stdout)
+        assert [row["status"] for row in rows] == ["ok"] * (len(rows) - 1) + ["error"]
     monkeypatch.setattr(limits, "COUNTED_NAMES", 2)
     result = run("batch", "list.txt", "data/q.jsonl", QUESTION, "-o", "out.jsonl")
     assert result.exit_code == 65 and "names more than 2 pictures outside" in result.stderr

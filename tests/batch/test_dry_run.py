@@ -20,6 +20,7 @@ from llava_cli.batch import dry_run as module
 from llava_cli.batch import estimate
 from llava_cli.batch import run as run_module
 from llava_cli.batch.estimate import ENOUGH_SECONDS, measure, sample_of
+from llava_cli.batch.source import Source
 from llava_cli.batch.survey import Survey, new_survey
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
@@ -177,6 +178,36 @@ def test_options(run: Run, told: list[str]) -> None:
     assert result.exit_code == 2 and "--json: is about --dry-run" in result.stderr
     result = run("batch", "photos", QUESTION, "--dry-run", "--verify", "3")
     assert "what --verify asks again is not in the estimate" in result.stderr
+
+
+def test_questions_with_fields(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are looked for, and the sample is asked what the rows will be asked."""
+    asked = []
+
+    class Asked(Told):
+        def say(self, question: str, name: str) -> str:
+            asked.append(question)
+            return super().say(question, name)
+
+    monkeypatch.setattr(run_module, "open_engine", lambda *_: Asked())
+    make()
+    rows = [f"photos/{number:02d}.png,{'Rome' if number % 2 else ''}" for number in range(6)]
+    Path("q.csv").write_text("\n".join(["image,city", *rows * 2]))
+    words = ["batch", "q.csv", "--template-question", "--dry-run"]
+    for output in ([], ["-o", "out.jsonl"]):
+        result = run(*words, "in {row.town}?", *output)
+        assert result.exit_code == 2 and "{row.town}: no row has such a column" in result.stderr
+    sample = object_of(run, *words[1:-1], "in {row.city}?")["sample"]
+    assert set(asked) == {"in Rome?"} and [error["type"] for error in sample["errors"]] == ["BadData"]
+
+
+def test_its_files_are_given_back(run: Run, told: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    close = Source.close
+    monkeypatch.setattr(Source, "close", lambda source: (closed.append(source), close(source)))
+    make()
+    object_of(run, "photos", QUESTION, code=1)
+    assert len(closed) == 1
 
 
 def test_a_list_on_stdin(run: Run, told: list[str]) -> None:

@@ -265,14 +265,10 @@ FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
     "list.xz": (lambda: b"\xfd7zXZ\0" + bytes(20), "is compressed\n  xz -dc list.xz | llava batch - …"),
     "x.7z": (lambda: b"7z\xbc\xaf\x27\x1c" + bytes(20), "is an archive\n  7z x x.7z"),
     "x.rar": (lambda: b"Rar!\x1a\x07\1\0" + bytes(20), "is an archive\n  unrar x x.rar"),
-    "x.m1v": (lambda: b"\0\0\1\xb3" + bytes(20), "is a video\n  mkdir FOLDER && ffmpeg -i x.m1v"),
     "x.mp3": (lambda: b"ID3\4" + bytes(20), "is a sound"),
     "x.xlsx": (lambda: zipped("[Content_Types].xml", "xl/workbook.xml"), "is a spreadsheet\n  save it as CSV"),
     "x.docx": (lambda: zipped("[Content_Types].xml", "word/document.xml"), "is a document of an office program"),
-    "x.parquet": (
-        lambda: b"PAR1\x15\4" + bytes(20),
-        "damaged: parquet magic bytes not found in footer\n  load it again",
-    ),
+    "x.parquet": (lambda: b"PAR1\x15\4" + bytes(20), "damaged: parquet magic bytes not found in footer\n  load it"),
     "x.db": (lambda: b"SQLite format 3\0" + bytes(20), "is a database"),
     "x.html": (lambda: b"\n<!DOCTYPE html><html>", "is an HTML page"),
     "q.jsonl": (lambda: b"<html><body>sign in", "is an HTML page"),
@@ -296,7 +292,7 @@ def test_files_that_are_no_source(name: str, run: Run, loads: Loads) -> None:
     assert loads.count == 0 and not Path("out.jsonl").exists()
 
 
-@for_each("name", ["x.zip", "x.docx", "x.m1v", "paths", "x.bin"], own=(loads,))
+@for_each("name", ["x.zip", "x.docx", "paths", "x.bin"], own=(loads,))
 def test_the_same_on_stdin(name: str, run: Run, loads: Loads) -> None:
     data = zipped("a.png") if name == "x.zip" else FOREIGN[name][0]()
     refused(run("batch", "-", QUESTION, input=data), 65, "llava: -: ")

@@ -181,3 +181,19 @@ def test_a_picture_is_passed_on_before_the_next_one_comes() -> None:
 
     found = with_parts(tasks(), lambda image: Path(image), PictureOptions(), LeftOut())
     assert next(found).image == "a.jpg" and read == 1
+
+
+def test_a_file_is_looked_for_once_to_see_how_many_pictures_it_has() -> None:
+    """It may be read from the beginning of an archive, or over a network."""
+    for name in ("document", "other.pdf", "third"):
+        Path(name).write_bytes(text_pdf("one", "two"))
+    looked_for = []
+
+    def find(image: str) -> Path:
+        looked_for.append(image)
+        return Path(image)
+
+    names = ["document", "document", "other.pdf", "third", "third"]
+    found = with_parts((Task(name, QUESTION) for name in names), find, PictureOptions(), LeftOut())
+    assert [task.page for task in found] == [1, 1, 2, 2, 1, 2, 1, 1, 2, 2]
+    assert looked_for == ["document", "other.pdf", "third"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 from PIL import Image
 
 AVAILABLE = find_spec("av") is not None
@@ -124,11 +123,11 @@ def one_of_each() -> list[bytes]:
     return [film(kind, seconds=2, rate=25) for kind in KINDS]
 
 
-def peak_memory() -> int:
-    """The most memory, in bytes, that any process has taken which this one has started and which still runs."""
+def peak_memory(processes: Iterable[int]) -> int:
+    """The most memory, in bytes, that one of these processes has taken."""
     found = [0]
-    for process in psutil.Process().children():
+    for process in processes:
         with suppress(OSError):  # it has just ended
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            status = Path(f"/proc/{process}/status").read_text()
             found += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")]
     return max(found)

@@ -1090,7 +1090,7 @@ class Films(Boundary):
             return self._refused(content)
         parts = choose(content, None, 3, None, 3).parts
         pictures = [self._timed(lambda part=part: self._sandbox.open("film", file, part=part)) for part in parts]
-        self._most_memory = max(self._most_memory, films.peak_memory())
+        self._most_memory = max(self._most_memory, films.peak_memory(self._sandbox.processes))
         for picture in pictures:
             if isinstance(picture, LlavaError):
                 return self._refused(picture)

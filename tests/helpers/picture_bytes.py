@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import pillow_heif
+from helpers import films
 from PIL import Image
 
 from llava_cli.images.decode import decode
@@ -141,8 +142,8 @@ BAD_BYTES = {
     ),
     "film.jpg": (
         b"\0\0\0 ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(40),
-        "a video, not an image",
-        "ffmpeg -i film.jpg -frames:v 1 film.jpg.png",
+        "truncated or damaged" if films.AVAILABLE else "films need Python 3.11 or later",
+        "copy it again, or: ffmpeg -i film.jpg -c copy REPAIRED.mkv" if films.AVAILABLE else "",
     ),
     "cut.heic": (encoded(noise(), "HEIF")[:200], "truncated or damaged", ""),
 }

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from llava_cli import limits
 from llava_cli.conversation import Picture
 from llava_cli.engine.remote.image_urls import original_file_url
-from llava_cli.errors import LlavaError
+from llava_cli.errors import BadImage, LlavaError
 from llava_cli.images import sandbox as module
 from llava_cli.images import tiff
 from llava_cli.images.animation import seconds_of
@@ -165,6 +165,15 @@ def test_pages_that_are_not_there(sandbox: Sandbox) -> None:
     assert refused(sandbox, encoded(noise(), "PNG"), 2)[0] == "a.pdf#2: no frame 2: it has 1 frame"
 
 
+def test_only_a_film_has_times(sandbox: Sandbox) -> None:
+    """Its first page would not be what was asked about."""
+    for data in (text_pdf("one", "two"), encoded(noise(), "PNG")):
+        found = sandbox.open("a.pdf", data, part=Part(time=1.5))
+        assert isinstance(found, BadImage)
+        assert (found.thing, found.reason) == ("a.pdf#t=1.5", "only a film has times")
+        assert found.hint == "a.pdf#2 is its second page or frame"
+
+
 def module_hint() -> str:
     return "--pages all takes what there is"
 
@@ -200,9 +209,9 @@ def test_a_document_is_sent_once(sandbox: Sandbox, monkeypatch: pytest.MonkeyPat
 
 
 def process_of(sandbox: Sandbox) -> int:
-    process = sandbox._decoders["pypdfium2"].worker._process
-    assert process
-    return process.pid
+    pid = sandbox._decoders["pypdfium2"].worker.pid
+    assert pid
+    return pid
 
 
 def test_pages_that_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,9 +459,9 @@ def test_decoders_keep_no_threads(sandbox: Sandbox) -> None:
     pytest.importorskip("pillow_jxl")
     for data in (several("AVIF"), encoded(noise(), "JXL", lossless=True)):
         assert sandbox.open("a", data).image  # type: ignore[union-attr]
-    processes = [decoder.worker._process for decoder in sandbox._decoders.values()]
-    for process in (process for process in processes if process and process.poll() is None):
-        assert psutil.Process(process.pid).num_threads() <= 2
+    assert len(sandbox.processes) >= 2
+    for pid in sandbox.processes:
+        assert psutil.Process(pid).num_threads() <= 2
 
 
 # Files.

@@ -196,6 +196,7 @@ def test_permission_denied(secret: Path) -> None:
 @for_each("name", ["photos", "fifo.png", "zero.png", "kitten.png", "nothing.png"], own=(folder,))
 def test_no_file_stays_open(name: str, folder: Path) -> None:
     make_names(folder)
+    reader.start_sandbox()
     before = os.listdir("/dev/fd")
     for _ in range(3):
         try:

@@ -356,7 +356,10 @@ def test_modules_of_the_current_folder_are_not_run(words: tuple[str, ...], shado
 
 
 def test_every_process_is_started_in_one_way() -> None:
-    """No file but `processes.py` knows how; the sandbox, `serve --detach` and a kernel's self-test ask it."""
+    """No file but `processes.py` knows how; the sandbox, `serve --detach` and a kernel's self-test ask it.
+
+    Programs of the desktop are started by their names.
+    """
     package = Path(pictures.__file__).parents[1]
     starts = {
         path.relative_to(package).as_posix()
@@ -369,6 +372,6 @@ def test_every_process_is_started_in_one_way() -> None:
         for path in package.rglob("*.py")
         if "subprocess" in path.read_text("utf-8") or "multiprocessing" in path.read_text("utf-8")
     }
-    expected = {"sandbox/process.py", "sandbox/supervisor.py", "server/background.py"}
+    expected = {"sandbox/process.py", "sandbox/supervisor.py", "server/background.py", "images/desktop_program.py"}
     compiler = "engine/cpu/jit/compiler.py"  # of a wing that can be deleted
     assert uses == expected | ({compiler} if (package / compiler).exists() else set())
