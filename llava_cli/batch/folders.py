@@ -127,6 +127,10 @@ class Selection:
             self.skipped.add_file(path)
         return False
 
+    def is_asked_for(self, path: str) -> bool:
+        """Whether one of the patterns names it, if there are any."""
+        return bool(self.include) and _is_included(path, self.include)
+
     def _is_passed_over(self, path: str) -> bool:
         """Whether the name, or that of a folder above it, is hidden or a system's."""
         begin = 0

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from llava_cli import limits
 from llava_cli.errors import InputMissing, LlavaError, SourceLost
+from llava_cli.images.remote_names import scheme_of
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 8.0
 """Seconds before the second attempt and before later ones; each is up to half shorter, so that not all come at once."""
@@ -42,13 +43,13 @@ class Failure(NamedTuple):
     needs_credentials: bool = False
 
 
-_ELSEWHERE = "is this machine online? AWS_ENDPOINT_URL names another server for s3://"
+_S3_ELSEWHERE = "AWS_ENDPOINT_URL names another server for s3://"
 _NO_CREDENTIALS = Failure("no credentials for it were found", is_of_all=True, needs_credentials=True)
 _REFUSED = Failure("the credentials for it are refused", is_of_all=True, needs_credentials=True)
 _EXPIRED = Failure("the credentials for it have expired", is_of_all=True, needs_credentials=True)
 _DENIED = Failure("access denied", needs_credentials=True)
 _MISSING = Failure("it is not there")
-_UNREACHABLE = Failure("its server cannot be reached", _ELSEWHERE, is_transient=True, is_of_all=True)
+_UNREACHABLE = Failure("its server cannot be reached", "is this machine online?", is_transient=True, is_of_all=True)
 _BROKEN_OFF = Failure("its server does not answer, or broke off", is_transient=True)
 _BUSY = Failure("its server is busy or failing", is_transient=True)
 _CHANGED = Failure("it changed while it was read")
@@ -168,6 +169,8 @@ class Patience:
             if not failure.is_transient or is_late or self._ended.wait(pause):
                 break
         hint = self._sign_in if failure.needs_credentials else failure.hint
+        if failure is _UNREACHABLE and scheme_of(self._source) == "s3":
+            hint = f"{hint} {_S3_ELSEWHERE}"
         if is_in_use or (thing and failure.is_of_all):
             raise SourceLost(self._source, failure.reason, f"{hint}; the same command resumes".removeprefix("; "))
         raise InputMissing(thing or self._source, failure.reason, hint)

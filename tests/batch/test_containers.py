@@ -361,6 +361,10 @@ def test_a_webdataset(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert first == {"image": "s/0.jpg", "question": "own?", "id": 7, "answer": "3", "row": row}
         assert second == {"image": "s/1.png", "question": QUESTION, "row": {"caption.txt": "ein Stück"}}
         assert third == {"image": "s/2.png", "question": QUESTION}
+        (chosen,) = manifest(run, name, QUESTION, "--include", "*.jpg")
+        assert chosen == first  # with what stands beside it, which no pattern names
+    named = rows_of(run("batch", "pax.tar", QUESTION, "--include", "s/1.*").stdout)
+    assert [row["image"] for row in named] == ["s/1.png", "s/1.caption.txt", "s/1.json"]
     result = run("batch", "pax.tar", QUESTION)
     assert (
         "1 file is no picture (1 .json)" in result.stderr

@@ -105,8 +105,9 @@ def test_a_server_that_goes_away(files: Files, monkeypatch: pytest.MonkeyPatch) 
     files.statuses = [500] * 9
     with pytest.raises(SourceLost, match="busy or failing"):
         file.read()
-    with pytest.raises(InputMissing, match="cannot be reached"):
+    with pytest.raises(InputMissing, match="cannot be reached") as error:
         open_url(f"{NOWHERE}/a.tar", is_forward=True)
+    assert error.value.hint == "is this machine online?"
 
 
 def test_bounds(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ class TarArchive:
                 if key != sample.key or len(sample.pictures) >= _PENDING:
                     yield from self._finished(sample)
                     sample = _Sample(key)
-                if suffix.rpartition(".")[2].lower() in _SIDECARS and not self._selection.include:
+                if suffix.rpartition(".")[2].lower() in _SIDECARS and not self._selection.is_asked_for(member.name):
                     sample.add_sidecar(member, suffix, file)
                 elif self._takes(member, file):
                     sample.pictures.append(member)
