@@ -25,7 +25,7 @@ from PIL import Image
 
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.runner import answer_tasks
-from llava_cli.batch.source import Source
+from llava_cli.batch.sources.source import Source
 from llava_cli.batch.tasks import Task
 from llava_cli.loader import open_engine
 from llava_cli.settings import Settings

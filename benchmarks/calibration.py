@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_cli.batch.calibrate import Labelled, calibration_error, fit, read_labelled, scored
-from llava_cli.batch.calibration import Calibration
+from llava_cli.batch.calibration.calibrate import Labelled, calibration_error, fit, read_labelled, scored
+from llava_cli.batch.calibration.calibration import Calibration
 from llava_cli.errors import BadData
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "builtin"))

@@ -68,7 +68,7 @@ def make_table(path: Path, count: int) -> None:
 def answer(source: str, output: str) -> None:
     """In the process that is measured: a batch with an engine that answers at once; prints its seconds and MB."""
     from llava_cli.batch import run as module
-    from llava_cli.batch.source import Source
+    from llava_cli.batch.sources.source import Source
     from llava_cli.conversation import Conversation, Picture
     from llava_cli.engine import Answer, Chunk, Engine
     from llava_cli.images.sandbox import SandboxPool

@@ -17,7 +17,7 @@ from llava_cli.errors import BadData, LlavaError, ModelUnusable, ServerFailed
 from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
-    from llava_cli.batch.calibration import Calibration
+    from llava_cli.batch.calibration.calibration import Calibration
 
 UNSURE = "unsure"
 """What is answered where no choice is probable enough, unless `--or` gives another word."""

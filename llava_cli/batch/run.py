@@ -23,7 +23,7 @@ from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
 from llava_cli.batch.runner import Fill, answer_tasks, conversation_of, sampled, sampling_of, unfilled
-from llava_cli.batch.source import Source
+from llava_cli.batch.sources.source import Source
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.task_questions import TaskQuestions
 from llava_cli.batch.tasks import Task

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llava_cli import limits
-from llava_cli.batch.questions import Check
+from llava_cli.batch.sources.questions import Check
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
 from llava_cli.errors import UsageError

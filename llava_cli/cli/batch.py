@@ -21,7 +21,7 @@ from llava_cli.settings import LoadOptions, Settings
 
 if TYPE_CHECKING:
     from llava_cli.batch.judged_engine import Promise
-    from llava_cli.batch.source import Source
+    from llava_cli.batch.sources.source import Source
     from llava_cli.batch.task_questions import TaskQuestions
 
 WordsArg = Annotated[
@@ -141,13 +141,13 @@ def batch(
     by its content: questions may have any name, or come on stdin. What is skipped in a folder or an archive is counted
     on stderr.
     """
-    from llava_cli.batch import dry_run as dry
-    from llava_cli.batch.questions import Check
+    from llava_cli.batch.dry_run import dry_run as dry
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.runner import check_form
-    from llava_cli.batch.source import Source
-    from llava_cli.batch.source_arguments import expand, split_question
-    from llava_cli.batch.source_check import check_source
+    from llava_cli.batch.sources.questions import Check
+    from llava_cli.batch.sources.source import Source
+    from llava_cli.batch.sources.source_arguments import expand, split_question
+    from llava_cli.batch.sources.source_check import check_source
     from llava_cli.engine.generate.form_sandbox import FormSandbox
     from llava_cli.hardware.allocator import limit_caches
 
@@ -266,7 +266,7 @@ def _promise(settings: Settings, calibration: Path | None, max_error: str | None
         if max_error is not None:
             raise UsageError("--max-error", "there is no --calibration to tell", "llava calibrate --help")
         return None
-    from llava_cli.batch.calibration import Calibration, parse_error
+    from llava_cli.batch.calibration.calibration import Calibration, parse_error
     from llava_cli.batch.judged_engine import UNSURE, Promise
 
     found = Calibration.read(calibration)

@@ -36,6 +36,6 @@ def calibrate(rows: RowsArg, output: CalibrationOpt = None, plot: PlotOpt = None
     threshold how many rows have a best choice as probable as that, once calibrated, how many of these are wrong, and
     how many at most in the long run. A thousand rows or more are worth labelling for an error of 1 %.
     """
-    from llava_cli.batch.calibrate import calibrate as write_calibration
+    from llava_cli.batch.calibration.calibrate import calibrate as write_calibration
 
     write_calibration(rows, output, plot, quiet)

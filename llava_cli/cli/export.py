@@ -55,8 +55,8 @@ def export(
     Rows without an answer are left out, except in tables. So are pictures that have changed, and those that are
     neither below the rows' own folder nor where you ran the batch; --root names another folder.
     """
-    from llava_cli.batch.export import export as export_rows
-    from llava_cli.batch.export_job import Job
-    from llava_cli.batch.report_rows import RowsFile
+    from llava_cli.batch.export.export import export as export_rows
+    from llava_cli.batch.export.export_job import Job
+    from llava_cli.batch.report.report_rows import RowsFile
 
     raise typer.Exit(export_rows(Job(RowsFile(rows), to, output, question, root, embed, force, quiet)))

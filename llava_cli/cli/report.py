@@ -38,6 +38,6 @@ def report(
     a stranger's, so only those pictures are opened that are below the rows' own folder, or where you ran the batch;
     --root names another folder.
     """
-    from llava_cli.batch.report import report as write_report
+    from llava_cli.batch.report.report import report as write_report
 
     write_report(rows, output, first, quiet, root)

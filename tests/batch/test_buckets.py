@@ -25,9 +25,9 @@ from pyarrow import parquet
 
 from llava_cli import limits, open_picture
 from llava_cli.batch import run as module
-from llava_cli.batch.containers.bucket import Bucket, split_pattern
-from llava_cli.batch.remote_words import expand_url
-from llava_cli.batch.source_arguments import expand, split_question
+from llava_cli.batch.sources.containers.bucket import Bucket, split_pattern
+from llava_cli.batch.sources.remote_words import expand_url
+from llava_cli.batch.sources.source_arguments import expand, split_question
 from llava_cli.errors import InputMissing, LlavaError, UsageError
 from llava_cli.images import cloud
 from llava_cli.images.reader import looks_like_picture

@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 
 from llava_cli import limits
 from llava_cli.batch import run as module
-from llava_cli.batch.calibrate import Labelled, calibration_error, fit, fit_temperature, scored
-from llava_cli.batch.calibration import (
+from llava_cli.batch.calibration.calibrate import Labelled, calibration_error, fit, fit_temperature, scored
+from llava_cli.batch.calibration.calibration import (
     DELTA,
     THRESHOLDS,
     Calibration,

@@ -24,8 +24,8 @@ from pyarrow import feather, ipc, parquet
 
 from llava_cli import limits
 from llava_cli.batch import run as module
-from llava_cli.batch.containers import container_in, open_container
-from llava_cli.batch.containers.table import Table
+from llava_cli.batch.sources.containers import container_in, open_container
+from llava_cli.batch.sources.containers.table import Table
 from llava_cli.errors import BadData, BadImage, InputMissing, LlavaError
 from llava_cli.sandbox.process import Worker
 
@@ -482,7 +482,7 @@ def test_a_tables_process_has_no_rights_and_bounds(monkeypatch: pytest.MonkeyPat
             memory.append(most)
             super().__init__(job, most, *arguments, **options)
 
-    monkeypatch.setattr("llava_cli.batch.containers.table.Worker", Noted)
+    monkeypatch.setattr("llava_cli.batch.sources.containers.table.Worker", Noted)
     parquet.write_table(table_of(image=[png(), bytes(5_000)], text=["short", "x" * 5_000]), "x.parquet")
     table = open_container("x.parquet")
     assert isinstance(table, Table)
@@ -520,7 +520,7 @@ def test_tables_that_are_damaged_anywhere(seed: int) -> None:
 
 
 def test_without_pyarrow_its_extra_is_named(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
-    monkeypatch.setattr("llava_cli.batch.containers.table.find_spec", lambda name: None)
+    monkeypatch.setattr("llava_cli.batch.sources.containers.table.find_spec", lambda name: None)
     Path("x.parquet").write_bytes(b"PAR1" + bytes(100))
     result = run("batch", "x.parquet", QUESTION)
     assert result.exit_code == 65 and "pip install 'llava-cli[tables]'" in result.stderr
@@ -584,7 +584,7 @@ def test_other_sources_open_nothing_for_a_questions_file(run: Run, monkeypatch: 
 
 
 def test_braces() -> None:
-    from llava_cli.batch.source_arguments import expand_braces
+    from llava_cli.batch.sources.source_arguments import expand_braces
 
     assert expand_braces("{a,b}-{08..10}") == ["a-08", "a-09", "a-10", "b-08", "b-09", "b-10"]
     assert expand_braces("{3..1}{}{x}") == ["3{}{x}", "2{}{x}", "1{}{x}"]

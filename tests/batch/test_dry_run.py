@@ -16,12 +16,12 @@ from helpers.tables import for_each
 from helpers.terminal import Open
 from PIL import Image
 
-from llava_cli.batch import dry_run as module
-from llava_cli.batch import estimate
 from llava_cli.batch import run as run_module
-from llava_cli.batch.estimate import ENOUGH_SECONDS, measure, sample_of
-from llava_cli.batch.source import Source
-from llava_cli.batch.survey import Survey, new_survey
+from llava_cli.batch.dry_run import dry_run as module
+from llava_cli.batch.dry_run import estimate
+from llava_cli.batch.dry_run.estimate import ENOUGH_SECONDS, measure, sample_of
+from llava_cli.batch.dry_run.survey import Survey, new_survey
+from llava_cli.batch.sources.source import Source
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
 from llava_cli.engine import Answer, Request

@@ -26,8 +26,8 @@ from helpers.tables import for_each
 from PIL import Image, ImageCms
 
 from llava_cli import limits
-from llava_cli.batch import export_shards, export_tables
-from llava_cli.batch.xmp_packet import NotMergeable, OtherDescription, merged, new_packet
+from llava_cli.batch.export import export_shards, export_tables
+from llava_cli.batch.export.xmp_packet import NotMergeable, OtherDescription, merged, new_packet
 from llava_cli.conversation import Picture
 from llava_cli.images.sandbox import Sandbox
 
@@ -551,7 +551,7 @@ def test_what_cannot_be_asked_for(photos: Path, run: Run, monkeypatch: pytest.Mo
         assert (done.exit_code, done.stdout) == (code, "")
         assert reason in done.stderr.splitlines()[0] and len(done.stderr.splitlines()) == 2
     monkeypatch.setattr(util, "find_spec", lambda name: None)
-    monkeypatch.setattr("llava_cli.batch.export_job.find_spec", util.find_spec)
+    monkeypatch.setattr("llava_cli.batch.export.export_job.find_spec", util.find_spec)
     for words, extra in ((["parquet"], "tables"), (["xmp", "--embed"], "xmp")):
         done = run("export", source, "--to", *words)
         assert (done.exit_code, done.stderr.splitlines()[1]) == (2, f"  pip install 'llava-cli[{extra}]'")

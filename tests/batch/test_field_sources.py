@@ -46,9 +46,9 @@ from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import limits
-from llava_cli.batch import folders
 from llava_cli.batch import run as module
 from llava_cli.batch.journal import Journal
+from llava_cli.batch.sources import folders
 from llava_cli.images.reader import SUFFIXES
 
 QUESTION = "what is this?"

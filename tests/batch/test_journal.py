@@ -30,7 +30,7 @@ from llava_cli.batch import run as module
 from llava_cli.batch.journal import Journal
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run import Job, run
-from llava_cli.batch.source import Source
+from llava_cli.batch.sources.source import Source
 from llava_cli.errors import BadData, LlavaError, OutputTaken
 from llava_cli.settings import Settings
 

@@ -16,8 +16,8 @@ from helpers.tables import for_each
 
 from llava_cli import limits, regular_files
 from llava_cli.batch import run as module
-from llava_cli.batch.parts_of_tasks import LeftOut, with_parts
-from llava_cli.batch.source import Source
+from llava_cli.batch.sources.parts_of_tasks import LeftOut, with_parts
+from llava_cli.batch.sources.source import Source
 from llava_cli.batch.tasks import Task
 from llava_cli.settings import PictureOptions
 

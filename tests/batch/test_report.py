@@ -21,9 +21,9 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from llava_cli import files, limits
-from llava_cli.batch import report_page
-from llava_cli.batch.report import report
-from llava_cli.batch.report_pictures import PictureFolders, task_of
+from llava_cli.batch.report import report_page
+from llava_cli.batch.report.report import report
+from llava_cli.batch.report.report_pictures import PictureFolders, task_of
 
 ROOT = Path(__file__).parents[2]
 UNUSED = ("background-networking", "component-update", "sync")

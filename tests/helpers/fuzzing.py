@@ -43,9 +43,9 @@ from PIL import ExifTags, Image
 from llava_cli import limits
 from llava_cli.batch.journal import Journal
 from llava_cli.batch.picture_loader import PictureLoader
-from llava_cli.batch.report_page import page_fields
-from llava_cli.batch.report_rows import RowsFile
-from llava_cli.batch.source import Source
+from llava_cli.batch.report.report_page import page_fields
+from llava_cli.batch.report.report_rows import RowsFile
+from llava_cli.batch.sources.source import Source
 from llava_cli.batch.tasks import Task
 from llava_cli.bounded_http import Deadline, Response
 from llava_cli.conversation import Conversation, Picture

@@ -1,0 +1,1 @@
+"""How far to trust the probabilities of a model that chooses."""

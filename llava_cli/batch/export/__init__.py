@@ -1,0 +1,1 @@
+"""`llava export`: the rows of a batch for other programs."""

@@ -1,0 +1,1 @@
+"""`llava report`: the rows of a batch as one page."""

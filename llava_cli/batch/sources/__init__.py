@@ -1,0 +1,1 @@
+"""What `llava batch` is about: SOURCEs of any kind, and the tasks in them."""
