@@ -141,7 +141,6 @@ def batch(
     by its content: questions may have any name, or come on stdin. What is skipped in a folder or an archive is counted
     on stderr.
     """
-    from llava_cli.batch.dry_run import dry_run as dry
     from llava_cli.batch.run import Job, run
     from llava_cli.batch.runner import check_form
     from llava_cli.batch.sources.questions import Check
@@ -206,7 +205,13 @@ def batch(
         allow_urls=allow_urls,
         quiet=quiet,
     )
-    if code := dry.dry_run(job, json) if dry_run else run(job):
+    if dry_run:
+        from llava_cli.batch.dry_run import dry_run as dry
+
+        code = dry.dry_run(job, json)
+    else:
+        code = run(job)
+    if code:
         raise typer.Exit(code)
 
 
