@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
-from llava_cli.errors import BadImage, LlavaError
+from llava_cli.errors import BadImage, InputMissing, LlavaError
 from llava_cli.files import quoted
 from llava_cli.images import films, formats
 from llava_cli.images.decode import Decoded
@@ -173,6 +173,8 @@ class Sandbox:
             return work()
         except BadImage as error:
             return BadImage(name, error.reason, _complete_hint(error.hint, source))
+        except InputMissing as error:
+            return InputMissing(error.thing or name, error.reason, error.hint)
         except LlavaError as error:
             return error
         except WorkerLate as error:
