@@ -127,7 +127,10 @@ class _Film:
 
     @property
     def sha256(self) -> str:
-        """Made here, since a decoder that was taken over could claim the hash of another film. Raises `InputMissing`."""
+        """Made here, since a decoder that was taken over could claim the hash of another film.
+
+        Raises `InputMissing`.
+        """
         try:
             return self.identity if isinstance(self.identity, str) else _digest(self.identity)
         except OSError as error:

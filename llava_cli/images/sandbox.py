@@ -51,7 +51,8 @@ class _Decoder:
     def __init__(self, package: str = "") -> None:
         """`package` is what opens its files; empty for Pillow."""
         memory = limits.DOCUMENT_MEMORY if package == formats.PDF else limits.SANDBOX_MEMORY
-        self.worker = Worker(JOB, memory, *[package] * bool(package))
+        # libde265 decodes no HEIC without a thread; all other decoders are told to use none, or do without.
+        self.worker = Worker(JOB, memory, *[package] * bool(package), has_threads=package == formats.HEIF)
         self._open: tuple[int, str] | None = None
         """The number of the process that has a file open, and the file's hash."""
 
