@@ -45,6 +45,7 @@ def answer_object(answer: Answer, conversation: Conversation, engine: Engine) ->
         "answer": answer.text,
         "question": conversation.turns[-1].question,
         "images": [picture.reference for picture in conversation.pictures],
+        "region": next((picture.region for picture in conversation.pictures), None),  # --region is about all of them
         "model": engine.model,
         "precision": engine.precision or None,
         "device": engine.device or None,

@@ -19,7 +19,7 @@ from llava_cli.cli.options import (
     TruncatedOpt,
     with_options,
 )
-from llava_cli.cli.saved_prompt import ParamOpt, PromptOpt, conversation_about
+from llava_cli.cli.saved_prompt import ParamOpt, PromptOpt, conversation_about, refuse_form
 from llava_cli.conversation import naming_fewer_parts
 
 USAGE = 'llava check page.png "the Save button is visible"'
@@ -65,6 +65,8 @@ def check(
     The line on stdout has the probability that the statement is true; with --quiet there is none.
     """
     check_threshold(threshold)
+    if prompt is not None:
+        refuse_form(prompt, args or [])
     settings, conversation = conversation_about(
         context,
         args,

@@ -11,8 +11,9 @@ from llava_cli.cli.arguments import conversation_from
 from llava_cli.cli.options import is_given, settings_of
 from llava_cli.conversation import Conversation
 from llava_cli.errors import UsageError
+from llava_cli.files import quoted
 from llava_cli.images.reader import looks_like_picture
-from llava_cli.settings import Settings
+from llava_cli.settings import OPTIONS, Settings
 
 if TYPE_CHECKING:
     from llava_cli.prompts.question_fields import QuestionFields
@@ -82,6 +83,16 @@ def named_question(
     if question is not None:
         raise UsageError(f"-t {name}", "there is another question already", "give one of them")
     return NamedQuestion(context, name, words or ())
+
+
+def refuse_form(name: str, words: Sequence[str]) -> None:
+    """Raises `UsageError` if a saved prompt says what form its answers have, or there is no such prompt."""
+    from llava_cli.prompts.saved_prompts import OF_FORM, find
+
+    if form := next((key for key in OF_FORM if key in find(name).options), None):
+        reason = f"it has {OPTIONS[form].flag}, and a check is answered with yes or no"
+        asked = " ".join(map(quoted, ["llava", "ask", *words, "-t", name]))
+        raise UsageError(f"-t {name}", reason, asked)
 
 
 def _add_options(context: typer.Context, saved: SavedPrompt) -> None:

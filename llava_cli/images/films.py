@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from llava_cli import limits, regular_files
-from llava_cli.errors import BadImage
+from llava_cli.errors import BadImage, InputMissing, os_reason
 from llava_cli.images import formats
 from llava_cli.images.film_frames import HINTS, REPLY, REQUEST
 from llava_cli.images.local_file import open_path
@@ -127,8 +127,14 @@ class _Film:
 
     @property
     def sha256(self) -> str:
-        """Made here, since a decoder that was taken over could claim the hash of another film."""
-        return self.identity if isinstance(self.identity, str) else _digest(self.identity)
+        """Made here, since a decoder that was taken over could claim the hash of another film.
+
+        Raises `InputMissing`.
+        """
+        try:
+            return self.identity if isinstance(self.identity, str) else _digest(self.identity)
+        except OSError as error:
+            raise InputMissing("", os_reason(error)) from None
 
     def length(self) -> float:
         return self._asked(REQUEST.pack(math.nan, 0), _parse_length)
@@ -180,7 +186,10 @@ def _parse(reply: bytearray) -> tuple[int, int, float, memoryview]:
 
 @lru_cache(maxsize=256)
 def _digest(film: _Stamp) -> str:
-    """The SHA-256 of a film. Its process may read at the same time: where each of them is does not matter."""
+    """The SHA-256 of a film. Its process may read at the same time: where each of them is does not matter.
+
+    Raises `OSError`.
+    """
     digest, offset = hashlib.sha256(), 0
     while block := os.pread(film.descriptor, _BLOCK_BYTES, offset):
         digest.update(block)

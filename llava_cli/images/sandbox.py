@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
-from llava_cli.errors import BadImage, LlavaError
+from llava_cli.errors import BadImage, InputMissing, LlavaError
 from llava_cli.files import quoted
 from llava_cli.images import films, formats
 from llava_cli.images.decode import Decoded
@@ -51,7 +51,8 @@ class _Decoder:
     def __init__(self, package: str = "") -> None:
         """`package` is what opens its files; empty for Pillow."""
         memory = limits.DOCUMENT_MEMORY if package == formats.PDF else limits.SANDBOX_MEMORY
-        self.worker = Worker(JOB, memory, *[package] * bool(package))
+        # libde265 decodes no HEIC without a thread; all other decoders are told to use none, or do without.
+        self.worker = Worker(JOB, memory, *[package] * bool(package), has_threads=package == formats.HEIF)
         self._open: tuple[int, str] | None = None
         """The number of the process that has a file open, and the file's hash."""
 
@@ -173,6 +174,8 @@ class Sandbox:
             return work()
         except BadImage as error:
             return BadImage(name, error.reason, _complete_hint(error.hint, source))
+        except InputMissing as error:
+            return InputMissing(error.thing or name, error.reason, error.hint)
         except LlavaError as error:
             return error
         except WorkerLate as error:

@@ -5,9 +5,9 @@ Three layers, as far as the system has them:
 - Landlock (`landlock(7)`, Linux 5.13): no path can be opened, no TCP port bound or connected to, no signal or abstract
   socket reaches a process outside;
 - hard resource limits (`setrlimit(2)`) on address space and CPU time; no file grows, no new descriptor;
-- seccomp (`seccomp(2)`, x86-64 and arm64): only the system calls in `_ALLOWED`, no executable memory, threads but no
-  processes. A refused call fails with EPERM, so that libraries fall back to others. Without it a resource limit forbids
-  processes and, unless the user is root, threads, without which libde265 decodes no HEIC.
+- seccomp (`seccomp(2)`, x86-64 and arm64): only the system calls in `_ALLOWED`, no executable memory, no
+  processes, and threads only where they are asked for. A refused call fails with EPERM, so that libraries fall back to
+  others. Without it a resource limit forbids processes and threads, unless the user is root.
 
 Landlock and seccomp need `PR_SET_NO_NEW_PRIVS`, so that no setuid program gives rights back. Constants are those of
 Linux's headers. If a step fails halfway, the rights that it has taken away stay so.
@@ -36,8 +36,10 @@ FILE = 3
 """The descriptor of the file that a process may keep."""
 
 
-def confine(memory: int, cpu_seconds: int, file: int | None = None) -> list[str]:
+def confine(memory: int, cpu_seconds: int, file: int | None = None, has_threads: bool = False) -> list[str]:
     """Confines this process to `memory` bytes of address space and `cpu_seconds`; returns the layers in force.
+
+    With `has_threads` seccomp lets it start threads, any number: no limit counts those of one process.
 
     Everything that it needs must be imported and open before. Descriptors other than 0, 1, 2 and `file` are closed;
     that one becomes `FILE`. It should be open for reading only, but no file can be written to in any case.
@@ -45,7 +47,11 @@ def confine(memory: int, cpu_seconds: int, file: int | None = None) -> list[str]
     if file is not None:
         os.dup2(file, FILE)
     os.closerange(FILE + (file is not None), 1 << 16)
-    steps = {"landlock": _restrict_paths, "limits": lambda: _limit(memory, cpu_seconds), "seccomp": _filter_calls}
+    steps = {
+        "landlock": _restrict_paths,
+        "limits": lambda: _limit(memory, cpu_seconds),
+        "seccomp": lambda: _filter_calls(has_threads),
+    }
     in_force = [name for name, step in steps.items() if _succeeds(step)]
     if "seccomp" not in in_force:
         _succeeds(lambda: _set_limits({"NPROC": 0}))
@@ -166,12 +172,12 @@ _ALLOWED = {
 _MMAP, _MPROTECT, _CLONE, _CLONE3 = (9, 222), (10, 226), (56, 220), (435, 435)
 
 
-def _filter_calls() -> None:
+def _filter_calls(has_threads: bool) -> None:
     libc = _linux()
     architecture = _ARCHITECTURES.get(platform.machine())
     if architecture is None or sys.maxsize < 2**32 or sys.byteorder != "little":
         raise OSError(errno.ENOSYS, "no list of system calls for this processor")
-    code = b"".join(_program(*architecture))
+    code = b"".join(_program(*architecture, has_threads))
 
     class SockFprog(ctypes.Structure):  # struct sock_fprog
         _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
@@ -180,7 +186,7 @@ def _filter_calls() -> None:
     _checked(libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0))
 
 
-def _program(audit_arch: int, column: int) -> Iterator[bytes]:
+def _program(audit_arch: int, column: int, has_threads: bool) -> Iterator[bytes]:
     """The filter in classic BPF, instruction by instruction; jumps count the instructions to skip."""
 
     def instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -199,11 +205,12 @@ def _program(audit_arch: int, column: int) -> Iterator[bytes]:
         yield instruction(_BPF_JUMP_SET, _PROT_EXEC, 0, 1)
         yield instruction(_BPF_RETURN, _RETURN_EPERM)
         yield instruction(_BPF_RETURN, _RETURN_ALLOW)
-    yield instruction(_BPF_JUMP_EQUAL, _CLONE[column], 0, 4)  # argument 0 is the flags
-    yield instruction(_BPF_LOAD, _ARGUMENTS_OFFSET)
-    yield instruction(_BPF_JUMP_SET, _CLONE_THREAD_FLAG, 1, 0)
-    yield instruction(_BPF_RETURN, _RETURN_EPERM)
-    yield instruction(_BPF_RETURN, _RETURN_ALLOW)
+    if has_threads:
+        yield instruction(_BPF_JUMP_EQUAL, _CLONE[column], 0, 4)  # argument 0 is the flags
+        yield instruction(_BPF_LOAD, _ARGUMENTS_OFFSET)
+        yield instruction(_BPF_JUMP_SET, _CLONE_THREAD_FLAG, 1, 0)
+        yield instruction(_BPF_RETURN, _RETURN_EPERM)
+        yield instruction(_BPF_RETURN, _RETURN_ALLOW)
     yield instruction(_BPF_JUMP_EQUAL, _CLONE3[column], 0, 1)
     # The flags of clone3 are in memory, which a filter cannot read; the C library falls back to clone.
     yield instruction(_BPF_RETURN, _RETURN_ENOSYS)

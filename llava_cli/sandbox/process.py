@@ -37,13 +37,17 @@ class WorkerLate(Exception):
 class Worker:
     """A process that does one job, for one thread at a time; if it has ended, the next request starts a new one."""
 
-    def __init__(self, job: str, memory: int, *arguments: str, file: BinaryIO | None = None) -> None:
+    def __init__(
+        self, job: str, memory: int, *arguments: str, file: BinaryIO | None = None, has_threads: bool = False
+    ) -> None:
         """`job` is a module's name; its `prepare` gets the arguments. `memory` is address space in bytes.
 
-        The job can read and seek in `file`, if there is one: what it does moves this process's position, too.
+        The job can read and seek in `file`, if there is one: what it does moves this process's position, too. It can
+        start threads only with `has_threads`.
         """
         number = str(file.fileno()) if file else ""
-        self._command = job, str(memory), str(limits.SANDBOX_CPU_SECONDS), number, *arguments
+        threads = "threads" if has_threads else ""
+        self._command = job, str(memory), str(limits.SANDBOX_CPU_SECONDS), number, threads, *arguments
         self._file = file  # which keeps it open for processes that are started later
         self._process: subprocess.Popen[bytes] | None = None
         self._parent = 0

@@ -14,16 +14,18 @@ from llava_cli.sandbox.messages import receive, send
 
 
 def main() -> None:
-    """Runs `JOB MEMORY CPU_SECONDS FILE ARGUMENTS...`; a job is a module with `prepare(*arguments)` and `answer`.
+    """Runs `JOB MEMORY CPU_SECONDS FILE THREADS ARGUMENTS...`.
 
-    FILE is the number of a descriptor that the job may read from (as `confine.FILE`), or empty.
+    A job is a module with `prepare(*arguments)` and `answer`. FILE is the number of a descriptor that it may read from
+    (as `confine.FILE`), or empty. THREADS is empty unless it may start threads.
     """
-    job, memory, cpu_seconds, file, *arguments = sys.argv[1:]
+    job, memory, cpu_seconds, file, threads, *arguments = sys.argv[1:]
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdin = sys.stdout = None  # no library writes to our pipe
     module = import_module(job)
     module.prepare(*arguments)
-    send(replies, " ".join(confine(int(memory), int(cpu_seconds), int(file) if file else None)).encode())
+    layers = confine(int(memory), int(cpu_seconds), int(file) if file else None, bool(threads))
+    send(replies, " ".join(layers).encode())
     with suppress(EOFError, BrokenPipeError):  # the parent process has ended
         while True:
             send(replies, *module.answer(bytes(receive(requests, sys.maxsize))))

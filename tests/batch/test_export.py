@@ -250,6 +250,19 @@ def test_a_stranger_cannot_have_us_write_elsewhere(photos: Path, run: Run) -> No
         assert contents(elsewhere) == before
 
 
+def test_a_stranger_cannot_have_us_write_beside_other_files(photos: Path, run: Run) -> None:
+    """Below the folders that may be used: a row without a hash may name any file."""
+    (photos / "requirements.in").write_text("torch\n")
+    (photos / "empty").touch()
+    source = write(photos / "out.jsonl", row("requirements.in", "evil"), row("empty"), row("out.jsonl"), row("a.png"))
+    for to, made in (("txt", "a.txt"), ("xmp", "a.png.xmp")):
+        before = {path.name for path in photos.iterdir()}
+        done = run("export", source, "--to", to, "--force")
+        assert done.exit_code == 1
+        assert "3 left out: it does not begin like a picture, document or film (requirements.in, …)" in done.stderr
+        assert {path.name for path in photos.iterdir()} - before == {made}
+
+
 def test_a_picture_has_the_answer_to_one_question(photos: Path, run: Run) -> None:
     rows = [
         row("a.png", "one", "first 'question'?"),

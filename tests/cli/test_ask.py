@@ -22,6 +22,7 @@ def test_json_has_every_field(run: Run, drawing: Path) -> None:
         "answer",
         "question",
         "images",
+        "region",
         "model",
         "precision",
         "device",
@@ -31,7 +32,9 @@ def test_json_has_every_field(run: Run, drawing: Path) -> None:
         "seconds",
     ]
     assert list(found["seconds"]) == ["load", "first_token", "total"]
-    assert found["images"] == [str(drawing)]
+    assert (found["images"], found["region"]) == ([str(drawing)], None)
+    result = run("ask", drawing, "how many shapes are there?", "--json", "--region", "0, 0, 50%, 50%")
+    assert json.loads(result.stdout)["region"] == "0,0,50%,50%"
 
 
 def test_an_answer_from_a_list(run: Run, drawing: Path) -> None:

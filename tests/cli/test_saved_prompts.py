@@ -80,6 +80,13 @@ def test_a_statement_may_be_a_prompt(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(said(run, *words, "--json"))["statement"] == "the Save button is on a.png"
     assert "there is another question already" in said(run, *words, "it is red", code=2)
     assert "STATEMENT: there is none" in said(run, "check", code=2)
+    for option, value in (("--choices", "a,b"), ("--schema", "shop"), ("--regex", "[0-9]+")):
+        run("prompts", "save", "formed", "is it red?", option, value)
+        told = said(run, "check", "a.png", "-t", "formed", code=2)
+        assert told == (
+            f"llava: -t formed: it has {option}, and a check is answered with yes or no\n  llava ask a.png -t formed"
+        )
+        run("prompts", "delete", "formed")
 
 
 def test_a_prompt_from_its_saving_to_its_end(run: Run) -> None:

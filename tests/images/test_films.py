@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ from PIL import Image
 
 from llava_cli import limits
 from llava_cli.conversation import Picture
-from llava_cli.errors import BadImage, LlavaError
+from llava_cli.errors import BadImage, InputMissing, LlavaError
 from llava_cli.images import formats
 from llava_cli.images.film_frames import REPLY, Film
 from llava_cli.images.sandbox import Crash, Sandbox
@@ -387,6 +388,22 @@ def test_a_film_whose_frames_all_take_too_long_is_given_up(clip: bytes, monkeypa
     given_up = f"not tried: {limits.LATE_PAGES} of its frames took too long"
     assert late(limits.LATE_PAGES + 1) == [too_long] * limits.LATE_PAGES + [given_up]
     sandbox.end()
+
+
+def test_a_film_whose_disk_fails_while_it_is_hashed_is_refused(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (file := tmp_path / "clip.mp4").write_bytes(film(seconds=2))
+
+    def fail(*arguments: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        found = sandbox.open("clip.mp4", file)
+    assert isinstance(found, InputMissing)
+    assert str(found).startswith("clip.mp4: input/output error")
+    assert isinstance(sandbox.open("clip.mp4", file), Picture)  # the disk works again
 
 
 def test_a_film_of_too_many_bytes_is_refused(

@@ -34,7 +34,8 @@ Try = Callable[[str], list[Any]]
 
 @pytest.fixture
 def attacker() -> Iterator[Worker]:
-    worker = Worker("helpers.attacker", 1 << 30)
+    """One that may start threads, as few jobs may."""
+    worker = Worker("helpers.attacker", 1 << 30, has_threads=True)
     yield worker
     worker.end()
 
@@ -134,7 +135,7 @@ def reader(tmp_path: Path) -> Iterator[Worker]:
     (tmp_path / "file").write_bytes(b"0123456789")
     with (tmp_path / "other").open("wb+") as other, (tmp_path / "file").open("rb") as file:
         os.set_inheritable(other.fileno(), True)
-        worker = Worker("helpers.attacker", 1 << 30, file=file)
+        worker = Worker("helpers.attacker", 1 << 30, file=file, has_threads=True)
         yield worker
         worker.end()
 
@@ -202,6 +203,15 @@ def resource_limit(worker: Worker, name: str) -> tuple[int, int]:
 def test_threads_are_allowed_for_decoders_have_them(attempt: Try, attacker: Worker) -> None:
     assert attempt("in_a_thread(lambda: 6 * 7)") == ["is", "42"]
     assert resource_limit(attacker, "NPROC") == resource.getrlimit(resource.RLIMIT_NPROC)  # which root may exceed
+
+
+def test_other_jobs_start_no_thread() -> None:
+    worker = Worker("helpers.attacker", 1 << 30)
+    clone = "call(56, 0x50f00, 0, 0, 0, 0)" if X86 else "call(220, 0x50f00, 0, 0, 0, 0)"  # as pthread_create calls it
+    found = [json.loads(worker.ask((code.encode(),), 1000, 20)) for code in ("in_a_thread(lambda: 6 * 7)", clone)]
+    assert worker.layers() == list(LAYERS)
+    worker.end()
+    assert found == [["raises", "RuntimeError", None], ["raises", "PermissionError", errno.EPERM]]
 
 
 def test_what_it_says_on_stderr_is_not_heard(attempt: Try, capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from llava_cli.batch.scratch import scratch_database
 from llava_cli.batch.tasks import Task
 from llava_cli.errors import LlavaError, os_reason
 from llava_cli.files import Change
+from llava_cli.images import formats
 from llava_cli.images.describe import FORMATS, Describer, Reply
 from llava_cli.parts import WHOLE
 from llava_cli.untrusted_text import for_page, printable
@@ -27,6 +28,7 @@ PART = Reason("it is about a page or frame, and the text would be the file's", i
 TAKEN = Reason("another row has another text for the same file")
 OTHER_TEXT = Reason("there is another text", hint="--force replaces it")
 NO_TEXT = Reason("what is in the place of the text is no text file")
+NO_PICTURE = Reason("it does not begin like a picture, document or film")
 LINK = Reason("the picture is a link, and what it leads to is left alone")
 UNSUITABLE = Reason(f"the picture cannot be written into: only {', '.join(FORMATS)}, and only if nothing else changes")
 _REPLIES: dict[Reply, Change | Reason] = {
@@ -177,6 +179,9 @@ class _Exporter:
         if self._first_text(target, text) != text:
             return TAKEN
         try:
+            # Else a stranger's rows could have us make `requirements.txt` beside `requirements.in`.
+            if not _begins_like_a_picture(picture):
+                return NO_PICTURE
             if sha256 in (None, self._sha256(picture)):
                 return self._writer.write(target, text, self._force)
             return Change.NONE if self._writer.has(target, text) else CHANGED
@@ -225,6 +230,13 @@ def _picture(folders: PictureFolders, image: str) -> Path | Reason:
 def _text(answer: str) -> str:
     """An answer that every reader of text and of XML takes: control characters are escaped."""
     return for_page(answer.strip()).replace("\ufffe", "\ufffd").replace("\uffff", "\ufffd")
+
+
+def _begins_like_a_picture(path: Path) -> bool:
+    """Raises `OSError`."""
+    with regular_files.open_regular(path) as file:
+        head = file.read(formats.HEAD_BYTES)
+    return formats.begins_like_a_picture(head) or formats.is_pdf(head)
 
 
 def _sha256(path: Path) -> str:

@@ -53,7 +53,7 @@ class Table:
             raise BadData(printable(name), "a table in columns, which pyarrow reads", "pip install 'llava-cli[tables]'")
         self._name, self._folder = printable(name), folder
         self._file, self._format = ArchiveFile(self._name, open_file), format_
-        self._worker = Worker(_JOB, limits.TABLE_MEMORY)
+        self._worker = Worker(_JOB, limits.TABLE_MEMORY, has_threads=True)
         self._lock = threading.Lock()
         self._opened = 0
         """The process that has opened it, by `Worker.starts`."""
