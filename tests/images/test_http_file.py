@@ -130,7 +130,8 @@ def test_a_server_that_stalls_is_asked_again(files: Files, monkeypatch: pytest.M
         ("https://u:p@h:8/a.tar?sig=x", "https://h:8/a.tar", "https://h:8/a.tar?…"),
         ("HTTP://h/a b.tar#f", "http://h/a b.tar", "http://h/a b.tar"),
         ("s3://bucket/a?b.jpg", "s3://bucket/a?b.jpg", "s3://bucket/a?b.jpg"),
-        ("http://[/a.tar", "http://…", "http://…"),
+        ("http://[/a.tar", "http://[/a.tar", "http://[/a.tar"),
+        ("http://u:p@[/a.tar", "http://…", "http://…"),
         ("photos/", "photos/", "photos/"),
     ],
 )
