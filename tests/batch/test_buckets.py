@@ -334,6 +334,7 @@ def test_objects_in_lists_are_not_read(run: Run, server: s3.Server) -> None:
     for words in (["q.jsonl"], ["list.txt", QUESTION], ["q.jsonl", "--allow-urls"]):
         (row,) = rows_of(run("batch", *words).stdout)
         assert row["status"] == "error"
+        assert row["error"]["message"] == "a bucket's objects in a list are not read"
     assert server.requests == []
 
 

@@ -25,6 +25,7 @@ from llava_cli.batch.sources.source_kinds import (
     OneSource,
     PictureSource,
     QuestionsSource,
+    refuse_cloud_url,
 )
 from llava_cli.batch.tasks import Task
 from llava_cli.errors import InputMissing
@@ -169,6 +170,7 @@ class Source:
         for one in self._in_order_of_finding:
             if (file := one.find(image)) is not None:
                 return file
+        refuse_cloud_url(image)
         raise self._outside(image)
 
     def _outside(self, image: str) -> InputMissing:

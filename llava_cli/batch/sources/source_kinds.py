@@ -162,9 +162,7 @@ class ListSource(OneSource):
         return (Entry(self._named(path)) for path in self.listing.paths())
 
     def find(self, image: str) -> Path | None:
-        if is_cloud_url(image):
-            hint = "llava batch s3://BUCKET/FOLDER/ … takes what is in it"
-            raise InputMissing(printable(image), "a bucket's objects in a list are not read", hint)
+        refuse_cloud_url(image)
         return Path(self._path(image))
 
     def _named(self, path: str) -> str:
@@ -211,7 +209,7 @@ class QuestionsSource(ListSource):
     def tasks(self, questions: Sequence[str]) -> Iterator[Task]:
         for task in self._questions.tasks():
             image = self._named(task.image)
-            if self.keep_refused and not is_url(image) and self.find(image) is None:
+            if self.keep_refused and not is_url(image) and not is_cloud_url(image) and self.find(image) is None:
                 self._refuse(image)
             yield task.about(image)
 
@@ -226,11 +224,20 @@ class QuestionsSource(ListSource):
             deque(self._questions.tasks(), maxlen=0)
 
     def find(self, image: str) -> Path | None:
+        if is_cloud_url(image):  # which another SOURCE may be
+            return None
         path = self._path(image)
         return Path(path) if is_below(path, self._real_folder) else None
 
     def notes(self) -> list[str]:
         return [self._questions.note(), *super().notes()]
+
+
+def refuse_cloud_url(image: str) -> None:
+    """Raises `InputMissing` for an object of a bucket, which a file that names pictures may not name."""
+    if is_cloud_url(image):
+        hint = "llava batch s3://BUCKET/FOLDER/ … takes what is in it"
+        raise InputMissing(printable(image), "a bucket's objects in a list are not read", hint)
 
 
 class ContainerSource(OneSource):
