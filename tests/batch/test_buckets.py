@@ -379,7 +379,8 @@ def test_other_services_are_listed_folder_by_folder(monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_is_imported_unless_a_bucket_is_named() -> None:
-    code = "import sys; from llava_cli.batch import run; from llava_cli.batch.sources import source; print([m for m in sys.modules if 'fsspec' in m])"
+    imports = "import sys; from llava_cli.batch import run; from llava_cli.batch.sources import source"
+    code = f"{imports}; print([m for m in sys.modules if 'fsspec' in m])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
 
