@@ -139,8 +139,8 @@ def choose(content: Content, pages: str | None, frames: int | None, every: float
     those of documents and animations, and frames those of animations and films, in the middle of equal spans of time.
     """
     if content.kind == "film":
-        times = _moments(content.seconds, frames if frames or every else limits.FILM_FRAMES, every)
-        return _bounded((Part(time=time) for time in times), _moment_count(content.seconds, frames, every), most)
+        count = _moment_count(content.seconds, frames or limits.FILM_FRAMES, every)
+        return _bounded((Part(time=time) for time in _moments(content.seconds, count, every)), count, most)
     if content.kind == "picture" or (content.kind == "animation" and not (pages or frames or every)):
         return Chosen([WHOLE])
     if content.kind == "animation" and not pages:
@@ -154,24 +154,22 @@ def _bounded(parts: Iterator[Part], count: int, most: int) -> Chosen:
     return Chosen(list(islice(parts, most)), max(count - most, 0))
 
 
-def _moments(seconds: float, frames: int | None, every: float | None) -> Iterator[float]:
-    """The times of a film's frames: the middles of `frames` equal spans, or each `every` seconds from 0."""
-    if every:
-        yield from (round(number * every, 3) for number in range(_moment_count(seconds, frames, every)))
-    else:
-        count = frames or 1
-        yield from (round((number + 0.5) * seconds / count, 3) for number in range(count if seconds else 1))
+def _moments(seconds: float, count: int, every: float | None) -> Iterator[float]:
+    """The times of a film's frames: each `every` seconds from 0, or the middles of `count` equal spans."""
+    for number in range(count):
+        yield round(number * every if every else (number + 0.5) * seconds / count, 3)
 
 
-def _moment_count(seconds: float, frames: int | None, every: float | None) -> int:
+def _moment_count(seconds: float, frames: int, every: float | None) -> int:
     if every:
         return max(1, math.ceil(seconds / every - 1e-9))
-    return (frames or limits.FILM_FRAMES) if seconds else 1
+    return frames if seconds else 1
 
 
 def _frame_numbers(content: Content, frames: int | None, every: float | None) -> list[int]:
     """The numbers of an animation's frames at the moments of `_moments`, as if all frames lasted equally long."""
     seconds = content.seconds or float(content.count)
-    moments = _moments(seconds, min(frames or content.count, content.count), every)
+    count = _moment_count(seconds, min(frames or content.count, content.count), every)
+    moments = _moments(seconds, count, every)
     numbers = (min(content.count, int(time / seconds * content.count) + 1) for time in islice(moments, limits.PAGES))
     return list(dict.fromkeys(numbers))

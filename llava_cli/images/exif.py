@@ -27,7 +27,6 @@ from llava_cli.untrusted_text import printable
 Value = str | int | float | list[int | float]
 """Text, a number, or several numbers; rational numbers are floats."""
 _BOUNDS = Bounds(limits.EXIF_BYTES, 3, 10_000)
-_HEIF = "pillow_heif"
 _JPEG_HEAD_BYTES = 1 << 20
 """Of a JPEG, whose EXIF comes before its pixels; in other formats it may be anywhere."""
 
@@ -36,7 +35,7 @@ class ExifReader:
     """A process that reads EXIF; threads take turns. HEIF's decoder has a second process."""
 
     def __init__(self) -> None:
-        self._workers = [Worker(__name__, limits.SANDBOX_MEMORY), Worker(__name__, limits.SANDBOX_MEMORY, _HEIF)]
+        self._workers = [Worker(__name__, limits.SANDBOX_MEMORY), Worker(__name__, limits.SANDBOX_MEMORY, formats.HEIF)]
         self._lock = threading.Lock()
 
     def read(self, name: str, data: bytes) -> dict[str, Value]:

@@ -136,11 +136,6 @@ class Source:
         """Whether it can be read only once."""
         return any(one.is_stream for one in self.each)
 
-    @property
-    def has_questions(self) -> bool:
-        """Whether one of its SOURCEs is a file of questions."""
-        return any(isinstance(one, QuestionsSource) for one in self.each)
-
     def is_substituted(self, word: str) -> bool:
         """Whether a word is the shell's `<(…)`, whose name means nothing to another command."""
         return word in self.words and _SUBSTITUTED.match(word) is not None and Listing(word).is_stream
@@ -157,7 +152,7 @@ class Source:
 
     def holds(self, image: str) -> bool:
         """Whether a picture whose name is a URL is in one of its archives, which `find` reads."""
-        return any(one.start and image.startswith(one.start) for one in self.each if isinstance(one, ContainerSource))
+        return any(one.start and image.startswith(one.start) for one in self._containers)
 
     def find(self, image: str) -> bytes | Path:
         """The file of a task's picture. Raises `InputMissing` if no SOURCE may name it, or as `Container.read`."""

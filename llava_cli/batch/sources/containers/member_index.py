@@ -14,7 +14,8 @@ from llava_cli import limits
 from llava_cli.batch.lines import parse_line
 from llava_cli.batch.scratch import scratch_database, scratch_error
 from llava_cli.batch.sources.containers.container import Entry
-from llava_cli.errors import BadData
+from llava_cli.errors import BadData, InputMissing
+from llava_cli.images.local_file import shown_name
 from llava_cli.images.reader import is_url
 
 MORE_THAN_ONCE = "members of the same name, of which the last one counts"
@@ -81,12 +82,14 @@ class MemberIndex:
                 return
             after = rows[-1][0]
 
-    def find(self, name: str) -> Member | None:
-        """The member of this name, without its row."""
+    def find(self, name: str) -> Member:
+        """The member of this name, without its row. Raises `InputMissing` if there is none."""
         query = "select offset, size, stored, method, checksum, encrypted from member where name = ?"
         with self._lock:
             found = self._database.execute(query, (os.fsencode(name),)).fetchone()
-        return Member(name, *found) if found else None
+        if not found:
+            raise InputMissing(shown_name(name), f"is not in {self._archive}")
+        return Member(name, *found)
 
     def close(self) -> None:
         self._stack.close()

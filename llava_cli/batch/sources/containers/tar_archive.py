@@ -15,7 +15,7 @@ from llava_cli.batch.sources.containers.member_index import MORE_THAN_ONCE, Memb
 from llava_cli.batch.sources.containers.tar_headers import BrokenTar, TarMember, members
 from llava_cli.batch.sources.folders import Selection
 from llava_cli.bounded_json import Bounds, loads
-from llava_cli.errors import BadImage, InputMissing
+from llava_cli.errors import BadImage
 from llava_cli.images.formats import MAGIC_BYTES
 from llava_cli.images.local_file import shown_name, too_large
 from llava_cli.untrusted_text import printable
@@ -49,8 +49,6 @@ class TarArchive:
 
     def read(self, name: str) -> bytes:
         member = self._filled_index().find(name)
-        if member is None:
-            raise InputMissing(shown_name(name), f"is not in {self._name}")
         if member.size > limits.PICTURE_BYTES:
             raise too_large(name)
         data = self._read_forward(member) if self._is_forward else self._file.read_at(member.offset, member.size)

@@ -18,7 +18,7 @@ from llava_cli.batch.sources.containers.archive_file import ArchiveFile, reading
 from llava_cli.batch.sources.containers.container import Entry, OpenFile
 from llava_cli.batch.sources.containers.member_index import MORE_THAN_ONCE, Member, MemberIndex
 from llava_cli.batch.sources.folders import Selection
-from llava_cli.errors import BadData, BadImage, InputMissing
+from llava_cli.errors import BadData, BadImage
 from llava_cli.images.formats import MAGIC_BYTES
 from llava_cli.images.local_file import shown_name, too_large
 from llava_cli.untrusted_text import printable
@@ -59,8 +59,6 @@ class ZipArchive:
 
     def read(self, name: str) -> bytes:
         member = self._filled_index().find(name)
-        if member is None:
-            raise InputMissing(shown_name(name), f"is not in {self._name}")
         self._check(member)
         data = self._unpack(member, member.stored, member.size)
         if len(data) != member.size or zlib.crc32(data) != member.checksum:
