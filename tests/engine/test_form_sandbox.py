@@ -25,7 +25,8 @@ from llava_cli.settings import OPTIONS
 
 ENDLESS = {"allOf": [{"type": "string", "pattern": f".*{chr(97 + i)}.{{{i + 10}}}{chr(97 + i)}.*"} for i in range(20)]}
 """All of these patterns in one automaton: more states than anybody waits for."""
-LARGE = "a?" * 4900
+LARGE = r"\w?" * 1300
+"""Takes the compiler some 400 MB."""
 MESSAGES: Any = [{"role": "user", "content": "what is this?"}]
 
 
@@ -55,8 +56,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 @pytest.fixture
 def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[FormSandbox]:
-    """With too little memory for what is large."""
-    monkeypatch.setattr(limits, "FORM_MEMORY", 2**26)
+    """With too little memory for what is large; a process has 36 MB of address space to begin with, on some more."""
+    monkeypatch.setattr(limits, "FORM_MEMORY", 2**28)
     it = FormSandbox()
     yield it
     it.close()
