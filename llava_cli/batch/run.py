@@ -41,7 +41,8 @@ class Job:
     source: Source
     settings: Settings
     command: str
-    output: Path | None = None
+    output: Path | str | None = None
+    """The file of its rows, or the URL of an object in a bucket; None for stdout."""
     templates: TaskQuestions | None = None
     """Fills in the questions that are templates."""
     size: int | None = None
@@ -56,6 +57,7 @@ class Job:
     """Of how many rows to tell the sight."""
     allow_truncated: bool = False
     allow_urls: bool = False
+    json_progress: bool = False
     quiet: bool = False
 
 
@@ -76,7 +78,7 @@ def run(job: Job) -> int:
             if job.templates and job.templates.columns and not job.source.is_stream:
                 deque(job.templates.checked(job.source.tasks_with_rows()), maxlen=0)
         else:
-            journal = Journal(job.output)
+            journal = Journal(Path(job.output))
             stack.callback(journal.close)
             job = _open_journal(job, journal, tally, larger)
             if journal.done < journal.total or journal.to_redo or job.verify:

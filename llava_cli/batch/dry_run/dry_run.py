@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from llava_cli import render
@@ -79,7 +80,7 @@ def dry_run(job: Job, as_json: bool = False) -> int:
             stack.callback(job.templates.close)
         stack.callback(job.source.close)
         survey = stack.enter_context(new_survey())
-        journal, tally = Journal(job.output) if job.output else None, Tally()
+        journal, tally = Journal(Path(job.output)) if job.output else None, Tally()
         larger = open_larger(job)
         begin = time.monotonic()
         job = _list(job, survey, journal, tally, larger)
