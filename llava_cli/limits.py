@@ -267,6 +267,8 @@ SIDECAR_DEPTH = 100
 COUNTED_NAMES = 1_000
 """Different unread keys of questions, or suffixes of passed-over files, that are counted for a note."""
 SETTINGS_BYTES = 16_000_000
+MANIFEST_INDEX_BYTES = 16_000_000
+"""Beside a manifest; a larger one is made anew at each start."""
 
 # The user's own cache.
 CACHE_FILE_BYTES = 16_000_000

@@ -3,13 +3,13 @@
 Beside `out.jsonl` is the folder `out.jsonl.run` with `settings.json`, what all rows of the run have in common;
 `manifest`, the tasks in the order of the rows; `lock`; and `torn-N`, bytes that were cut off or removed from the
 output. A row is a line, appended whole, and row N is about line N of the manifest, so resuming only means counting.
+While several machines share the run, the marker `shared` is there, too (see `ranges.folder_run`).
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +22,12 @@ from typing import Any
 from llava_cli import files, limits, regular_files
 from llava_cli.batch import run_settings
 from llava_cli.batch.lines import bounded_lines, is_too_long
+from llava_cli.batch.row_file import RowFile
 from llava_cli.batch.rows import is_complete, key_of, parse_row, to_ask_again, to_line
 from llava_cli.batch.tasks import Task, merge_tasks
 from llava_cli.errors import BadData, OutputError, OutputTaken, os_reason
 from llava_cli.untrusted_text import printable
 
-SYNC_ROWS, SYNC_SECONDS = 64, 1.0
-"""How often rows are flushed to the disk: after as many rows, or as many seconds, whichever comes first."""
 _BLOCK = 1 << 20
 OnRow = Callable[[Task, dict[str, Any]], None]
 
@@ -48,9 +47,11 @@ class Journal:
         self.added = self.removed = 0
         """Tasks that the source has gained and lost since the run was begun, as `look` finds."""
         self._name = printable(str(output))
-        self._manifest, self._settings = self.folder / "manifest", self.folder / "settings.json"
-        self._lock = self._file = -1
-        self._size, self._unsynced, self._synced = 0, 0, time.monotonic()
+        self.manifest, self._settings = self.folder / "manifest", self.folder / "settings.json"
+        self.shared = self.folder / "shared"
+        """Is there while several writers share the run; only they may go on with it."""
+        self._lock = -1
+        self._file: RowFile | None = None
 
     def lock(self) -> None:
         """Takes the output for this process. Raises `OutputTaken` if another run has it, or it cannot be written."""
@@ -62,11 +63,11 @@ class Journal:
             self._lock = files.open_for_writing(self.folder / "lock", os.O_RDWR, files.SHARED)
             if not lock_descriptor(self._lock, blocking=False):
                 raise OutputTaken(self._name, "another run is writing it", "wait for it, or give another file to -o")
-            for path in (self._manifest, self._settings):
+            for path in (self.manifest, self._settings):
                 files.refuse_irregular(path)
             files.remove_leftovers(self.folder)
             files.remove_leftovers(self.output.parent, self.output.name)
-            self._file = files.open_for_writing(self.output, os.O_RDWR | os.O_APPEND, files.SHARED)
+            self._file = RowFile(files.open_for_writing(self.output, os.O_RDWR | os.O_APPEND, files.SHARED))
         except OSError as error:
             raise self._taken(error) from None
 
@@ -87,22 +88,23 @@ class Journal:
 
     def close(self) -> None:
         """Flushes the rows to the disk and releases the output. Raises `OutputError`."""
-        descriptors = [descriptor for descriptor in (self._file, self._lock) if descriptor >= 0]
+        file, lock, self._file, self._lock = self._file, self._lock, None, -1
         try:
-            if self._file >= 0:
+            if file:
                 with self._output_errors():
-                    self.sync()
+                    file.close()
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            self._file = self._lock = -1
+            if lock >= 0:
+                os.close(lock)
 
-    def _is_begun(self) -> bool:
-        return self._settings.exists() and self._manifest.exists() and self._manifest.stat().st_size > 0
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a run, which can be resumed."""
+        return self._settings.exists() and self.manifest.exists() and self.manifest.stat().st_size > 0
 
     def saved_precision(self) -> str | None:
         """The precision of the run that is resumed; None of a new one. Raises `BadData`."""
-        if not self._is_begun():
+        if not self.is_begun:
             return None
         return str(run_settings.read(self._settings).get("precision")).partition(",")[0]
 
@@ -112,32 +114,48 @@ class Journal:
         With `extend` the new ones become part of the run. Raises `BadData` if the output has rows that are not this
         run's, or that other settings made.
         """
-        if not self._is_begun():
-            self._refuse_rows(os.fstat(self._file).st_size)
-            data = run_settings.to_json(settings, self.output)
-            with self._output_errors():
-                files.atomic_write(self._manifest, (line for line, _ in merge_tasks((), tasks)))
-                files.atomic_write(self._settings, [data])
-                files.sync_folder(self.folder.parent)
-            self.total = _count_lines(self._manifest)
+        self._refuse_shared()
+        if not self.is_begun:
+            self.start(settings, tasks)
             return 0, 0
-        self._refuse_changes(settings)
-        before, remaining, after = _count_lines(self._manifest), 0, 0
+        self.refuse_changes(settings)
+        before, remaining, after = count_lines(self.manifest)[1], 0, 0
 
         def merged_lines() -> Iterator[bytes]:
             nonlocal remaining, after
-            for line, is_in_source in merge_tasks(_lines(self._manifest), tasks):
+            for line, is_in_source in merge_tasks(lines_of(self.manifest), tasks):
                 remaining += is_in_source and after < before
                 after += 1
                 yield line
 
         if extend:
             with self._output_errors():
-                files.atomic_write(self._manifest, merged_lines())
+                files.atomic_write(self.manifest, merged_lines())
         else:
             deque(merged_lines(), maxlen=0)
         self.total = after if extend else before
         return after - before, before - remaining
+
+    def start(self, settings: dict[str, Any], tasks: Iterable[Task]) -> None:
+        """Starts a new run. Raises `BadData` if the output has rows that are not this run's."""
+        self._refuse_rows(self._open_file.size)
+        data = run_settings.to_json(settings, self.output)
+        with self._output_errors():
+            files.atomic_write(self.manifest, (task.to_line() for task in tasks))
+            files.atomic_write(self._settings, [data])
+            files.sync_folder(self.folder.parent)
+        self.total = count_lines(self.manifest)[1]
+
+    @property
+    def _open_file(self) -> RowFile:
+        assert self._file, "the journal is not locked"
+        return self._file
+
+    def _refuse_shared(self) -> None:
+        """Raises `BadData` if only shards, or a cluster, may go on with the run."""
+        if self.shared.exists():
+            reason = "several writers share this run, and some of its rows are beside it"
+            raise BadData(self._name, reason, f"llava batch --merge {files.quoted(self.output)} joins them")
 
     def _refuse_rows(self, size: int) -> None:
         """Raises `BadData` if an output of `size` bytes has rows that are no run's."""
@@ -145,7 +163,7 @@ class Journal:
             reason = "it has rows already, and no folder .run beside it that says what made them"
             raise BadData(self._name, reason, "give another file to -o")
 
-    def _refuse_changes(self, settings: dict[str, Any]) -> None:
+    def refuse_changes(self, settings: dict[str, Any]) -> None:
         """Raises `BadData` if the run that is resumed had other settings."""
         if changes := run_settings.changes(run_settings.read(self._settings), settings):
             raise BadData(self._name, f"other settings made its rows: {changes}", "give another file to -o")
@@ -165,18 +183,19 @@ class Journal:
         and `check` would, except where another run has the output.
         """
         self.refuse_unwritable()
-        if not self._is_begun():
+        self._refuse_shared()
+        if not self.is_begun:
             self._refuse_rows(self.output.stat().st_size if self.output.exists() else 0)
             for number, task in enumerate(tasks):
                 self.total = number + 1
                 yield number, task
             return
-        self._refuse_changes(settings)
+        self.refuse_changes(settings)
         if self.output.exists():
             self._read(on_row, retry, repair)
-        before, redo = _count_lines(self._manifest), set(self.to_redo)
+        before, redo = count_lines(self.manifest)[1], set(self.to_redo)
         self.removed = before
-        for number, (line, is_in_source) in enumerate(merge_tasks(_lines(self._manifest), tasks)):
+        for number, (line, is_in_source) in enumerate(merge_tasks(lines_of(self.manifest), tasks)):
             is_new = number >= before
             self.added += is_new
             self.removed -= is_in_source and not is_new
@@ -206,15 +225,13 @@ class Journal:
         with self._output_errors():
             if damaged or end < size:
                 self._set_aside([*zip(damaged[::2], damaged[1::2], strict=True), (end, size)])
-            if end < size:
-                files.truncate(self._file, end)
-        self._size = end
+            self._open_file.cut_off(end)
 
     def _read(self, on_row: OnRow, retry: bool, repair: bool) -> tuple[int, int, array[int]]:
         """`check` without writing -> the output's bytes, those in whole lines, and the spans of damaged lines."""
         size = self.output.stat().st_size
         end, damaged = 0, array("q")
-        with _open(self.output) as rows, _open(self._manifest) as manifest:
+        with open_rows(self.output) as rows, open_rows(self.manifest) as manifest:
             tasks = bounded_lines(manifest)
             for number, line in enumerate(bounded_lines(rows)):
                 if is_too_long(line):
@@ -223,7 +240,7 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 task = next(tasks, None)
-                row = _row_of(Task.from_line(task), line) if task else None
+                row = row_of(Task.from_line(task), line) if task else None
                 if row is None and not repair:
                     hint = "--repair keeps that line aside and answers again" if task else "give another file to -o"
                     reason = "damaged, or not about what it should be" if task else "more rows than tasks"
@@ -244,12 +261,12 @@ class Journal:
 
     def tasks(self) -> Iterator[Task]:
         """The tasks that have no row yet."""
-        with _open(self._manifest) as file:
+        with open_rows(self.manifest) as file:
             yield from map(Task.from_line, islice(bounded_lines(file), self.done, None))
 
     def tasks_to_redo(self) -> Iterator[Task]:
         """The tasks whose rows are to be answered again."""
-        with _open(self._manifest) as file:
+        with open_rows(self.manifest) as file:
             numbers = iter(self.to_redo)
             next_number = next(numbers, None)
             for number, line in enumerate(bounded_lines(file)):
@@ -261,19 +278,19 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row, whole or not at all. Raises `OutputError`, or `OutputTaken` if another program wrote."""
+        self.append_line(to_line(row))
+
+    def append_line(self, line: bytes) -> None:
+        """As `append`, of a row as `to_line` writes it."""
         self._check_unchanged()
-        line = to_line(row)
         with self._output_errors():
-            files.write_all(self._file, line)
-            self._size += len(line)
+            self._open_file.append(line)
             self.done += 1
-            self._unsynced += 1
-            if self._unsynced >= SYNC_ROWS or time.monotonic() - self._synced > SYNC_SECONDS:
-                self.sync()
 
     def sync(self) -> None:
-        os.fsync(self._file)
-        self._unsynced, self._synced = 0, time.monotonic()
+        """Waits until all rows are on the disk. Raises `OutputError`."""
+        with self._output_errors():
+            self._open_file.sync()
 
     def replace(self, rows: Iterator[dict[str, Any]]) -> None:
         """Replaces the rows `to_redo` by new ones, in the order of `tasks_to_redo`; the file changes all at once.
@@ -284,7 +301,7 @@ class Journal:
 
         def lines() -> Iterator[bytes]:
             next_number = next(numbers, None)
-            with _open(self.output) as file:
+            with open_rows(self.output) as file:
                 for number, line in enumerate(bounded_lines(file)):
                     row = next(rows, None) if number == next_number else None
                     yield line if row is None else to_line(row)
@@ -294,16 +311,15 @@ class Journal:
 
         with self._output_errors():
             files.atomic_write(self.output, lines())
-            old_file, self._file = self._file, files.open_existing(self.output, os.O_RDWR | os.O_APPEND)
-            os.close(old_file)
-            self._size = os.fstat(self._file).st_size
+            os.close(self._open_file.descriptor)
+            self._file = RowFile(files.open_existing(self.output, os.O_RDWR | os.O_APPEND))
 
     def _check_unchanged(self) -> None:
         """Raises `OutputTaken` if the output is another file, or has another size, than this run has left."""
-        status = os.fstat(self._file)
+        status = os.fstat(self._open_file.descriptor)
         with self._output_errors():
             is_same_file = os.path.lexists(self.output) and os.path.samestat(os.lstat(self.output), status)
-        if not is_same_file or status.st_size != self._size:
+        if not is_same_file or status.st_size != self._open_file.size:
             raise OutputTaken(self._name, "somebody else has written to it, or taken it away")
 
     def _set_aside(self, spans: list[tuple[int, int]]) -> None:
@@ -313,7 +329,7 @@ class Journal:
             number += 1
 
         def blocks() -> Iterator[bytes]:
-            with _open(self.output) as file:
+            with open_rows(self.output) as file:
                 for begin, end in spans:
                     file.seek(begin)
                     for start in range(begin, end, _BLOCK):
@@ -330,7 +346,7 @@ class Journal:
             raise OutputError(self._name, os_reason(error), "the same command resumes") from None
 
 
-def _row_of(task: Task, line: bytes) -> dict[str, Any] | None:
+def row_of(task: Task, line: bytes) -> dict[str, Any] | None:
     """The task's row from a line; None if the line is not a complete row, or about something else."""
     row = parse_row(line)
     if row and key_of(row) == task.key and is_complete(row):
@@ -338,15 +354,27 @@ def _row_of(task: Task, line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _open(path: Path) -> BufferedReader:
+def open_rows(path: Path) -> BufferedReader:
+    """Opens a file of rows or tasks. Raises `OSError`, also if its name is a link or it is no regular file."""
     return regular_files.open_regular(path, follow=False)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    with _open(path) as file:
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a file of rows or tasks, with their ends. Raises as `open_rows`."""
+    with open_rows(path) as file:
         yield from bounded_lines(file)
 
 
-def _count_lines(path: Path) -> int:
-    with _open(path) as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK), b""))
+def count_lines(path: Path, size: int = 0, lines: int = 0) -> tuple[int, int]:
+    """The bytes and the number of a file's whole lines, of which the first `lines` are `size` bytes.
+
+    Raises as `open_rows`.
+    """
+    with open_rows(path) as file:
+        file.seek(size)
+        end = size
+        for block in iter(lambda: file.read(_BLOCK), b""):
+            lines += block.count(b"\n")
+            size = end + block.rfind(b"\n") + 1 if b"\n" in block else size
+            end += len(block)
+    return size, lines

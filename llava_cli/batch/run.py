@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from llava_cli import render, signals
 from llava_cli._version import __version__
 from llava_cli.batch.journal import Journal
 from llava_cli.batch.judged_engine import JudgedEngine, Promise
+from llava_cli.batch.meter import Meter
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.run_settings import identify, with_one_precision
@@ -94,7 +94,7 @@ def run(job: Job) -> int:
         stack.enter_context(stop)
         speed = _answer(job, journal, tasks, tally, engine, loader, stop)
         if job.verify and not stop.signal:
-            _verify(job, tally, engine, loader, stop)
+            verify(job, tally, engine, loader, stop)
         note_refusal(job, loader)
         if not source_is_read:
             note_what_is_left_out(job)
@@ -222,18 +222,12 @@ def _answer(
     stop: StopSignal,
 ) -> str:
     """Answers the tasks whose rows are to be replaced, then `tasks`, and returns a line about the speed."""
-    begin, pictures, tokens_before = time.monotonic(), 0, tally.tokens
-    last_picture: tuple[Any, ...] | None = None
-    fill = fill_of(job)
+    meter, fill = Meter(tally), fill_of(job)
 
     def rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
-        nonlocal pictures, last_picture
         for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on, fill):
-            tally.add(task, row)
-            picture = task.image, task.part, task.region
-            pictures += picture != last_picture
-            last_picture = picture
-            show(tally.rows, tally.failed, pictures, tally.tokens - tokens_before)
+            meter.add(task, row)
+            show(tally.rows, tally.failed, meter.pictures, meter.tokens)
             yield row
 
     def of_sample(tasks: Iterable[Task], numbers: Iterable[int]) -> Iterable[Task]:
@@ -251,14 +245,10 @@ def _answer(
                 journal.replace(rows(of_sample(journal.tasks_to_redo(), journal.to_redo)))
             for row in rows(of_sample(tasks, count(journal.done))) if stop.go_on() else ():
                 journal.append(row)
-    if last_picture is None:
-        return "nothing left to do"
-    seconds = time.monotonic() - begin
-    rates = f"{pictures / seconds:.1f} pictures/s · {(tally.tokens - tokens_before) / seconds:.1f} tokens/s"
-    return f"{rates} · {seconds:.1f} s" + (f" · {engine.where}" if engine.where else "")
+    return meter.speed(engine.where)
 
 
-def _verify(job: Job, tally: Tally, engine: Engine, loader: PictureLoader, stop: StopSignal) -> None:
+def verify(job: Job, tally: Tally, engine: Engine, loader: PictureLoader, stop: StopSignal) -> None:
     """Asks a sample of the rows again, one at a time, and prints which answers differ."""
     differences, asked = [], 0
     with render.spinner("verifying", job.quiet):
@@ -282,14 +272,26 @@ def _finish(job: Job, tally: Tally, stop: StopSignal, speed: str) -> int:
     Raises `InputMissing` if the source has no tasks.
     """
     if not tally.rows and not stop.signal and not job.source.is_stdin:
-        reason, hint = job.source.empty_reason()
-        raise InputMissing(job.source.name, reason, hint)
+        raise nothing_in(job)
     if not job.quiet:
         render.note(f"{tally.summary()} · {speed}")
-    if stop.signal:
-        if job.output is not None:
-            render.note(f"stopped; to go on:\n  {job.command}")
-        return 128 + stop.signal
+    return stopped(job, stop) or exit_code(job, tally)
+
+
+def nothing_in(job: Job) -> InputMissing:
+    """The error for a source without tasks."""
+    return InputMissing(job.source.name, *job.source.empty_reason())
+
+
+def stopped(job: Job, stop: StopSignal) -> int:
+    """The exit code after a signal, after printing the command that goes on; 0 if there was none."""
+    if stop.signal and job.output is not None:
+        render.note(f"stopped; to go on:\n  {job.command}")
+    return 128 + stop.signal if stop.signal else 0
+
+
+def exit_code(job: Job, tally: Tally) -> int:
+    """1 where something has failed."""
     return 1 if tally.failed or tally.escalation_errors or job.source.skipped.unreadable.count else 0
 
 

@@ -204,7 +204,8 @@ def _merge(output: str, words: list[str] | None, quiet: bool) -> None:
         raise UsageError("--merge", f"needs no SOURCE: {words[0]!r}", f"llava batch --merge {quoted(output)}")
     from llava_cli.batch.ranges.merge import merge
 
-    merge(parse_output(output) or Path("-"), quiet)
+    if code := merge(parse_output(output) or Path("-"), quiet):
+        raise typer.Exit(code)
 
 
 def _refuse_without_file(is_resumed: bool, shard: str | None, ray: str | None) -> None:

@@ -25,7 +25,7 @@ from helpers.faults import Died, Faults, Pictures, Told, give_away
 from helpers.tables import for_each
 
 from llava_cli import files, limits
-from llava_cli.batch import journal
+from llava_cli.batch import row_file
 from llava_cli.batch import run as module
 from llava_cli.batch.journal import Journal
 from llava_cli.batch.rows import to_line
@@ -44,8 +44,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "open_engine", lambda *_: Told())
     monkeypatch.setattr(module, "identify", lambda settings: {"model": "told"})
     monkeypatch.setattr(module, "PictureLoader", Pictures)
-    monkeypatch.setattr(journal, "SYNC_ROWS", 2)
-    monkeypatch.setattr(journal, "SYNC_SECONDS", float("inf"))
+    monkeypatch.setattr(row_file, "SYNC_ROWS", 2)
+    monkeypatch.setattr(row_file, "SYNC_SECONDS", float("inf"))
 
 
 def attempt(folder: Path, faults: Faults | None = None, check: str = "", **options: Any) -> int:

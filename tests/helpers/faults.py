@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from llava_cli import files
-from llava_cli.batch import journal
+from llava_cli.batch import journal, row_file
+from llava_cli.batch.ranges import folder_run
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.engine import Answer, Chunk, Engine
@@ -115,7 +116,8 @@ class Faults:
         """While the disk fails; `folder` is where all of the output is."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "os", self)
-            patch.setattr(journal, "os", self)
+            for module in (journal, row_file, folder_run):
+                patch.setattr(module, "os", self)
             try:
                 yield
             finally:

@@ -1,14 +1,41 @@
-"""A shared run beside a file: in a folder of this machine, or of a file system that several machines have."""
+"""A shared run beside a file: in a folder of this machine, or of a file system that several machines have.
+
+Besides what `Journal` keeps there, the folder `out.jsonl.run` has `shared`, a marker; `shard-3-of-8` for each shard
+that was begun; `manifest.index`; `part-N.jsonl`, the rows of range N; and `attempt-N-….jsonl`, rows of ranges that are
+being answered, or were when their process ended. All this goes with the merge.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from llava_cli import files
+from llava_cli.batch.journal import Journal, count_lines, lines_of, open_rows, row_of
+from llava_cli.batch.lines import bounded_lines
+from llava_cli.batch.ranges.manifest_index import ManifestIndex
 from llava_cli.batch.ranges.row_range import Grid, RowRange, Shard
-from llava_cli.batch.ranges.shared_run import Attempt, OnRow
+from llava_cli.batch.ranges.shared_run import OnRow
+from llava_cli.batch.ranges.words import damaged, missing_rows
+from llava_cli.batch.row_file import RowFile
+from llava_cli.batch.rows import to_line
 from llava_cli.batch.tasks import Task
+from llava_cli.errors import InputMissing, OutputError, OutputTaken, os_reason
+from llava_cli.untrusted_text import printable
+
+_PART = re.compile(r"part-([0-9]{5,15})\.jsonl")
+_SHARD = re.compile(r"shard-([0-9]{1,7})-of-([0-9]{1,7})")
+_WAIT_SECONDS = 0.2
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What `link` fails with on a file system that has none."""
 
 
 class FolderRun:
@@ -17,28 +44,223 @@ class FolderRun:
     grid: Grid
 
     def __init__(self, output: Path) -> None:
-        self.name = str(output)
+        self.output = Path(os.path.abspath(output))  # the same for a worker, which has another current folder
+        self.name = printable(str(output))
+        self._folder = Journal(self.output).folder
+        self._counted = 0, 0
+        """Bytes and rows of the output that `answered` has counted."""
 
     def saved_precision(self) -> str | None:
-        raise NotImplementedError
+        return Journal(self.output).saved_precision()
 
     def begin(self, settings: dict[str, Any], tasks: Callable[[], Iterable[Task]], shard: Shard | None) -> None:
-        raise NotImplementedError
+        journal = Journal(self.output)
+        with closing(journal), self._output_errors():
+            if self._lock(journal):
+                self._begin_locked(journal, settings, tasks)
+            else:
+                journal.refuse_changes(settings)
+            self.grid = self._index().grid
+            if shard and self._is_shared:
+                self._mark(f"shard-{shard.number}-of-{shard.count}")
+
+    def _lock(self, journal: Journal) -> bool:
+        """Takes the output, unless somebody has it who shares the run, and it is begun; waits while it is not."""
+        while True:
+            try:
+                journal.lock()
+                return True
+            except OutputTaken:
+                if not self._is_shared:
+                    raise
+                if journal.is_begun:
+                    return False
+            time.sleep(_WAIT_SECONDS)  # another shard is listing SOURCE
+
+    def _begin_locked(self, journal: Journal, settings: dict[str, Any], tasks: Callable[[], Iterable[Task]]) -> None:
+        if journal.is_begun:
+            journal.refuse_changes(settings)
+        else:
+            self._mark("shared")
+            try:
+                journal.start(settings, tasks())
+            except BaseException:
+                self._unmark()
+                raise
+        index = self._index()
+        if index.grid.total == 0:
+            self._unmark()
+        elif self._answered_now() < index.grid.total:
+            self._mark("shared")
+            index.save(self._folder)
+
+    def _index(self) -> ManifestIndex:
+        return ManifestIndex.of(self._folder)
+
+    @property
+    def _is_shared(self) -> bool:
+        return (self._folder / "shared").exists()
+
+    def _mark(self, name: str) -> None:
+        with suppress(FileExistsError):
+            files.write_new(self._folder / name, b"")
+
+    def _unmark(self) -> None:
+        """Removes what the folder of a single run does not have."""
+        for pattern in ("part-*.jsonl", "attempt-*.jsonl", "shard-*-of-*", ManifestIndex.NAME, "shared"):
+            for path in self._folder.glob(pattern):
+                with suppress(FileNotFoundError):
+                    path.unlink()
 
     def answered(self) -> int:
-        raise NotImplementedError
+        return self._answered_now() if self._is_shared else self.grid.total
+
+    def _answered_now(self) -> int:
+        """The output's whole lines; those that were counted before are not read again."""
+        size, rows = self._counted
+        if self.output.exists() and self.output.stat().st_size > size:
+            self._counted = size, rows = count_lines(self.output, size, rows)
+        return rows
 
     def has(self, rows: RowRange) -> bool:
-        raise NotImplementedError
+        return (self._folder / rows.file_name).exists() or rows.end <= self.answered()
 
     def missing(self, ranges: Iterable[RowRange]) -> Iterator[RowRange]:
-        raise NotImplementedError
+        there, answered = self._committed(), self.answered()
+        return (rows for rows in ranges if rows.number not in there and rows.end > answered)
+
+    def _committed(self) -> set[int]:
+        with os.scandir(self._folder) as entries:
+            return {int(found[1]) for entry in entries if (found := _PART.fullmatch(entry.name))}
 
     def tasks(self, rows: RowRange) -> Iterator[Task]:
-        raise NotImplementedError
+        with open_rows(self._folder / "manifest") as file:
+            file.seek(self._index().offset(rows))
+            yield from map(Task.from_line, islice(bounded_lines(file), len(rows)))
 
-    def attempt(self, rows: RowRange) -> Attempt:
-        raise NotImplementedError
+    def attempt(self, rows: RowRange) -> FolderAttempt:
+        with self._output_errors():
+            return FolderAttempt(self._folder, rows, self.name, self._best_attempt(rows))
+
+    def _best_attempt(self, rows: RowRange) -> list[bytes]:
+        """The most rows that earlier attempts, or a run that was not shared, have left of a range."""
+        left = [lines_of(path) for path in self._folder.glob(f"attempt-{rows.number:05d}-*.jsonl")]
+        if rows.begin < self.answered() and self.output.exists():
+            left.append(islice(lines_of(self.output), rows.begin, rows.end))
+        return max((self._valid(rows, lines) for lines in left), key=len, default=[])
+
+    def _valid(self, rows: RowRange, lines: Iterator[bytes]) -> list[bytes]:
+        """The first lines, as long as they are the rows of a range."""
+        valid = []
+        for task, line in zip(self.tasks(rows), lines, strict=False):
+            if not line.endswith(b"\n") or row_of(task, line) is None:
+                break
+            valid.append(line)
+        return valid
 
     def merge(self, on_row: OnRow) -> None:
-        raise NotImplementedError
+        journal = Journal(self.output)
+        if not journal.is_begun:
+            raise InputMissing(self.name, "there is no run beside it", "llava batch SOURCE … --shard 1/8 begins one")
+        with closing(journal), self._output_errors():
+            journal.lock()
+            journal.check(on_row)
+            self.grid = self._index().grid
+            there = self._committed()
+            if missing := [rows for rows in self.grid.all() if rows.end > journal.done and rows.number not in there]:
+                raise missing_rows(self.name, self.grid, missing, journal.done, self._shard_counts())
+            tasks = journal.tasks()
+            for rows in self.grid.all():
+                if rows.end > journal.done:
+                    self._append(journal, rows, tasks, on_row)
+                with suppress(FileNotFoundError):
+                    (self._folder / rows.file_name).unlink()
+            self._unmark()
+
+    def _append(self, journal: Journal, rows: RowRange, tasks: Iterator[Task], on_row: OnRow) -> None:
+        """Appends what the output lacks of a range. Raises `BadData` for a file that has other rows."""
+        path = self._folder / rows.file_name
+        lines = lines_of(path)
+        for _ in range(rows.begin, journal.done):
+            next(lines, None)
+        for number in range(journal.done, rows.end):
+            line, task = next(lines, b""), next(tasks)
+            if not line.endswith(b"\n") or (row := row_of(task, line)) is None:
+                raise damaged(path, number - rows.begin)
+            journal.append_line(line)
+            on_row(task, row)
+        if next(lines, None) is not None:
+            raise damaged(path, len(rows))
+        journal.sync()
+
+    def _shard_counts(self) -> list[int]:
+        """Of how many shards there are some, the most frequent first."""
+        found = (_SHARD.fullmatch(path.name) for path in self._folder.glob("shard-*-of-*"))
+        return [count for count, _ in Counter(int(match[2]) for match in found if match).most_common()]
+
+    @contextmanager
+    def _output_errors(self) -> Iterator[None]:
+        with output_errors(self.name):
+            yield
+
+
+class FolderAttempt:
+    """Rows of a range in a file of their own (see `Attempt`)."""
+
+    def __init__(self, folder: Path, rows: RowRange, name: str, left: list[bytes]) -> None:
+        """`left` are the rows to begin with. Raises `OSError`."""
+        self._part, self._name = folder / rows.file_name, name
+        self._path = folder / f"attempt-{rows.number:05d}-{os.urandom(4).hex()}.jsonl"
+        flags = os.O_RDWR | os.O_APPEND | os.O_EXCL
+        self._file: RowFile | None = RowFile(files.open_for_writing(self._path, flags, files.SHARED))
+        self.done = 0
+        for line in left:
+            self._append(line)
+
+    def append(self, row: dict[str, Any]) -> None:
+        with output_errors(self._name):
+            self._append(to_line(row))
+
+    def _append(self, line: bytes) -> None:
+        assert self._file
+        self._file.append(line)
+        self.done += 1
+
+    def commit(self) -> bool:
+        self.close()
+        with output_errors(self._name):
+            is_first = _link(self._path, self._part)
+            files.sync_folder(self._part.parent)
+            with suppress(FileNotFoundError):
+                self._path.unlink()
+        return is_first
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        with output_errors(self._name):
+            if file:
+                file.close()
+
+
+def _link(path: Path, name: Path) -> bool:
+    """Gives a file one more name; False if there is a file of that name. Raises `OSError`."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if name.exists():
+            return False
+        os.rename(path, name)  # which might replace a file that has come meanwhile, of the same rows
+    return True
+
+
+@contextmanager
+def output_errors(name: str) -> Iterator[None]:
+    """Translates `OSError` into `OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(name, os_reason(error), "the same command resumes") from None

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava_cli import render
+from llava_cli.batch.ranges import open_run
+from llava_cli.batch.ranges.shared_run import SharedRun
+from llava_cli.batch.tally import Tally
 
-def merge(output: Path | str, quiet: bool) -> None:
-    """Raises as `SharedRun.merge`, and `InputMissing` where no run is."""
-    raise NotImplementedError
+
+def merge(output: Path | str, quiet: bool) -> int:
+    """Joins the rows beside an output and returns the exit code. Raises as `SharedRun.merge`."""
+    return merge_run(open_run(output), quiet)
+
+
+def merge_run(run: SharedRun, quiet: bool) -> int:
+    """As `merge`: 1 if some rows have failed."""
+    tally = Tally()
+    with render.spinner("joining the rows", quiet):
+        run.merge(tally.add)
+    if not quiet:
+        render.note(f"{run.name}: {tally.summary()}")
+    return 1 if tally.failed or tally.escalation_errors else 0

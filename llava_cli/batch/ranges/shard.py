@@ -2,10 +2,126 @@
 
 from __future__ import annotations
 
-from llava_cli.batch.ranges.row_range import Shard
-from llava_cli.batch.run import Job
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any
+
+from llava_cli import render
+from llava_cli.batch.meter import Meter
+from llava_cli.batch.ranges import open_run
+from llava_cli.batch.ranges.answering import answer_ranges
+from llava_cli.batch.ranges.merge import merge_run
+from llava_cli.batch.ranges.row_range import RowRange, Shard
+from llava_cli.batch.ranges.shared_run import SharedRun
+from llava_cli.batch.run import (
+    Job,
+    StopSignal,
+    engine_of,
+    exit_code,
+    loader_of,
+    note_refusal,
+    note_what_is_left_out,
+    nothing_in,
+    open_larger,
+    run_settings,
+    settle_precision,
+    stopped,
+    verify,
+)
+from llava_cli.batch.tally import Tally
+from llava_cli.batch.tasks import Task
+from llava_cli.engine import Engine
+from llava_cli.errors import OutputTaken, UsageError
 
 
 def run_shard(job: Job, shard: Shard) -> int:
     """Runs the job's part and returns the exit code. Raises as `run`, and as `SharedRun.begin`."""
-    raise NotImplementedError
+    refuse_changes(job, "--shard")
+    tally, stop = Tally(job.verify), StopSignal(job.quiet)
+    with ExitStack() as stack:
+        if job.templates:
+            stack.callback(job.templates.close)
+        stack.callback(job.source.close)
+        larger = open_larger(job)
+        job, run = begin_run(job, larger, shard)
+        speed = "nothing left to do"
+        missing = run.missing(run.grid.of_shard(shard))
+        if (first := next(missing, None)) is not None:
+            speed = _answer(job, run, chain([first], missing), larger, tally, stop, stack)
+    if not job.quiet:
+        render.note(f"shard {shard}: {tally.summary()} · {speed}")
+    return stopped(job, stop) or _merge_if_last(job, run) or exit_code(job, tally)
+
+
+def refuse_changes(job: Job, option: str) -> None:
+    """Raises `UsageError` for options about rows that there are already, which are those of a single run."""
+    for name, is_set in (("--extend", job.extend), ("--retry-errors", job.retry), ("--repair", job.repair)):
+        if is_set:
+            hint = f"leave {option} out once all rows are there; llava batch --merge FILE joins them"
+            raise UsageError(name, f"does not go with {option}", hint)
+
+
+def begin_run(job: Job, larger: Engine | None, shard: Shard | None) -> tuple[Job, SharedRun]:
+    """Starts or joins the job's run -> the job with the precision of all its rows, and the run.
+
+    Raises as `SharedRun.begin`, and `InputMissing` if there is nothing in the source.
+    """
+    assert job.output is not None
+    run = open_run(job.output)
+    saved = run.saved_precision()
+    job = settle_precision(job, saved)
+    run.begin(run_settings(job, larger), lambda: _listed(job), shard)
+    if run.grid.total == 0:
+        raise nothing_in(job)
+    if saved is not None and job.source.must_be_listed:
+        deque(job.source.tasks(), maxlen=0)
+    if saved is None:
+        note_what_is_left_out(job)
+    return job, run
+
+
+def _listed(job: Job) -> Iterator[Task]:
+    tasks = job.source.tasks()
+    return job.templates.checked(tasks) if job.templates else tasks
+
+
+def _answer(
+    job: Job,
+    run: SharedRun,
+    ranges: Iterable[RowRange],
+    larger: Engine | None,
+    tally: Tally,
+    stop: StopSignal,
+    stack: ExitStack,
+) -> str:
+    """Answers ranges, and returns a line about the speed."""
+    loader = loader_of(job)
+    stack.callback(loader.close)
+    engine = engine_of(job, larger)
+    stack.enter_context(stop)
+    meter = Meter(tally)
+
+    def on_row(task: Task, row: dict[str, Any]) -> None:
+        meter.add(task, row)
+        show(tally.rows, tally.failed, meter.pictures, meter.tokens)
+
+    with render.counting(None, job.quiet) as show:
+        answer_ranges(job, run, ranges, engine, loader, on_row, lambda rows: None, stop.go_on)
+    if job.verify and not stop.signal:
+        verify(job, tally, engine, loader, stop)
+    note_refusal(job, loader)
+    return meter.speed(engine.where)
+
+
+def _merge_if_last(job: Job, run: SharedRun) -> int:
+    """Joins the rows if they are all there and nobody else does it; returns the exit code of that."""
+    if next(run.missing(run.grid.all()), None) is not None:
+        if not job.quiet:
+            render.note("others are still missing; the last one joins them, or llava batch --merge")
+        return 0
+    try:
+        return merge_run(run, job.quiet)
+    except OutputTaken:  # by another one, which joins them
+        return 0

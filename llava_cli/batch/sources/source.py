@@ -136,6 +136,11 @@ class Source:
         """Whether it can be read only once."""
         return any(one.is_stream for one in self.each)
 
+    @property
+    def must_be_listed(self) -> bool:
+        """Whether `find` knows only from its tasks which names it must refuse."""
+        return any(isinstance(one, QuestionsSource) and one.keep_refused and not one.is_stream for one in self.each)
+
     def is_substituted(self, word: str) -> bool:
         """Whether a word is the shell's `<(…)`, whose name means nothing to another command."""
         return word in self.words and _SUBSTITUTED.match(word) is not None and Listing(word).is_stream
