@@ -13,6 +13,7 @@
     ├── ServerFailed        69   a server that did not answer, despite retries
     ├── OutOfMemory         71   this machine has too little memory for what was asked
     ├── OutputTaken         73   the output is another run's, or cannot be written
+    │   └── OutputLocked    73   another run is writing it
     └── OutputError         74   writing an answer or a download failed
 
 Each has the `thing` it is about, the `reason` in a few words, and a `hint`: the next command to type. Errors of other
@@ -92,6 +93,10 @@ class SandboxUnavailable(LlavaError):
 
 class OutputTaken(LlavaError):
     exit_code = 73
+
+
+class OutputLocked(OutputTaken):
+    """Another run is writing an output."""
 
 
 class OutputError(LlavaError):

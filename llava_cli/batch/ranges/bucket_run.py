@@ -24,6 +24,10 @@ class BucketRun:
     def begin(self, settings: dict[str, Any], tasks: Callable[[], Iterable[Task]], shard: Shard | None) -> None:
         raise NotImplementedError
 
+    @property
+    def is_merged(self) -> bool:
+        raise NotImplementedError
+
     def answered(self) -> int:
         raise NotImplementedError
 

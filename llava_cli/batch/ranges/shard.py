@@ -33,7 +33,7 @@ from llava_cli.batch.run import (
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
-from llava_cli.errors import OutputTaken, UsageError
+from llava_cli.errors import OutputLocked, UsageError
 
 
 def run_shard(job: Job, shard: Shard) -> int:
@@ -46,6 +46,9 @@ def run_shard(job: Job, shard: Shard) -> int:
         stack.callback(job.source.close)
         larger = open_larger(job)
         job, run = begin_run(job, larger, shard)
+        if run.is_merged:
+            render.note(f"{run.name} has all {run.grid.total:,} rows already")
+            return 0
         speed = "nothing left to do"
         missing = run.missing(run.grid.of_shard(shard))
         if (first := next(missing, None)) is not None:
@@ -123,5 +126,5 @@ def _merge_if_last(job: Job, run: SharedRun) -> int:
         return 0
     try:
         return merge_run(run, job.quiet)
-    except OutputTaken:  # by another one, which joins them
+    except OutputLocked:  # by another one, which joins them
         return 0

@@ -49,6 +49,10 @@ class SharedRun(Protocol):
         Raises as `Journal.begin`, `OutputTaken` if a run that is not shared has the output, and `OutputError`.
         """
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the output has all rows, and nothing else of the run is left."""
+
     def answered(self) -> int:
         """How many rows the output has already, in order."""
 
