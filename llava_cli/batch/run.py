@@ -106,7 +106,8 @@ def fill_of(job: Job) -> Fill:
     return partial(job.templates.fill, folder=job.source.folder) if job.templates else unfilled
 
 
-def loader_of(job: Job) -> PictureLoader:
+def loader_of(job: Job, processes: int | None = None) -> PictureLoader:
+    """What opens the job's pictures, in so many processes; None for as many as suit this machine."""
     return PictureLoader(
         job.source.find,
         job.allow_truncated,
@@ -115,6 +116,7 @@ def loader_of(job: Job) -> PictureLoader:
         readers=job.source.readers,
         holds=job.source.holds,
         keep_files=job.templates is not None,
+        processes=processes,
     )
 
 
