@@ -236,7 +236,7 @@ def _answer(
         total = journal.total if journal else None
         return sampled(zip(numbers, tasks, strict=False), job.sight, total) if job.sight else tasks
 
-    with render.counting(journal.total if journal else None, job.quiet) as show:
+    with render.counting(journal.total if journal else None, job.quiet, job.json_progress) as show:
         if journal is None:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
             for row in rows(of_sample(tasks, count())):

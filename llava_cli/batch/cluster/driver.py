@@ -109,7 +109,7 @@ class Driver:
         Raises the error that ends a worker's every start, or its writing.
         """
         is_stopping = False
-        with render.counting(self._run.grid.total, self._job.quiet) as show:
+        with render.counting(self._run.grid.total, self._job.quiet, self._job.json_progress) as show:
             while not self._dispatch.is_done:
                 if go_on():
                     self._hire()
@@ -125,7 +125,8 @@ class Driver:
                     self._settle(ref)
                 self._commit_rows()
                 total = self._rates.total
-                show(self._rows_before + total.rows, total.failed, total.pictures, total.tokens)
+                done = self._rows_before + total.rows
+                show(done, total.failed, total.pictures, total.tokens, self._speeds())
 
     def _hire(self) -> None:
         """Asks for workers: one more than there is room for, so that a new node gets one, and a cluster may grow."""
@@ -230,6 +231,11 @@ class Driver:
             for task, row in pairs[attempt.done :]:
                 attempt.append(make_row(task, None, _LOST, self._model) if row is None else row)
             attempt.commit()
+
+    def _speeds(self) -> list[render.NodeSpeed]:
+        """Of each node with workers."""
+        workers = Counter(self._names[one.node] for one in self._hired if one.node and not one.is_refused)
+        return list(self._rates.of_nodes(workers))
 
     def summary(self) -> str:
         """How fast it went, in a line."""

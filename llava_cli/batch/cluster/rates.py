@@ -5,21 +5,11 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from llava_cli.batch.cluster.worker import Progress
 
 _SECONDS = 30.0
 """Over which a rate is taken."""
-
-
-@dataclass(frozen=True)
-class NodeRate:
-    """A node with workers, for who looks on."""
-
-    name: str
-    workers: int
-    pictures_per_second: float
 
 
 class Rates:
@@ -39,8 +29,8 @@ class Rates:
             *(sum(getattr(one, name) for one in self._progress.values()) for name in Progress.__dataclass_fields__)
         )
 
-    def of_nodes(self, workers: Counter[str]) -> Iterator[NodeRate]:
-        """Each node that has so many workers now."""
+    def of_nodes(self, workers: Counter[str]) -> Iterator[tuple[str, int, float]]:
+        """Each node that has so many workers now: its name, their number, pictures/s."""
         now, pictures = time.monotonic(), Counter[str]()
         for worker, progress in self._progress.items():
             pictures[self._node_of[worker]] += progress.pictures
@@ -49,4 +39,4 @@ class Rates:
             self._history.popleft()
         begin, before = self._history[0]
         for node, count in sorted(workers.items()):
-            yield NodeRate(node, count, (pictures[node] - before[node]) / max(now - begin, 1e-6))
+            yield node, count, (pictures[node] - before[node]) / max(now - begin, 1e-6)
