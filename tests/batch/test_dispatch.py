@@ -52,7 +52,7 @@ class Simulation:
 
     def step(self, number: int) -> None:
         """One worker answers a row, or dies at it."""
-        work, rows = self.workers[number]
+        _, rows = self.workers[number]
         try:
             next(rows)
         except StopIteration:
