@@ -11,8 +11,10 @@
     ├── ModelUnusable       69   unknown, absent, damaged or unsuitable checkpoint
     │   └── DeviceLost      69   a GPU that does nothing more for this process
     ├── ServerFailed        69   a server that did not answer, despite retries
+    ├── WorkerLost          69   a row at which workers of a cluster end
     ├── OutOfMemory         71   this machine has too little memory for what was asked
     ├── OutputTaken         73   the output is another run's, or cannot be written
+    │   └── OutputLocked    73   another run is writing it
     └── OutputError         74   writing an answer or a download failed
 
 Each has the `thing` it is about, the `reason` in a few words, and a `hint`: the next command to type. Errors of other
@@ -38,6 +40,10 @@ class LlavaError(Exception):
     def __init__(self, thing: str, reason: str, hint: str = "") -> None:
         super().__init__(f"{thing}: {reason}")
         self.thing, self.reason, self.hint = thing, reason, hint
+
+    def __reduce__(self) -> tuple[type[LlavaError], tuple[str, str, str]]:
+        """For the way from one process to another."""
+        return type(self), (self.thing, self.reason, self.hint)
 
 
 class UsageError(LlavaError):
@@ -80,6 +86,12 @@ class ServerFailed(LlavaError):
     exit_code = 69
 
 
+class WorkerLost(LlavaError):
+    """A cluster's worker ended at a row, again and again."""
+
+    exit_code = 69
+
+
 class OutOfMemory(LlavaError):
     exit_code = 71
 
@@ -92,6 +104,10 @@ class SandboxUnavailable(LlavaError):
 
 class OutputTaken(LlavaError):
     exit_code = 73
+
+
+class OutputLocked(OutputTaken):
+    """Another run is writing an output."""
 
 
 class OutputError(LlavaError):

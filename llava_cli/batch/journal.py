@@ -25,7 +25,7 @@ from llava_cli.batch.lines import bounded_lines, is_too_long
 from llava_cli.batch.row_file import RowFile
 from llava_cli.batch.rows import is_complete, key_of, parse_row, to_ask_again, to_line
 from llava_cli.batch.tasks import Task, merge_tasks
-from llava_cli.errors import BadData, OutputError, OutputTaken, os_reason
+from llava_cli.errors import BadData, OutputError, OutputLocked, OutputTaken, os_reason
 from llava_cli.untrusted_text import printable
 
 _BLOCK = 1 << 20
@@ -62,7 +62,7 @@ class Journal:
             files.make_folder(self.folder, parents=False)
             self._lock = files.open_for_writing(self.folder / "lock", os.O_RDWR, files.SHARED)
             if not lock_descriptor(self._lock, blocking=False):
-                raise OutputTaken(self._name, "another run is writing it", "wait for it, or give another file to -o")
+                raise OutputLocked(self._name, "another run is writing it", "wait for it, or give another file to -o")
             for path in (self.manifest, self._settings):
                 files.refuse_irregular(path)
             files.remove_leftovers(self.folder)

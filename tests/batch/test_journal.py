@@ -330,8 +330,8 @@ def counting_torn_rows(patch: pytest.MonkeyPatch) -> None:
 
     def check(self: Journal, *args: Any) -> None:
         if (data := self.output.read_bytes()) and not data.endswith(b"\n"):
-            files.write_all(self._file, b"\n")
-        self._size, self.done = self.output.stat().st_size, self.output.read_bytes().count(b"\n")
+            files.write_all(self._open_file.descriptor, b"\n")
+        self._open_file.size, self.done = self.output.stat().st_size, self.output.read_bytes().count(b"\n")
 
     patch.setattr(Journal, "check", check)
 
@@ -738,7 +738,9 @@ def test_a_full_disk_while_rows_are_replaced_leaves_it_as_full_as_it_was(tmp_pat
 
 def test_no_room_for_what_is_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many paths, for few stay in memory."""
-    folder = begin(tmp_path, [f"{number:0200}.png" for number in range(25_000)])
+    folder = begin(tmp_path)
+    assert attempt(folder) == 0
+    (folder / "list.txt").write_text("\n".join(f"{number:0200}.png" for number in range(25_000)))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     with mounted(tmp_path / "scratch", "-t", "tmpfs", "-o", "size=40k", "none") as small:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)

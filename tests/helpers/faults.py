@@ -188,6 +188,11 @@ class Faults:
         os.replace(old, new)
         self._moment("renamed")
 
+    def link(self, old: Any, new: Any) -> None:
+        self._moment("link")
+        os.link(old, new)
+        self._moment("linked")
+
     def unlink(self, path: Any) -> None:
         self._moment("unlink")
         os.unlink(path)

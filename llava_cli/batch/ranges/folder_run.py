@@ -28,12 +28,14 @@ from llava_cli.batch.ranges.words import damaged, missing_rows
 from llava_cli.batch.row_file import RowFile
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.tasks import Task
-from llava_cli.errors import InputMissing, OutputError, OutputTaken, os_reason
+from llava_cli.errors import InputMissing, OutputError, OutputLocked, os_reason
 from llava_cli.untrusted_text import printable
 
 _PART = re.compile(r"part-([0-9]{5,15})\.jsonl")
 _SHARD = re.compile(r"shard-([0-9]{1,7})-of-([0-9]{1,7})")
 _WAIT_SECONDS = 0.2
+_TRIES = 10
+"""To take an output that another shard may have taken before it could say so."""
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """What `link` fails with on a file system that has none."""
 
@@ -66,16 +68,18 @@ class FolderRun:
 
     def _lock(self, journal: Journal) -> bool:
         """Takes the output, unless somebody has it who shares the run, and it is begun; waits while it is not."""
+        tries = 0
         while True:
             try:
                 journal.lock()
                 return True
-            except OutputTaken:
-                if not self._is_shared:
+            except OutputLocked:
+                tries += 1
+                if not self._is_shared and tries > _TRIES:
                     raise
-                if journal.is_begun:
+                if self._is_shared and journal.is_begun:
                     return False
-            time.sleep(_WAIT_SECONDS)  # another shard is listing SOURCE
+            time.sleep(_WAIT_SECONDS)  # another shard is listing SOURCE, or has just come
 
     def _begin_locked(self, journal: Journal, settings: dict[str, Any], tasks: Callable[[], Iterable[Task]]) -> None:
         if journal.is_begun:
@@ -97,6 +101,19 @@ class FolderRun:
     def _index(self) -> ManifestIndex:
         return ManifestIndex.of(self._folder)
 
+    def leave_token(self) -> str:
+        token = f"token-{os.urandom(4).hex()}"
+        with self._output_errors():
+            self._mark(token)
+        return token
+
+    def sees(self, token: str) -> bool:
+        return (self._folder / token).exists()
+
+    @property
+    def is_merged(self) -> bool:
+        return not self._is_shared
+
     @property
     def _is_shared(self) -> bool:
         return (self._folder / "shared").exists()
@@ -107,10 +124,9 @@ class FolderRun:
 
     def _unmark(self) -> None:
         """Removes what the folder of a single run does not have."""
-        for pattern in ("part-*.jsonl", "attempt-*.jsonl", "shard-*-of-*", ManifestIndex.NAME, "shared"):
+        for pattern in ("part-*.jsonl", "attempt-*.jsonl", "shard-*-of-*", "token-*", ManifestIndex.NAME, "shared"):
             for path in self._folder.glob(pattern):
-                with suppress(FileNotFoundError):
-                    path.unlink()
+                _unlink(path)
 
     def answered(self) -> int:
         return self._answered_now() if self._is_shared else self.grid.total
@@ -173,8 +189,7 @@ class FolderRun:
             for rows in self.grid.all():
                 if rows.end > journal.done:
                     self._append(journal, rows, tasks, on_row)
-                with suppress(FileNotFoundError):
-                    (self._folder / rows.file_name).unlink()
+                _unlink(self._folder / rows.file_name)
             self._unmark()
 
     def _append(self, journal: Journal, rows: RowRange, tasks: Iterator[Task], on_row: OnRow) -> None:
@@ -231,8 +246,7 @@ class FolderAttempt:
         with output_errors(self._name):
             is_first = _link(self._path, self._part)
             files.sync_folder(self._part.parent)
-            with suppress(FileNotFoundError):
-                self._path.unlink()
+            _unlink(self._path)
         return is_first
 
     def close(self) -> None:
@@ -248,6 +262,8 @@ def _link(path: Path, name: Path) -> bool:
         os.link(path, name)
     except FileExistsError:
         return False
+    except FileNotFoundError:  # all rows have been joined meanwhile
+        return False
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
@@ -255,6 +271,11 @@ def _link(path: Path, name: Path) -> bool:
             return False
         os.rename(path, name)  # which might replace a file that has come meanwhile, of the same rows
     return True
+
+
+def _unlink(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 @contextmanager

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any
 
 from llava_cli import render
@@ -33,7 +32,7 @@ from llava_cli.batch.run import (
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
-from llava_cli.errors import OutputTaken, UsageError
+from llava_cli.errors import OutputLocked, UsageError
 
 
 def run_shard(job: Job, shard: Shard) -> int:
@@ -46,10 +45,12 @@ def run_shard(job: Job, shard: Shard) -> int:
         stack.callback(job.source.close)
         larger = open_larger(job)
         job, run = begin_run(job, larger, shard)
+        if run.is_merged:
+            render.note(f"{run.name} has all {run.grid.total:,} rows already")
+            return 0
         speed = "nothing left to do"
-        missing = run.missing(run.grid.of_shard(shard))
-        if (first := next(missing, None)) is not None:
-            speed = _answer(job, run, chain([first], missing), larger, tally, stop, stack)
+        if missing := list(run.missing(run.grid.of_shard(shard))):
+            speed = _answer(job, run, missing, larger, tally, stop, stack)
     if not job.quiet:
         render.note(f"shard {shard}: {tally.summary()} · {speed}")
     return stopped(job, stop) or _merge_if_last(job, run) or exit_code(job, tally)
@@ -90,7 +91,7 @@ def _listed(job: Job) -> Iterator[Task]:
 def _answer(
     job: Job,
     run: SharedRun,
-    ranges: Iterable[RowRange],
+    ranges: Sequence[RowRange],
     larger: Engine | None,
     tally: Tally,
     stop: StopSignal,
@@ -101,13 +102,13 @@ def _answer(
     stack.callback(loader.close)
     engine = engine_of(job, larger)
     stack.enter_context(stop)
-    meter = Meter(tally)
+    meter, total = Meter(tally), sum(map(len, ranges))
 
     def on_row(task: Task, row: dict[str, Any]) -> None:
         meter.add(task, row)
         show(tally.rows, tally.failed, meter.pictures, meter.tokens)
 
-    with render.counting(None, job.quiet) as show:
+    with render.counting(total, job.quiet, job.json_progress) as show:
         answer_ranges(job, run, ranges, engine, loader, on_row, lambda rows: None, stop.go_on)
     if job.verify and not stop.signal:
         verify(job, tally, engine, loader, stop)
@@ -123,5 +124,5 @@ def _merge_if_last(job: Job, run: SharedRun) -> int:
         return 0
     try:
         return merge_run(run, job.quiet)
-    except OutputTaken:  # by another one, which joins them
+    except OutputLocked:  # by another one, which joins them
         return 0
