@@ -11,6 +11,7 @@
     ├── ModelUnusable       69   unknown, absent, damaged or unsuitable checkpoint
     │   └── DeviceLost      69   a GPU that does nothing more for this process
     ├── ServerFailed        69   a server that did not answer, despite retries
+    ├── WorkerLost          69   a row at which workers of a cluster end
     ├── OutOfMemory         71   this machine has too little memory for what was asked
     ├── OutputTaken         73   the output is another run's, or cannot be written
     │   └── OutputLocked    73   another run is writing it
@@ -39,6 +40,10 @@ class LlavaError(Exception):
     def __init__(self, thing: str, reason: str, hint: str = "") -> None:
         super().__init__(f"{thing}: {reason}")
         self.thing, self.reason, self.hint = thing, reason, hint
+
+    def __reduce__(self) -> tuple[type[LlavaError], tuple[str, str, str]]:
+        """For the way from one process to another."""
+        return type(self), (self.thing, self.reason, self.hint)
 
 
 class UsageError(LlavaError):
@@ -78,6 +83,12 @@ class DeviceLost(ModelUnusable):
 
 
 class ServerFailed(LlavaError):
+    exit_code = 69
+
+
+class WorkerLost(LlavaError):
+    """A cluster's worker ended at a row, again and again."""
+
     exit_code = 69
 
 

@@ -238,26 +238,83 @@ def progress(words: str) -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+NodeSpeed = tuple[str, int, float]
+"""A machine of a cluster: its name, its workers, and pictures/s."""
+
+
 @contextmanager
-def counting(total: int | None, quiet: bool = False) -> Iterator[Any]:
-    """A progress bar of rows on stderr, if that is a terminal: yields `show(done, failed, pictures, tokens)`."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda done, failed, pictures, tokens: None
+def counting(total: int | None, quiet: bool = False, as_json: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar of rows on stderr, if that is a terminal; with `as_json`, lines of JSON, at most one a second.
+
+    Yields `show(done, failed, pictures, tokens, nodes=())`, whose `nodes` are `NodeSpeed`s.
+    """
+    if as_json:
+        lines = _JsonProgress(total)
+        try:
+            yield lines.show
+        finally:
+            lines.end()
         return
-    from rich.console import Console
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, failed, pictures, tokens, nodes=(): None
+        return
+    from rich.console import Console, RenderableType
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Bar(Progress):
+        nodes: Sequence[NodeSpeed] = ()
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for name, workers, speed in self.nodes:
+                yield Text(f"  {printable(name)} · {workers} worker{'s' * (workers > 1)} · {speed:.1f} pictures/s")
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     begin = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
 
-        def show(done: int, failed: int, pictures: int, tokens: int) -> None:
+        def show(done: int, failed: int, pictures: int, tokens: int, nodes: Sequence[NodeSpeed] = ()) -> None:
             seconds = max(time.monotonic() - begin, 1e-6)
             words = f"{failed} failed · {pictures / seconds:.1f} pictures/s · {tokens / seconds:.1f} tokens/s · left"
+            bar.nodes = nodes
             bar.update(task, completed=done, description=words)
 
         yield show
+
+
+class _JsonProgress:
+    """The progress of rows for programs: a line of JSON on stderr when one is due, and one at the end."""
+
+    def __init__(self, total: int | None) -> None:
+        self._total, self._begin = total, time.monotonic()
+        self._shown, self._now = self._begin, (0, 0, 0, 0)
+        self._nodes: Sequence[NodeSpeed] = ()
+
+    def show(self, done: int, failed: int, pictures: int, tokens: int, nodes: Sequence[NodeSpeed] = ()) -> None:
+        self._now, self._nodes = (done, failed, pictures, tokens), nodes
+        if time.monotonic() - self._shown >= 1:
+            self.end()
+
+    def end(self) -> None:
+        self._shown = time.monotonic()
+        seconds = max(self._shown - self._begin, 1e-6)
+        done, failed, pictures, tokens = self._now
+        facts: dict[str, Any] = {
+            "rows": done,
+            "total": self._total,
+            "failed": failed,
+            "pictures": pictures,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "pictures_per_second": round(pictures / seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 3),
+        }
+        if self._nodes:
+            names = ("node", "workers", "pictures_per_second")
+            facts["nodes"] = [dict(zip(names, (*node[:2], round(node[2], 3)), strict=True)) for node in self._nodes]
+        note(json.dumps(facts))
 
 
 @contextmanager

@@ -32,7 +32,8 @@ class PictureLoader:
     `find` gives a picture's file: its bytes, or its path on this disk. It raises a `LlavaError` if there is none, or if
     it must not be opened, and is called by `readers` threads, in the order of the tasks where that is one. URLs that it
     does not hold, as `holds` says, are fetched only with `allow_urls`. With `max_side` pictures are scaled down to that
-    many pixels, and with `keep_files` they come with their files.
+    many pixels, and with `keep_files` they come with their files. `processes` is how many decode; None for as many as
+    suit this machine.
     """
 
     def __init__(
@@ -45,13 +46,14 @@ class PictureLoader:
         readers: int = 4,
         holds: Callable[[str], bool] = lambda image: False,
         keep_files: bool = False,
+        processes: int | None = None,
     ) -> None:
         self.allow_urls = allow_urls
         self.last_refusal: LlavaError | None = None
         """What `find` raised last."""
         self._find, self._holds, self._max_side, self._keep_files = find, holds, max_side, keep_files
         self._options: dict[str, Any] = {"allow_truncated": allow_truncated, "dpi": dpi}
-        self._sandboxes = SandboxPool()
+        self._sandboxes = SandboxPool(count=processes)
         self._process_count = len(self._sandboxes.all)
         self._readers, self._decoders = ThreadPoolExecutor(readers), ThreadPoolExecutor(self._process_count)
         self._files_ahead, self._pictures_ahead = max(readers, 4), self._process_count * PREFETCH_PER_PROCESS

@@ -106,7 +106,8 @@ def fill_of(job: Job) -> Fill:
     return partial(job.templates.fill, folder=job.source.folder) if job.templates else unfilled
 
 
-def loader_of(job: Job) -> PictureLoader:
+def loader_of(job: Job, processes: int | None = None) -> PictureLoader:
+    """What opens the job's pictures, in so many processes; None for as many as suit this machine."""
     return PictureLoader(
         job.source.find,
         job.allow_truncated,
@@ -115,6 +116,7 @@ def loader_of(job: Job) -> PictureLoader:
         readers=job.source.readers,
         holds=job.source.holds,
         keep_files=job.templates is not None,
+        processes=processes,
     )
 
 
@@ -234,7 +236,7 @@ def _answer(
         total = journal.total if journal else None
         return sampled(zip(numbers, tasks, strict=False), job.sight, total) if job.sight else tasks
 
-    with render.counting(journal.total if journal else None, job.quiet) as show:
+    with render.counting(journal.total if journal else None, job.quiet, job.json_progress) as show:
         if journal is None:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
             for row in rows(of_sample(tasks, count())):

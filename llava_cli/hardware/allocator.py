@@ -22,6 +22,13 @@ _NOT_GLIBC = (AttributeError, OSError, TypeError)
 """What calling one of its functions raises where the C library is another one, or has no name (Windows)."""
 
 
+def use_threads(count: int) -> None:
+    """Has this process compute with so many threads, on a machine that it shares with others of its kind."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
 def limit_caches(primitives: int) -> None:
     """Keeps a process that answers many requests from growing. Call it before any thread starts or torch is imported.
 

@@ -238,10 +238,11 @@ def _read(source: str, file: bytes | Path) -> bytes | LlavaError:
 
 
 class SandboxPool:
-    """A sandbox for each core, up to four, which threads share."""
+    """Sandboxes that threads share: `count`, or one for each core, up to four."""
 
-    def __init__(self, seconds: float | None = None, takes_films: bool = True) -> None:
-        self.all = [Sandbox(seconds, takes_films) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
+    def __init__(self, seconds: float | None = None, takes_films: bool = True, count: int | None = None) -> None:
+        count = count or os.cpu_count() or 1
+        self.all = [Sandbox(seconds, takes_films) for _ in range(min(4, count))]
         self._free: queue.LifoQueue[Sandbox] = queue.LifoQueue()  # last in, first out: starts no more than are needed
         for sandbox in self.all:
             self._free.put(sandbox)

@@ -56,6 +56,10 @@ class QuestionFields:
         self.parameters = {name: _clean(value) for name, value in parameters.items()}
         self._templates, self._exif = TemplateSandbox(), exif.ExifReader()
 
+    def __reduce__(self) -> tuple[type[QuestionFields], tuple[dict[str, str]]]:
+        """In another process it has processes of its own."""
+        return type(self), (dict(self.parameters),)
+
     def used(self, template: str) -> Used:
         """What a template uses. Raises `UsageError` if it is none."""
         try:

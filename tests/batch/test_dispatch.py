@@ -52,7 +52,7 @@ class Simulation:
 
     def step(self, number: int) -> None:
         """One worker answers a row, or dies at it."""
-        work, rows = self.workers[number]
+        _, rows = self.workers[number]
         try:
             next(rows)
         except StopIteration:
@@ -70,7 +70,7 @@ class Simulation:
     def answer(self, work: Work) -> Iterator[None]:
         if work.row is not None:
             yield
-            self.dispatch.answered(work, self.ask(work.row))
+            self.dispatch.answered(work, {"line": self.ask(work.row)})
             return
         for rows in work.ranges:
             lines = list(self.attempts.get(rows.number, ()))
@@ -95,9 +95,8 @@ class Simulation:
         """What the driver does with rows that were asked alone."""
         for found in self.dispatch.complete():
             lines = list(self.attempts.get(found.rows.number, ()))
-            first = found.rows.begin + len(lines) - found.begin
-            lines += [ERROR if line is None else line for line in found.lines[first:]]
-            assert None not in found.lines[:-1]
+            lines += [ERROR if row is None else row["line"] for row in found.after(len(lines))]
+            assert None not in found.answers[:-1]
             if len(lines) == len(found.rows):
                 self.commit(found.rows, lines)
             else:
@@ -184,10 +183,10 @@ def test_workers_that_die_one_after_another_are_counted_until_something_comes() 
         assert dispatch.deaths_in_a_row == deaths
     alone = dispatch.next(1)
     assert alone and alone.row == 0
-    dispatch.answered(alone, b"row")
+    dispatch.answered(alone, {"line": "row"})
     assert dispatch.deaths_in_a_row == 0
     (found,) = dispatch.complete()
-    assert found.lines == [b"row"] and found.is_whole
+    assert found.after(0) == [{"line": "row"}] and found.after(1) == []
     assert not dispatch.is_done
     dispatch.committed(found.rows)
     assert dispatch.is_done and dispatch.next(1) is None

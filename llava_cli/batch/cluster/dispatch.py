@@ -6,7 +6,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava_cli.batch.ranges.row_range import RowRange
 
@@ -16,6 +16,7 @@ MOST_RANGES = 8
 """That a worker gets at a time: it has no pause between them."""
 _ROUNDS = 2
 """Works for each worker, at least, that what is left is divided into towards the end."""
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,22 @@ class Work:
 
     ranges: tuple[RowRange, ...]
     row: int | None = None
-    """A row of the only range, whose workers have died before."""
+    """The number of a row of the only range, whose workers have died before."""
 
 
 class AnsweredRows(NamedTuple):
-    """Rows of a range that were asked alone."""
+    """Neighboring rows of a range that were asked alone."""
 
     rows: RowRange
     begin: int
-    """The row of the first line; those before it are in an attempt that a dead worker has left."""
-    lines: list[bytes | None]
-    """Of neighboring rows; None for one that has ended its worker, which can only be the last one."""
+    """The number of the first one; those before it are in an attempt that a dead worker has left."""
+    answers: list[Row | None]
+    """None for a row that has ended its worker, which can only be the last one."""
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether they are the range's last ones."""
-        return self.begin + len(self.lines) == self.rows.end
+    def after(self, done: int) -> list[Row | None]:
+        """What follows the first `done` rows of the range; nothing if there is a gap between them."""
+        first = self.rows.begin + done - self.begin
+        return self.answers[first:] if first >= 0 else []
 
 
 class Dispatch:
@@ -82,11 +83,11 @@ class Dispatch:
         self._alone.pop(rows.number, None)
         del self._deaths[rows.number]
 
-    def answered(self, work: Work, line: bytes) -> None:
+    def answered(self, work: Work, row: Row) -> None:
         """The row of a work with a single one."""
         self.deaths_in_a_row = 0
         if work.row is not None and (alone := self._alone.get(work.ranges[0].number)):
-            alone.end(work.row, line)
+            alone.end(work.row, row)
 
     def died(self, work: Work, node_is_lost: bool) -> None:
         """The worker that had this work is gone; what it has not committed is handed out again.
@@ -105,9 +106,9 @@ class Dispatch:
                 alone.end(work.row, None)
 
     def complete(self) -> list[AnsweredRows]:
-        """Rows that were asked alone, for the driver to write: it commits the range if they are the last ones.
+        """Rows that were asked alone, for the driver to write to an attempt, which it commits if it is whole then.
 
-        Otherwise it leaves them as an attempt, before it calls `next`: the range is handed out again.
+        Otherwise it leaves it as it is, before it calls `next`: the range is handed out again.
         """
         complete = [alone for alone in self._alone.values() if alone.is_complete]
         for alone in complete:
@@ -119,8 +120,12 @@ class Dispatch:
     @property
     def is_done(self) -> bool:
         """Whether everything is committed."""
-        self._look_ahead(1)
-        return not self._open
+        return self.uncommitted(1) == 0
+
+    def uncommitted(self, most: int) -> int:
+        """How many ranges are not committed; no more than `most` are counted."""
+        self._look_ahead(most)
+        return min(len(self._open), most)
 
     def _look_ahead(self, most: int) -> None:
         while len(self._ahead) < most and (rows := next(self._fresh, None)) is not None:
@@ -152,25 +157,25 @@ class _Alone:
         self.rows, self._begin, self._end = rows, rows.begin + left, rows.end
         self._to_ask = [*range(self._begin, rows.end)]
         """A heap."""
-        self._lines: dict[int, bytes | None] = {}
+        self._answers: dict[int, Row | None] = {}
 
     def next(self) -> int | None:
-        """A row to ask; None if all are asked."""
+        """The number of a row to ask; None if all are asked."""
         return heapq.heappop(self._to_ask) if self._to_ask and self._to_ask[0] < self._end else None
 
-    def give_back(self, row: int) -> None:
-        """The row is to be asked again."""
-        heapq.heappush(self._to_ask, row)
+    def give_back(self, number: int) -> None:
+        """A row is to be asked again."""
+        heapq.heappush(self._to_ask, number)
 
-    def end(self, row: int, line: bytes | None) -> None:
-        """The row's line; None if it has ended its worker, so that no row behind it is asked alone."""
-        self._lines[row] = line
-        if line is None:
-            self._end = min(self._end, row + 1)
+    def end(self, number: int, row: Row | None) -> None:
+        """A row is answered, or has ended its worker, so that no row behind it is asked alone."""
+        self._answers[number] = row
+        if row is None:
+            self._end = min(self._end, number + 1)
 
     @property
     def is_complete(self) -> bool:
-        return all(row in self._lines for row in range(self._begin, self._end))
+        return all(row in self._answers for row in range(self._begin, self._end))
 
     def result(self) -> AnsweredRows:
-        return AnsweredRows(self.rows, self._begin, [self._lines[row] for row in range(self._begin, self._end)])
+        return AnsweredRows(self.rows, self._begin, [self._answers[row] for row in range(self._begin, self._end)])

@@ -24,6 +24,12 @@ class BucketRun:
     def begin(self, settings: dict[str, Any], tasks: Callable[[], Iterable[Task]], shard: Shard | None) -> None:
         raise NotImplementedError
 
+    def leave_token(self) -> str:
+        raise NotImplementedError
+
+    def sees(self, token: str) -> bool:
+        raise NotImplementedError
+
     @property
     def is_merged(self) -> bool:
         raise NotImplementedError

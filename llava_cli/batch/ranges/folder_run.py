@@ -101,6 +101,15 @@ class FolderRun:
     def _index(self) -> ManifestIndex:
         return ManifestIndex.of(self._folder)
 
+    def leave_token(self) -> str:
+        token = f"token-{os.urandom(4).hex()}"
+        with self._output_errors():
+            self._mark(token)
+        return token
+
+    def sees(self, token: str) -> bool:
+        return (self._folder / token).exists()
+
     @property
     def is_merged(self) -> bool:
         return not self._is_shared
@@ -115,7 +124,7 @@ class FolderRun:
 
     def _unmark(self) -> None:
         """Removes what the folder of a single run does not have."""
-        for pattern in ("part-*.jsonl", "attempt-*.jsonl", "shard-*-of-*", ManifestIndex.NAME, "shared"):
+        for pattern in ("part-*.jsonl", "attempt-*.jsonl", "shard-*-of-*", "token-*", ManifestIndex.NAME, "shared"):
             for path in self._folder.glob(pattern):
                 _unlink(path)
 

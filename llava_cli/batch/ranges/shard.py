@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any
 
 from llava_cli import render
@@ -50,9 +49,8 @@ def run_shard(job: Job, shard: Shard) -> int:
             render.note(f"{run.name} has all {run.grid.total:,} rows already")
             return 0
         speed = "nothing left to do"
-        missing = run.missing(run.grid.of_shard(shard))
-        if (first := next(missing, None)) is not None:
-            speed = _answer(job, run, chain([first], missing), larger, tally, stop, stack)
+        if missing := list(run.missing(run.grid.of_shard(shard))):
+            speed = _answer(job, run, missing, larger, tally, stop, stack)
     if not job.quiet:
         render.note(f"shard {shard}: {tally.summary()} · {speed}")
     return stopped(job, stop) or _merge_if_last(job, run) or exit_code(job, tally)
@@ -93,7 +91,7 @@ def _listed(job: Job) -> Iterator[Task]:
 def _answer(
     job: Job,
     run: SharedRun,
-    ranges: Iterable[RowRange],
+    ranges: Sequence[RowRange],
     larger: Engine | None,
     tally: Tally,
     stop: StopSignal,
@@ -104,13 +102,13 @@ def _answer(
     stack.callback(loader.close)
     engine = engine_of(job, larger)
     stack.enter_context(stop)
-    meter = Meter(tally)
+    meter, total = Meter(tally), sum(map(len, ranges))
 
     def on_row(task: Task, row: dict[str, Any]) -> None:
         meter.add(task, row)
         show(tally.rows, tally.failed, meter.pictures, meter.tokens)
 
-    with render.counting(None, job.quiet) as show:
+    with render.counting(total, job.quiet, job.json_progress) as show:
         answer_ranges(job, run, ranges, engine, loader, on_row, lambda rows: None, stop.go_on)
     if job.verify and not stop.signal:
         verify(job, tally, engine, loader, stop)

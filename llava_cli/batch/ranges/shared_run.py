@@ -53,6 +53,12 @@ class SharedRun(Protocol):
     def is_merged(self) -> bool:
         """Whether the output has all rows, and nothing else of the run is left."""
 
+    def leave_token(self) -> str:
+        """Puts a file beside the manifest, and returns its name; the merge removes it. Raises `OutputError`."""
+
+    def sees(self, token: str) -> bool:
+        """Whether this process has the same files as the one that has left the token."""
+
     def answered(self) -> int:
         """How many rows the output has already, in order."""
 

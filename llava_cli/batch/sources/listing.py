@@ -60,6 +60,10 @@ class Listing:
         self.typed = "FILE" if source == STDIN else files.quoted(source)
         """How to write it in the commands that errors suggest."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process can use: not what is open, or was read from a pipe."""
+        return {name: value for name, value in vars(self).items() if name not in ("_stream", "_head", "_first_line")}
+
     @cached_property
     def is_stream(self) -> bool:
         """Whether it is a pipe or stdin. Raises `InputMissing` for a device, or if it does not exist."""

@@ -61,6 +61,10 @@ class Questions:
         """How many rows have a key that is ignored; counted when all rows are read for the first time."""
         self._is_counted = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what holds rows against their forms, which is done as they are listed."""
+        return {**vars(self), "_check": None, "_used": ()}
+
     def tasks(self) -> Iterator[Task]:
         """The tasks of each row, in order. Raises `BadData` for an invalid row."""
         readers = {Layout.JSON_LINES: _read_json_lines, Layout.JSON_ARRAY: _read_json_array, Layout.TABLE: _read_table}

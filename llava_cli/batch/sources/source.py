@@ -6,9 +6,10 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from llava_cli.batch.roots import resolve
 from llava_cli.batch.sources import foreign_files
@@ -37,6 +38,10 @@ from llava_cli.untrusted_text import printable
 _SUBSTITUTED = re.compile(r"/(dev|proc/self)/fd/")
 
 
+def accept(task: Task) -> None:
+    """The check of a source whose rows may all be asked."""
+
+
 @dataclass
 class Source:
     """Where tasks come from: all SOURCEs of a command, one after the other.
@@ -52,7 +57,7 @@ class Source:
     include: Sequence[str] = ()
     null: bool = False
     root: str | None = None
-    check: Check = lambda task: None
+    check: Check = accept
     """Raises `UsageError` for a row of questions that cannot be asked."""
     used: Collection[str] = ()
     """Columns of which its questions have fields; it may grow while they are read."""
@@ -63,6 +68,14 @@ class Source:
     skipped: SkippedFiles = field(default_factory=SkippedFiles, init=False)
     """What is in its folders and is not a picture."""
     _left_out: LeftOut = field(default_factory=LeftOut, init=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which finds pictures with it and lists no tasks."""
+        return {**vars(self), "each": self.each, "check": accept, "used": tuple(self.used)}
+
+    def missing_here(self) -> str:
+        """A folder or file that a process elsewhere needs to find pictures, and has not; empty if it has all."""
+        return next((printable(place) for one in self.each for place in one.places if not os.path.exists(place)), "")
 
     @property
     def name(self) -> str:
@@ -90,7 +103,8 @@ class Source:
         if os.path.isdir(word):
             return FolderSource(word, is_single, self.root, self.include, self.skipped)
         if container := open_container(word, self.include, self.root):
-            return ContainerSource(word, container, is_single)
+            reopen = partial(open_container, word, self.include, self.root)
+            return ContainerSource(word, container, reopen, is_single)
         if is_cloud_url(word):
             return CloudSource(word)
         is_picture = is_url(word) or foreign_files.is_picture(b"", word) or file_of(word) != word

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ class OneSource:
         """The file of one of its pictures; None for a name that it must not give. Raises as `Container.read`."""
         raise NotImplementedError
 
+    @property
+    def places(self) -> list[str]:
+        """Files or folders without which none of its pictures is found."""
+        return []
+
     def notes(self) -> list[str]:
         """What its tasks leave out, in a line each."""
         return []
@@ -125,6 +131,10 @@ class FolderSource(OneSource):
     def folder(self) -> str:
         return self.word if self._root is None else self._root
 
+    @property
+    def places(self) -> list[str]:
+        return [self.word]
+
     def images(self) -> Iterator[Entry]:
         for path in sort_paths(find_pictures(self.word, self._include, self._skipped)):
             yield Entry(os.path.join(self._named_as, path))
@@ -157,6 +167,10 @@ class ListSource(OneSource):
     @property
     def folder(self) -> str:
         return self._root or ""
+
+    @property
+    def places(self) -> list[str]:
+        return [self.folder] if self.folder else []
 
     def images(self) -> Iterator[Entry]:
         return (Entry(self._named(path)) for path in self.listing.paths())
@@ -245,13 +259,29 @@ class ContainerSource(OneSource):
 
     has_rows = True
 
-    def __init__(self, word: str, container: Container, is_single: bool) -> None:
+    def __init__(
+        self, word: str, container: Container, reopen: Callable[[], Container | None], is_single: bool
+    ) -> None:
+        """`reopen` gives the same container to another process."""
         super().__init__(word)
-        self._container = container
+        self._reopen, self._container = reopen, container
         self.start = "" if is_single else without_secrets(word).rstrip("/") + "/"
         """What the names of its pictures begin with."""
         self.readers, self.has_questions = container.readers, container.has_questions
         self.takes_root = container.has_paths
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_container"}
+
+    @cached_property
+    def _container(self) -> Container:
+        container = self._reopen()
+        assert container, "it was one as it was given to this process"
+        return container
+
+    @property
+    def places(self) -> list[str]:
+        return [] if "://" in self.word else [self.word]
 
     @property
     def folder(self) -> str:
