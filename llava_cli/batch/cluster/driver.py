@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from llava_cli import render
 from llava_cli.batch.cluster.cluster import Cluster, WorkerGone, connected
 from llava_cli.batch.cluster.dispatch import CAREFUL_AFTER, Dispatch, Work
 from llava_cli.batch.cluster.needs import need_of, no_room
-from llava_cli.batch.cluster.rates import Rates
-from llava_cli.batch.cluster.worker import Assignment, OpenEngine, Progress, Ready, open_model, versions
+from llava_cli.batch.cluster.progress import ClusterProgress, Counts
+from llava_cli.batch.cluster.worker import Assignment, OpenEngine, Ready, open_model, versions
 from llava_cli.batch.ranges.merge import merge_run
 from llava_cli.batch.ranges.row_range import RowRange
 from llava_cli.batch.ranges.shard import begin_run, refuse_changes
@@ -98,11 +97,11 @@ class Driver:
         self._assignment = Assignment(job, run, identity, os.getcwd(), run.leave_token(), threads, open_engine)
         missing = list(run.missing(run.grid.all()))
         self._dispatch = Dispatch(missing, self._rows_left)
-        self._rows_before = run.grid.total - sum(map(len, missing))
+        self._progress = ClusterProgress(run.grid.total - sum(map(len, missing)), run.grid.total)
         self._hired: list[Hired] = []
         self._refs: dict[Any, tuple[Hired, Callable[[Hired, Any], None]]] = {}
         """What was asked of workers and has no answer yet, and what is done with the answer."""
-        self._rates, self._early_deaths, self._model = Rates(), 0, ""
+        self._early_deaths, self._model = 0, ""
         self._refusals: dict[str, LlavaError] = {}
         """Why nodes answer nothing, by their ids."""
 
@@ -112,7 +111,8 @@ class Driver:
         Raises the error that ends a worker's every start, or its writing.
         """
         is_stopping = False
-        with render.counting(self._run.grid.total, self._job.quiet, self._job.json_progress) as show:
+        total, job = self._run.grid.total, self._job
+        with render.counting(total, self._progress.read, job.quiet, job.json_progress):
             while not self._dispatch.is_done:
                 if go_on():
                     self._hire()
@@ -127,9 +127,7 @@ class Driver:
                 for ref in self._cluster.wait(list(self._refs), _POLL_SECONDS):
                     self._settle(ref)
                 self._commit_rows()
-                total = self._rates.total
-                done = self._rows_before + total.rows
-                show(done, total.failed, total.pictures, total.tokens, self._speeds())
+            self._progress.end()
 
     def _hire(self) -> None:
         """Asks for workers: one more than there is room for, so that a new node gets one, and a cluster may grow."""
@@ -173,6 +171,7 @@ class Driver:
         name = self._names.setdefault(one.node, self._name_of(one.node))
         if ready.refusal is None:
             self._model, self._early_deaths = ready.model, 0
+            self._progress.joined(one, name)
             return
         one.is_refused = True  # it stays where it is, so that Ray places no other there
         if one.node not in self._refusals:
@@ -186,8 +185,10 @@ class Driver:
     def _name_of(self, node_id: str) -> str:
         return next((printable(node.name) for node in self._cluster.nodes() if node.id == node_id), node_id[:8])
 
-    def _on_ranges(self, one: Hired, committed: list[int]) -> None:
+    def _on_ranges(self, one: Hired, result: tuple[list[int], Counts]) -> None:
         assert one.work
+        committed, counts = result
+        self._progress.report(one, counts)
         work, one.work = one.work, None
         for rows in work.ranges:
             if rows.number in committed:
@@ -195,20 +196,23 @@ class Driver:
         if len(committed) < len(work.ranges):  # it was stopped
             self._dispatch.died(work, node_is_lost=True)
 
-    def _on_row(self, one: Hired, row: dict[str, Any]) -> None:
+    def _on_row(self, one: Hired, result: tuple[dict[str, Any], Counts]) -> None:
         assert one.work
+        row, counts = result
+        self._progress.report(one, counts)
         work, one.work = one.work, None
         self._dispatch.answered(work, row)
 
-    def _on_progress(self, one: Hired, progress: Progress) -> None:
+    def _on_progress(self, one: Hired, counts: Counts) -> None:
         one.polled = False
-        self._rates.add(one, self._names.get(one.node, one.node), progress)
+        self._progress.report(one, counts)
 
     def _on_gone(self, one: Hired, reason: str) -> None:
         """A worker is gone: others get its work, unless it or others before it never were ready."""
         if one not in self._hired:
             return
         self._hired.remove(one)
+        self._progress.left(one)
         self._refs = {ref: item for ref, item in self._refs.items() if item[0] is not one}
         is_alive = one.node in {node.id for node in self._cluster.nodes()}
         if one.work:
@@ -239,16 +243,16 @@ class Driver:
         with closing(self._run.attempt(rows)) as attempt:
             return attempt.done
 
-    def _speeds(self) -> list[render.NodeSpeed]:
-        """Of each node with workers."""
-        workers = Counter(self._names[one.node] for one in self._hired if one.node and not one.is_refused)
-        return list(self._rates.of_nodes(workers))
-
     def summary(self) -> str:
         """How fast it went, in a line."""
-        nodes = Counter(one.node for one in self._hired if one.node and not one.is_refused)
-        return f"{sum(nodes.values())} workers on {len(nodes)} nodes"
+        nodes = [one.node for one in self._hired if one.node and not one.is_refused]
+        workers, places = _counted(len(nodes), "worker"), _counted(len(set(nodes)), "node")
+        return f"{self._progress.speed()} · {workers} on {places}"
 
     def dismiss_all(self) -> None:
         for one in self._hired:
             self._cluster.dismiss(one.actor)
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from llava_cli._version import __version__
+from llava_cli.batch.cluster.progress import Counts
 from llava_cli.batch.meter import Meter
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.ranges.answering import answer_ranges
@@ -61,16 +62,6 @@ class Refusal:
 
     reason: str
     hint: str
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a worker has done so far."""
-
-    rows: int = 0
-    failed: int = 0
-    pictures: int = 0
-    tokens: int = 0
 
 
 def versions() -> dict[str, str]:
@@ -139,7 +130,7 @@ class Worker:
                 return Refusal(f"has another {name} of {model}: {here.get(name)}, not {wanted}", hint)
         return None
 
-    def answer(self, ranges: tuple[RowRange, ...]) -> list[int]:
+    def answer(self, ranges: tuple[RowRange, ...]) -> tuple[list[int], Counts]:
         """Answers ranges and commits them; returns the numbers of those that are committed. Raises a `LlavaError`."""
         assert self._engine and self._loader
         done: list[int] = []
@@ -153,9 +144,9 @@ class Worker:
             lambda rows: done.append(rows.number),
             lambda: not self._stopped.is_set(),
         )
-        return done
+        return done, self.progress()
 
-    def answer_row(self, rows: RowRange, number: int) -> dict[str, Any]:
+    def answer_row(self, rows: RowRange, number: int) -> tuple[dict[str, Any], Counts]:
         """A single row of a range."""
         assert self._engine and self._loader
         task = next(islice(self._run.tasks(rows), number - rows.begin, None))
@@ -164,10 +155,10 @@ class Worker:
         found = answer_tasks(self._engine, tasks, self._loader, self._job.settings, 1, lambda: True, fill)
         ((asked, row),) = list[tuple[Task, dict[str, Any]]](found)
         self._meter.add(asked, row)
-        return row
+        return row, self.progress()
 
-    def progress(self) -> Progress:
-        return Progress(self._tally.rows, self._tally.failed, self._meter.pictures, self._meter.tokens)
+    def progress(self) -> Counts:
+        return Counts(self._tally.rows, self._tally.failed, self._meter.pictures, self._meter.tokens)
 
     def stop(self) -> None:
         """Lets the answers that were begun finish; what is left of a range is kept for another attempt."""
