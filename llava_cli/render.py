@@ -337,11 +337,10 @@ def _progress_bar(total: int | None, read: Callable[[], Progress]) -> Iterator[N
         rates = f"{progress.pictures_per_second:.1f} pictures/s · {progress.tokens_per_second:.1f} tokens/s"
         text = f"{progress.failed} failed · {rates}"
         bar.update(task, completed=progress.rows, description=f"{text} · left")
-        return (
-            Group(bar, text, _node_lines(progress.nodes or (), console.width, console.height - 4))
-            if is_cluster
-            else bar
-        )
+        if progress.nodes is None:
+            return bar
+        nodes = _node_lines(progress.nodes, console.width, console.height - 4)
+        return Group(bar, text, nodes if progress.nodes else "  no worker is ready yet")
 
     with Live(get_renderable=draw, console=console):
         yield

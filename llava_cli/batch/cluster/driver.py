@@ -158,6 +158,8 @@ class Driver:
                 self._ask(one, one.actor.progress.remote(), self._on_progress)
 
     def _settle(self, ref: Any) -> None:
+        if ref not in self._refs:  # of a worker that is gone, which another ref has told
+            return
         one, then = self._refs.pop(ref)
         try:
             result = self._cluster.result(ref)

@@ -45,6 +45,8 @@ class ClusterProgress:
     def joined(self, worker: object, node: str) -> None:
         """A worker is ready."""
         with self._lock:
+            if not self._rates:
+                self._tokens = _Rate(self._clock(), self._sums.tokens)
             self._node_of[worker], self._counts[worker] = node, Counts()
             self._rates.setdefault(node, _Rate(self._clock(), self._pictures[node]))
 
