@@ -165,9 +165,9 @@ def notes(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else note
 
 
-def note_demo_model(options: LoadOptions, engine: Engine) -> None:
+def note_demo_model(options: LoadOptions, model: str) -> None:
     """Notes that the built-in model is only a demonstration, unless the user chose it."""
-    if options.model is None and engine.model == BUILTIN:
+    if options.model is None and model == BUILTIN:
         note("demonstration model: knows only drawings of colored shapes. A real one: llava models pull llava-1.5-7b")
 
 

@@ -51,8 +51,10 @@ class ClusterProgress:
             self._rates.setdefault(node, _Rate(self._clock(), self._pictures[node]))
 
     def report(self, worker: object, counts: Counts) -> None:
-        """What a worker that has joined has done so far."""
+        """What a worker has done so far; nothing is heard of those that have left."""
         with self._lock:
+            if worker not in self._counts:
+                return
             before = self._counts[worker]
             counts = self._counts[worker] = Counts(*map(max, counts, before))  # reports may come out of order
             self._sums = Counts(*(old + new - was for old, new, was in zip(self._sums, counts, before, strict=True)))

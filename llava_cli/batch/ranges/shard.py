@@ -116,7 +116,7 @@ def _answer(
         answer_ranges(job, run, ranges, engine, loader, meter.add, on_range, stop.go_on)
     if job.verify and not stop.signal:
         verify(job, tally, engine, loader, stop)
-    note_refusal(job, loader)
+    note_refusal(job, loader.last_refusal)
     return meter.speed(engine.where)
 
 
