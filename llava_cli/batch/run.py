@@ -229,14 +229,13 @@ def _answer(
     def rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
         for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on, fill):
             meter.add(task, row)
-            show(tally.rows, tally.failed, meter.pictures, meter.tokens)
             yield row
 
     def of_sample(tasks: Iterable[Task], numbers: Iterable[int]) -> Iterable[Task]:
         total = journal.total if journal else None
         return sampled(zip(numbers, tasks, strict=False), job.sight, total) if job.sight else tasks
 
-    with render.counting(journal.total if journal else None, job.quiet, job.json_progress) as show:
+    with render.counting(journal.total if journal else None, meter.progress, job.quiet, job.json_progress):
         if journal is None:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
             for row in rows(of_sample(tasks, count())):

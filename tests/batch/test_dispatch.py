@@ -8,7 +8,7 @@ from itertools import count
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_cli.batch.cluster.dispatch import CAREFUL_AFTER, MOST_RANGES, Dispatch, Work
@@ -119,6 +119,7 @@ class Simulation:
         return [line for rows in self.grid.all() for line in self.files[rows.number]]
 
 
+@settings(deadline=None)
 @given(
     total=st.integers(1, 400),
     workers=st.integers(1, 9),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from llava_cli import render
 from llava_cli.batch.cluster.cluster import Cluster, WorkerGone, check_address, connected
 from llava_cli.batch.cluster.dispatch import CAREFUL_AFTER, Dispatch, Work
 from llava_cli.batch.cluster.needs import Node, need_of, no_room
-from llava_cli.batch.cluster.rates import Rates
-from llava_cli.batch.cluster.worker import Answered, Assignment, OpenEngine, Progress, Ready, open_model, versions
+from llava_cli.batch.cluster.progress import ClusterProgress, Counts
+from llava_cli.batch.cluster.worker import Answered, Assignment, OpenEngine, Ready, open_model, versions
 from llava_cli.batch.ranges.merge import merge_run
 from llava_cli.batch.ranges.row_range import RowRange
 from llava_cli.batch.ranges.shard import begin_run, refuse_changes
@@ -99,11 +98,11 @@ class Driver:
         )
         missing = list(run.missing(run.grid.all()))
         self._dispatch = Dispatch(missing, self._rows_left)
-        self._rows_before = run.grid.total - sum(map(len, missing))
+        self._progress = ClusterProgress(run.grid.total - sum(map(len, missing)), run.grid.total)
         self._hired: list[Hired] = []
         self._refs: dict[Any, tuple[Hired, Callable[[Hired, Any], None]]] = {}
         """What was asked of workers and has no answer yet, and what is done with the answer."""
-        self._rates, self._begin, self._model = Rates(), time.monotonic(), ""
+        self._model = ""
         self._early_deaths = 0
         self._refusals: dict[str, LlavaError] = {}
         """Why nodes answer nothing, by their ids."""
@@ -121,7 +120,7 @@ class Driver:
         """
         is_stopping = False
         total, quiet, as_json = self._run.grid.total, self._job.quiet, self._job.json_progress
-        with render.counting(total, quiet, as_json) as show:
+        with render.counting(total, self._progress.read, quiet, as_json):
             while not self._dispatch.is_done:
                 if go_on() and not self._failure:
                     self._hire()
@@ -136,8 +135,8 @@ class Driver:
                 self._write_rows()
                 if time.monotonic() - self._looked >= _POLL_SECONDS:
                     self._look()
-                    self._show(show)
-            self._show(show)
+            if self._dispatch.is_done:
+                self._progress.end()
         if self._failure and not self._dispatch.is_done:
             raise self._failure
         self._note(self._speed())
@@ -219,6 +218,7 @@ class Driver:
             self._refuse(one, ModelUnusable(self._name(one), found.refusal.reason, found.refusal.hint))
         else:
             one.is_ready, self._early_deaths = True, 0
+            self._progress.joined(one, self._cluster.name_of(one.node))
             if not self._model and not self._job.quiet:
                 render.note_demo_model(self._job.settings.load, found.model)
             self._model = found.model
@@ -229,6 +229,7 @@ class Driver:
     def _refuse(self, one: Hired, error: LlavaError) -> None:
         """A worker gets no work. Raises the error if there is no node left that could answer."""
         one.is_ready, one.is_refused = False, True
+        self._progress.left(one)
         if one.node not in self._refusals:
             self._refusals[one.node] = error
             if any(node.id not in self._refusals for node in self._fitting()):
@@ -247,7 +248,7 @@ class Driver:
     def _on_ranges(self, one: Hired, answered: Answered) -> None:
         assert one.work
         work, one.work = one.work, None
-        self._on_progress(one, answered.progress)
+        self._on_progress(one, answered.counts)
         self._last_refusal = answered.last_refusal or self._last_refusal
         for rows in work.ranges:
             if rows.number in answered.committed:
@@ -260,9 +261,9 @@ class Driver:
         work, one.work = one.work, None
         self._dispatch.answered(work, row)
 
-    def _on_progress(self, one: Hired, progress: Progress) -> None:
+    def _on_progress(self, one: Hired, counts: Counts) -> None:
         one.is_polled = False
-        self._rates.add(one, self._cluster.name_of(one.node), progress)
+        self._progress.report(one, counts)
 
     def _on_error(self, one: Hired, error: LlavaError) -> None:
         """A worker cannot load the model or has lost its GPU, or nobody can read the source or write the rows."""
@@ -313,6 +314,7 @@ class Driver:
 
     def _dismiss(self, one: Hired) -> None:
         self._hired.remove(one)
+        self._progress.left(one)
         self._refs = {ref: item for ref, item in self._refs.items() if item[0] is not one}
         self._cluster.dismiss(one.actor)
 
@@ -332,23 +334,12 @@ class Driver:
         with closing(self._run.attempt(rows)) as attempt:
             return attempt.done
 
-    def _show(self, show: Callable[..., None]) -> None:
-        total = self._rates.total
-        show(self._rows_before + total.rows, total.failed, total.pictures, total.tokens, self._speeds())
-
-    def _speeds(self) -> list[render.NodeSpeed]:
-        """Of each node with workers."""
-        workers = Counter(self._cluster.name_of(one.node) for one in self._hired if one.is_ready)
-        return list(self._rates.of_nodes(workers))
-
     def _speed(self) -> str:
         """How fast it went, in a line."""
-        seconds, total = time.monotonic() - self._begin, self._rates.total
-        nodes = Counter(one.node for one in self._hired if one.is_ready)
-        workers = nodes.total()
-        who = f"{workers} worker{'s' * (workers != 1)} on {len(nodes)} node{'s' * (len(nodes) != 1)}"
-        rates = f"{total.pictures / seconds:.1f} pictures/s · {total.tokens / seconds:.1f} tokens/s"
-        return f"{rates} · {seconds:.1f} s · {who}"
+        nodes = [one.node for one in self._hired if one.is_ready]
+        workers, places = len(nodes), len(set(nodes))
+        who = f"{workers} worker{'s' * (workers != 1)} on {places} node{'s' * (places != 1)}"
+        return f"{self._progress.speed()} · {who}"
 
     def _note(self, words: str) -> None:
         if not self._job.quiet:

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from llava_cli._version import __version__
+from llava_cli.batch.cluster.progress import Counts
 from llava_cli.batch.meter import Meter
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.ranges.answering import answer_ranges
@@ -63,22 +64,13 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a worker has done so far."""
-
-    rows: int = 0
-    failed: int = 0
-    pictures: int = 0
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
 class Answered:
     """What has become of ranges."""
 
     committed: tuple[int, ...]
     """The numbers of those whose rows are all there; of others a part is, after `Worker.stop`."""
-    progress: Progress
+    counts: Counts
+    """Of the worker so far."""
     last_refusal: LlavaError | None
     """Why the last picture that was not there could not be opened."""
 
@@ -148,8 +140,8 @@ class Worker:
         self._meter.add(asked, row)
         return row
 
-    def progress(self) -> Progress:
-        return Progress(self._tally.rows, self._tally.failed, self._meter.pictures, self._meter.tokens)
+    def progress(self) -> Counts:
+        return Counts(self._tally.rows, self._tally.failed, self._meter.pictures, self._meter.tokens)
 
     def stop(self) -> None:
         """Lets the answers that were begun finish; what is left of a range is kept for another attempt."""
