@@ -21,33 +21,6 @@ from llava_cli.batch.cluster.cluster import EXTRA, _actor
 
 pytestmark = pytest.mark.cold
 QUESTION = "what is this?"
-DEADLY = '''
-import os, sys
-from llava_cli.batch.cluster import driver, worker
-from llava_cli.engine.local import LocalEngine
-
-def open_engine(job):
-    """A model that ends its process at one of the pictures."""
-    from llava_cli.batch.cluster.worker import open_model
-    engine = open_model(job)
-    answer_many = engine.answer_many
-
-    def watched(requests, size, go_on):
-        def checked():
-            for request in requests:
-                if not isinstance(request, Exception) and "0017.png" in request.conversation.pictures[0].name:
-                    os._exit(1)
-                yield request
-        return answer_many(checked(), size, go_on)
-
-    engine.answer_many = watched
-    return engine
-
-run = driver.run_on_cluster
-driver.run_on_cluster = lambda job, address, workers: run(job, address, workers, open_engine)
-from llava_cli.start import main
-main()
-'''
 
 
 def draw(folder: Path, count: int) -> Path:
@@ -126,16 +99,6 @@ def test_drained_by_a_signal_and_resumed(cluster: TestCluster, pictures: Path, s
     again = started(pictures, cluster, tmp_path / "out.jsonl")
     assert again.wait() == 0, again.printed
     assert_equals(again, single)
-
-
-def test_a_row_that_ends_its_worker(cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path) -> None:
-    """It gets an error; all others are answered."""
-    driver = started(pictures, cluster, tmp_path / "out.jsonl", script=DEADLY)
-    assert driver.wait() == 1, driver.printed
-    rows, wanted = driver.output.read_bytes().splitlines(), single.splitlines()
-    different = [json.loads(row) for row, other in zip(rows, wanted, strict=True) if row != other]
-    assert [(row["image"], row["error"]["type"]) for row in different] == [("0017.png", "WorkerLost")]
-    assert files_of(driver) == ["lock", "manifest", "settings.json"]
 
 
 def test_a_cluster_on_this_machine(pictures: Path, single: bytes, tmp_path: Path) -> None:
