@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_cli.conversation import Conversation
@@ -164,9 +165,9 @@ def notes(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else note
 
 
-def note_demo_model(options: LoadOptions, engine: Engine) -> None:
+def note_demo_model(options: LoadOptions, model: str) -> None:
     """Notes that the built-in model is only a demonstration, unless the user chose it."""
-    if options.model is None and engine.model == BUILTIN:
+    if options.model is None and model == BUILTIN:
         note("demonstration model: knows only drawings of colored shapes. A real one: llava models pull llava-1.5-7b")
 
 
@@ -238,83 +239,135 @@ def progress(words: str) -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-NodeSpeed = tuple[str, int, float]
-"""A machine of a cluster: its name, its workers, and pictures/s."""
+@dataclass(frozen=True)
+class NodeProgress:
+    """What a node of a cluster does."""
+
+    node: str
+    workers: int
+    pictures_per_second: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; rates are of now on a cluster, and since the start on one machine."""
+
+    rows: int = 0
+    failed: int = 0
+    pictures: int = 0
+    tokens: int = 0
+    pictures_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    seconds: float = 0.0
+    nodes: tuple[NodeProgress, ...] | None = None
+    """Of a cluster."""
 
 
 @contextmanager
-def counting(total: int | None, quiet: bool = False, as_json: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar of rows on stderr, if that is a terminal; with `as_json`, lines of JSON, at most one a second.
+def counting(
+    total: int | None, read: Callable[[], Progress], quiet: bool = False, as_json: bool = False
+) -> Iterator[None]:
+    """Shows on stderr how far a run is, while its block runs: a bar if that is a terminal, or lines of JSON.
 
-    Yields `show(done, failed, pictures, tokens, nodes=())`, whose `nodes` are `NodeSpeed`s.
+    `read` is called from another thread.
     """
     if as_json:
-        lines = _JsonProgress(total)
-        try:
-            yield lines.show
-        finally:
-            lines.end()
-        return
-    if quiet or not sys.stderr.isatty():
-        yield lambda done, failed, pictures, tokens, nodes=(): None
-        return
-    from rich.console import Console, RenderableType
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        with _each_second(lambda: _show_progress_line(total, read())):
+            yield
+    elif quiet or not sys.stderr.isatty():
+        yield
+    else:
+        with _progress_bar(total, read):
+            yield
+
+
+def _show_progress_line(total: int | None, progress: Progress) -> None:
+    found = {"rows": progress.rows, "total": total, **asdict(progress)}
+    if progress.nodes is None:
+        del found["nodes"]
+    line = for_json_line(json.dumps(_rounded(found)))
+    with suppress(OSError):  # who reads it is gone
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def _rounded(value: Any) -> Any:
+    """A value of JSON whose numbers have three decimals at most."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(each) for each in value]
+    return round(value, 3) if isinstance(value, float) else value
+
+
+@contextmanager
+def _each_second(do: Callable[[], None]) -> Iterator[None]:
+    """Does something each second while its block runs, and once more at the end."""
+    is_over = threading.Event()
+
+    def go_on() -> None:
+        while not is_over.wait(1.0):
+            do()
+
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        do()
+
+
+@contextmanager
+def _progress_bar(total: int | None, read: Callable[[], Progress]) -> Iterator[None]:
+    from rich.console import Console, Group, RenderableType
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    is_cluster, console = read().nodes is not None, Console(stderr=True)
+    words = TextColumn("left" if is_cluster else "{task.description}")
+    bar = Bar(BarColumn(None if is_cluster else 40), MofNCompleteColumn(), words, TimeRemainingColumn())
+    bar.expand = is_cluster
+    task = bar.add_task("", total=total)
+
+    def draw() -> RenderableType:
+        progress = read()
+        rates = f"{progress.pictures_per_second:.1f} pictures/s · {progress.tokens_per_second:.1f} tokens/s"
+        text = f"{progress.failed} failed · {rates}"
+        bar.update(task, completed=progress.rows, description=f"{text} · left")
+        if progress.nodes is None:
+            return bar
+        nodes = _node_lines(progress.nodes, console.width, console.height - 4)
+        return Group(bar, text, nodes if progress.nodes else "  no worker is ready yet")
+
+    with Live(get_renderable=draw, console=console):
+        yield
+
+
+_NODE_COUNTS = 34
+"""Columns of a terminal for what is said behind a node's name."""
+
+
+def _node_lines(nodes: Sequence[NodeProgress], width: int, most: int) -> Any:
+    """A line for each node; the last one is about all others where there are too many for the screen."""
+    from rich.table import Table
     from rich.text import Text
 
-    class Bar(Progress):
-        nodes: Sequence[NodeSpeed] = ()
-
-        def get_renderables(self) -> Iterable[RenderableType]:
-            yield self.make_tasks_table(self.tasks)
-            for name, workers, speed in self.nodes:
-                yield Text(f"  {printable(name)} · {workers} worker{'s' * (workers > 1)} · {speed:.1f} pictures/s")
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    begin = time.monotonic()
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-
-        def show(done: int, failed: int, pictures: int, tokens: int, nodes: Sequence[NodeSpeed] = ()) -> None:
-            seconds = max(time.monotonic() - begin, 1e-6)
-            words = f"{failed} failed · {pictures / seconds:.1f} pictures/s · {tokens / seconds:.1f} tokens/s · left"
-            bar.nodes = nodes
-            bar.update(task, completed=done, description=words)
-
-        yield show
-
-
-class _JsonProgress:
-    """The progress of rows for programs: a line of JSON on stderr when one is due, and one at the end."""
-
-    def __init__(self, total: int | None) -> None:
-        self._total, self._begin = total, time.monotonic()
-        self._shown, self._now = self._begin, (0, 0, 0, 0)
-        self._nodes: Sequence[NodeSpeed] = ()
-
-    def show(self, done: int, failed: int, pictures: int, tokens: int, nodes: Sequence[NodeSpeed] = ()) -> None:
-        self._now, self._nodes = (done, failed, pictures, tokens), nodes
-        if time.monotonic() - self._shown >= 1:
-            self.end()
-
-    def end(self) -> None:
-        self._shown = time.monotonic()
-        seconds = max(self._shown - self._begin, 1e-6)
-        done, failed, pictures, tokens = self._now
-        facts: dict[str, Any] = {
-            "rows": done,
-            "total": self._total,
-            "failed": failed,
-            "pictures": pictures,
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "pictures_per_second": round(pictures / seconds, 3),
-            "tokens_per_second": round(tokens / seconds, 3),
-        }
-        if self._nodes:
-            names = ("node", "workers", "pictures_per_second")
-            facts["nodes"] = [dict(zip(names, (*node[:2], round(node[2], 3)), strict=True)) for node in self._nodes]
-        note(json.dumps(facts))
+    shown = len(nodes) if len(nodes) <= most else max(0, most - 1)
+    lines = [(each.node, each.workers, each.pictures_per_second) for each in nodes[:shown]]
+    if others := nodes[shown:]:
+        rate = sum(each.pictures_per_second for each in others)
+        lines.append((f"{len(others)} more nodes", sum(each.workers for each in others), rate))
+    drawn = Table.grid(padding=(0, 2))
+    drawn.add_column(no_wrap=True, overflow="ellipsis", max_width=width - _NODE_COUNTS)
+    for _ in range(2):
+        drawn.add_column(justify="right", no_wrap=True)
+    for name, workers, rate in lines:
+        count = "1 worker " if workers == 1 else f"{workers} workers"
+        drawn.add_row(Text(f"  {printable(name)}"), count, f"{rate:.1f} pictures/s")
+    return drawn
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
+from llava_cli.render import Progress
 
 
 class Meter:
@@ -28,6 +29,12 @@ class Meter:
         picture = task.image, task.part, task.region
         self.pictures += picture != self._last
         self._last = picture
+
+    def progress(self) -> Progress:
+        """How far the run is, with the rows that were there before; rates are since the start."""
+        seconds = max(time.monotonic() - self._begin, 1e-6)
+        counts = self._tally.rows, self._tally.failed, self.pictures, self.tokens
+        return Progress(*counts, self.pictures / seconds, self.tokens / seconds, seconds)
 
     def speed(self, where: str) -> str:
         """A line; `where` is the server that answers, or empty."""

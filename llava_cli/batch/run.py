@@ -99,7 +99,7 @@ def run(job: Job) -> int:
         speed = _answer(job, journal, tasks, tally, engine, loader, stop)
         if job.verify and not stop.signal:
             verify(job, tally, engine, loader, stop)
-        note_refusal(job, loader)
+        note_refusal(job, loader.last_refusal)
         if not source_is_read:
             note_what_is_left_out(job)
     return _finish(job, tally, stop, speed)
@@ -131,7 +131,7 @@ def engine_of(job: Job, larger: Engine | None) -> Engine:
     sampling = job.settings.sampling
     engine.check_options(replace(sampling, sight=sampling.sight or job.sight > 0))
     if not job.quiet:
-        render.note_demo_model(job.settings.load, engine)
+        render.note_demo_model(job.settings.load, engine.model)
     if job.promise or larger:
         engine = JudgedEngine(engine, job.promise, larger, job.settings.remote.concurrency)
     return engine
@@ -143,9 +143,9 @@ def note_what_is_left_out(job: Job) -> None:
         render.note(line)
 
 
-def note_refusal(job: Job, loader: PictureLoader) -> None:
+def note_refusal(job: Job, error: LlavaError | None) -> None:
     """Prints why the last picture that was not there could not be opened, and what helps."""
-    if (error := loader.last_refusal) and not job.quiet:
+    if error and not job.quiet:
         render.note("; ".join(filter(None, (str(error), error.hint))))
 
 
@@ -233,14 +233,13 @@ def _answer(
     def rows(tasks: Iterable[Task]) -> Iterator[dict[str, Any]]:
         for task, row in answer_tasks(engine, tasks, loader, job.settings, job.size, stop.go_on, fill):
             meter.add(task, row)
-            show(tally.rows, tally.failed, meter.pictures, meter.tokens)
             yield row
 
     def of_sample(tasks: Iterable[Task], numbers: Iterable[int]) -> Iterable[Task]:
         total = journal.total if journal else None
         return sampled(zip(numbers, tasks, strict=False), job.sight, total) if job.sight else tasks
 
-    with render.counting(journal.total if journal else None, job.quiet, job.json_progress) as show:
+    with render.counting(journal.total if journal else None, meter.progress, job.quiet, job.json_progress):
         if journal is None:
             ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
             for row in rows(of_sample(tasks, count())):

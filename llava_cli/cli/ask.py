@@ -73,7 +73,7 @@ def ask(
 
         engine = open_engine(settings, render.note, render.notes(quiet))
     if not quiet:
-        render.note_demo_model(settings.load, engine)
+        render.note_demo_model(settings.load, engine.model)
         render.note_picture_count(engine.family, conversation)
     with naming_fewer_parts(conversation):
         if json:

@@ -123,6 +123,11 @@ def batch(
     if json and not dry_run:
         raise UsageError("--json", "is about --dry-run", "rows are JSON as they are")
     to_file = parse_output(output)
+    most = parse_workers(workers)
+    if ray is None and most is not None:
+        raise UsageError("--workers", "is about --ray, which is not given", f"--ray local --workers {workers}")
+    if ray is not None and shard is not None:
+        raise UsageError("--shard", "does not go with --ray, which has all ranges answered", "leave one of them out")
     if to_file is None:
         _refuse_without_file(extend or retry_errors or repair, shard, ray)
     sources, question = split_question(words or [""])
@@ -175,7 +180,7 @@ def batch(
         json_progress=json_progress,
         quiet=quiet,
     )
-    if code := _run(job, dry_run, json, shard, ray, parse_workers(workers)):
+    if code := _run(job, dry_run, json, shard, ray, most):
         raise typer.Exit(code)
 
 

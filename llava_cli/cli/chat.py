@@ -95,7 +95,7 @@ def chat(
 
         engine = open_engine(settings, render.note, render.notes(quiet))
     if not quiet:
-        render.note_demo_model(settings.load, engine)
+        render.note_demo_model(settings.load, engine.model)
     preview = draw_thumbnail if has_thumbnails else lambda picture: None
     session = Chat(engine, settings, render.notes(quiet), preview, store)
     if number is not None and conversation is not None:

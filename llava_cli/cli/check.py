@@ -84,7 +84,7 @@ def check(
 
         engine = open_engine(settings, render.note, render.notes(quiet))
     if not quiet:
-        render.note_demo_model(settings.load, engine)
+        render.note_demo_model(settings.load, engine.model)
         render.note_picture_count(engine.family, conversation)
     with naming_fewer_parts(conversation):
         checked = engine.check(conversation.pictures, conversation.turns[-1].question, threshold, settings.system)

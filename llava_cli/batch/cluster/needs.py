@@ -65,7 +65,7 @@ def need_of(settings: Settings, nodes: Sequence[Node], workers: int | None) -> N
         return Need(max(1, min(MOST_CPUS, int(cpus / gpus) // per_gpu)), 1 / per_gpu, memory)
     if workers:
         return Need(max(1, cpus // workers), 0, memory)
-    return Need(min(MOST_CPUS, *(node.cpus for node in nodes)), 0, memory)
+    return Need(min([MOST_CPUS, *(node.cpus for node in nodes if node.cpus)]), 0, memory)
 
 
 def memory_of(options: LoadOptions) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from llava_cli._version import __version__
+from llava_cli.batch.cluster.progress import Counts
 from llava_cli.batch.meter import Meter
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.ranges.answering import answer_ranges
@@ -49,8 +51,6 @@ class Assignment:
 class Ready:
     """A worker that can answer, or cannot on this node."""
 
-    node: str
-    """Ray's id of it."""
     model: str = ""
     refusal: Refusal | None = None
 
@@ -64,13 +64,15 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a worker has done so far."""
+class Answered:
+    """What has become of ranges."""
 
-    rows: int = 0
-    failed: int = 0
-    pictures: int = 0
-    tokens: int = 0
+    committed: tuple[int, ...]
+    """The numbers of those whose rows are all there; of others a part is, after `Worker.stop`."""
+    counts: Counts
+    """Of the worker so far."""
+    last_refusal: LlavaError | None
+    """Why the last picture that was not there could not be opened."""
 
 
 def versions() -> dict[str, str]:
@@ -80,68 +82,41 @@ def versions() -> dict[str, str]:
 
 def open_model(job: Job) -> Engine:
     """The engine of a job, as a run on one machine has it."""
-    return engine_of(replace(job, quiet=True), open_larger(job))
+    return engine_of(job, open_larger(job))
 
 
 class Worker:
     """Its methods are called from several threads: `progress` and `stop` while `answer` is at work."""
 
-    def __init__(self, assignment: Assignment) -> None:
+    _job: Job
+    _run: SharedRun
+    _engine: Engine
+    _loader: PictureLoader
+
+    def __init__(self) -> None:
         limit_caches(primitives=32)  # before torch is imported
-        self._assignment, self._job, self._run = assignment, assignment.job, assignment.run
         self._tally = Tally()
         self._meter = Meter(self._tally)
         self._stopped = threading.Event()
-        self._engine: Engine | None = None
-        self._loader: PictureLoader | None = None
 
-    def prepare(self, driver: dict[str, str]) -> Ready:
-        """Checks this node against the driver's versions and files, and loads the model.
+    def prepare(self, driver: dict[str, str], pickled: bytes) -> Ready:
+        """Checks this node against the driver's versions and files, and loads the model of the `Assignment`.
 
         Raises a `LlavaError` as `open_engine`.
         """
-        import ray
+        if refusal := _other_versions(driver):
+            return Ready(refusal=refusal)
+        assignment: Assignment = pickle.loads(pickled)  # ours, of the same version
+        if refusal := _refusal(assignment):
+            return Ready(refusal=refusal)
+        self._job, self._run = replace(assignment.job, quiet=True), assignment.run
+        use_threads(assignment.threads)
+        self._loader = loader_of(self._job, assignment.threads)
+        self._engine = assignment.open_engine(self._job)
+        return Ready(self._engine.model)
 
-        node = ray.get_runtime_context().get_node_id()
-        if refusal := self._refusal(driver):
-            return Ready(node, refusal=refusal)
-        use_threads(self._assignment.threads)
-        self._loader = loader_of(self._job, self._assignment.threads)
-        self._engine = self._assignment.open_engine(self._job)
-        return Ready(node, self._engine.model)
-
-    def _refusal(self, driver: dict[str, str]) -> Refusal | None:
-        own = versions()
-        for name, wanted in driver.items():
-            if own.get(name) != wanted:
-                return Refusal(f"has {name} {own.get(name)}, not {wanted}", f"pip install {name}=={wanted} there")
-        try:
-            os.chdir(self._assignment.folder)
-        except OSError:
-            return Refusal(f"has no folder {self._assignment.folder}", "a folder that all nodes share is needed")
-        if not self._run.sees(self._assignment.token):
-            return Refusal(f"does not see what is beside {self._run.name}", "-o a file that all nodes share, or s3://…")
-        if missing := self._job.source.missing_here():
-            return Refusal(f"has no {missing}", "a SOURCE that all nodes share, or s3://…, is needed")
-        return self._other_model()
-
-    def _other_model(self) -> Refusal | None:
-        if not self._assignment.identity:
-            return None
-        model = self._assignment.identity.get("model")
-        try:
-            here = identify(self._job.settings)
-        except LlavaError as error:
-            return Refusal(f"cannot use {model}: {error.reason}", f"llava models pull {model} there")
-        for name, wanted in self._assignment.identity.items():
-            if here.get(name) != wanted:
-                hint = f"the same checkpoint on all nodes: llava models pull {model} there"
-                return Refusal(f"has another {name} of {model}: {here.get(name)}, not {wanted}", hint)
-        return None
-
-    def answer(self, ranges: tuple[RowRange, ...]) -> list[int]:
-        """Answers ranges and commits them; returns the numbers of those that are committed. Raises a `LlavaError`."""
-        assert self._engine and self._loader
+    def answer(self, ranges: tuple[RowRange, ...]) -> Answered:
+        """Answers ranges and commits them. Raises a `LlavaError`."""
         done: list[int] = []
         answer_ranges(
             self._job,
@@ -153,11 +128,10 @@ class Worker:
             lambda rows: done.append(rows.number),
             lambda: not self._stopped.is_set(),
         )
-        return done
+        return Answered(tuple(done), self.progress(), self._loader.last_refusal)
 
     def answer_row(self, rows: RowRange, number: int) -> dict[str, Any]:
         """A single row of a range."""
-        assert self._engine and self._loader
         task = next(islice(self._run.tasks(rows), number - rows.begin, None))
         tasks = sampled([(number, task)], self._job.sight, self._run.grid.total) if self._job.sight else [task]
         fill = fill_of(self._job)
@@ -166,9 +140,47 @@ class Worker:
         self._meter.add(asked, row)
         return row
 
-    def progress(self) -> Progress:
-        return Progress(self._tally.rows, self._tally.failed, self._meter.pictures, self._meter.tokens)
+    def progress(self) -> Counts:
+        return Counts(self._tally.rows, self._tally.failed, self._meter.pictures, self._meter.tokens)
 
     def stop(self) -> None:
         """Lets the answers that were begun finish; what is left of a range is kept for another attempt."""
         self._stopped.set()
+
+
+def _other_versions(driver: dict[str, str]) -> Refusal | None:
+    own = versions()
+    for name, wanted in driver.items():
+        if own.get(name) != wanted:
+            package = "llava-cli" if name == "llava" else name
+            return Refusal(f"has {name} {own.get(name)}, not {wanted}", f"pip install {package}=={wanted} there")
+    return None
+
+
+def _refusal(assignment: Assignment) -> Refusal | None:
+    """Why this node cannot take part; goes to the driver's current folder, where relative paths begin."""
+    run = assignment.run
+    try:
+        os.chdir(assignment.folder)
+    except OSError:
+        return Refusal(f"has no folder {assignment.folder}", "a folder that all nodes share is needed")
+    if not run.sees(assignment.token):
+        return Refusal(f"does not see what is beside {run.name}", "-o a file that all nodes share, or s3://…")
+    if missing := assignment.job.source.missing_here():
+        return Refusal(f"has no {missing}", "a SOURCE that all nodes share, or s3://…, is needed")
+    return _other_model(assignment)
+
+
+def _other_model(assignment: Assignment) -> Refusal | None:
+    if not assignment.identity:
+        return None
+    model = assignment.identity.get("model")
+    try:
+        here = identify(assignment.job.settings)
+    except LlavaError as error:
+        return Refusal(f"cannot use {model}: {error.reason}", f"llava models pull {model} there")
+    for name, wanted in assignment.identity.items():
+        if here.get(name) != wanted:
+            hint = f"the same checkpoint on all nodes: llava models pull {model} there"
+            return Refusal(f"has another {name} of {model}: {here.get(name)}, not {wanted}", hint)
+    return None

@@ -145,7 +145,7 @@ def _open(job: Job, survey: Survey, loader: PictureLoader) -> float:
         for number, (task, picture) in enumerate(loader.load_all(survey.to_open())):
             survey.opened(number, task, picture)
             show(number + 1)
-    note_refusal(job, loader)
+    note_refusal(job, loader.last_refusal)
     return time.monotonic() - begin
 
 

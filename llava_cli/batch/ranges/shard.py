@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import replace
 
 from llava_cli import render
 from llava_cli.batch.meter import Meter
@@ -102,17 +102,21 @@ def _answer(
     stack.callback(loader.close)
     engine = engine_of(job, larger)
     stack.enter_context(stop)
-    meter, total = Meter(tally), sum(map(len, ranges))
+    meter, done, total = Meter(tally), 0, sum(map(len, ranges))
 
-    def on_row(task: Task, row: dict[str, Any]) -> None:
-        meter.add(task, row)
-        show(tally.rows, tally.failed, meter.pictures, meter.tokens)
+    def on_range(rows: RowRange) -> None:
+        nonlocal done
+        done += len(rows)
 
-    with render.counting(total, job.quiet, job.json_progress) as show:
-        answer_ranges(job, run, ranges, engine, loader, on_row, lambda rows: None, stop.go_on)
+    def progress() -> render.Progress:
+        found = meter.progress()
+        return replace(found, rows=max(done, found.rows))  # some rows were answered by others
+
+    with render.counting(total, progress, job.quiet, job.json_progress):
+        answer_ranges(job, run, ranges, engine, loader, meter.add, on_range, stop.go_on)
     if job.verify and not stop.signal:
         verify(job, tally, engine, loader, stop)
-    note_refusal(job, loader)
+    note_refusal(job, loader.last_refusal)
     return meter.speed(engine.where)
 
 
