@@ -77,21 +77,29 @@ def with_one_precision(settings: Settings, saved: str | None, hint: Callable[[st
 
 def to_json(settings: dict[str, Any], rows: Path) -> bytes:
     """The file's content; `rows` is the output that it is beside."""
-    settings = {**settings, _SIGNATURE: signature(rows, str(settings.get("root")))}
+    return dumps({**settings, _SIGNATURE: signature(rows, str(settings.get("root")))})
+
+
+def dumps(settings: dict[str, Any]) -> bytes:
+    """Settings as JSON."""
     # Surrogates, which UTF-8 cannot encode, become JSON's escapes.
     return json.dumps(settings, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read(path: Path) -> dict[str, Any]:
     """Raises `BadData`, or `OSError`."""
-    bounds = Bounds(limits.SETTINGS_BYTES, limits.ROW_DEPTH, limits.ROW_ITEMS)
+    with regular_files.open_regular(path, follow=False) as file:
+        return parse(file.read(limits.SETTINGS_BYTES + 1), str(path))
+
+
+def parse(data: bytes, name: str) -> dict[str, Any]:
+    """Settings from JSON. Raises `BadData` about their file."""
     try:
-        with regular_files.open_regular(path, follow=False) as file:
-            settings = loads(file.read(bounds.bytes + 1), bounds)
+        settings = loads(data, Bounds(limits.SETTINGS_BYTES, limits.ROW_DEPTH, limits.ROW_ITEMS))
     except ValueError:
         settings = None
     if not isinstance(settings, dict):
-        raise BadData(printable(str(path)), "damaged", "give another file to -o")
+        raise BadData(printable(name), "damaged", "give another file to -o")
     return settings
 
 

@@ -377,7 +377,7 @@ def test_another_kind_of_run_has_the_output(here: Path) -> None:
 def test_joined_by_another_process(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last shard leaves the merge to who is at it."""
 
-    def merging(self: FolderRun, on_row: Any) -> None:
+    def merging(self: FolderRun, on_row: Any) -> bool:
         raise OutputLocked("out.jsonl", "another run is writing it")
 
     monkeypatch.setattr(FolderRun, "merge", merging)
@@ -415,7 +415,7 @@ def test_a_damaged_file_is_named(kind: str, tmp_path: Path, wanted: bytes) -> No
     folder = begin(tmp_path / kind)
     for number in (1, 2, 3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FolderRun, "merge", lambda self, on_row: None)
+            patch.setattr(FolderRun, "merge", lambda self, on_row: True)
             attempt(folder, Shard(number, 3))
     path = folder / "out" / "out.jsonl.run" / "part-00001.jsonl"
     path.write_bytes(DAMAGE[kind](path.read_bytes()))

@@ -1,13 +1,33 @@
-"""A shared run beside an object of a bucket."""
+"""A shared run beside an object of a bucket, `s3://bucket/out.jsonl`: the same files as in a folder, as objects.
+
+No object can be locked or appended to: each is put whole, and what must be written once is put only where there is
+nothing. The output is written at the end, from all ranges; settings come last of what a run begins with.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from llava_cli.batch import run_settings
+from llava_cli.batch.journal import row_of
+from llava_cli.batch.ranges.bucket_files import BucketFiles
+from llava_cli.batch.ranges.manifest_index import ManifestIndex
 from llava_cli.batch.ranges.row_range import Grid, RowRange, Shard
-from llava_cli.batch.ranges.shared_run import Attempt, OnRow
+from llava_cli.batch.ranges.shared_run import OnRow
+from llava_cli.batch.ranges.words import damaged_object, missing_rows
+from llava_cli.batch.rows import to_line
 from llava_cli.batch.tasks import Task
+from llava_cli.errors import BadData, InputMissing, LlavaError
+from llava_cli.images.remote_names import shown
+
+_PART = re.compile(r"part-([0-9]{5,15})\.jsonl")
+_SHARD = re.compile(r"shard-([0-9]{1,7})-of-([0-9]{1,7})")
+_SETTINGS, _MANIFEST = "settings.json", "manifest"
 
 
 class BucketRun:
@@ -16,38 +36,174 @@ class BucketRun:
     grid: Grid
 
     def __init__(self, url: str) -> None:
-        self.name = str(url)
+        self.name = shown(url)
+        self._url = url
+        folder, _, self._object = url.rpartition("/")
+        self._output = BucketFiles(f"{folder}/", self.name)
+        self._files = BucketFiles(f"{url}.run/", self.name)
+        self._index_found: ManifestIndex | None = None
+        self._is_merged = False
+
+    def _saved_settings(self) -> dict[str, Any] | None:
+        if self._files.size(_SETTINGS) is None:
+            return None
+        return run_settings.parse(self._files.read(_SETTINGS), f"{self.name}.run/{_SETTINGS}")
 
     def saved_precision(self) -> str | None:
-        raise NotImplementedError
+        saved = self._saved_settings()
+        return None if saved is None else str(saved.get("precision")).partition(",")[0]
 
     def begin(self, settings: dict[str, Any], tasks: Callable[[], Iterable[Task]], shard: Shard | None) -> None:
-        raise NotImplementedError
+        saved = self._saved_settings()
+        if saved is None:
+            if self._output.size(self._object) is not None:
+                reason = "it has rows already, and no folder .run beside it that says what made them"
+                raise BadData(self.name, reason, "give another file to -o")
+            self._start(tasks())
+            self._files.create(_SETTINGS, run_settings.dumps(settings))
+            saved = self._saved_settings() or settings
+        if changes := run_settings.changes(saved, settings):
+            raise BadData(self.name, f"other settings made its rows: {changes}", "give another file to -o")
+        self.grid = self._index().grid
+        if shard and not self.is_merged:
+            self._files.create(f"shard-{shard.number}-of-{shard.count}", b"")
+
+    def _start(self, tasks: Iterable[Task]) -> None:
+        """Puts the manifest, unless another process has been first."""
+        with tempfile.TemporaryFile() as manifest:
+            manifest.writelines(task.to_line() for task in tasks)
+            manifest.seek(0)
+            index = ManifestIndex.made(manifest)
+            if self._files.size(_MANIFEST) is None and index.grid.total:
+                manifest.seek(0)
+                if self._files.write(_MANIFEST, iter(lambda: manifest.read(1 << 20), b"")):
+                    self._files.create(ManifestIndex.NAME, index.to_bytes())
+
+    def _index(self) -> ManifestIndex:
+        if self._index_found is None:
+            size = self._files.size(_MANIFEST) or 0
+            index = None
+            if size and self._files.size(ManifestIndex.NAME) is not None:
+                index = ManifestIndex.parse(self._files.read(ManifestIndex.NAME), size)
+            self._index_found = index or self._made_index(size)
+        return self._index_found
+
+    def _made_index(self, size: int) -> ManifestIndex:
+        with tempfile.TemporaryFile() as manifest:
+            for begin in range(0, size, 1 << 24):
+                manifest.write(self._files.read(_MANIFEST, begin, min(begin + (1 << 24), size)))
+            manifest.seek(0)
+            return ManifestIndex.made(manifest)
 
     def leave_token(self) -> str:
-        raise NotImplementedError
+        token = f"token-{os.urandom(4).hex()}"
+        self._files.create(token, b"")
+        return token
 
     def sees(self, token: str) -> bool:
-        raise NotImplementedError
+        return self._files.size(token) is not None
 
     @property
     def is_merged(self) -> bool:
-        raise NotImplementedError
+        self._is_merged = self._is_merged or self._output.size(self._object) is not None
+        return self._is_merged
 
     def answered(self) -> int:
-        raise NotImplementedError
+        return self.grid.total if self.is_merged else 0
 
     def has(self, rows: RowRange) -> bool:
-        raise NotImplementedError
+        return self._files.size(rows.file_name) is not None or self.is_merged
 
     def missing(self, ranges: Iterable[RowRange]) -> Iterator[RowRange]:
-        raise NotImplementedError
+        there = self._committed()
+        return (rows for rows in ranges if rows.number not in there and not self._is_merged)
+
+    def _committed(self) -> set[int]:
+        if self.is_merged:
+            return set()
+        return {int(found[1]) for name in self._files.names("part-") if (found := _PART.fullmatch(name))}
 
     def tasks(self, rows: RowRange) -> Iterator[Task]:
-        raise NotImplementedError
+        begin, end = self._index().span(rows)
+        return map(Task.from_line, self._files.read(_MANIFEST, begin, end).splitlines(keepends=True))
 
-    def attempt(self, rows: RowRange) -> Attempt:
-        raise NotImplementedError
+    def attempt(self, rows: RowRange) -> BucketAttempt:
+        left = [self._valid(rows, name) for name in self._files.names(f"attempt-{rows.number:05d}-")]
+        return BucketAttempt(self._files, rows, max(left, key=len, default=[]))
 
-    def merge(self, on_row: OnRow) -> None:
-        raise NotImplementedError
+    def _valid(self, rows: RowRange, name: str) -> list[bytes]:
+        """The first lines of an object, as long as they are the rows of a range."""
+        valid = []
+        for task, line in zip(self.tasks(rows), self._files.lines(name), strict=False):
+            if not line.endswith(b"\n") or row_of(task, line) is None:
+                break
+            valid.append(line)
+        return valid
+
+    def merge(self, on_row: OnRow) -> bool:
+        if self._saved_settings() is None:
+            raise InputMissing(self.name, "there is no run beside it", "llava batch SOURCE … --shard 1/8 begins one")
+        self.grid = self._index().grid
+        is_ours = not self.is_merged and self._write_output(on_row)
+        self._remove_what_is_left()
+        return is_ours
+
+    def _write_output(self, on_row: OnRow) -> bool:
+        """Writes the rows of all ranges; False if another process has done so meanwhile, and removes them."""
+        there = self._committed()
+        if missing := [rows for rows in self.grid.all() if rows.number not in there and not self.is_merged]:
+            raise missing_rows(self.name, self.grid, missing, 0, self._shard_counts())
+        try:
+            return self._output.write(self._object, self._joined(on_row))
+        except LlavaError:
+            if self.is_merged:
+                return False
+            raise
+
+    def _joined(self, on_row: OnRow) -> Iterator[bytes]:
+        """The rows of all ranges. Raises `BadData` for an object that has other rows."""
+        for rows in self.grid.all():
+            lines = self._files.lines(rows.file_name)
+            for number, task in enumerate(self.tasks(rows)):
+                line = lines[number] if number < len(lines) else b""
+                if not line.endswith(b"\n") or (row := row_of(task, line)) is None:
+                    raise damaged_object(f"{self._url}.run/{rows.file_name}", number)
+                on_row(task, row)
+            if len(lines) > len(rows):
+                raise damaged_object(f"{self._url}.run/{rows.file_name}", len(rows))
+            yield b"".join(lines)
+
+    def _remove_what_is_left(self) -> None:
+        for start in ("part-", "attempt-", "shard-", "token-", ManifestIndex.NAME):
+            self._files.remove(self._files.names(start))
+
+    def _shard_counts(self) -> list[int]:
+        found = (_SHARD.fullmatch(name) for name in self._files.names("shard-"))
+        return [count for count, _ in Counter(int(match[2]) for match in found if match).most_common()]
+
+
+class BucketAttempt:
+    """Rows of a range in memory (see `Attempt`): they are at most those of one range."""
+
+    def __init__(self, files: BucketFiles, rows: RowRange, left: list[bytes]) -> None:
+        """`left` are the rows to begin with."""
+        self._files, self._rows, self._lines = files, rows, list(left)
+        self._left, self._is_committed = len(left), False
+
+    @property
+    def done(self) -> int:
+        return len(self._lines)
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._lines.append(to_line(row))
+
+    def commit(self) -> bool:
+        is_first = self._files.create(self._rows.file_name, b"".join(self._lines))
+        self._is_committed = True
+        return is_first
+
+    def close(self) -> None:
+        if not self._is_committed and self.done > self._left:
+            name = f"attempt-{self._rows.number:05d}-{os.urandom(4).hex()}.jsonl"
+            self._files.create(name, b"".join(self._lines))
+            self._left = self.done

@@ -97,7 +97,7 @@ class FolderRun:
             self._unmark()
         elif self._answered_now() < index.grid.total:
             self._mark("shared")
-            index.save(self._folder)
+            files.atomic_write(self._folder / ManifestIndex.NAME, [index.to_bytes()])
 
     def _index(self) -> ManifestIndex:
         return ManifestIndex.of(self._folder)
@@ -152,7 +152,7 @@ class FolderRun:
 
     def tasks(self, rows: RowRange) -> Iterator[Task]:
         with open_rows(self._folder / "manifest") as file:
-            file.seek(self._index().offset(rows))
+            file.seek(self._index().span(rows)[0])
             yield from map(Task.from_line, islice(bounded_lines(file), len(rows)))
 
     def attempt(self, rows: RowRange) -> FolderAttempt:
@@ -175,7 +175,7 @@ class FolderRun:
             valid.append(line)
         return valid
 
-    def merge(self, on_row: OnRow) -> None:
+    def merge(self, on_row: OnRow) -> bool:
         journal = Journal(self.output)
         if not journal.is_begun:
             raise InputMissing(self.name, "there is no run beside it", "llava batch SOURCE … --shard 1/8 begins one")
@@ -192,6 +192,7 @@ class FolderRun:
                     self._append(journal, rows, tasks, on_row)
                 _unlink(self._folder / rows.file_name)
             self._unmark()
+        return True
 
     def _append(self, journal: Journal, rows: RowRange, tasks: Iterator[Task], on_row: OnRow) -> None:
         """Appends what the output lacks of a range. Raises `BadData` for a file that has other rows."""

@@ -7,8 +7,9 @@ from array import array
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
-from llava_cli import files, limits, regular_files
+from llava_cli import limits, regular_files
 from llava_cli.batch.journal import open_rows
 from llava_cli.batch.ranges.row_range import Grid, RowRange
 
@@ -30,39 +31,43 @@ class ManifestIndex:
         """That of the manifest in a folder: as it was saved, or made anew. Raises `OSError`."""
         return _index_of(folder, (folder / "manifest").stat().st_size)
 
-    def offset(self, rows: RowRange) -> int:
-        return self._offsets[rows.number]
+    @classmethod
+    def parse(cls, data: bytes, size: int) -> ManifestIndex | None:
+        """A saved one, if it is that of a manifest of so many bytes."""
+        with suppress(struct.error, ValueError):
+            of_size, total = _HEADER.unpack_from(data)
+            offsets = array("Q", data[_HEADER.size :])
+            if of_size == size and len(offsets) == Grid(total).count:
+                return cls(size, total, offsets)
+        return None
 
-    def save(self, folder: Path) -> None:
-        """Raises `OSError`."""
-        files.atomic_write(folder / self.NAME, [_HEADER.pack(self._size, self.grid.total), self._offsets.tobytes()])
+    @classmethod
+    def made(cls, manifest: IO[bytes]) -> ManifestIndex:
+        """That of an open file."""
+        total = sum(1 for _ in manifest)
+        grid, offset = Grid(total), 0
+        offsets = array("Q")
+        manifest.seek(0)
+        for number, line in enumerate(manifest):
+            if number % grid.size == 0:
+                offsets.append(offset)
+            offset += len(line)
+        return cls(offset, total, offsets)
+
+    def span(self, rows: RowRange) -> tuple[int, int]:
+        """Where a range's tasks begin and end in the manifest, in bytes."""
+        ends = self._offsets[rows.number + 1 : rows.number + 2]
+        return self._offsets[rows.number], ends[0] if ends else self._size
+
+    def to_bytes(self) -> bytes:
+        """As it is saved."""
+        return _HEADER.pack(self._size, self.grid.total) + self._offsets.tobytes()
 
 
 @lru_cache(1)
 def _index_of(folder: Path, size: int) -> ManifestIndex:
-    return _saved(folder, size) or _made(folder, size)
-
-
-def _saved(folder: Path, size: int) -> ManifestIndex | None:
-    """The saved index, if it is that of a manifest of so many bytes."""
-    with suppress(OSError, struct.error, ValueError):
-        with regular_files.open_regular(folder / ManifestIndex.NAME, follow=False) as file:
-            data = file.read(limits.MANIFEST_INDEX_BYTES)
-        of_size, total = _HEADER.unpack_from(data)
-        offsets = array("Q", data[_HEADER.size :])
-        if of_size == size and len(offsets) == Grid(total).count:
-            return ManifestIndex(size, total, offsets)
-    return None
-
-
-def _made(folder: Path, size: int) -> ManifestIndex:
-    with open_rows(folder / "manifest") as file:
-        total = sum(1 for _ in file)
-        grid, offset = Grid(total), 0
-        offsets = array("Q")
-        file.seek(0)
-        for number, line in enumerate(file):
-            if number % grid.size == 0:
-                offsets.append(offset)
-            offset += len(line)
-    return ManifestIndex(size, total, offsets)
+    with suppress(OSError), regular_files.open_regular(folder / ManifestIndex.NAME, follow=False) as file:
+        if index := ManifestIndex.parse(file.read(limits.MANIFEST_INDEX_BYTES), size):
+            return index
+    with open_rows(folder / "manifest") as manifest:
+        return ManifestIndex.made(manifest)

@@ -19,7 +19,10 @@ def merge_run(run: SharedRun, quiet: bool) -> int:
     """As `merge`: 1 if some rows have failed."""
     tally = Tally()
     with render.spinner("joining the rows", quiet):
-        run.merge(tally.add)
+        is_joined = run.merge(tally.add)
+    if not is_joined:
+        render.note(f"{run.name} has all {run.grid.total:,} rows already")
+        return 0
     if not quiet:
         render.note(f"{run.name}: {tally.summary()}")
     return 1 if tally.failed or tally.escalation_errors else 0

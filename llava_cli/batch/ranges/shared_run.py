@@ -17,7 +17,9 @@ class Attempt(Protocol):
     An attempt that was ended leaves its rows, and the next one begins with them: `done` says how many they are.
     """
 
-    done: int
+    @property
+    def done(self) -> int:
+        """How many rows there are."""
 
     def append(self, row: dict[str, Any]) -> None:
         """Raises `OutputError`."""
@@ -74,9 +76,10 @@ class SharedRun(Protocol):
     def attempt(self, rows: RowRange) -> Attempt:
         """A new attempt at a range. Raises `OutputError`."""
 
-    def merge(self, on_row: OnRow) -> None:
+    def merge(self, on_row: OnRow) -> bool:
         """Joins the files of all ranges to the output, durably, and then removes them; calls `on_row` for each row.
 
+        False, after any calls of `on_row`, if another process has done so before.
         What a merge that was ended has done stays. Raises `BadData` for ranges that are missing or damaged, which it
         names, `OutputTaken` where another process is merging, and `OutputError`.
         """

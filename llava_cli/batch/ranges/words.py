@@ -9,6 +9,7 @@ from pathlib import Path
 from llava_cli.batch.ranges.row_range import Grid, RowRange, Shard
 from llava_cli.errors import BadData, InputMissing
 from llava_cli.files import quoted
+from llava_cli.images.remote_names import shown
 from llava_cli.untrusted_text import printable
 
 _MOST = 5
@@ -34,6 +35,11 @@ def damaged(path: Path, line: int) -> BadData:
     """The error for a range's file that has not the rows that it should have, from this line on, counted from 0."""
     hint = f"rm {quoted(path)}, and its shard answers them again"
     return BadData(f"{printable(str(path))}, line {line + 1}", "not the row that should be there", hint)
+
+
+def damaged_object(url: str, line: int) -> BadData:
+    """As `damaged`, of an object in a bucket."""
+    return BadData(f"{shown(url)}, line {line + 1}", "not the row that should be there", "delete it, and run its shard")
 
 
 def _joined(ranges: Sequence[RowRange]) -> list[tuple[int, int]]:

@@ -1,0 +1,131 @@
+"""Objects below a URL, to be written as well as read."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from llava_cli.errors import LlavaError, OutputError, UsageError
+from llava_cli.images.cloud import EXTRA, SERVICES, file_system
+from llava_cli.images.remote_errors import Patience, failure_of, status_of
+from llava_cli.images.remote_names import path_of, scheme_of, shown
+
+_WRITABLE = ("s3", "gs", "gcs", "az", "abfs")
+_PRECONDITION_FAILED, _CONFLICT = 412, 409
+_BLOCK_BYTES = 16_000_000
+"""Of an object that is written piece by piece; S3 takes 10,000 pieces, so 160 GB."""
+T = TypeVar("T")
+
+
+class BucketFiles:
+    """The objects whose URLs begin with `url`. All methods raise `OutputError` about `name`."""
+
+    def __init__(self, url: str, name: str) -> None:
+        """Raises `UsageError` for a service that cannot be written to, or whose package is missing."""
+        scheme = scheme_of(url)
+        if scheme not in _WRITABLE:
+            raise UsageError("-o", f"{scheme}:// is only read", f"-o {_WRITABLE[0]}://BUCKET/FILE, or a path")
+        service = SERVICES[scheme]
+        if importlib.util.find_spec(service.package) is None:
+            raise UsageError(shown(url), f"needs {service.package}, which is not installed", EXTRA)
+        self._service, self._path, self._name, self._url = service, path_of(url), name, url
+
+    def _call(self, function: Callable[[Any], T]) -> T:
+        """What a function of fsspec's file system returns; tried again while that may help."""
+        files, patience = file_system(self._service.protocol), Patience(shown(self._url), self._service.sign_in)
+        try:
+            return patience.call(lambda: function(files))
+        except LlavaError as error:
+            raise OutputError(self._name, error.reason, error.hint or "the same command resumes") from None
+
+    def names(self, start: str) -> list[str]:
+        """Those of the objects that begin so."""
+        found = self._call(lambda files: files.glob(f"{self._path}{start}*"))
+        return sorted(path.rpartition("/")[2] for path in found)
+
+    def size(self, name: str) -> int | None:
+        """Of an object, in bytes; None if there is none."""
+
+        def ask(files: Any) -> int | None:
+            try:
+                return int(files.info(self._path + name)["size"])
+            except FileNotFoundError:
+                return None
+
+        return self._call(ask)
+
+    def read(self, name: str, begin: int | None = None, end: int | None = None) -> bytes:
+        """An object, or a span of its bytes."""
+        return self._call(lambda files: bytes(files.cat_file(self._path + name, start=begin, end=end)))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Puts an object where there is none; False if there is one, or another process has just put it there."""
+
+        def put(files: Any) -> bool:
+            try:
+                files.pipe_file(self._path + name, data, mode="create")
+            except Exception as error:
+                if self._is_there_already(error):
+                    return False
+                raise
+            return True
+
+        return self._call(put)
+
+    def write(self, name: str, chunks: Iterable[bytes]) -> bool:
+        """Writes an object of any size, which is there once it is whole; on S3 False if there is one, which stays."""
+
+        def put(files: Any) -> None:
+            mode = "xb" if self._service.protocol == "s3" else "wb"
+            file = files.open(self._path + name, mode, block_size=_BLOCK_BYTES)
+            try:
+                for chunk in chunks:
+                    file.write(chunk)
+            except BaseException:
+                with suppress(Exception):
+                    file.discard()
+                file.closed = True  # so that nothing of it is put there when it is collected
+                raise
+            file.close()
+
+        try:
+            put(file_system(self._service.protocol))
+        except LlavaError:
+            raise
+        except Exception as error:
+            if self._is_there_already(error):
+                return False
+            raise OutputError(self._name, failure_of(error).reason, "the same command resumes") from None
+        return True
+
+    @staticmethod
+    def _is_there_already(error: Exception) -> bool:
+        """Whether an object was not put because there is one."""
+        is_failed = status_of(error) in (_PRECONDITION_FAILED, _CONFLICT) or failure_of(error).reason == _CHANGED
+        return is_failed or isinstance(error, FileExistsError)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Those that are there."""
+        for name in names:
+
+            def remove(files: Any, name: str = name) -> None:
+                with suppress(FileNotFoundError):
+                    files.rm_file(self._path + name)
+
+            self._call(remove)
+
+    def lines(self, name: str) -> list[bytes]:
+        """Of an object that fits in memory; none of one that is there no longer."""
+
+        def get(files: Any) -> bytes:
+            try:
+                return bytes(files.cat_file(self._path + name))
+            except FileNotFoundError:
+                return b""
+
+        return self._call(get).splitlines(keepends=True)
+
+
+_CHANGED = failure_of(type("PreconditionFailed", (Exception,), {})()).reason

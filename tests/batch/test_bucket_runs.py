@@ -1,0 +1,223 @@
+"""Rows that are written to a bucket, by one process or by shards, on a real S3 server on this machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from helpers import s3
+from helpers.command import Run
+from helpers.faults import Told
+from helpers.tables import for_each
+from PIL import Image
+
+from llava_cli.batch import run as module
+from llava_cli.batch.ranges import row_range
+from llava_cli.batch.ranges.merge import merge
+from llava_cli.batch.ranges.row_range import ALL, Shard
+from llava_cli.batch.ranges.shard import run_shard
+from llava_cli.batch.run import Job
+from llava_cli.batch.sources.source import Source
+from llava_cli.errors import LlavaError
+from llava_cli.images import cloud
+from llava_cli.settings import Settings
+
+QUESTION = "what is this?"
+COUNT = 20
+OUT = "s3://results/out.jsonl"
+
+
+def picture(number: int) -> bytes:
+    Image.new("RGB", (8, 6), (number % 256, 0, 99)).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+PHOTOS = {f"photos/{number:02}.png": picture(number) for number in range(COUNT)}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[s3.Server]:
+    """With a bucket of pictures, which are in the current folder, too, and one for results; five rows in a range."""
+    for name in s3.PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module, "open_engine", lambda *_: Told())
+    monkeypatch.setattr(module, "identify", lambda settings: {"model": "told"})
+    monkeypatch.setattr(row_range, "LEAST_RANGES", 4)
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name, data in PHOTOS.items():
+        Path(name).write_bytes(data)
+    with s3.serving() as server:
+        for name, value in {**s3.ENVIRONMENT, "AWS_ENDPOINT_URL": server.url}.items():
+            monkeypatch.setenv(name, value)
+        cloud.file_system.cache_clear()
+        for bucket in server.client.list_buckets()["Buckets"]:
+            for item in server.client.list_objects_v2(Bucket=bucket["Name"]).get("Contents", ()):
+                server.client.delete_object(Bucket=bucket["Name"], Key=item["Key"])
+            server.client.delete_bucket(Bucket=bucket["Name"])
+        server.fill("album", PHOTOS)
+        server.fill("results", {})
+        server.requests.clear()
+        yield server
+
+
+@pytest.fixture
+def wanted(server: s3.Server, run: Run) -> bytes:
+    """What a single run over the folder writes."""
+    assert run("batch", "photos", QUESTION, "-q", "-o", "single.jsonl").exit_code == 0
+    return Path("single.jsonl").read_bytes()
+
+
+def names(server: s3.Server) -> list[str]:
+    return [item["Key"] for item in server.client.list_objects_v2(Bucket="results").get("Contents", ())]
+
+
+def output(server: s3.Server) -> bytes:
+    return bytes(server.client.get_object(Bucket="results", Key="out.jsonl")["Body"].read())
+
+
+def shard(run: Run, number: int, count: int, *more: str) -> Any:
+    return run("batch", "photos", QUESTION, "-o", OUT, "--shard", f"{number}/{count}", *more)
+
+
+def assert_joined(server: s3.Server, wanted: bytes) -> None:
+    assert output(server) == wanted
+    assert names(server) == ["out.jsonl", "out.jsonl.run/manifest", "out.jsonl.run/settings.json"]
+
+
+def test_a_whole_run(run: Run, server: s3.Server, wanted: bytes) -> None:
+    """From a folder to a bucket; again, it has nothing to do."""
+    assert run("batch", "photos", QUESTION, "-o", OUT).exit_code == 0
+    assert_joined(server, wanted)
+    again = run("batch", "photos", QUESTION, "-o", OUT)
+    assert (again.exit_code, "has all 20 rows already" in again.stderr) == (0, True)
+    assert run("batch", "--merge", OUT).exit_code == 0
+    assert_joined(server, wanted)
+
+
+def test_from_a_bucket_to_a_bucket(run: Run, server: s3.Server, wanted: bytes) -> None:
+    assert run("batch", "s3://album/photos/", QUESTION, "-o", OUT).exit_code == 0
+    rows = [json.loads(line) for line in output(server).splitlines()]
+    assert rows == [json.loads(line) for line in wanted.splitlines()]
+
+
+@for_each("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1, 2)], own=())
+def test_shards_in_any_order(order: tuple[int, ...], run: Run, server: s3.Server, wanted: bytes) -> None:
+    for key in names(server):
+        server.client.delete_object(Bucket="results", Key=key)
+    for number in order[:-1]:
+        assert shard(run, number, 3).exit_code == 0
+    missing = run("batch", "--merge", OUT)
+    if len(set(order[:-1])) < 3:
+        assert missing.exit_code == 66
+        assert f"shard {order[-1]}/3" in missing.stderr or "are missing" in missing.stderr
+        assert "out.jsonl" not in names(server)
+    for number in {1, 2, 3}.difference(order[:-1]):
+        assert shard(run, number, 3).exit_code == 0
+    assert_joined(server, wanted)
+
+
+def test_twice_at_once(server: s3.Server, wanted: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.StopSignal, "__enter__", lambda self: None)
+    monkeypatch.setattr(module.StopSignal, "__exit__", lambda self, *error: None)
+    codes = list[int]()
+
+    def begin(number: int) -> None:
+        job = Job(Source(["photos"], (QUESTION,)), Settings(), "llava batch …", OUT, quiet=True)
+        codes.append(run_shard(job, Shard(number, 2)))
+
+    threads = [Thread(target=begin, args=(number,)) for number in (1, 2, 1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0, 0, 0, 0]
+    assert merge(OUT, True) == 0
+    assert_joined(server, wanted)
+
+
+def test_a_drained_attempt_is_adopted(
+    run: Run, server: s3.Server, wanted: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+
+    def say(self: Told, question: str, name: str) -> str:
+        asked.append(name)
+        if len(asked) == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, question, name)
+
+    real = Told.say
+    monkeypatch.setattr(Told, "say", say)
+    stopped = run("batch", "photos", QUESTION, "-o", OUT)
+    assert stopped.exit_code == 143
+    assert any(name.startswith("out.jsonl.run/attempt-00001-") for name in names(server))
+    assert run("batch", "photos", QUESTION, "-o", OUT).exit_code == 0
+    assert len(asked) == len(set(asked)) == COUNT
+    assert_joined(server, wanted)
+
+
+def test_other_settings_and_rows_that_are_no_runs(run: Run, server: s3.Server) -> None:
+    assert shard(run, 1, 2).exit_code == 0
+    other = run("batch", "photos", "where is this?", "-o", OUT, "--shard", "2/2")
+    assert (other.exit_code, "other settings made its rows" in other.stderr) == (65, True)
+    server.client.put_object(Bucket="results", Key="taken.jsonl", Body=b"{}\n")
+    taken = run("batch", "photos", QUESTION, "-o", "s3://results/taken.jsonl")
+    assert (taken.exit_code, "it has rows already" in taken.stderr) == (65, True)
+
+
+@for_each("data", [b"", b"{}\n", b"x" * 50])
+def test_a_damaged_object_is_named(data: bytes, run: Run, server: s3.Server, wanted: bytes) -> None:
+    for key in names(server):
+        server.client.delete_object(Bucket="results", Key=key)
+    assert shard(run, 1, 2).exit_code == 0
+    key = "out.jsonl.run/part-00001.jsonl"
+    server.client.put_object(Bucket="results", Key=key, Body=data)
+    assert shard(run, 2, 2).exit_code == 65
+    assert "out.jsonl" not in names(server)
+    server.client.delete_object(Bucket="results", Key=key)
+    assert shard(run, 1, 2).exit_code == 0
+    assert_joined(server, wanted)
+
+
+def test_errors_are_one_line(run: Run, server: s3.Server, wanted: bytes) -> None:
+    missing = run("batch", "photos", QUESTION, "-o", "s3://nowhere-at-all/out.jsonl")
+    assert missing.exit_code == 74
+    assert missing.stderr.splitlines()[0] == "llava: s3://nowhere-at-all/out.jsonl: there is no such bucket"
+    server.always["/results/out.jsonl.run/part-00002.jsonl"] = (403, "AccessDenied")
+    denied = run("batch", "photos", QUESTION, "-o", OUT)
+    assert (denied.exit_code, "access denied" in denied.stderr) == (74, True)
+    server.always.clear()
+    assert run("batch", "photos", QUESTION, "-o", OUT).exit_code == 0
+    assert_joined(server, wanted)
+    for scheme in ("hf://datasets/a/b/out.jsonl",):
+        refused = run("batch", "photos", QUESTION, "-o", scheme)
+        assert (refused.exit_code, "is only read" in refused.stderr) == (2, True)
+
+
+def test_a_request_that_fails_is_tried_again(run: Run, server: s3.Server, wanted: bytes) -> None:
+    server.faults["/results/out.jsonl.run/part-00001.jsonl"] = [(503, "SlowDown"), (500, "InternalError")]
+    server.faults["/results/out.jsonl.run/manifest"] = [(503, "SlowDown")]
+    assert run("batch", "photos", QUESTION, "-o", OUT).exit_code == 0
+    assert_joined(server, wanted)
+
+
+def test_a_lost_index_is_made_anew(run: Run, server: s3.Server, wanted: bytes) -> None:
+    assert shard(run, 1, 2).exit_code == 0
+    server.client.delete_object(Bucket="results", Key="out.jsonl.run/manifest.index")
+    assert shard(run, 2, 2).exit_code == 0
+    assert_joined(server, wanted)
+
+
+def test_an_empty_source(run: Run, server: s3.Server) -> None:
+    Path("nothing").mkdir()
+    assert run("batch", "nothing", QUESTION, "-o", OUT).exit_code == 66
+    assert str(ALL) == "1/1"
+    with pytest.raises(LlavaError):
+        merge("s3://results/other.jsonl", True)
