@@ -44,6 +44,8 @@ class Journal:
         """How many rows there will be."""
         self.to_redo = array("q")
         """The numbers of rows to be answered again, counted from 0."""
+        self._gone = array("q")
+        """The numbers of rows about what the source no longer has, which are not answered again."""
         self.added = self.removed = 0
         """Tasks that the source has gained and lost since the run was begun, as `look` finds."""
         self._name = printable(str(output))
@@ -52,6 +54,8 @@ class Journal:
         """Is there while several writers share the run; only they may go on with it."""
         self._lock = -1
         self._file: RowFile | None = None
+        self._is_new = False
+        """Whether nothing was there before `lock`."""
 
     def lock(self) -> None:
         """Takes the output for this process. Raises `OutputTaken` if another run has it, or it cannot be written."""
@@ -59,6 +63,7 @@ class Journal:
 
         try:
             self._refuse_output()
+            self._is_new = not (self.output.exists() or self.folder.exists())
             files.make_folder(self.folder, parents=False)
             self._lock = files.open_for_writing(self.folder / "lock", os.O_RDWR, files.SHARED)
             if not lock_descriptor(self._lock, blocking=False):
@@ -97,6 +102,13 @@ class Journal:
             if lock >= 0:
                 os.close(lock)
 
+    def withdraw(self) -> None:
+        """Removes what `lock` has made for a run that cannot begin."""
+        if self._is_new and not self.is_begun:
+            for path in (self.output, self.folder / "lock"):
+                files.remove(path)
+            files.remove_folder(self.folder)
+
     @property
     def is_begun(self) -> bool:
         """Whether there is a run, which can be resumed."""
@@ -124,6 +136,8 @@ class Journal:
         def merged_lines() -> Iterator[bytes]:
             nonlocal remaining, after
             for line, is_in_source in merge_tasks(lines_of(self.manifest), tasks):
+                if not is_in_source:
+                    self._gone.append(after)
                 remaining += is_in_source and after < before
                 after += 1
                 yield line
@@ -230,7 +244,8 @@ class Journal:
     def _read(self, on_row: OnRow, retry: bool, repair: bool) -> tuple[int, int, array[int]]:
         """`check` without writing -> the output's bytes, those in whole lines, and the spans of damaged lines."""
         size = self.output.stat().st_size
-        end, damaged = 0, array("q")
+        end, damaged, gone = 0, array("q"), iter(self._gone)
+        next_gone = next(gone, -1)
         with open_rows(self.output) as rows, open_rows(self.manifest) as manifest:
             tasks = bounded_lines(manifest)
             for number, line in enumerate(bounded_lines(rows)):
@@ -247,13 +262,14 @@ class Journal:
                     raise BadData(f"{self._name}, line {number + 1}", reason, hint)
                 if task is None:
                     break
+                next_gone = next(gone, -1) if 0 <= next_gone < number else next_gone
                 begin, end = end, end + len(line)
                 self.done = number + 1
                 if row is None and damaged and damaged[-1] == begin:
                     damaged[-1] = end
                 elif row is None:
                     damaged.extend((begin, end))
-                if row is None or (retry and to_ask_again(row)):
+                if row is None or (retry and number != next_gone and to_ask_again(row)):
                     self.to_redo.append(number)
                 else:
                     on_row(Task.from_line(task), row)
