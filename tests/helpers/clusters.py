@@ -1,0 +1,124 @@
+"""A Ray cluster of several nodes on this machine, for tests; and what kills its parts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_STORE_BYTES = 80_000_000
+_HEALTH = {  # a node that was killed is missed after 3 s in place of 14
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+_WAIT_SECONDS = 240
+
+
+class TestCluster:
+    """Raylets with one CPU each."""
+
+    __test__ = False
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+        self.address: str = cluster.address
+
+    @property
+    def nodes(self) -> list[Any]:
+        """All but the head."""
+        return list(self._cluster.worker_nodes)
+
+    def add_node(self, **options: Any) -> Any:
+        return self._cluster.add_node(**{"num_cpus": 1, "object_store_memory": _STORE_BYTES, "wait": True, **options})
+
+    def kill_node(self, node: Any) -> None:
+        """Kills its raylet, and nothing else: its workers go on until they miss it."""
+        node.kill_raylet(check_alive=False)
+        self._cluster.worker_nodes.discard(node)
+
+
+@contextmanager
+def cluster_of(nodes: int) -> Iterator[TestCluster]:
+    """A cluster with so many nodes, one of which is the head."""
+    from ray.cluster_utils import Cluster
+
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short names
+    Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the address of the newest cluster
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**head, "_system_config": _HEALTH, "temp_dir": folder}, connect=False
+    )
+    try:
+        it = TestCluster(cluster)
+        for _ in range(nodes - 1):
+            it.add_node()
+        yield it
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class Driver:
+    """`llava batch … --ray ADDRESS` as a process, and its output."""
+
+    def __init__(self, *arguments: str | Path, output: Path, script: str = "") -> None:
+        """`script` is Python that runs in the place of the command, with the same arguments."""
+        program = ["-c", script] if script else ["-m", "llava_cli"]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self.output, self.run = output, Path(f"{output}.run")
+        environment = {**os.environ, **ENVIRONMENT}
+        self.process = subprocess.Popen(
+            [sys.executable, *program, "batch", *map(str, arguments), "-o", str(output)],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+    @property
+    def printed(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    def parts(self) -> int:
+        """The ranges that are committed."""
+        return len(list(self.run.glob("part-*")))
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Waits for something that the run does."""
+        end = time.monotonic() + _WAIT_SECONDS
+        while not reached():
+            assert self.process.poll() is None, self.printed
+            assert time.monotonic() < end, self.printed
+            time.sleep(0.02)
+
+    def wait(self) -> int:
+        return self.process.wait(_WAIT_SECONDS)
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        self.process.send_signal(number)
+        return self.wait()
+
+
+def workers() -> list[psutil.Process]:
+    """The processes of our actors."""
+    return [process for process in psutil.process_iter(["name"]) if process.info["name"] == "ray::Worker"]
