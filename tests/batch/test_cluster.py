@@ -17,35 +17,10 @@ from helpers.command import Run
 from helpers.tables import for_each
 from PIL import Image, ImageDraw
 
+from llava_cli.batch.cluster.cluster import EXTRA, _actor
+
 pytestmark = pytest.mark.cold
 QUESTION = "what is this?"
-DEADLY = '''
-import os, sys
-from llava_cli.batch.cluster import driver, worker
-from llava_cli.engine.local import LocalEngine
-
-def open_engine(job):
-    """A model that ends its process at one of the pictures."""
-    from llava_cli.batch.cluster.worker import open_model
-    engine = open_model(job)
-    answer_many = engine.answer_many
-
-    def watched(requests, size, go_on):
-        def checked():
-            for request in requests:
-                if not isinstance(request, Exception) and "0017.png" in request.conversation.pictures[0].name:
-                    os._exit(1)
-                yield request
-        return answer_many(checked(), size, go_on)
-
-    engine.answer_many = watched
-    return engine
-
-run = driver.run_on_cluster
-driver.run_on_cluster = lambda job, address, workers: run(job, address, workers, open_engine)
-from llava_cli.start import main
-main()
-'''
 
 
 def draw(folder: Path, count: int) -> Path:
@@ -113,25 +88,17 @@ def test_equals_a_single_run(cluster: TestCluster, pictures: Path, single: bytes
     assert "has all 120 rows already" in again.printed
 
 
-def test_drained_by_ctrl_c_and_resumed(cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path) -> None:
-    driver = started(pictures, cluster, tmp_path / "out.jsonl")
-    driver.until(lambda: driver.parts() > 3)
-    assert driver.kill(signal.SIGINT) == 130, driver.printed
-    assert "stopped; to go on:" in driver.printed
-    assert 0 < driver.parts() < 120
+def test_drained_by_a_signal_and_resumed(cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        driver = started(pictures, cluster, tmp_path / "out.jsonl")
+        before = driver.parts()
+        driver.until(lambda: driver.parts() > before + 3)  # noqa: B023
+        assert driver.kill(number) == 128 + number, driver.printed
+        assert "stopped; to go on:" in driver.printed
+        assert before < driver.parts() < 120
     again = started(pictures, cluster, tmp_path / "out.jsonl")
     assert again.wait() == 0, again.printed
     assert_equals(again, single)
-
-
-def test_a_row_that_ends_its_worker(cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path) -> None:
-    """It gets an error; all others are answered."""
-    driver = started(pictures, cluster, tmp_path / "out.jsonl", script=DEADLY)
-    assert driver.wait() == 1, driver.printed
-    rows, wanted = driver.output.read_bytes().splitlines(), single.splitlines()
-    different = [json.loads(row) for row, other in zip(rows, wanted, strict=True) if row != other]
-    assert [(row["image"], row["error"]["type"]) for row in different] == [("0017.png", "WorkerLost")]
-    assert files_of(driver) == ["lock", "manifest", "settings.json"]
 
 
 def test_a_cluster_on_this_machine(pictures: Path, single: bytes, tmp_path: Path) -> None:
@@ -170,6 +137,9 @@ def test_options_that_do_not_go_with_it(run: Run, drawing: Path, tmp_path: Path)
     for option in (["--extend"], ["--retry-errors"], ["--repair"], ["--verify", "3"]):
         assert run("batch", drawing, "what?", "-o", out, "--ray", "local", *option).exit_code == 2
     assert run("batch", drawing, "what?", "-o", out, "--ray", "local", "--workers", "0").exit_code == 2
+    assert run("batch", drawing, "what?", "-o", out, "--ray", "local", "--shard", "1/2").exit_code == 2
+    assert "is about --ray" in run("batch", drawing, "what?", "-o", out, "--workers", "2").stderr
+    assert not out.exists()
 
 
 def test_nothing_imports_ray_unless_it_is_asked_for(drawing: Path, tmp_path: Path) -> None:
@@ -177,3 +147,75 @@ def test_nothing_imports_ray_unless_it_is_asked_for(drawing: Path, tmp_path: Pat
     arguments = ["batch", str(drawing), QUESTION, "-q", "-m", "builtin", "-o", str(tmp_path / "out.jsonl")]
     for more in ([], ["--shard", "1/1"]):
         assert subprocess.run([sys.executable, "-c", script, *arguments, *more]).returncode == 0
+
+
+INJECTED = """
+import os, sys
+from llava_cli.batch.cluster import driver, worker
+
+def open_engine(job):
+    {body}
+    return worker.open_model(job)
+
+run = driver.run_on_cluster
+driver.run_on_cluster = lambda job, address, workers: run(job, address, workers, open_engine)
+from llava_cli.start import main
+main()
+"""
+
+
+def test_a_node_that_cannot_load_the_model_is_named(
+    cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path
+) -> None:
+    """The others answer all."""
+    body = f"""
+    from contextlib import suppress
+    from llava_cli.errors import OutOfMemory
+    with suppress(FileExistsError):
+        os.mkdir({str(tmp_path / "first")!r})
+        raise OutOfMemory("builtin", "not enough memory", "llava models lists what fits")"""
+    driver = started(pictures, cluster, tmp_path / "out.jsonl", script=INJECTED.format(body=body))
+    assert driver.wait() == 0, driver.printed
+    assert_equals(driver, single)
+    assert driver.printed.count("builtin: not enough memory; it gets no work\n  llava models lists") == 1
+
+
+@for_each(
+    ("body", "code", "said"),
+    [
+        (
+            "from llava_cli.errors import OutOfMemory; raise OutOfMemory('m', 'not enough memory', 'a hint')",
+            71,
+            "llava: m: not enough memory\n  a hint\n",
+        ),
+        ("os._exit(1)", 69, "llava: --ray: workers end as they start"),
+        (
+            "from llava_cli.batch.row_file import RowFile; RowFile.append = lambda *_: os.listdir('/nowhere')",
+            74,
+            "llava: OUT: no such file or directory\n  the same command resumes\n",
+        ),
+    ],
+    own=(),
+)
+def test_an_error_of_all_workers_ends_the_run(
+    body: str, code: int, said: str, cluster: TestCluster, pictures: Path, tmp_path: Path
+) -> None:
+    """In its line, with its exit code, and nothing is lost."""
+    output = tmp_path / "out.jsonl"
+    driver = started(pictures, cluster, output, script=INJECTED.format(body=body))
+    assert driver.wait() == code, driver.printed
+    assert said.replace("OUT", str(output)) in driver.printed
+    assert "Traceback" not in driver.printed
+    assert "shared" in files_of(driver)
+
+
+def test_a_node_without_llava_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llava_cli.batch.cluster.worker", None)
+    monkeypatch.delattr("llava_cli.batch.cluster.worker", raising=False)
+    assert _actor()().prepare({}, b"").startswith("has no such llava (")
+
+
+def test_without_ray(run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run("batch", drawing, "what?", "-o", tmp_path / "out.jsonl", "--ray", "local")
+    assert (result.exit_code, result.stderr) == (2, f"llava: --ray: needs ray, which is not installed\n  {EXTRA}\n")

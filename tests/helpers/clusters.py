@@ -72,7 +72,7 @@ def cluster_of(nodes: int) -> Iterator[TestCluster]:
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short names
-    Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the address of the newest cluster
+    Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # where Ray notes the address of the newest cluster
     head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
     cluster = Cluster(
         initialize_head=True, head_node_args={**head, "_system_config": _HEALTH, "temp_dir": folder}, connect=False

@@ -47,7 +47,7 @@ class Cluster:
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._seat = ray.remote(_seat())
+        self._actor = ray.remote(_actor())
         self._names: dict[str, str] = {}
         """Of nodes, also of those that are gone, by their ids."""
 
@@ -80,7 +80,7 @@ class Cluster:
         """Asks for a worker, and returns at once: it is there once it answers."""
         options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "memory": need.memory}
         fixed = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": _THREADS}
-        return self._seat.options(**options, **fixed).remote()
+        return self._actor.options(**options, **fixed).remote()
 
     def place(self, worker: Any) -> Any:
         """A ref to the id of its node."""
@@ -136,10 +136,10 @@ def _show_debug(error: BaseException) -> None:
         sys.stderr.write(f"{error}\n")
 
 
-def _seat() -> type:
+def _actor() -> type:
     """The class of the actors. Ray sends it as code, since it is local: a node without llava can then say so."""
 
-    class Seat:
+    class Worker:
         def place(self) -> str:
             import ray
 
@@ -147,16 +147,16 @@ def _seat() -> type:
 
         def prepare(self, versions: dict[str, str], assignment: bytes) -> Any:
             try:
-                from llava_cli.batch.cluster.worker import Worker
+                from llava_cli.batch.cluster import worker
             except ImportError as error:
                 return f"has no such llava ({error})"
-            self.worker = Worker()
+            self.worker = worker.Worker()
             return self.worker.prepare(versions, assignment)
 
         def ask(self, method: str, *arguments: Any) -> Any:
             return getattr(self.worker, method)(*arguments)
 
-    return Seat
+    return Worker
 
 
 def check_address(address: str) -> None:

@@ -102,7 +102,8 @@ class Driver:
         self._hired: list[Hired] = []
         self._refs: dict[Any, tuple[Hired, Callable[[Hired, Any], None]]] = {}
         """What was asked of workers and has no answer yet, and what is done with the answer."""
-        self._model = ""
+        self._model, self._most_workers = "", (0, 0)
+        """And how many were ready at a time, on how many nodes."""
         self._early_deaths = 0
         self._refusals: dict[str, LlavaError] = {}
         """Why nodes answer nothing, by their ids."""
@@ -222,6 +223,8 @@ class Driver:
             if not self._model and not self._job.quiet:
                 render.note_demo_model(self._job.settings.load, found.model)
             self._model = found.model
+            ready = [other.node for other in self._hired if other.is_ready]
+            self._most_workers = max(self._most_workers, (len(ready), len(set(ready))))
 
     def _name(self, one: Hired) -> str:
         return f"node {self._cluster.name_of(one.node)}"
@@ -336,9 +339,8 @@ class Driver:
 
     def _speed(self) -> str:
         """How fast it went, in a line."""
-        nodes = [one.node for one in self._hired if one.is_ready]
-        workers, places = len(nodes), len(set(nodes))
-        who = f"{workers} worker{'s' * (workers != 1)} on {places} node{'s' * (places != 1)}"
+        workers, nodes = self._most_workers
+        who = f"{workers} worker{'s' * (workers != 1)} on {nodes} node{'s' * (nodes != 1)}"
         return f"{self._progress.speed()} · {who}"
 
     def _note(self, words: str) -> None:
