@@ -242,6 +242,18 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
             os.unlink(leftover)
 
 
+def remove(path: Path) -> None:
+    """Removes a file, if there is one and it can be."""
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, if it is empty."""
+    with suppress(OSError):
+        os.rmdir(path)
+
+
 def make_folder(path: Path, mode: int = 0o777, parents: bool = True) -> None:
     """Makes a folder, and those above it, unless it is there.
 

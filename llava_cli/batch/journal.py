@@ -52,6 +52,8 @@ class Journal:
         """Is there while several writers share the run; only they may go on with it."""
         self._lock = -1
         self._file: RowFile | None = None
+        self._is_new = False
+        """Whether nothing was there before `lock`."""
 
     def lock(self) -> None:
         """Takes the output for this process. Raises `OutputTaken` if another run has it, or it cannot be written."""
@@ -59,6 +61,7 @@ class Journal:
 
         try:
             self._refuse_output()
+            self._is_new = not (self.output.exists() or self.folder.exists())
             files.make_folder(self.folder, parents=False)
             self._lock = files.open_for_writing(self.folder / "lock", os.O_RDWR, files.SHARED)
             if not lock_descriptor(self._lock, blocking=False):
@@ -96,6 +99,13 @@ class Journal:
         finally:
             if lock >= 0:
                 os.close(lock)
+
+    def withdraw(self) -> None:
+        """Removes what `lock` has made for a run that cannot begin."""
+        if self._is_new and not self.is_begun:
+            for path in (self.output, self.folder / "lock"):
+                files.remove(path)
+            files.remove_folder(self.folder)
 
     @property
     def is_begun(self) -> bool:

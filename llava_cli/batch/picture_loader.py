@@ -85,6 +85,8 @@ class PictureLoader:
             if not self.allow_urls:
                 return InputMissing(printable(image), "URLs in a list are not fetched", "--allow-urls fetches them")
             return _retried(lambda: read(image, public=True))
+        if is_url(image):
+            return _retried(lambda: self._find(image))
         try:
             return self._find(image)
         except SourceLost:
@@ -133,12 +135,14 @@ def _about(task: Task) -> tuple[object, ...]:
     return task.image, task.part, task.region
 
 
-def _retried(fetch: Callable[[], bytes]) -> bytes | LlavaError:
+def _retried(fetch: Callable[[], bytes | Path]) -> bytes | Path | LlavaError:
     """What `fetch` returns, or the error that it raises each time."""
     error: LlavaError
     for _ in range(ATTEMPTS):
         try:
             return fetch()
+        except SourceLost:
+            raise
         except LlavaError as problem:
             error = problem
             if not isinstance(problem, InputMissing):

@@ -80,7 +80,11 @@ def run(job: Job) -> int:
         else:
             journal = Journal(Path(job.output))
             stack.callback(journal.close)
-            job = _open_journal(job, journal, tally, larger)
+            try:
+                job = _open_journal(job, journal, tally, larger)
+            except LlavaError:
+                journal.withdraw()
+                raise
             if journal.done < journal.total or journal.to_redo or job.verify:
                 tasks = journal.tasks()
         source_is_read = journal is not None or not job.source.is_stream

@@ -19,6 +19,7 @@ import pytest
 from helpers import data_sets, range_server, s3
 from helpers.command import Run
 from helpers.faults import Told
+from helpers.pdf_bytes import pages_pdf
 from helpers.tables import for_each
 from PIL import Image
 from pyarrow import parquet
@@ -306,6 +307,15 @@ def test_archives_in_buckets_and_at_urls_are_as_on_disk(run: Run, server: s3.Ser
     assert written("two.jsonl")[0]["image"] == f"{web.url}/all.zip/in/0.png"
     for path in Path().glob("*.jsonl*/**/*"):
         assert not path.is_file() or not any(word in path.read_text() for word in ("hunter2", "abcdef"))
+
+
+def test_a_page_of_a_document_in_a_bucket(run: Run, server: s3.Server) -> None:
+    server.fill("papers", {"doc.pdf": pages_pdf(b"", b"", b""), "doc.pdf#1": picture(1)})
+    for word, pages in (("doc.pdf#2", [2]), ("doc.pdf", [1, 2, 3])):
+        rows = rows_of(run("batch", f"s3://papers/{word}", QUESTION).stdout)
+        assert [(row["status"], row["image"], row["page"]) for row in rows] == [
+            ("ok", "s3://papers/doc.pdf", page) for page in pages
+        ]
 
 
 def test_an_archive_that_is_replaced_or_breaks_ends_the_run(run: Run, server: s3.Server) -> None:

@@ -42,17 +42,23 @@ import pytest
 from helpers.command import Run
 from helpers.faults import Told
 from helpers.homes import home
+from helpers.pdf_bytes import pages_pdf
 from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import limits
 from llava_cli.batch import run as module
 from llava_cli.batch.journal import Journal
-from llava_cli.batch.sources import folders
+from llava_cli.batch.sources import folders, source_kinds
 from llava_cli.images.reader import SUFFIXES
 
 QUESTION = "what is this?"
 Row = dict[str, Any]
+
+
+def picture(number: int) -> bytes:
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
 
 
 class Loads:
@@ -884,3 +890,40 @@ def test_stdin_is_looked_at_first(run: Run, loads: Loads) -> None:
     refused(run("batch", "-", input='{"image": "a.png"}\n'), 65, "-, line 1: 'question' is missing")
     assert loads.count == 0
     assert (run("batch", "-", QUESTION, input="").exit_code, loads.count) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["a.png", "scan.pdf#1"])
+def test_a_signed_url_is_fetched_and_its_secrets_are_nowhere(
+    name: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+    base, _, page = name.partition("#")
+    signed = f"https://user:hunter2@example.org/{base}?X-Amz-Signature=abcdef" + (f"#{page}" if page else "")
+
+    def read(url: str, public: bool) -> bytes:
+        asked.append(url)
+        return picture(1) if base.endswith("png") else pages_pdf(b"")
+
+    monkeypatch.setattr(source_kinds, "read", read)
+    run("batch", signed, QUESTION, "-o", "out.jsonl", "--allow-urls")
+    row = json.loads(Path("out.jsonl").read_text())
+    assert (row["status"], row["image"]) == ("ok", f"https://example.org/{base}")
+    assert row.get("page") == (int(page) if page else None)
+    assert set(asked) == {signed.partition("#")[0]}
+    for path in Path().glob("out.jsonl*/**/*"):
+        assert not path.is_file() or not any(word in path.read_text() for word in ("hunter2", "abcdef"))
+    same = run("batch", signed, signed.replace("abcdef", "other"), QUESTION, "--allow-urls")
+    assert "two URLs differ only behind `?`" in same.stderr
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(run: Run) -> None:
+    Path("a.png").write_bytes(picture(1))
+    Path("q.csv").write_text("image,city\na.png,Rome\n")
+    Path("bad.jsonl").write_text('{"image": "a.png"}\n')
+    unknown = ("q.csv", "in {row.town}?", "--template-question")
+    for words in (unknown, ("bad.jsonl",), (*unknown, "--shard", "1/2"), ("bad.jsonl", "--shard", "1/2")):
+        assert run("batch", *words, "-o", "out.jsonl").exit_code in (2, 65)
+        assert not list(Path().glob("out.jsonl*"))
+    Path("out.jsonl").touch()
+    run("batch", *unknown, "-o", "out.jsonl")
+    assert Path("out.jsonl").exists()

@@ -90,6 +90,7 @@ class FolderRun:
                 journal.start(settings, tasks())
             except BaseException:
                 self._unmark()
+                journal.withdraw()
                 raise
         index = self._index()
         if index.grid.total == 0:

@@ -170,14 +170,24 @@ class Source:
         return self.folder if "://" in self.folder else os.path.realpath(self.folder)
 
     def holds(self, image: str) -> bool:
-        """Whether a picture whose name is a URL is in one of its archives, which `find` reads."""
+        """Whether `find` reads a picture whose name is a URL: in one of its archives, or as one of its words."""
+        return self._is_in_archive(image) or any(one.holds(image) for one in self._pictures)
+
+    def _is_in_archive(self, image: str) -> bool:
         return any(one.start and image.startswith(one.start) for one in self._containers)
+
+    @property
+    def _pictures(self) -> list[PictureSource]:
+        return [one for one in self.each if isinstance(one, PictureSource)]
 
     def find(self, image: str) -> bytes | Path:
         """The file of a task's picture. Raises `InputMissing` if no SOURCE may name it, or as `Container.read`."""
         if self._is_refused(image):
             raise self._outside(image)
-        if self.allow_urls and is_url(image) and not any(image.startswith(one.start) for one in self._containers):
+        for picture in self._pictures:
+            if picture.holds(image):
+                return picture.fetch()
+        if self.allow_urls and is_url(image) and not self._is_in_archive(image):
             return read(image, public=True)
         if self._named_pictures and os.path.abspath(path := local_path(image)) in self._named_pictures:
             return Path(resolve(path))

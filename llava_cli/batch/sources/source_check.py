@@ -47,9 +47,13 @@ def check_source(source: Source, allow_urls: bool = False, output: Path | None =
 
 
 def _check_names(source: Source) -> None:
-    """Raises `UsageError` for two archives that have the same name where what is secret is left out of their URLs."""
-    starts = [one.start for one in source.each if isinstance(one, ContainerSource)]
-    twice = next((start for start, count in Counter(starts).items() if count > 1 and is_url(start)), None)
+    """Raises `UsageError` for two URLs that have the same name where what is secret is left out."""
+    names = {
+        one.word: one.start if isinstance(one, ContainerSource) else one.image
+        for one in source.each
+        if isinstance(one, (ContainerSource, PictureSource))
+    }
+    twice = next((name for name, count in Counter(names.values()).items() if count > 1 and is_url(name)), None)
     if twice:
         raise UsageError(printable(twice), "two URLs differ only behind `?`", "give one at a time")
 

@@ -24,7 +24,7 @@ from llava_cli.batch.sources.questions import Questions
 from llava_cli.batch.tasks import Task, expected_answer, is_valid, sort_paths
 from llava_cli.errors import BadData, InputMissing
 from llava_cli.images.cloud import Cloud
-from llava_cli.images.reader import is_url, local_path
+from llava_cli.images.reader import is_url, local_path, read
 from llava_cli.images.remote_names import is_cloud_url, shown, without_secrets
 from llava_cli.parts import split_reference
 from llava_cli.untrusted_text import printable
@@ -96,10 +96,24 @@ class OneSource:
 
 
 class PictureSource(OneSource):
-    """A picture: a path, or a URL."""
+    """A picture: a path, or a URL, whose rows do not tell its password and its query, which may be a signature."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__(word)
+        self._url, _ = split_reference(word) if is_url(word) else ("", None)
+        self.image = without_secrets(self._url) + word[len(self._url) :] if self._url else word
+        """What its rows call it."""
 
     def images(self) -> Iterator[Entry]:
-        yield Entry(self.word)
+        yield Entry(self.image)
+
+    def holds(self, image: str) -> bool:
+        """Whether a name is that of its URL, perhaps of one of its pages."""
+        return bool(self._url) and image in (self.image, without_secrets(self._url))
+
+    def fetch(self) -> bytes:
+        """The file at its URL. Raises as `images.reader.read`."""
+        return read(self._url, public=True)
 
     def find(self, image: str) -> Path | None:
         path = local_path(image)
@@ -107,13 +121,14 @@ class PictureSource(OneSource):
 
 
 class CloudSource(OneSource):
-    """A single picture in a bucket."""
+    """A single file in a bucket, or one of its pages."""
 
     def images(self) -> Iterator[Entry]:
         yield Entry(self.word)
 
     def find(self, image: str) -> bytes | None:
-        return Cloud(self.word).read(self.word) if image == self.word else None
+        url, _ = split_reference(self.word)
+        return Cloud(url).read(url) if image == url else None
 
 
 class FolderSource(OneSource):
@@ -296,7 +311,9 @@ class ContainerSource(OneSource):
             deque(self.tasks(questions), maxlen=0)
 
     def images(self) -> Iterator[Entry]:
-        return (Entry(self.start + name, row) for name, row in self._container.entries())
+        """Of a table that names URLs, these are names in themselves."""
+        entries = self._container.entries()
+        return (Entry(name if is_url(name) else self.start + name, row) for name, row in entries)
 
     def tasks(self, questions: Sequence[str]) -> Iterator[Task]:
         for image, row in self.images():

@@ -11,6 +11,7 @@ from llava_cli.images.cloud import Cloud
 from llava_cli.images.http_file import open_url
 from llava_cli.images.reader import SUFFIXES, is_url
 from llava_cli.images.remote_names import is_cloud_url, shown, without_secrets
+from llava_cli.parts import split_reference
 
 _SUFFIXES = (".zip", ".parquet", ".arrow", ".feather", ".ipc")
 """Of archives and tables, but for a tar's."""
@@ -54,7 +55,7 @@ def is_archive(url: str) -> bool:
 
 def is_picture_url(url: str) -> bool:
     """Whether a URL is that of one picture, by its suffix."""
-    return without_secrets(url).lower().endswith(SUFFIXES) and not is_pattern(url)
+    return without_secrets(split_reference(url)[0]).lower().endswith(SUFFIXES) and not is_pattern(url)
 
 
 def is_pattern(url: str) -> bool:
