@@ -44,6 +44,8 @@ class Journal:
         """How many rows there will be."""
         self.to_redo = array("q")
         """The numbers of rows to be answered again, counted from 0."""
+        self._gone = array("q")
+        """The numbers of rows about what the source no longer has, which are not answered again."""
         self.added = self.removed = 0
         """Tasks that the source has gained and lost since the run was begun, as `look` finds."""
         self._name = printable(str(output))
@@ -134,6 +136,8 @@ class Journal:
         def merged_lines() -> Iterator[bytes]:
             nonlocal remaining, after
             for line, is_in_source in merge_tasks(lines_of(self.manifest), tasks):
+                if not is_in_source:
+                    self._gone.append(after)
                 remaining += is_in_source and after < before
                 after += 1
                 yield line
@@ -240,7 +244,8 @@ class Journal:
     def _read(self, on_row: OnRow, retry: bool, repair: bool) -> tuple[int, int, array[int]]:
         """`check` without writing -> the output's bytes, those in whole lines, and the spans of damaged lines."""
         size = self.output.stat().st_size
-        end, damaged = 0, array("q")
+        end, damaged, gone = 0, array("q"), iter(self._gone)
+        next_gone = next(gone, -1)
         with open_rows(self.output) as rows, open_rows(self.manifest) as manifest:
             tasks = bounded_lines(manifest)
             for number, line in enumerate(bounded_lines(rows)):
@@ -257,13 +262,14 @@ class Journal:
                     raise BadData(f"{self._name}, line {number + 1}", reason, hint)
                 if task is None:
                     break
+                next_gone = next(gone, -1) if 0 <= next_gone < number else next_gone
                 begin, end = end, end + len(line)
                 self.done = number + 1
                 if row is None and damaged and damaged[-1] == begin:
                     damaged[-1] = end
                 elif row is None:
                     damaged.extend((begin, end))
-                if row is None or (retry and to_ask_again(row)):
+                if row is None or (retry and number != next_gone and to_ask_again(row)):
                     self.to_redo.append(number)
                 else:
                     on_row(Task.from_line(task), row)

@@ -304,7 +304,7 @@ def test_a_bad_line_of_questions_is_named(line: str, run: Run, monkeypatch: pyte
     result = run("batch", "q.jsonl", QUESTION, "-o", "out.jsonl")
     assert (result.exit_code, result.stdout) == (65, "")
     assert result.stderr.splitlines()[0] == f"llava: q.jsonl, line 3: {BAD_LINES[line]}"
-    assert Path("out.jsonl").read_bytes() == b""
+    assert not list(Path().glob("out.jsonl*"))
 
 
 def test_rows_with_forms_of_their_own(run: Run) -> None:

@@ -197,3 +197,16 @@ def test_a_file_is_looked_for_once_to_see_how_many_pictures_it_has() -> None:
     found = with_parts((Task(name, QUESTION) for name in names), find, PictureOptions(), LeftOut())
     assert [task.page for task in found] == [1, 1, 2, 2, 1, 2, 1, 1, 2, 2]
     assert looked_for == ["document", "other.pdf", "third"]
+
+
+def test_a_document_that_is_mended_has_each_page_once(run: Run) -> None:
+    """What was one row about a file that could not be read stays; its pages are added."""
+    whole = Path("doc.pdf").read_bytes()
+    Path("papers").mkdir()
+    Path("papers/doc.pdf").write_bytes(whole[:40])
+    command = ("batch", "papers", QUESTION, "-o", "out.jsonl")
+    assert run(*command).exit_code == 1
+    Path("papers/doc.pdf").write_bytes(whole)
+    assert run(*command, "--extend", "--retry-errors").exit_code == 1
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [(row["status"], row.get("page")) for row in rows] == [("error", None), ("ok", 1), ("ok", 2), ("ok", 3)]
