@@ -12,9 +12,10 @@ from random import Random
 
 import psutil
 import pytest
-from helpers.clusters import Driver, TestCluster, cluster_of
+from helpers.clusters import ENVIRONMENT, Driver, TestCluster, cluster_of
 from helpers.command import Run
 from helpers.tables import for_each
+from helpers.terminal import Open
 from PIL import Image, ImageDraw
 
 from llava_cli.batch.cluster.cluster import EXTRA, _actor
@@ -86,6 +87,18 @@ def test_equals_a_single_run(cluster: TestCluster, pictures: Path, single: bytes
     again = started(pictures, cluster, tmp_path / "out.jsonl")
     assert again.wait() == 0
     assert "has all 120 rows already" in again.printed
+
+
+def test_a_terminal_has_a_line_for_each_node(
+    cluster: TestCluster, pictures: Path, terminal: Open, tmp_path: Path
+) -> None:
+    words = ("batch", pictures, QUESTION, "-m", "builtin", "-o", tmp_path / "out.jsonl", "--ray", cluster.address)
+    screen = terminal(*words, **ENVIRONMENT)
+    screen.expect("connecting to the cluster")
+    screen.expect("no worker is ready yet")
+    screen.expect(r"1 worker .*[1-9]\.\d pictures/s")
+    screen.expect(r"pictures/s · .* on \d nodes?")
+    assert screen.leave() == 0
 
 
 def test_drained_by_a_signal_and_resumed(cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
+from llava_cli import render
 from llava_cli.batch.cluster.needs import Need, Node
 from llava_cli.errors import LlavaError, ServerFailed, UsageError, message_line, os_reason, plain_message
 
@@ -200,7 +201,7 @@ def check_address(address: str) -> None:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Cluster]:
+def connected(address: str, quiet: bool) -> Iterator[Cluster]:
     """Joins the cluster at an address (`HOST:PORT`, or `auto`), or starts one on this machine for `local`.
 
     Raises as `check_address`. What Ray prints is shown with LLAVA_DEBUG=1 only.
@@ -216,7 +217,7 @@ def connected(address: str) -> Iterator[Cluster]:
             options |= _local_options(stack)
         else:
             options["address"] = _found(address)
-        with _own_signals():
+        with _own_signals(), render.spinner("connecting to the cluster", quiet):
             _init(ray, address, options)
         try:
             yield Cluster(ray, address)

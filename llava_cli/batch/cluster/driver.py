@@ -56,8 +56,7 @@ def run_on_cluster(job: Job, address: str, workers: int | None, open_engine: Ope
             render.note(f"{run.name} has all {run.grid.total:,} rows already")
             return 0
         if next(run.missing(run.grid.all()), None) is not None:
-            with render.spinner("connecting to the cluster", job.quiet):
-                cluster = stack.enter_context(connected(address))
+            cluster = stack.enter_context(connected(address, job.quiet))
             driver = Driver(cluster, job, run, workers, open_engine)
             stack.enter_context(stop)
             driver.answer_all(stop.go_on)
