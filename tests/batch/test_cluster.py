@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,7 +19,8 @@ from helpers.tables import for_each
 from helpers.terminal import Open
 from PIL import Image, ImageDraw
 
-from llava_cli.batch.cluster.cluster import EXTRA, _actor
+from llava_cli.batch.cluster.cluster import EXTRA, Cluster, _actor
+from llava_cli.errors import ServerFailed
 
 pytestmark = pytest.mark.cold
 QUESTION = "what is this?"
@@ -232,3 +234,11 @@ def test_without_ray(run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "ray", None)
     result = run("batch", drawing, "what?", "-o", tmp_path / "out.jsonl", "--ray", "local")
     assert (result.exit_code, result.stderr) == (2, f"llava: --ray: needs ray, which is not installed\n  {EXTRA}\n")
+
+
+def test_a_cluster_that_is_gone(tmp_path: Path) -> None:
+    """It is noticed before Ray ends this process without a word."""
+    own = SimpleNamespace(raylet_socket_name=str(tmp_path / "raylet"))
+    ray = SimpleNamespace(_private=SimpleNamespace(worker=SimpleNamespace(_global_node=own, shutdown=print)), remote=id)
+    with pytest.raises(ServerFailed, match="--ray auto: the cluster is gone"):
+        Cluster(ray, "auto").nodes()
