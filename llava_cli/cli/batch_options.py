@@ -91,7 +91,10 @@ WorkersOpt = Annotated[
     str, typer.Option("--workers", metavar="auto|N", help="With --ray: workers, each with the model; auto: all fit.")
 ]
 ProgressOpt = Annotated[
-    bool, typer.Option("--json-progress", help="Tell the progress on stderr as a line of JSON each second.")
+    bool,
+    typer.Option(
+        "--json-progress", help="Tell the progress on stderr as a line of JSON each second, in place of a bar."
+    ),
 ]
 USAGE = 'llava batch photos/ "describe the photo" -o out.jsonl'
 

@@ -9,15 +9,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from helpers.clusters import Driver, TestCluster, cluster_of
+from helpers.clusters import ENVIRONMENT, Driver, TestCluster, cluster_of
 from helpers.command import Run
 from helpers.tables import for_each
+from helpers.terminal import Open
 from PIL import Image, ImageDraw
 
-from llava_cli.batch.cluster.cluster import EXTRA, _actor
+from llava_cli.batch.cluster.cluster import EXTRA, Cluster, _actor
+from llava_cli.errors import ServerFailed
 
 pytestmark = pytest.mark.cold
 QUESTION = "what is this?"
@@ -86,6 +89,18 @@ def test_equals_a_single_run(cluster: TestCluster, pictures: Path, single: bytes
     again = started(pictures, cluster, tmp_path / "out.jsonl")
     assert again.wait() == 0
     assert "has all 120 rows already" in again.printed
+
+
+def test_a_terminal_has_a_line_for_each_node(
+    cluster: TestCluster, pictures: Path, terminal: Open, tmp_path: Path
+) -> None:
+    words = ("batch", pictures, QUESTION, "-m", "builtin", "-o", tmp_path / "out.jsonl", "--ray", cluster.address)
+    screen = terminal(*words, **ENVIRONMENT)
+    screen.expect("connecting to the cluster")
+    screen.expect("no worker is ready yet")
+    screen.expect(r"1 worker .*[1-9]\.\d pictures/s")
+    screen.expect(r"pictures/s · .* on \d nodes?")
+    assert screen.leave() == 0
 
 
 def test_drained_by_a_signal_and_resumed(cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path) -> None:
@@ -219,3 +234,11 @@ def test_without_ray(run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "ray", None)
     result = run("batch", drawing, "what?", "-o", tmp_path / "out.jsonl", "--ray", "local")
     assert (result.exit_code, result.stderr) == (2, f"llava: --ray: needs ray, which is not installed\n  {EXTRA}\n")
+
+
+def test_a_cluster_that_is_gone(tmp_path: Path) -> None:
+    """It is noticed before Ray ends this process without a word."""
+    own = SimpleNamespace(raylet_socket_name=str(tmp_path / "raylet"))
+    ray = SimpleNamespace(_private=SimpleNamespace(worker=SimpleNamespace(_global_node=own, shutdown=print)), remote=id)
+    with pytest.raises(ServerFailed, match="--ray auto: the cluster is gone"):
+        Cluster(ray, "auto").nodes()

@@ -119,7 +119,7 @@ class Simulation:
         return [line for rows in self.grid.all() for line in self.files[rows.number]]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(
     total=st.integers(1, 400),
     workers=st.integers(1, 9),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _HEALTH = {  # a node that was killed is missed after 3 s in place of 14
 }
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 _WAIT_SECONDS = 240
+_ACTOR = re.compile(r"ray::(?!IDLE|\w+Agent)")
+"""What Ray calls processes that have an actor, and are not its own."""
 
 
 class TestCluster:
@@ -48,6 +51,17 @@ class TestCluster:
         """Kills its raylet, and nothing else: its workers go on until they miss it."""
         node.kill_raylet(check_alive=False)
         self._cluster.worker_nodes.discard(node)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of our actors, by their age; not those whose raylet is gone."""
+        ours = [one for one in psutil.Process().children(recursive=True) if _ACTOR.match(_title(one))]
+        return sorted(ours, key=lambda process: process.pid)
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 @contextmanager
@@ -117,8 +131,3 @@ class Driver:
     def kill(self, number: int = signal.SIGKILL) -> int:
         self.process.send_signal(number)
         return self.wait()
-
-
-def workers() -> list[psutil.Process]:
-    """The processes of our actors."""
-    return [process for process in psutil.process_iter(["name"]) if process.info["name"] == "ray::Worker"]

@@ -56,10 +56,8 @@ def run_on_cluster(job: Job, address: str, workers: int | None, open_engine: Ope
             render.note(f"{run.name} has all {run.grid.total:,} rows already")
             return 0
         if next(run.missing(run.grid.all()), None) is not None:
-            with render.spinner("connecting to the cluster", job.quiet):
-                cluster = stack.enter_context(connected(address))
+            cluster = stack.enter_context(connected(address, job.quiet))
             driver = Driver(cluster, job, run, workers, open_engine)
-            stack.callback(driver.dismiss_all)
             stack.enter_context(stop)
             driver.answer_all(stop.go_on)
     return stopped(job, stop) or merge_run(run, job.quiet)
@@ -346,7 +344,3 @@ class Driver:
     def _note(self, words: str) -> None:
         if not self._job.quiet:
             render.note(words)
-
-    def dismiss_all(self) -> None:
-        for one in self._hired:
-            self._cluster.dismiss(one.actor)
