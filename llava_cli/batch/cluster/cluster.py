@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
@@ -17,7 +18,7 @@ from typing import Any
 
 from llava_cli import render
 from llava_cli.batch.cluster.needs import Need, Node
-from llava_cli.errors import LlavaError, ServerFailed, UsageError, message_line, plain_message
+from llava_cli.errors import LlavaError, ServerFailed, UsageError, message_line, os_reason, plain_message
 
 EXTRA = "pip install 'llava-cli[ray]'"
 START_HINT = "ray start --head on one machine, ray start --address=HOST:6379 on the others"
@@ -27,12 +28,17 @@ _OBJECT_STORE_BYTES = 100_000_000
 _THREADS = 4
 """Of an actor: it answers while it is asked how far it is."""
 _TRIES = 10
+GOES_ON = "the same command goes on, once there is a cluster again"
 _HEALTH = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 10_000,  # this machine is busy: it answers, too
     "health_check_failure_threshold": 3,
 }
+
+
+class ClusterGone(ServerFailed):
+    """There is nothing left to talk to: also to end Ray's part of this process would end all of it."""
 
 
 class WorkerGone(Exception):
@@ -46,14 +52,27 @@ class WorkerGone(Exception):
 class Cluster:
     """A cluster that this process is connected to. Workers and refs, what is asked of them, are Ray's."""
 
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
+    def __init__(self, ray: Any, address: str) -> None:
+        self._ray, self._address = ray, address
+        self._raylet = ray._private.worker._global_node.raylet_socket_name
         self._actor = ray.remote(_actor())
         self._names: dict[str, str] = {}
         """Of nodes, also of those that are gone, by their ids."""
 
+    def check(self) -> None:
+        """Raises `ServerFailed` where the cluster or this node of it is gone: the next call would end this process."""
+        try:
+            with socket.socket(socket.AF_UNIX) as raylet:
+                raylet.connect(self._raylet)
+            host, _, port = self._ray.get_runtime_context().gcs_address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        except OSError as error:
+            atexit.unregister(self._ray._private.worker.shutdown)  # which would end it, too
+            raise ClusterGone(f"--ray {self._address}", f"the cluster is gone ({os_reason(error)})", GOES_ON) from None
+
     def nodes(self) -> list[Node]:
         """Those that are alive."""
+        self.check()
         return [self._node(node) for node in self._ray.nodes() if node["Alive"]]
 
     def _node(self, node: dict[str, Any]) -> Node:
@@ -79,6 +98,7 @@ class Cluster:
 
     def hire(self, need: Need) -> Any:
         """Asks for a worker, and returns at once: it is there once it answers."""
+        self.check()
         options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "memory": need.memory}
         fixed = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": _THREADS}
         return self._actor.options(**options, **fixed).remote()
@@ -100,6 +120,7 @@ class Cluster:
         if not refs:
             time.sleep(seconds)
             return []
+        self.check()
         ready, _ = self._ray.wait(list(refs), timeout=seconds, fetch_local=False)
         others = [ref for ref in refs if ref not in ready]
         if ready and others:
@@ -176,7 +197,7 @@ def check_address(address: str) -> None:
     try:  # Ray would try for a minute and more
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ServerFailed(f"--ray {address}", f"no cluster there ({message_line(error)})", START_HINT) from None
+        raise ServerFailed(f"--ray {address}", f"no cluster there ({os_reason(error)})", START_HINT) from None
 
 
 @contextmanager
@@ -198,8 +219,14 @@ def connected(address: str, quiet: bool) -> Iterator[Cluster]:
             options["address"] = _found(address)
         with _own_signals(), render.spinner("connecting to the cluster", quiet):
             _init(ray, address, options)
-        stack.callback(ray.shutdown)
-        yield Cluster(ray)
+        try:
+            yield Cluster(ray, address)
+        except ClusterGone:
+            raise
+        except BaseException:
+            ray.shutdown()
+            raise
+        ray.shutdown()
 
 
 @contextmanager
@@ -268,6 +295,9 @@ def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
             hint = "the same versions of Python and Ray on all nodes, and here"
         elif "node_ip_address" in words or "raylet" in words.lower():
             reason, hint = "this machine is no node of it", "run this on a node of the cluster; ray start makes one"
+        elif address != "local" and isinstance(error, ConnectionError):
+            reason = "what listens there is no cluster, or has another token"
+            hint = "RAY_AUTH_TOKEN=… or ~/.ray/auth_token has to be that of the cluster"
         else:
             reason = plain_message(error)
         raise ServerFailed(f"--ray {address}", reason, hint) from None

@@ -58,7 +58,6 @@ def run_on_cluster(job: Job, address: str, workers: int | None, open_engine: Ope
         if next(run.missing(run.grid.all()), None) is not None:
             cluster = stack.enter_context(connected(address, job.quiet))
             driver = Driver(cluster, job, run, workers, open_engine)
-            stack.callback(driver.dismiss_all)
             stack.enter_context(stop)
             driver.answer_all(stop.go_on)
     return stopped(job, stop) or merge_run(run, job.quiet)
@@ -345,7 +344,3 @@ class Driver:
     def _note(self, words: str) -> None:
         if not self._job.quiet:
             render.note(words)
-
-    def dismiss_all(self) -> None:
-        for one in self._hired:
-            self._cluster.dismiss(one.actor)
