@@ -222,6 +222,8 @@ def connected(address: str, quiet: bool) -> Iterator[Cluster]:
         try:
             yield Cluster(ray, address)
         except ClusterGone:
+            if address == "local":
+                ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
             raise
         except BaseException:
             ray.shutdown()
@@ -285,6 +287,12 @@ def _found(address: str) -> str:
 def _init(ray: Any, address: str, options: dict[str, Any]) -> None:
     try:
         ray.init(**options)
+    except SystemExit:  # from Ray's handler
+        ray.shutdown()
+        sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
     except Exception as error:
         with suppress(Exception):
             ray.shutdown()
