@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ SEEDS = int(os.environ.get("LLAVA_TORTURE_SEEDS", "1"))
 PICTURES = 3000
 RANGES = 65
 INSTANT = '''
+import os
+
 from llava_cli.batch import run
 from llava_cli.batch.cluster import driver
 from llava_cli.engine import Answer, Chunk, Engine
@@ -27,12 +30,14 @@ from llava_cli.start import main
 
 
 class Instant(Engine):
-    """Answers at once, with the picture's name."""
+    """Answers at once, with the picture's name, but ends its process at those that are deadly."""
 
     model, precision, device = "instant", "fp32", "cpu"
 
     def stream(self, conversation, sampling):
         text = conversation.turns[-1].pictures[0].name
+        if "deadly" in text:
+            os._exit(9)
         yield Chunk(text, Answer(text, "stop", 5, 0, 1, 0.0, 0.0))
 
     def prompt(self, conversation):
@@ -72,8 +77,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def started(pictures: Path, output: Path, *more: str) -> Driver:
-    return Driver(pictures, "what color?", "-m", "builtin", *more, output=output, script=SCRIPT)
+def started(pictures: Path, output: Path, *more: str, script: str = SCRIPT) -> Driver:
+    return Driver(pictures, "what color?", "-m", "builtin", *more, output=output, script=script)
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +132,20 @@ def test_whatever_is_killed_the_rows_are_those_of_a_single_run(
     assert driver.process.wait() == 0, driver.printed
     assert driver.output.read_bytes() == single
     assert {path.name for path in driver.run.iterdir()} == {"lock", "manifest", "settings.json"}
+
+
+def test_pictures_that_end_their_workers_have_errors_and_all_others_answers(
+    cluster: TestCluster, tmp_path: Path
+) -> None:
+    """Two neighbors, of one range."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = [f"{number:03}{'-deadly' * (number in (70, 71))}.png" for number in range(192)]
+    for name in names:
+        (folder / name).write_bytes(encoded(Image.new("RGB", (4, 4)), "PNG"))
+    driver = started(folder, tmp_path / "out.jsonl", "--ray", cluster.address, script=INSTANT)
+    assert driver.wait() == 1, driver.printed
+    rows = [json.loads(line) for line in driver.output.read_bytes().splitlines()]
+    assert [row["image"] for row in rows] == names
+    assert [row["answer"] for row in rows if row["status"] == "ok"] == names[:70] + names[72:]
+    assert [row["error"]["type"] for row in rows if row["status"] == "error"] == ["WorkerLost"] * 2
