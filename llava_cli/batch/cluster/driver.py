@@ -1,4 +1,4 @@
-"""`llava batch --ray`: hires workers, hands out ranges of the run, tells the progress, and joins the rows."""
+"""`llava batch … --ray ADDRESS`: hires workers, hands out ranges of the run, tells the progress, and joins the rows."""
 
 from __future__ import annotations
 
