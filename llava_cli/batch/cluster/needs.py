@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ from llava_cli.settings import LoadOptions, Settings
 
 MOST_CPUS = 8
 """Of a worker, unless there is a GPU or their number is given: more threads gain little."""
+_BUSY = 0.9
+"""Share of the CPUs at work: with more of them a worker is faster, with fewer none is left over."""
+_GPU_PARTS = 10_000
+"""Of a GPU, in Ray's precision."""
 _OF_SERVER = 250_000_000
 """Bytes of a worker whose model is elsewhere, or is the built-in one."""
 
@@ -56,16 +61,34 @@ class Need:
 
 def need_of(settings: Settings, nodes: Sequence[Node], workers: int | None) -> Need:
     """What each of so many workers takes, or, for None, of as many as there is room for. Loads no weights."""
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     if settings.remote.server:
         return Need(1, 0, _OF_SERVER)
     memory = memory_of(settings.load)
-    if gpus and settings.load.device in ("auto", "cuda"):
-        per_gpu = max(1, -(-(workers or 1) // int(gpus)))
-        return Need(max(1, min(MOST_CPUS, int(cpus / gpus) // per_gpu)), 1 / per_gpu, memory)
+    with_gpu = [node for node in nodes if node.gpus]
+    if with_gpu and settings.load.device in ("auto", "cuda"):
+        return _on_gpus(with_gpu, memory, workers)
+    return _on_cpus(nodes, memory, workers)
+
+
+def _on_gpus(nodes: Sequence[Node], memory: int, workers: int | None) -> Need:
+    """A GPU for each worker, or an equal share of one; CPUs so that no GPU of these nodes is left without."""
+    per_gpu = max(1, math.ceil((workers or 1) / sum(node.gpus for node in nodes)))
+    cpus = min((int(node.cpus / node.gpus) for node in nodes if node.cpus), default=1) // per_gpu
+    # Ray rounds to its precision: six times 0.1667 would be more than a GPU.
+    return Need(max(1, min(MOST_CPUS, cpus)), _GPU_PARTS // per_gpu / _GPU_PARTS, memory)
+
+
+def _on_cpus(nodes: Sequence[Node], memory: int, workers: int | None) -> Need:
+    """As many CPUs as leave room for all the workers or, for None, keep nearly all CPUs at work that can be."""
+    most = max([1, *(node.cpus for node in nodes)])
+    needs = [Need(cpus, 0, memory) for cpus in range(1, (most if workers else min(most, MOST_CPUS)) + 1)]
+    room = {need: sum(need.fits(node) for node in nodes) for need in needs}
+    if not any(room.values()):
+        return needs[0]
     if workers:
-        return Need(max(1, cpus // workers), 0, memory)
-    return Need(min([MOST_CPUS, *(node.cpus for node in nodes if node.cpus)]), 0, memory)
+        return max(needs, key=lambda need: (min(workers, room[need]), need.cpus))
+    enough = _BUSY * max(need.cpus * room[need] for need in needs)
+    return max((need for need in needs if need.cpus * room[need] >= enough), key=lambda need: need.cpus)
 
 
 def memory_of(options: LoadOptions) -> int:
@@ -79,7 +102,9 @@ def memory_of(options: LoadOptions) -> int:
 
 def no_room(model: str, need: Need, nodes: Sequence[Node]) -> OutOfMemory:
     """The error where no node has room for a worker."""
-    largest = max(nodes, key=lambda node: (node.gpus, node.memory, node.cpus))
-    has = f"{largest.cpus} CPUs, {largest.memory / 1e9:.1f} GB, {largest.gpus:.2g} GPUs"
-    hint = "fewer --workers, or -p 4bit, need less; or add a larger node"
+    largest = max(nodes, key=lambda node: (node.cpus > 0, node.gpus if need.gpus else 0, node.memory, node.cpus))
+    has = f"{largest.cpus} CPU{'s' * (largest.cpus != 1)}, {largest.memory / 1e9:.1f} GB"
+    if need.gpus:
+        has += f", {largest.gpus:.2g} GPU{'s' * (largest.gpus != 1)}"
+    hint = "-p 4bit needs less memory; or add a larger node" if largest.cpus else "add a node that has CPUs"
     return OutOfMemory(model, f"a worker needs {need}; the largest node, {largest.name}, has {has}", hint)
