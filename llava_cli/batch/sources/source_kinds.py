@@ -338,7 +338,8 @@ class ContainerSource(OneSource):
         return "no pictures in it", "--include takes others by name"
 
     def close(self) -> None:
-        self._container.close()
+        if "_container" in vars(self):  # not in a process that has found no picture in it
+            self._container.close()
 
 
 def _is_own(name: str, value: Any) -> bool:
