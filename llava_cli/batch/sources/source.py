@@ -171,22 +171,23 @@ class Source:
 
     def holds(self, image: str) -> bool:
         """Whether `find` reads a picture whose name is a URL: in one of its archives, or as one of its words."""
-        return self._is_in_archive(image) or any(one.holds(image) for one in self._pictures)
+        return self._is_in_archive(image) or image in self._urls
 
     def _is_in_archive(self, image: str) -> bool:
         return any(one.start and image.startswith(one.start) for one in self._containers)
 
-    @property
-    def _pictures(self) -> list[PictureSource]:
-        return [one for one in self.each if isinstance(one, PictureSource)]
+    @cached_property
+    def _urls(self) -> dict[str, PictureSource]:
+        """The pictures at URLs that are SOURCEs, by the names that their rows may have."""
+        pictures = [one for one in self.each if isinstance(one, PictureSource)]
+        return {name: one for one in reversed(pictures) for name in one.names_of_url}
 
     def find(self, image: str) -> bytes | Path:
         """The file of a task's picture. Raises `InputMissing` if no SOURCE may name it, or as `Container.read`."""
         if self._is_refused(image):
             raise self._outside(image)
-        for picture in self._pictures:
-            if picture.holds(image):
-                return picture.fetch()
+        if picture := self._urls.get(image):
+            return picture.fetch()
         if self.allow_urls and is_url(image) and not self._is_in_archive(image):
             return read(image, public=True)
         if self._named_pictures and os.path.abspath(path := local_path(image)) in self._named_pictures:

@@ -107,9 +107,10 @@ class PictureSource(OneSource):
     def images(self) -> Iterator[Entry]:
         yield Entry(self.image)
 
-    def holds(self, image: str) -> bool:
-        """Whether a name is that of its URL, perhaps of one of its pages."""
-        return bool(self._url) and image in (self.image, without_secrets(self._url))
+    @property
+    def names_of_url(self) -> tuple[str, ...]:
+        """What tasks may call it, with or without a page; none of a path."""
+        return (self.image, without_secrets(self._url)) if self._url else ()
 
     def fetch(self) -> bytes:
         """The file at its URL. Raises as `images.reader.read`."""
