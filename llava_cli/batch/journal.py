@@ -118,7 +118,7 @@ class Journal:
         """The precision of the run that is resumed; None of a new one. Raises `BadData`."""
         if not self.is_begun:
             return None
-        return str(run_settings.read(self._settings).get("precision")).partition(",")[0]
+        return run_settings.precision_of(run_settings.read(self._settings))
 
     def begin(self, settings: dict[str, Any], tasks: Iterable[Task], extend: bool = False) -> tuple[int, int]:
         """Starts or resumes the run; returns how many tasks its source has gained and lost since it was started.
@@ -174,13 +174,11 @@ class Journal:
     def _refuse_rows(self, size: int) -> None:
         """Raises `BadData` if an output of `size` bytes has rows that are no run's."""
         if size:
-            reason = "it has rows already, and no folder .run beside it that says what made them"
-            raise BadData(self._name, reason, "give another file to -o")
+            raise run_settings.rows_of_no_run(self._name)
 
     def refuse_changes(self, settings: dict[str, Any]) -> None:
         """Raises `BadData` if the run that is resumed had other settings."""
-        if changes := run_settings.changes(run_settings.read(self._settings), settings):
-            raise BadData(self._name, f"other settings made its rows: {changes}", "give another file to -o")
+        run_settings.refuse_changes(self._name, run_settings.read(self._settings), settings)
 
     def look(
         self,

@@ -103,6 +103,23 @@ def parse(data: bytes, name: str) -> dict[str, Any]:
     return settings
 
 
+def precision_of(saved: dict[str, Any]) -> str:
+    """The precision of all rows, as `--precision` names it."""
+    return str(saved.get("precision")).partition(",")[0]
+
+
+def rows_of_no_run(name: str) -> BadData:
+    """The error for an output that has rows, and no settings beside it."""
+    reason = "it has rows already, and no folder .run beside it that says what made them"
+    return BadData(name, reason, "give another file to -o")
+
+
+def refuse_changes(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises `BadData` about an output whose rows were made with other settings."""
+    if found := changes(saved, settings):
+        raise BadData(name, f"other settings made its rows: {found}", "give another file to -o")
+
+
 def changes(saved: dict[str, Any], settings: dict[str, Any]) -> str:
     """How the settings differ from saved ones, in one line; empty if they are the same."""
     new = json.loads(json.dumps(settings))  # as they are read again: tuples become lists

@@ -60,6 +60,14 @@ SERVICES = {"s3": _S3, "gs": _GOOGLE, "gcs": _GOOGLE, "az": _AZURE, "abfs": _AZU
 """By the scheme of a URL."""
 
 
+def service_of(url: str) -> Service:
+    """What answers to a URL. Raises `UsageError` if the package for its scheme is not installed."""
+    service = SERVICES[scheme_of(url)]
+    if importlib.util.find_spec(service.package) is None:
+        raise UsageError(shown(url), f"needs {service.package}, which is not installed", EXTRA)
+    return service
+
+
 class Object(NamedTuple):
     """Something that is listed."""
 
@@ -73,9 +81,7 @@ class Cloud:
 
     def __init__(self, url: str) -> None:
         """`url` is what messages call it. Raises `UsageError` if the package for its scheme is not installed."""
-        service = SERVICES[scheme_of(url)]
-        if importlib.util.find_spec(service.package) is None:
-            raise UsageError(shown(url), f"needs {service.package}, which is not installed", EXTRA)
+        service = service_of(url)
         self._list = _s3_pages if service is _S3 else _folders
         self._files = file_system(service.protocol)
         self._patience = Patience(shown(url), service.sign_in)

@@ -6,14 +6,14 @@ import io
 import json
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 from helpers import s3
 from helpers.command import Run
-from helpers.faults import Told
+from helpers.faults import Told, at_once
 from helpers.tables import for_each
 from PIL import Image
 
@@ -57,10 +57,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[s3.Serve
         for name, value in {**s3.ENVIRONMENT, "AWS_ENDPOINT_URL": server.url}.items():
             monkeypatch.setenv(name, value)
         cloud.file_system.cache_clear()
-        for bucket in server.client.list_buckets()["Buckets"]:
-            for item in server.client.list_objects_v2(Bucket=bucket["Name"]).get("Contents", ()):
-                server.client.delete_object(Bucket=bucket["Name"], Key=item["Key"])
-            server.client.delete_bucket(Bucket=bucket["Name"])
+        s3.forget()
         server.fill("album", PHOTOS)
         server.fill("results", {})
         server.requests.clear()
@@ -123,21 +120,12 @@ def test_shards_in_any_order(order: tuple[int, ...], run: Run, server: s3.Server
     assert_joined(server, wanted)
 
 
-def test_twice_at_once(server: s3.Server, wanted: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.StopSignal, "__enter__", lambda self: None)
-    monkeypatch.setattr(module.StopSignal, "__exit__", lambda self, *error: None)
-    codes = list[int]()
-
-    def begin(number: int) -> None:
+def test_twice_at_once(server: s3.Server, wanted: bytes) -> None:
+    def begin(number: int) -> int:
         job = Job(Source(["photos"], (QUESTION,)), Settings(), "llava batch …", OUT, quiet=True)
-        codes.append(run_shard(job, Shard(number, 2)))
+        return run_shard(job, Shard(number, 2))
 
-    threads = [Thread(target=begin, args=(number,)) for number in (1, 2, 1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert codes == [0, 0, 0, 0]
+    assert at_once(*(partial(begin, number) for number in (1, 2, 1, 2))) == [0, 0, 0, 0]
     assert merge(OUT, True) == 0
     assert_joined(server, wanted)
 

@@ -63,6 +63,7 @@ def server() -> Iterator[s3.Server]:
     with pytest.MonkeyPatch.context() as patch, s3.serving() as server:
         for name in s3.PROXIES:
             patch.delenv(name, raising=False)
+        s3.forget()
         server.fill("album", PHOTOS)
         server.fill("many", {f"{n:04}.png": picture(n) for n in range(MANY)})
         yield server

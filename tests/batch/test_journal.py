@@ -21,11 +21,21 @@ from random import Random
 from typing import Any
 
 import pytest
-from helpers.faults import Died, Faults, Pictures, Told, give_away
+from helpers.faults import (
+    KILLED,
+    NAMES,
+    Died,
+    Faults,
+    Pictures,
+    Told,
+    begin,
+    give_away,
+    output,
+    without_a_model,
+)
 from helpers.tables import for_each
 
 from llava_cli import files, limits
-from llava_cli.batch import row_file
 from llava_cli.batch import run as module
 from llava_cli.batch.journal import Journal
 from llava_cli.batch.rows import to_line
@@ -34,18 +44,11 @@ from llava_cli.batch.sources.source import Source
 from llava_cli.errors import BadData, LlavaError, OutputTaken
 from llava_cli.settings import Settings
 
-NAMES = ["a.png", "bb.png", "ccc.png", "dé.png", "e e.png"]
-KILLED = -9
-
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model, no pictures, and a sync every second row, whatever the time."""
-    monkeypatch.setattr(module, "open_engine", lambda *_: Told())
-    monkeypatch.setattr(module, "identify", lambda settings: {"model": "told"})
-    monkeypatch.setattr(module, "PictureLoader", Pictures)
-    monkeypatch.setattr(row_file, "SYNC_ROWS", 2)
-    monkeypatch.setattr(row_file, "SYNC_SECONDS", float("inf"))
+    without_a_model(monkeypatch)
 
 
 def attempt(folder: Path, faults: Faults | None = None, check: str = "", **options: Any) -> int:
@@ -64,17 +67,6 @@ def attempt(folder: Path, faults: Faults | None = None, check: str = "", **optio
             return error.exit_code
         except Died:
             return KILLED
-
-
-def begin(folder: Path, names: list[str] = NAMES) -> Path:
-    (folder / "out").mkdir(parents=True)
-    (folder / "list.txt").write_text("\n".join(names))
-    return folder
-
-
-def output(folder: Path) -> bytes:
-    path = folder / "out" / "out.jsonl"
-    return path.read_bytes() if path.exists() else b""
 
 
 def set_output(folder: Path, data: bytes) -> None:

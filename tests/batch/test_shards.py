@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from random import Random
@@ -15,11 +16,10 @@ from typing import Any
 
 import pytest
 from helpers.command import Run
-from helpers.faults import Died, Faults, Pictures, Told
+from helpers.faults import KILLED, NAMES, Died, Faults, Pictures, Told, at_once, begin, output, without_a_model
 from helpers.tables import for_each
 
 from llava_cli import limits
-from llava_cli.batch import row_file
 from llava_cli.batch import run as module
 from llava_cli.batch.ranges import folder_run, row_range
 from llava_cli.batch.ranges.folder_run import FolderRun
@@ -33,18 +33,11 @@ from llava_cli.errors import LlavaError, OutputLocked, UsageError
 from llava_cli.files import quoted
 from llava_cli.settings import Settings
 
-NAMES = ["a.png", "bb.png", "ccc.png", "dé.png", "e e.png"]
-KILLED = -9
-
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model, no pictures, two rows in a range, and a sync every second row, whatever the time."""
-    monkeypatch.setattr(module, "open_engine", lambda *_: Told())
-    monkeypatch.setattr(module, "identify", lambda settings: {"model": "told"})
-    monkeypatch.setattr(module, "PictureLoader", Pictures)
-    monkeypatch.setattr(row_file, "SYNC_ROWS", 2)
-    monkeypatch.setattr(row_file, "SYNC_SECONDS", float("inf"))
+    without_a_model(monkeypatch)
     monkeypatch.setattr(row_range, "LEAST_RANGES", 2)
     monkeypatch.setattr(folder_run, "_WAIT_SECONDS", 0.02)
 
@@ -67,17 +60,6 @@ def attempt(
             return error.exit_code
         except Died:
             return KILLED
-
-
-def begin(folder: Path, names: list[str] = NAMES) -> Path:
-    (folder / "out").mkdir(parents=True)
-    (folder / "list.txt").write_text("\n".join(names))
-    return folder
-
-
-def output(folder: Path) -> bytes:
-    path = folder / "out" / "out.jsonl"
-    return path.read_bytes() if path.exists() else b""
 
 
 def beside(folder: Path) -> list[str]:
@@ -311,16 +293,8 @@ def test_rows_of_a_killed_shard_are_not_asked_again(here: Path, monkeypatch: pyt
 
 def test_twice_at_once(here: Path, wanted: bytes) -> None:
     """The first attempt at a range wins, and the other one's rows are left out."""
-    codes = list[int]()
-    threads = [Thread(target=lambda n=n: codes.append(run_shard(job_in(here), Shard(n, 2)))) for n in (1, 2, 1, 2)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.StopSignal, "__enter__", lambda self: None)
-        patch.setattr(module.StopSignal, "__exit__", lambda self, *error: None)
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert codes == [0, 0, 0, 0]
+    shards = [partial(run_shard, job_in(here), Shard(number, 2)) for number in (1, 2, 1, 2)]
+    assert at_once(*shards) == [0, 0, 0, 0]
     assert attempt(here, ALL) == 0
     assert_joined(here, wanted)
 

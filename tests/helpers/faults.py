@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from llava_cli import files
-from llava_cli.batch import journal, row_file
+from llava_cli.batch import journal, row_file, run
 from llava_cli.batch.ranges import folder_run
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation, Picture
@@ -202,3 +203,43 @@ class Faults:
         for path in folder.rglob("*"):
             with suppress(KeyError):
                 os.truncate(path, min(path.stat().st_size, self._certain[path.stat().st_ino]))
+
+
+NAMES = ["a.png", "bb.png", "ccc.png", "dé.png", "e e.png"]
+"""The pictures of a run that faults disturb."""
+KILLED = -9
+
+
+def without_a_model(patch: pytest.MonkeyPatch) -> None:
+    """Has batches answer by `Told` about `Pictures`, and sync every second row, whatever the time."""
+    patch.setattr(run, "open_engine", lambda *_: Told())
+    patch.setattr(run, "identify", lambda settings: {"model": "told"})
+    patch.setattr(run, "PictureLoader", Pictures)
+    patch.setattr(row_file, "SYNC_ROWS", 2)
+    patch.setattr(row_file, "SYNC_SECONDS", float("inf"))
+
+
+def begin(folder: Path, names: list[str] = NAMES) -> Path:
+    """A folder with a list of pictures, and one for the output."""
+    (folder / "out").mkdir(parents=True)
+    (folder / "list.txt").write_text("\n".join(names))
+    return folder
+
+
+def output(folder: Path) -> bytes:
+    path = folder / "out" / "out.jsonl"
+    return path.read_bytes() if path.exists() else b""
+
+
+def at_once(*calls: Callable[[], int]) -> list[int]:
+    """What runs return that are begun at the same time, in threads, which cannot handle signals."""
+    codes = list[int]()
+    threads = [Thread(target=lambda call=call: codes.append(call())) for call in calls]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.StopSignal, "__enter__", lambda self: None)
+        patch.setattr(run.StopSignal, "__exit__", lambda self, *error: None)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return codes

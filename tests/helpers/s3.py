@@ -69,6 +69,13 @@ class Server:
         return answer
 
 
+def forget() -> None:
+    """Removes all buckets: moto keeps what the servers of this process had."""
+    from moto.backends import get_backend
+
+    get_backend("s3").reset()
+
+
 @contextmanager
 def serving() -> Iterator[Server]:
     """Runs a server until the block ends, or until it is stopped."""

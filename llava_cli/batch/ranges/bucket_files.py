@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from llava_cli.errors import LlavaError, OutputError, UsageError
-from llava_cli.images.cloud import EXTRA, SERVICES, file_system
+from llava_cli.images.cloud import file_system, service_of
 from llava_cli.images.remote_errors import Patience, failure_of, status_of
 from llava_cli.images.remote_names import path_of, scheme_of, shown
 
@@ -27,10 +26,7 @@ class BucketFiles:
         scheme = scheme_of(url)
         if scheme not in _WRITABLE:
             raise UsageError("-o", f"{scheme}:// is only read", f"-o {_WRITABLE[0]}://BUCKET/FILE, or a path")
-        service = SERVICES[scheme]
-        if importlib.util.find_spec(service.package) is None:
-            raise UsageError(shown(url), f"needs {service.package}, which is not installed", EXTRA)
-        self._service, self._path, self._name, self._url = service, path_of(url), name, url
+        self._service, self._path, self._name, self._url = service_of(url), path_of(url), name, url
 
     def _call(self, function: Callable[[Any], T]) -> T:
         """What a function of fsspec's file system returns; tried again while that may help."""

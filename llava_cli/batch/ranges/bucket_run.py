@@ -6,27 +6,32 @@ nothing. The output is written at the end, from all ranges; settings come last o
 
 from __future__ import annotations
 
-import os
-import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from llava_cli.batch import run_settings
-from llava_cli.batch.journal import row_of
 from llava_cli.batch.ranges.bucket_files import BucketFiles
 from llava_cli.batch.ranges.manifest_index import ManifestIndex
 from llava_cli.batch.ranges.row_range import Grid, RowRange, Shard
+from llava_cli.batch.ranges.run_files import (
+    attempts_start,
+    committed,
+    leading_rows,
+    new_attempt,
+    new_token,
+    no_run,
+    shard_counts,
+    shard_name,
+    whole_row,
+)
 from llava_cli.batch.ranges.shared_run import OnRow
 from llava_cli.batch.ranges.words import damaged_object, missing_rows
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.tasks import Task
-from llava_cli.errors import BadData, InputMissing, LlavaError
+from llava_cli.errors import LlavaError
 from llava_cli.images.remote_names import shown
 
-_PART = re.compile(r"part-([0-9]{5,15})\.jsonl")
-_SHARD = re.compile(r"shard-([0-9]{1,7})-of-([0-9]{1,7})")
 _SETTINGS, _MANIFEST = "settings.json", "manifest"
 
 
@@ -51,22 +56,20 @@ class BucketRun:
 
     def saved_precision(self) -> str | None:
         saved = self._saved_settings()
-        return None if saved is None else str(saved.get("precision")).partition(",")[0]
+        return None if saved is None else run_settings.precision_of(saved)
 
     def begin(self, settings: dict[str, Any], tasks: Callable[[], Iterable[Task]], shard: Shard | None) -> None:
         saved = self._saved_settings()
         if saved is None:
             if self._output.size(self._object) is not None:
-                reason = "it has rows already, and no folder .run beside it that says what made them"
-                raise BadData(self.name, reason, "give another file to -o")
+                raise run_settings.rows_of_no_run(self.name)
             self._start(tasks())
             self._files.create(_SETTINGS, run_settings.dumps(settings))
             saved = self._saved_settings() or settings
-        if changes := run_settings.changes(saved, settings):
-            raise BadData(self.name, f"other settings made its rows: {changes}", "give another file to -o")
+        run_settings.refuse_changes(self.name, saved, settings)
         self.grid = self._index().grid
         if shard and not self.is_merged:
-            self._files.create(f"shard-{shard.number}-of-{shard.count}", b"")
+            self._files.create(shard_name(shard), b"")
 
     def _start(self, tasks: Iterable[Task]) -> None:
         """Puts the manifest, unless another process has been first."""
@@ -96,7 +99,7 @@ class BucketRun:
             return ManifestIndex.made(manifest)
 
     def leave_token(self) -> str:
-        token = f"token-{os.urandom(4).hex()}"
+        token = new_token()
         self._files.create(token, b"")
         return token
 
@@ -121,28 +124,20 @@ class BucketRun:
     def _committed(self) -> set[int]:
         if self.is_merged:
             return set()
-        return {int(found[1]) for name in self._files.names("part-") if (found := _PART.fullmatch(name))}
+        return committed(self._files.names("part-"))
 
     def tasks(self, rows: RowRange) -> Iterator[Task]:
         begin, end = self._index().span(rows)
         return map(Task.from_line, self._files.read(_MANIFEST, begin, end).splitlines(keepends=True))
 
     def attempt(self, rows: RowRange) -> BucketAttempt:
-        left = [self._valid(rows, name) for name in self._files.names(f"attempt-{rows.number:05d}-")]
+        attempts = (self._files.lines(name) for name in self._files.names(attempts_start(rows)))
+        left = (leading_rows(self.tasks(rows), lines) for lines in attempts)
         return BucketAttempt(self._files, rows, max(left, key=len, default=[]))
-
-    def _valid(self, rows: RowRange, name: str) -> list[bytes]:
-        """The first lines of an object, as long as they are the rows of a range."""
-        valid = []
-        for task, line in zip(self.tasks(rows), self._files.lines(name), strict=False):
-            if not line.endswith(b"\n") or row_of(task, line) is None:
-                break
-            valid.append(line)
-        return valid
 
     def merge(self, on_row: OnRow) -> bool:
         if self._saved_settings() is None:
-            raise InputMissing(self.name, "there is no run beside it", "llava batch SOURCE … --shard 1/8 begins one")
+            raise no_run(self.name)
         self.grid = self._index().grid
         is_ours = not self.is_merged and self._write_output(on_row)
         self._remove_what_is_left()
@@ -152,7 +147,7 @@ class BucketRun:
         """Writes the rows of all ranges; False if another process has done so meanwhile, and removes them."""
         there = self._committed()
         if missing := [rows for rows in self.grid.all() if rows.number not in there and not self.is_merged]:
-            raise missing_rows(self.name, self.grid, missing, 0, self._shard_counts())
+            raise missing_rows(self.name, self.grid, missing, 0, shard_counts(self._files.names("shard-")))
         try:
             return self._output.write(self._object, self._joined(on_row))
         except LlavaError:
@@ -166,7 +161,7 @@ class BucketRun:
             lines = self._files.lines(rows.file_name)
             for number, task in enumerate(self.tasks(rows)):
                 line = lines[number] if number < len(lines) else b""
-                if not line.endswith(b"\n") or (row := row_of(task, line)) is None:
+                if (row := whole_row(task, line)) is None:
                     raise damaged_object(f"{self._url}.run/{rows.file_name}", number)
                 on_row(task, row)
             if len(lines) > len(rows):
@@ -176,10 +171,6 @@ class BucketRun:
     def _remove_what_is_left(self) -> None:
         for start in ("part-", "attempt-", "shard-", "token-", ManifestIndex.NAME):
             self._files.remove(self._files.names(start))
-
-    def _shard_counts(self) -> list[int]:
-        found = (_SHARD.fullmatch(name) for name in self._files.names("shard-"))
-        return [count for count, _ in Counter(int(match[2]) for match in found if match).most_common()]
 
 
 class BucketAttempt:
@@ -204,6 +195,5 @@ class BucketAttempt:
 
     def close(self) -> None:
         if not self._is_committed and self.done > self._left:
-            name = f"attempt-{self._rows.number:05d}-{os.urandom(4).hex()}.jsonl"
-            self._files.create(name, b"".join(self._lines))
+            self._files.create(new_attempt(self._rows), b"".join(self._lines))
             self._left = self.done

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
@@ -19,20 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli import files
-from llava_cli.batch.journal import Journal, count_lines, lines_of, open_rows, row_of
+from llava_cli.batch.journal import Journal, count_lines, lines_of, open_rows
 from llava_cli.batch.lines import bounded_lines
 from llava_cli.batch.ranges.manifest_index import ManifestIndex
 from llava_cli.batch.ranges.row_range import Grid, RowRange, Shard
+from llava_cli.batch.ranges.run_files import (
+    attempts_start,
+    committed,
+    leading_rows,
+    new_attempt,
+    new_token,
+    no_run,
+    shard_counts,
+    shard_name,
+    whole_row,
+)
 from llava_cli.batch.ranges.shared_run import OnRow
 from llava_cli.batch.ranges.words import damaged, missing_rows
 from llava_cli.batch.row_file import RowFile
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.tasks import Task
-from llava_cli.errors import InputMissing, OutputError, OutputLocked, os_reason
+from llava_cli.errors import OutputError, OutputLocked, os_reason
 from llava_cli.untrusted_text import printable
 
-_PART = re.compile(r"part-([0-9]{5,15})\.jsonl")
-_SHARD = re.compile(r"shard-([0-9]{1,7})-of-([0-9]{1,7})")
 _WAIT_SECONDS = 0.2
 _TRIES = 10
 """To take an output that another shard may have taken before it could say so."""
@@ -64,7 +71,7 @@ class FolderRun:
                 journal.refuse_changes(settings)
             self.grid = self._index().grid
             if shard and self._is_shared:
-                self._mark(f"shard-{shard.number}-of-{shard.count}")
+                self._mark(shard_name(shard))
 
     def _lock(self, journal: Journal) -> bool:
         """Takes the output, unless somebody has it who shares the run, and it is begun; waits while it is not."""
@@ -103,7 +110,7 @@ class FolderRun:
         return ManifestIndex.of(self._folder)
 
     def leave_token(self) -> str:
-        token = f"token-{os.urandom(4).hex()}"
+        token = new_token()
         with self._output_errors():
             self._mark(token)
         return token
@@ -148,7 +155,7 @@ class FolderRun:
 
     def _committed(self) -> set[int]:
         with os.scandir(self._folder) as entries:
-            return {int(found[1]) for entry in entries if (found := _PART.fullmatch(entry.name))}
+            return committed(entry.name for entry in entries)
 
     def tasks(self, rows: RowRange) -> Iterator[Task]:
         with open_rows(self._folder / "manifest") as file:
@@ -161,31 +168,23 @@ class FolderRun:
 
     def _best_attempt(self, rows: RowRange) -> list[bytes]:
         """The most rows that earlier attempts, or a run that was not shared, have left of a range."""
-        left = [lines_of(path) for path in self._folder.glob(f"attempt-{rows.number:05d}-*.jsonl")]
+        left = [lines_of(path) for path in self._folder.glob(f"{attempts_start(rows)}*.jsonl")]
         if rows.begin < self.answered() and self.output.exists():
             left.append(islice(lines_of(self.output), rows.begin, rows.end))
-        return max((self._valid(rows, lines) for lines in left), key=len, default=[])
-
-    def _valid(self, rows: RowRange, lines: Iterator[bytes]) -> list[bytes]:
-        """The first lines, as long as they are the rows of a range."""
-        valid = []
-        for task, line in zip(self.tasks(rows), lines, strict=False):
-            if not line.endswith(b"\n") or row_of(task, line) is None:
-                break
-            valid.append(line)
-        return valid
+        return max((leading_rows(self.tasks(rows), lines) for lines in left), key=len, default=[])
 
     def merge(self, on_row: OnRow) -> bool:
         journal = Journal(self.output)
         if not journal.is_begun:
-            raise InputMissing(self.name, "there is no run beside it", "llava batch SOURCE … --shard 1/8 begins one")
+            raise no_run(self.name)
         with closing(journal), self._output_errors():
             journal.lock()
             journal.check(on_row)
             self.grid = self._index().grid
             there = self._committed()
             if missing := [rows for rows in self.grid.all() if rows.end > journal.done and rows.number not in there]:
-                raise missing_rows(self.name, self.grid, missing, journal.done, self._shard_counts())
+                shards = shard_counts(path.name for path in self._folder.glob("shard-*-of-*"))
+                raise missing_rows(self.name, self.grid, missing, journal.done, shards)
             tasks = journal.tasks()
             for rows in self.grid.all():
                 if rows.end > journal.done:
@@ -202,18 +201,13 @@ class FolderRun:
             next(lines, None)
         for number in range(journal.done, rows.end):
             line, task = next(lines, b""), next(tasks)
-            if not line.endswith(b"\n") or (row := row_of(task, line)) is None:
+            if (row := whole_row(task, line)) is None:
                 raise damaged(path, number - rows.begin)
             journal.append_line(line)
             on_row(task, row)
         if next(lines, None) is not None:
             raise damaged(path, len(rows))
         journal.sync()
-
-    def _shard_counts(self) -> list[int]:
-        """Of how many shards there are some, the most frequent first."""
-        found = (_SHARD.fullmatch(path.name) for path in self._folder.glob("shard-*-of-*"))
-        return [count for count, _ in Counter(int(match[2]) for match in found if match).most_common()]
 
     @contextmanager
     def _output_errors(self) -> Iterator[None]:
@@ -227,7 +221,7 @@ class FolderAttempt:
     def __init__(self, folder: Path, rows: RowRange, name: str, left: list[bytes]) -> None:
         """`left` are the rows to begin with. Raises `OSError`."""
         self._part, self._name = folder / rows.file_name, name
-        self._path = folder / f"attempt-{rows.number:05d}-{os.urandom(4).hex()}.jsonl"
+        self._path = folder / new_attempt(rows)
         flags = os.O_RDWR | os.O_APPEND | os.O_EXCL
         self._file: RowFile | None = RowFile(files.open_for_writing(self._path, flags, files.SHARED))
         self.done = 0
