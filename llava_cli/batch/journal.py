@@ -28,6 +28,8 @@ from llava_cli.batch.tasks import Task, merge_tasks
 from llava_cli.errors import BadData, OutputError, OutputLocked, OutputTaken, os_reason
 from llava_cli.untrusted_text import printable
 
+SHARED = "shared"
+"""The file that is there while several writers share the run; only they may go on with it."""
 _BLOCK = 1 << 20
 OnRow = Callable[[Task, dict[str, Any]], None]
 
@@ -50,8 +52,6 @@ class Journal:
         """Tasks that the source has gained and lost since the run was begun, as `look` finds."""
         self._name = printable(str(output))
         self.manifest, self._settings = self.folder / "manifest", self.folder / "settings.json"
-        self.shared = self.folder / "shared"
-        """Is there while several writers share the run; only they may go on with it."""
         self._lock = -1
         self._file: RowFile | None = None
         self._is_new = False
@@ -65,9 +65,11 @@ class Journal:
             self._refuse_output()
             self._is_new = not (self.output.exists() or self.folder.exists())
             files.make_folder(self.folder, parents=False)
-            self._lock = files.open_for_writing(self.folder / "lock", os.O_RDWR, files.SHARED)
-            if not lock_descriptor(self._lock, blocking=False):
+            lock = files.open_for_writing(self.folder / "lock", os.O_RDWR, files.SHARED)
+            if not lock_descriptor(lock, blocking=False):
+                os.close(lock)
                 raise OutputLocked(self._name, "another run is writing it", "wait for it, or give another file to -o")
+            self._lock = lock
             for path in (self.manifest, self._settings):
                 files.refuse_irregular(path)
             files.remove_leftovers(self.folder)
@@ -128,6 +130,7 @@ class Journal:
         """
         self._refuse_shared()
         if not self.is_begun:
+            files.remove(self.folder / SHARED)  # of a shard that was killed as it listed SOURCE
             self.start(settings, tasks)
             return 0, 0
         self.refuse_changes(settings)
@@ -167,7 +170,7 @@ class Journal:
 
     def _refuse_shared(self) -> None:
         """Raises `BadData` if only shards, or a cluster, may go on with the run."""
-        if self.shared.exists():
+        if (self.folder / SHARED).exists() and self.is_begun:
             reason = "several writers share this run, and some of its rows are beside it"
             raise BadData(self._name, reason, f"llava batch --merge {files.quoted(self.output)} joins them")
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -188,6 +189,7 @@ def test_rows_with_errors(here: Path, wanted: bytes, monkeypatch: pytest.MonkeyP
         patch.setattr(Pictures, "missing", frozenset({"bb.png"}))
         assert attempt(here, Shard(1, 2)) == 1
     assert attempt(here, Shard(2, 2)) == 1
+    assert attempt(here, Shard(1, 2)) == 1  # once more, with nothing to do
     assert json.loads(output(here).splitlines()[1])["status"] == "error"
     assert attempt(here, None, retry=True) == 0
     assert output(here) == wanted
@@ -335,6 +337,173 @@ def test_a_shard_waits_for_the_one_that_lists(here: Path, wanted: bytes, monkeyp
         started[0].join()
     assert second == [0]
     assert_joined(here, wanted)
+
+
+def test_an_attempt_that_ends_after_the_merge_is_no_range_of_the_next_run(here: Path, wanted: bytes) -> None:
+    run_of_shards = FolderRun(here / "out" / "out.jsonl")
+    attempt(here, Shard(1, 2))
+    run_of_shards.grid = Grid(len(NAMES))
+    straggler = run_of_shards.attempt(run_of_shards.grid.range(0))
+    late = Path(straggler._path)
+    kept = late.read_bytes()
+    assert attempt(here, Shard(2, 2)) == 0
+    assert_joined(here, wanted)
+    late.write_bytes(kept)  # as if it had been begun a moment later than the merge has looked for attempts
+    assert straggler.commit() is False
+    assert beside(here) == ["lock", "manifest", "settings.json"]
+
+
+def test_what_a_straggler_has_left_is_no_row_of_the_next_shards(here: Path) -> None:
+    """Other rows have the numbers of its range once the source has grown."""
+    assert attempt(here, None) == 0
+    beside_it = here / "out" / "out.jsonl.run"
+    (beside_it / "part-00002.jsonl").write_bytes(output(here).splitlines(keepends=True)[-1])
+    (beside_it / "attempt-00003-00000000.jsonl").write_bytes(b"{")
+    lines = output(here).splitlines(keepends=True)
+    (here / "out" / "out.jsonl").write_bytes(b"".join(lines[:1]))
+    assert attempt(here, Shard(1, 2)) == 0
+    assert "part-00002.jsonl" not in beside(here)
+    assert attempt(here, Shard(2, 2)) == 0
+    assert_joined(here, b"".join(lines))
+
+
+def test_a_damaged_row_of_the_output_is_left_to_repair(here: Path, wanted: bytes) -> None:
+    lines = wanted.splitlines(keepends=True)
+    assert attempt(here, None) == 0
+    (here / "out" / "out.jsonl").write_bytes(lines[0] + b"damaged\n" + lines[2])
+    assert attempt(here, Shard(1, 2)) == 0
+    assert attempt(here, Shard(2, 2), check="line 2: damaged, or not about what it should be; all other rows are") == 65
+    assert output(here) == lines[0] + b"damaged\n" + b"".join(lines[2:])
+    assert attempt(here, Shard(1, 2), check="--repair") == 65
+    assert attempt(here, None, repair=True) == 0
+    assert_joined(here, wanted)
+
+
+def test_more_rows_than_there_should_be_are_left_alone(here: Path, wanted: bytes) -> None:
+    assert attempt(here, None) == 0
+    (here / "out" / "out.jsonl").write_bytes(wanted * 2)
+    assert attempt(here, Shard(1, 2), check="more rows than tasks") == 65
+    assert output(here) == wanted * 2
+
+
+def test_waiting_for_who_lists_opens_one_file_at_a_time(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_cli.batch.journal import Journal
+
+    lister, waiting = Journal(here / "out" / "out.jsonl"), list[int]()
+    lister.lock()
+
+    def wait(seconds: float) -> None:
+        waiting.append(len(os.listdir("/proc/self/fd")))
+        if len(waiting) == 5:
+            lister.close()
+
+    monkeypatch.setattr(folder_run.time, "sleep", wait)
+    assert attempt(here, ALL) == 0
+    assert len(set(waiting)) == 1
+
+
+def test_shards_wait_while_the_first_one_counts_the_rows_of_a_single_run(
+    here: Path, wanted: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert attempt(here, None) == 0
+    (here / "out" / "out.jsonl").write_bytes(wanted.splitlines(keepends=True)[0])
+    counting = FolderRun._answered_now
+
+    def count(self: FolderRun) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderRun, "_answered_now", counting)
+            assert attempt(here, Shard(2, 2)) == 0
+        monkeypatch.setattr(FolderRun, "_answered_now", counting)
+        return counting(self)
+
+    monkeypatch.setattr(FolderRun, "_answered_now", count)
+    assert attempt(here, Shard(1, 2)) == 0
+    assert_joined(here, wanted)
+
+
+def test_an_attempt_that_is_committed_as_the_next_one_reads_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt(here, Shard(1, 2))
+    shared = FolderRun(here / "out" / "out.jsonl")
+    shared.grid = Grid(len(NAMES))
+    rows = shared.grid.range(2)
+    first = shared.attempt(rows)
+    first.append(json.loads(output(begin_and_end(here.parent / "other")).splitlines()[4]))
+    tasks = FolderRun.tasks
+
+    def committed_now(self: FolderRun, rows: Any) -> Iterator[Any]:
+        first.commit()
+        return tasks(self, rows)
+
+    monkeypatch.setattr(FolderRun, "tasks", committed_now)
+    second = shared.attempt(rows)
+    assert second.done == 0
+    second.close()
+
+
+def begin_and_end(folder: Path) -> Path:
+    attempt(begin(folder), None)
+    return folder
+
+
+def test_a_shard_that_waited_reads_what_must_be_listed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which names a source refuses is known only then."""
+    listed = list[str]()
+    monkeypatch.setattr(Source, "must_be_listed", True)
+    real = Source.tasks
+
+    def tasks(self: Source) -> Iterator[Any]:
+        listed.append("once")
+        return real(self)
+
+    monkeypatch.setattr(Source, "tasks", tasks)
+    precision = FolderRun.saved_precision
+
+    def none_yet(self: FolderRun) -> str | None:
+        found = precision(self)
+        if found is None:
+            with monkeypatch.context() as patch:
+                patch.setattr(FolderRun, "saved_precision", precision)
+                attempt(here, Shard(1, 2))
+        return found
+
+    monkeypatch.setattr(FolderRun, "saved_precision", none_yet)
+    assert attempt(here, Shard(2, 2)) == 0
+    assert listed == ["once", "once"]
+
+
+def test_another_machine_has_chosen_the_precision_meanwhile(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shards begin at the same time where `auto` stands for different ones."""
+    chosen = {None: "fp32"}
+
+    def settled(settings: Settings, saved: str | None, hint: Any) -> Settings:
+        return replace(settings, load=replace(settings.load, precision=saved or chosen[None]))
+
+    monkeypatch.setattr(module, "with_one_precision", settled)
+    monkeypatch.setattr(module, "identify", lambda settings: {"precision": settings.load.precision})
+    precision = FolderRun.saved_precision
+
+    def none_yet(self: FolderRun) -> str | None:
+        found = precision(self)
+        if found is None:
+            with monkeypatch.context() as patch:
+                patch.setattr(FolderRun, "saved_precision", precision)
+                patch.setitem(chosen, None, "bf16")
+                attempt(here, Shard(1, 2))
+        return found
+
+    monkeypatch.setattr(FolderRun, "saved_precision", none_yet)
+    assert attempt(here, Shard(2, 2)) == 0
+
+
+@for_each("shard", [None, ALL])
+def test_a_shard_was_killed_as_it_listed(shard: Shard | None, tmp_path: Path, wanted: bytes) -> None:
+    """A run of any kind begins anew."""
+    folder = begin(tmp_path / str(shard))
+    beside_it = folder / "out" / "out.jsonl.run"
+    beside_it.mkdir()
+    (beside_it / "shared").touch()
+    assert attempt(folder, shard) == 0
+    assert_joined(folder, wanted)
 
 
 def test_another_kind_of_run_has_the_output(here: Path) -> None:

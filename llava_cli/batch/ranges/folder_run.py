@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli import files
-from llava_cli.batch.journal import Journal, count_lines, lines_of, open_rows
+from llava_cli.batch.journal import SHARED, Journal, count_lines, lines_of, open_rows
 from llava_cli.batch.lines import bounded_lines
 from llava_cli.batch.ranges.manifest_index import ManifestIndex
 from llava_cli.batch.ranges.row_range import Grid, RowRange, Shard
@@ -33,7 +33,7 @@ from llava_cli.batch.ranges.run_files import (
     whole_row,
 )
 from llava_cli.batch.ranges.shared_run import OnRow
-from llava_cli.batch.ranges.words import damaged, missing_rows
+from llava_cli.batch.ranges.words import damaged, damaged_rows, missing_rows
 from llava_cli.batch.row_file import RowFile
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.tasks import Task
@@ -91,8 +91,10 @@ class FolderRun:
     def _begin_locked(self, journal: Journal, settings: dict[str, Any], tasks: Callable[[], Iterable[Task]]) -> None:
         if journal.is_begun:
             journal.refuse_changes(settings)
-        else:
-            self._mark("shared")
+        if not self._is_shared:
+            self._unmark()  # what stragglers of an earlier shared run may have left
+            self._mark(SHARED)  # first, so that other shards wait
+        if not journal.is_begun:
             try:
                 journal.start(settings, tasks())
             except BaseException:
@@ -100,11 +102,10 @@ class FolderRun:
                 journal.withdraw()
                 raise
         index = self._index()
-        if index.grid.total == 0:
-            self._unmark()
-        elif self._answered_now() < index.grid.total:
-            self._mark("shared")
+        if self._answered_now() < index.grid.total:
             files.atomic_write(self._folder / ManifestIndex.NAME, [index.to_bytes()])
+        else:
+            self._unmark()
 
     def _index(self) -> ManifestIndex:
         return ManifestIndex.of(self._folder)
@@ -124,7 +125,7 @@ class FolderRun:
 
     @property
     def _is_shared(self) -> bool:
-        return (self._folder / "shared").exists()
+        return (self._folder / SHARED).exists()
 
     def _mark(self, name: str) -> None:
         with suppress(FileExistsError):
@@ -132,7 +133,8 @@ class FolderRun:
 
     def _unmark(self) -> None:
         """Removes what the folder of a single run does not have."""
-        for pattern in ("part-*.jsonl", "attempt-*.jsonl", "shard-*-of-*", "token-*", ManifestIndex.NAME, "shared"):
+        # Attempts before what they may be committed to, and the marker last: until then a merge goes on.
+        for pattern in ("attempt-*.jsonl", "part-*.jsonl", "shard-*-of-*", "token-*", ManifestIndex.NAME, SHARED):
             for path in self._folder.glob(pattern):
                 _unlink(path)
 
@@ -168,7 +170,7 @@ class FolderRun:
 
     def _best_attempt(self, rows: RowRange) -> list[bytes]:
         """The most rows that earlier attempts, or a run that was not shared, have left of a range."""
-        left = [lines_of(path) for path in self._folder.glob(f"{attempts_start(rows)}*.jsonl")]
+        left = [_lines_left(path) for path in self._folder.glob(f"{attempts_start(rows)}*.jsonl")]
         if rows.begin < self.answered() and self.output.exists():
             left.append(islice(lines_of(self.output), rows.begin, rows.end))
         return max((leading_rows(self.tasks(rows), lines) for lines in left), key=len, default=[])
@@ -179,9 +181,10 @@ class FolderRun:
             raise no_run(self.name)
         with closing(journal), self._output_errors():
             journal.lock()
-            journal.check(on_row)
             self.grid = self._index().grid
-            there = self._committed()
+            # A damaged row is one that --repair has answered again, once this is a single run; more rows are refused.
+            journal.check(on_row, repair=self._answered_now() <= self.grid.total)
+            there = self._committed() if self._is_shared else set()
             if missing := [rows for rows in self.grid.all() if rows.end > journal.done and rows.number not in there]:
                 shards = shard_counts(path.name for path in self._folder.glob("shard-*-of-*"))
                 raise missing_rows(self.name, self.grid, missing, journal.done, shards)
@@ -191,6 +194,8 @@ class FolderRun:
                     self._append(journal, rows, tasks, on_row)
                 _unlink(self._folder / rows.file_name)
             self._unmark()
+            if journal.to_redo:
+                raise damaged_rows(self.name, journal.to_redo)
         return True
 
     def _append(self, journal: Journal, rows: RowRange, tasks: Iterator[Task], on_row: OnRow) -> None:
@@ -220,7 +225,7 @@ class FolderAttempt:
 
     def __init__(self, folder: Path, rows: RowRange, name: str, left: list[bytes]) -> None:
         """`left` are the rows to begin with. Raises `OSError`."""
-        self._part, self._name = folder / rows.file_name, name
+        self._part, self._marker, self._name = folder / rows.file_name, folder / SHARED, name
         self._path = folder / new_attempt(rows)
         flags = os.O_RDWR | os.O_APPEND | os.O_EXCL
         self._file: RowFile | None = RowFile(files.open_for_writing(self._path, flags, files.SHARED))
@@ -240,7 +245,8 @@ class FolderAttempt:
     def commit(self) -> bool:
         self.close()
         with output_errors(self._name):
-            is_first = _link(self._path, self._part)
+            # Without the marker all rows have been joined, and a range of this number may be one of the next run.
+            is_first = self._marker.exists() and _link(self._path, self._part)
             files.sync_folder(self._part.parent)
             _unlink(self._path)
         return is_first
@@ -250,6 +256,12 @@ class FolderAttempt:
         with output_errors(self._name):
             if file:
                 file.close()
+
+
+def _lines_left(path: Path) -> Iterator[bytes]:
+    """The lines of an attempt; no more of them once it is committed, or all rows are joined."""
+    with suppress(FileNotFoundError):
+        yield from lines_of(path)
 
 
 def _link(path: Path, name: Path) -> bool:

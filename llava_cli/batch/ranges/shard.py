@@ -32,7 +32,8 @@ from llava_cli.batch.run import (
 from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
-from llava_cli.errors import OutputLocked, UsageError
+from llava_cli.errors import BadData, OutputLocked, UsageError
+from llava_cli.files import quoted
 
 
 def run_shard(job: Job, shard: Shard) -> int:
@@ -46,8 +47,7 @@ def run_shard(job: Job, shard: Shard) -> int:
         larger = open_larger(job)
         job, run = begin_run(job, larger, shard)
         if run.is_merged:
-            render.note(f"{run.name} has all {run.grid.total:,} rows already")
-            return 0
+            return _join(run, job.quiet)
         speed = "nothing left to do"
         if missing := list(run.missing(run.grid.of_shard(shard))):
             speed = _answer(job, run, missing, larger, tally, stop, stack)
@@ -70,22 +70,30 @@ def begin_run(job: Job, larger: Engine | None, shard: Shard | None) -> tuple[Job
     Raises as `SharedRun.begin`, and `InputMissing` if there is nothing in the source.
     """
     assert job.output is not None
-    run = open_run(job.output)
+    run, is_listed = open_run(job.output), False
     saved = run.saved_precision()
-    job = settle_precision(job, saved)
-    run.begin(run_settings(job, larger), lambda: _listed(job), shard)
+    settled = settle_precision(job, saved)
+
+    def tasks() -> Iterator[Task]:
+        nonlocal is_listed
+        is_listed = True
+        tasks = job.source.tasks()
+        return job.templates.checked(tasks) if job.templates else tasks
+
+    try:
+        with render.spinner("waiting for the list of all rows", job.quiet or job.source.is_stdin):
+            run.begin(run_settings(settled, larger), tasks, shard)
+    except BadData:
+        if saved is not None or run.saved_precision() is None:
+            raise
+        return begin_run(job, larger, shard)  # a machine that may have chosen another precision has begun it meanwhile
     if run.grid.total == 0:
         raise nothing_in(job)
-    if saved is not None and job.source.must_be_listed:
-        deque(job.source.tasks(), maxlen=0)
-    if saved is None:
+    if is_listed:
         note_what_is_left_out(job)
-    return job, run
-
-
-def _listed(job: Job) -> Iterator[Task]:
-    tasks = job.source.tasks()
-    return job.templates.checked(tasks) if job.templates else tasks
+    elif job.source.must_be_listed:
+        deque(job.source.tasks(), maxlen=0)
+    return settled, run
 
 
 def _answer(
@@ -124,9 +132,13 @@ def _merge_if_last(job: Job, run: SharedRun) -> int:
     """Joins the rows if they are all there and nobody else does it; returns the exit code of that."""
     if next(run.missing(run.grid.all()), None) is not None:
         if not job.quiet:
-            render.note("others are still missing; the last one joins them, or llava batch --merge")
+            render.note(f"others are still missing; the last one joins them, or llava batch --merge {quoted(run.name)}")
         return 0
+    return _join(run, job.quiet)
+
+
+def _join(run: SharedRun, quiet: bool) -> int:
     try:
-        return merge_run(run, job.quiet)
+        return merge_run(run, quiet)
     except OutputLocked:  # by another one, which joins them
         return 0

@@ -37,6 +37,13 @@ def damaged(path: Path, line: int) -> BadData:
     return BadData(f"{printable(str(path))}, line {line + 1}", "not the row that should be there", hint)
 
 
+def damaged_rows(name: str, numbers: Sequence[int]) -> BadData:
+    """The error for rows of an output, counted from 0, that are none, after all others are joined."""
+    lines = _listed([f"{number + 1:,}" for number in numbers])
+    reason = "damaged, or not about what it should be; all other rows are joined"
+    return BadData(f"{name}, line {lines}", reason, "the same command with --repair keeps it aside and answers again")
+
+
 def damaged_object(url: str, line: int) -> BadData:
     """As `damaged`, of an object in a bucket."""
     return BadData(f"{shown(url)}, line {line + 1}", "not the row that should be there", "delete it, and run its shard")
