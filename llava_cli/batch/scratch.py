@@ -1,4 +1,4 @@
-"""A temporary database on disk, for what may be more than fits in memory."""
+"""Temporary files on disk, for what may be more than fits in memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import IO
 
-from llava_cli.errors import OutputError
+from llava_cli.errors import OutputError, os_reason
 from llava_cli.paths import scratch_folder
+
+_ELSEWHERE = "TMPDIR=FOLDER llava … puts it elsewhere"
 
 
 @contextmanager
@@ -23,6 +26,16 @@ def scratch_database() -> Iterator[sqlite3.Connection]:
             raise scratch_error(error) from None
 
 
+@contextmanager
+def scratch_file() -> Iterator[IO[bytes]]:
+    """A temporary file, open to be written and read. Raises `OutputError`, also where the block cannot write it."""
+    with scratch_folder() as folder, open(folder / "scratch", "w+b") as file:
+        try:
+            yield file
+        except OSError as error:
+            raise OutputError(tempfile.gettempdir(), os_reason(error), _ELSEWHERE) from None
+
+
 def scratch_error(error: sqlite3.Error) -> OutputError:
     """The user's error for one of the database: mostly a full disk."""
-    return OutputError(tempfile.gettempdir(), str(error), "TMPDIR=FOLDER llava … puts it elsewhere")
+    return OutputError(tempfile.gettempdir(), str(error), _ELSEWHERE)

@@ -43,7 +43,17 @@ from llava_cli.cli.batch_options import (
     parse_workers,
 )
 from llava_cli.cli.batch_promise import larger_model_of, leave_to, promise_of
-from llava_cli.cli.options import ANSWERING, FORM, PICTURES, JsonOpt, QuietOpt, TruncatedOpt, settings_of, with_options
+from llava_cli.cli.options import (
+    ANSWERING,
+    FORM,
+    PICTURES,
+    JsonOpt,
+    QuietOpt,
+    TruncatedOpt,
+    options_given,
+    settings_of,
+    with_options,
+)
 from llava_cli.cli.saved_prompt import NamedQuestion, ParamOpt, PromptOpt, named_question
 from llava_cli.errors import UsageError
 from llava_cli.files import quoted
@@ -108,7 +118,7 @@ def batch(
     on stderr.
     """
     if merge is not None:
-        _merge(merge, words, quiet)
+        _merge(merge, words, context, quiet)
         return
     from llava_cli.batch.run import Job
     from llava_cli.batch.runner import check_form
@@ -126,6 +136,8 @@ def batch(
     most = parse_workers(workers)
     if ray is None and most is not None:
         raise UsageError("--workers", "is about --ray, which is not given", f"--ray local --workers {workers}")
+    if dry_run:
+        _refuse_elsewhere(to_file, shard, ray)
     if ray is not None and shard is not None:
         raise UsageError("--shard", "does not go with --ray, which has all ranges answered", "leave one of them out")
     if to_file is None:
@@ -204,13 +216,27 @@ def _run(job: Job, dry_run: bool, json: bool, shard: str | None, ray: str | None
     return run(job)
 
 
-def _merge(output: str, words: list[str] | None, quiet: bool) -> None:
+def _merge(output: str, words: list[str] | None, context: typer.Context, quiet: bool) -> None:
+    hint = f"llava batch --merge {quoted(output)}"
     if words:
-        raise UsageError("--merge", f"needs no SOURCE: {words[0]!r}", f"llava batch --merge {quoted(output)}")
+        raise UsageError("--merge", f"needs no SOURCE: {words[0]!r}", hint)
+    if others := [option for option in options_given(context) if option not in ("--merge", "--quiet")]:
+        raise UsageError(others[0], "is about answering, which --merge does not", hint)
     from llava_cli.batch.ranges.merge import merge
 
     if code := merge(parse_output(output) or Path("-"), quiet):
         raise typer.Exit(code)
+
+
+def _refuse_elsewhere(output: Path | str | None, shard: str | None, ray: str | None) -> None:
+    """Raises `UsageError` for what --dry-run does not look at."""
+    for option, value in (("--shard", shard), ("--ray", ray)):
+        if value is not None:
+            raise UsageError("--dry-run", "is about all rows, on this machine alone", f"leave {option} {value} out")
+    if isinstance(output, str):
+        from llava_cli.images.remote_names import shown
+
+        raise UsageError("--dry-run", f"does not look at {shown(output)}", "leave -o out: then it is about all rows")
 
 
 def _refuse_without_file(is_resumed: bool, shard: str | None, ray: str | None) -> None:

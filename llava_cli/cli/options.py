@@ -70,6 +70,12 @@ def _parameter(key: str) -> inspect.Parameter:
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def options_given(context: typer.Context) -> list[str]:
+    """The options that the command line has, by their long names."""
+    sources = ((param, context.get_parameter_source(param.name or "")) for param in context.command.params)
+    return [param.opts[-1] for param, source in sources if source and source.name == "COMMANDLINE"]
+
+
 def is_given(context: typer.Context, key: str) -> bool:
     """Whether the command line has the option of a setting."""
     return context.params.get(key) not in (None, [], ())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -19,11 +21,14 @@ from PIL import Image
 
 from llava_cli.batch import run as module
 from llava_cli.batch.ranges import row_range
+from llava_cli.batch.ranges.bucket_run import BucketRun
+from llava_cli.batch.ranges.manifest_index import ManifestIndex
 from llava_cli.batch.ranges.merge import merge
 from llava_cli.batch.ranges.row_range import ALL, Shard
 from llava_cli.batch.ranges.shard import run_shard
 from llava_cli.batch.run import Job
 from llava_cli.batch.sources.source import Source
+from llava_cli.batch.tasks import Task
 from llava_cli.errors import LlavaError
 from llava_cli.images import cloud
 from llava_cli.settings import Settings
@@ -209,3 +214,48 @@ def test_an_empty_source(run: Run, server: s3.Server) -> None:
     assert str(ALL) == "1/1"
     with pytest.raises(LlavaError):
         merge("s3://results/other.jsonl", True)
+    Path("nothing/a.png").write_bytes(picture(1))  # it is not empty any more
+    assert run("batch", "nothing", QUESTION, "-o", OUT).exit_code == 0
+    assert output(server).count(b"\n") == 1
+
+
+@for_each("name", ["[1] out*.jsonl", "a?b#c.jsonl", "{é}.jsonl"])
+def test_names_that_patterns_have(name: str, run: Run, server: s3.Server, wanted: bytes) -> None:
+    for number in (2, 1):
+        done = run("batch", "photos", QUESTION, "-o", f"s3://results/{name}", "--shard", f"{number}/2")
+        assert done.exit_code == 0, done.stderr
+    assert server.client.get_object(Bucket="results", Key=name)["Body"].read() == wanted
+    assert [key for key in names(server) if "/part-" in key] == []
+
+
+@for_each("url", ["s3://results", "s3://results/", "s3://results/folder/"])
+def test_what_is_no_object(url: str, run: Run, server: s3.Server) -> None:
+    refused = run("batch", "photos", QUESTION, "-o", url)
+    assert (refused.exit_code, names(server)) == (2, [])
+    assert refused.stderr == f"llava: -o: {url} names no object\n  -o {url.rstrip('/')}/out.jsonl\n"
+
+
+def test_the_first_list_of_two_is_that_of_the_run(run: Run, server: s3.Server, wanted: bytes) -> None:
+    """Another shard has listed the source, one picture later, and puts its list once the first one has begun."""
+    first, second = BucketRun(OUT), BucketRun(OUT)
+
+    def tasks(more: tuple[str, ...]) -> Iterator[Task]:
+        yield from (Task(name, QUESTION) for name in (*sorted(PHOTOS), *more))
+
+    def meanwhile() -> Iterator[Task]:
+        yield from tasks(("photos/new.png",))
+        first.begin({"model": "told"}, partial(tasks, ()), None)
+
+    second.begin({"model": "told"}, meanwhile, None)
+    assert (first.grid.total, second.grid.total) == (COUNT, COUNT)
+
+
+def test_a_full_disk_for_temporary_files(run: Run, server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(manifest: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ManifestIndex, "made", no_space)
+        full = run("batch", "photos", QUESTION, "-o", OUT)
+    assert (full.exit_code, "no space left on device\n  TMPDIR=FOLDER" in full.stderr) == (74, True)
+    assert names(server) == []

@@ -621,4 +621,10 @@ def test_the_command(run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytes
     assert again.exit_code == 0
     assert run("batch", folder, "what?", "--shard", "1/2").exit_code == 2
     assert run("batch", folder, "--merge", out).exit_code == 2
+    for other in (["--shard", "1/2"], ["-m", "builtin"], ["--dry-run"], ["--retry-errors"]):
+        refused = run("batch", "--merge", out, *other)
+        assert (refused.exit_code, "--merge does not" in refused.stderr) == (2, True)
+    for other in (["--shard", "1/2", "-o", out], ["--ray", "local", "-o", out], ["-o", "s3://bucket/out.jsonl"]):
+        refused = run("batch", folder, "what?", "--dry-run", *other)
+        assert (refused.exit_code, "--dry-run" in refused.stderr) == (2, True)
     assert run("batch", folder, "what?", "-o", out, "--shard", "3/2").exit_code == 2

@@ -38,7 +38,7 @@ class BucketFiles:
 
     def names(self, start: str) -> list[str]:
         """Those of the objects that begin so."""
-        found = self._call(lambda files: files.glob(f"{self._path}{start}*"))
+        found = self._call(lambda files: files.find(self._path, prefix=start))
         return sorted(path.rpartition("/")[2] for path in found)
 
     def size(self, name: str) -> int | None:
@@ -71,11 +71,10 @@ class BucketFiles:
         return self._call(put)
 
     def write(self, name: str, chunks: Iterable[bytes]) -> bool:
-        """Writes an object of any size, which is there once it is whole; on S3 False if there is one, which stays."""
+        """Writes an object of any size, which is there once it is whole; False if there is one, which stays."""
 
         def put(files: Any) -> None:
-            mode = "xb" if self._service.protocol == "s3" else "wb"
-            file = files.open(self._path + name, mode, block_size=_BLOCK_BYTES)
+            file = files.open(self._path + name, "xb", block_size=_BLOCK_BYTES)
             try:
                 for chunk in chunks:
                     file.write(chunk)

@@ -6,7 +6,6 @@ nothing. The output is written at the end, from all ranges; settings come last o
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,9 +27,10 @@ from llava_cli.batch.ranges.run_files import (
 from llava_cli.batch.ranges.shared_run import OnRow
 from llava_cli.batch.ranges.words import damaged_object, missing_rows
 from llava_cli.batch.rows import to_line
+from llava_cli.batch.scratch import scratch_file
 from llava_cli.batch.tasks import Task
-from llava_cli.errors import LlavaError
-from llava_cli.images.remote_names import shown
+from llava_cli.errors import LlavaError, UsageError
+from llava_cli.images.remote_names import path_of, shown
 
 _SETTINGS, _MANIFEST = "settings.json", "manifest"
 
@@ -44,6 +44,8 @@ class BucketRun:
         self.name = shown(url)
         self._url = url
         folder, _, self._object = url.rpartition("/")
+        if not self._object or "/" not in path_of(url):
+            raise UsageError("-o", f"{self.name} names no object", f"-o {self.name.rstrip('/')}/out.jsonl")
         self._output = BucketFiles(f"{folder}/", self.name)
         self._files = BucketFiles(f"{url}.run/", self.name)
         self._index_found: ManifestIndex | None = None
@@ -63,7 +65,9 @@ class BucketRun:
         if saved is None:
             if self._output.size(self._object) is not None:
                 raise run_settings.rows_of_no_run(self.name)
-            self._start(tasks())
+            if not self._start(tasks()):
+                self.grid = Grid(0)
+                return
             self._files.create(_SETTINGS, run_settings.dumps(settings))
             saved = self._saved_settings() or settings
         run_settings.refuse_changes(self.name, saved, settings)
@@ -71,9 +75,9 @@ class BucketRun:
         if shard and not self.is_merged:
             self._files.create(shard_name(shard), b"")
 
-    def _start(self, tasks: Iterable[Task]) -> None:
-        """Puts the manifest, unless another process has been first."""
-        with tempfile.TemporaryFile() as manifest:
+    def _start(self, tasks: Iterable[Task]) -> bool:
+        """Puts the manifest, unless another process has been first; False if there are no tasks."""
+        with scratch_file() as manifest:
             manifest.writelines(task.to_line() for task in tasks)
             manifest.seek(0)
             index = ManifestIndex.made(manifest)
@@ -81,6 +85,7 @@ class BucketRun:
                 manifest.seek(0)
                 if self._files.write(_MANIFEST, iter(lambda: manifest.read(1 << 20), b"")):
                     self._files.create(ManifestIndex.NAME, index.to_bytes())
+        return index.grid.total > 0
 
     def _index(self) -> ManifestIndex:
         if self._index_found is None:
@@ -92,7 +97,7 @@ class BucketRun:
         return self._index_found
 
     def _made_index(self, size: int) -> ManifestIndex:
-        with tempfile.TemporaryFile() as manifest:
+        with scratch_file() as manifest:
             for begin in range(0, size, 1 << 24):
                 manifest.write(self._files.read(_MANIFEST, begin, min(begin + (1 << 24), size)))
             manifest.seek(0)
