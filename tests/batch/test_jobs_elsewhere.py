@@ -177,6 +177,7 @@ SOURCES: dict[str, tuple[Callable[[], None], tuple[str, ...], int]] = {
     "a tar.gz": (lambda: write_tar("x.tar.gz"), ("x.tar.gz", QUESTION), 4),
     "a table of pictures": (write_bytes_table, ("x.parquet", QUESTION), 4),
     "a table of paths": (write_paths_table, ("paths.parquet", QUESTION), 4),
+    "a table with a root": (write_paths_table, ("paths.parquet", QUESTION, "--root", "pictures/.."), 4),
     "all of them": (write_all, (*ALL, QUESTION), 34),
     "templates in rows": (lambda: write_rows(*TEMPLATES), ("rows.jsonl", "--template-question"), 4),
     "a template over a table": (write_bytes_table, ("x.parquet", TEMPLATE, "--template-question"), 4),
@@ -237,12 +238,22 @@ def test_a_few_rows_of_the_middle(kind: str, here: Path, send: Callable[[str], S
     assert sent.found_elsewhere(here) == ("", sent.found)
 
 
-@for_each("kind, gone", [("a folder", "pictures"), ("a zip", "x.zip"), ("a table of pictures", "x.parquet")])
+GONE = {
+    "a folder": "pictures",
+    "a picture": "pictures",
+    "a list with a root": "pictures",
+    "a table with a root": "pictures",
+    "a zip": "x.zip",
+    "a table of pictures": "x.parquet",
+}
+
+
+@for_each("kind, gone", list(GONE.items()))
 def test_a_source_that_is_not_there(kind: str, gone: str, here: Path, send: Callable[[str], Sent]) -> None:
     sent = send(kind)
     job, _ = pickle.loads(sent.pickled)
     os.rename(gone, "elsewhere")
-    assert job.source.missing_here() == gone
+    assert job.source.missing_here().removesuffix("/..") == gone
     os.rename("elsewhere", gone)
     assert job.source.missing_here() == ""
 

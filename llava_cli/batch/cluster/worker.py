@@ -182,5 +182,7 @@ def _other_model(assignment: Assignment) -> Refusal | None:
     for name, wanted in assignment.identity.items():
         if here.get(name) != wanted:
             hint = f"the same checkpoint on all nodes: llava models pull {model} there"
+            if name == "device":  # the driver has chosen for all
+                hint = f"run llava on a node that has {here.get(name)}, or --device {wanted}"
             return Refusal(f"has another {name} of {model}: {here.get(name)}, not {wanted}", hint)
     return None

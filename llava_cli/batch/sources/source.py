@@ -75,7 +75,9 @@ class Source:
 
     def missing_here(self) -> str:
         """A folder or file that a process elsewhere needs to find pictures, and has not; empty if it has all."""
-        return next((printable(place) for one in self.each for place in one.places if not os.path.exists(place)), "")
+        root = self.root if any(one.takes_root for one in self.each) else None
+        places = dict.fromkeys(chain(filter(None, [root]), *(one.places for one in self.each)))
+        return next((printable(place) for place in places if not os.path.exists(place)), "")
 
     @property
     def name(self) -> str:

@@ -112,6 +112,11 @@ class PictureSource(OneSource):
         """What tasks may call it, with or without a page; none of a path."""
         return (self.image, without_secrets(self._url)) if self._url else ()
 
+    @property
+    def places(self) -> list[str]:
+        """Its folder: the picture itself may be missing everywhere."""
+        return [] if self._url else [os.path.dirname(local_path(split_reference(self.word)[0])) or os.curdir]
+
     def fetch(self) -> bytes:
         """The file at its URL. Raises as `images.reader.read`."""
         return read(self._url, public=True)
