@@ -139,11 +139,21 @@ def _gigabytes(size: float) -> str:
 
 
 @models.command()
-def pull(name: NameArg) -> None:
+def pull(
+    name: NameArg,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Download it on each node of a Ray cluster.")
+    ] = None,
+) -> None:
     """Download a model; resumes where it was cut off.
 
     llava models pull llava-1.5-7b
     """
+    if ray is not None:
+        from llava_cli.batch.cluster.pull import pull_on_cluster
+
+        pull_on_cluster(name, ray)
+        return
     from llava_cli.models import download
     from llava_cli.models.validate import check_files
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,15 +16,18 @@ import psutil
 import pytest
 from helpers.clusters import ENVIRONMENT, Driver, TestCluster, cluster_of
 from helpers.command import Run
+from helpers.hub import Hub, serving
 from helpers.tables import for_each
 from helpers.terminal import Open
 from PIL import Image, ImageDraw
 
 from llava_cli.batch.cluster.cluster import EXTRA, Cluster, _actor
 from llava_cli.errors import ServerFailed
+from llava_cli.models.registry import builtin_folder
 
 pytestmark = pytest.mark.cold
 QUESTION = "what is this?"
+TINY = "owner/tiny-llava"
 
 
 def draw(folder: Path, count: int) -> Path:
@@ -40,10 +44,19 @@ def draw(folder: Path, count: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[TestCluster]:
+def hub() -> Iterator[Hub]:
+    with serving(Hub({TINY: builtin_folder()})) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def cluster(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     pytest.importorskip("ray")
-    with cluster_of(3) as it:
-        yield it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        with cluster_of(3) as it:
+            yield it
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +241,38 @@ def test_a_node_without_llava_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llava_cli.batch.cluster.worker", None)
     monkeypatch.delattr("llava_cli.batch.cluster.worker", raising=False)
     assert _actor()().prepare({}, b"").startswith("has no such llava (")
+
+
+def pull(name: str, address: str) -> tuple[int, list[str]]:
+    """`llava models pull NAME --ray ADDRESS`: the exit code, and the lines that it prints."""
+    command = [sys.executable, "-m", "llava_cli", "models", "pull", name, "--ray", address]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT})
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_a_model_is_pulled_on_each_node(cluster: TestCluster, hub: Hub, drawing: Path, tmp_path: Path) -> None:
+    """Until then its nodes are refused, with the command that does it."""
+    output = tmp_path / "out.jsonl"
+    missing = Driver(drawing, QUESTION, "--ray", cluster.address, "-m", TINY, output=output)
+    assert missing.wait() != 0
+    assert f"{TINY}: not on this machine\n  llava models pull {TINY}" in missing.printed
+    hub.breaks_after = 1_000_000
+    code, lines = pull(TINY, cluster.address)
+    assert code == 69, lines
+    assert sum("the download broke off" in line for line in lines) == 3
+    assert lines[-2].startswith(f"llava: {TINY}: 3 of 3 nodes have not got it: ")
+    hub.breaks_after, hub.down = None, False
+    code, lines = pull(TINY, cluster.address)
+    assert (code, len(lines)) == (0, 3), lines
+    folder = Path(lines[0].partition(": ")[2])
+    assert (folder / "model.safetensors").read_bytes() == (builtin_folder() / "model.safetensors").read_bytes()
+    code, lines = pull("owner/nothing", cluster.address)
+    assert sum("node" in line for line in lines) == 4, lines
+    assert pull("/somewhere", cluster.address) == (
+        2,
+        ["llava: /somewhere: a folder is not downloaded", "  a folder that all nodes share is there on each of them"],
+    )
+    assert pull(TINY, "local")[0] == 2
 
 
 def test_without_ray(run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
@@ -102,6 +102,14 @@ class Cluster:
         options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "memory": need.memory}
         fixed = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": _THREADS}
         return self._actor.options(**options, **fixed).remote()
+
+    def run_on(self, node: Node, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A ref to what a function returns that runs on a node, beside the workers."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        task = self._ray.remote(num_cpus=0, max_retries=0)(function)
+        there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        return task.options(scheduling_strategy=there).remote(*arguments)
 
     def place(self, worker: Any) -> Any:
         """A ref to the id of its node."""

@@ -25,7 +25,9 @@ from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
 from llava_cli.errors import LlavaError
+from llava_cli.files import quoted
 from llava_cli.hardware.allocator import limit_caches, use_threads
+from llava_cli.models.registry import is_folder
 
 OpenEngine = Callable[[Job], Engine]
 """Loads a worker's model."""
@@ -178,11 +180,16 @@ def _other_model(assignment: Assignment) -> Refusal | None:
     try:
         here = identify(assignment.job.settings)
     except LlavaError as error:
-        return Refusal(f"cannot use {model}: {error.reason}", f"llava models pull {model} there")
+        return Refusal(f"cannot use {model}: {error.reason}", _everywhere(str(model)))
     for name, wanted in assignment.identity.items():
         if here.get(name) != wanted:
-            hint = f"the same checkpoint on all nodes: llava models pull {model} there"
+            hint = f"the same checkpoint on all nodes: {_everywhere(str(model))}"
             if name == "device":  # the driver has chosen for all
                 hint = f"run llava on a node that has {here.get(name)}, or --device {wanted}"
             return Refusal(f"has another {name} of {model}: {here.get(name)}, not {wanted}", hint)
     return None
+
+
+def _everywhere(model: str) -> str:
+    """What gives all nodes a model."""
+    return "a folder that all nodes share" if is_folder(model) else f"llava models pull {quoted(model)} --ray auto"
