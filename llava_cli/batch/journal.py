@@ -12,7 +12,7 @@ import errno
 import os
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from itertools import islice
@@ -130,7 +130,8 @@ class Journal:
         """
         self._refuse_shared()
         if not self.is_begun:
-            files.remove(self.folder / SHARED)  # of a shard that was killed as it listed SOURCE
+            if self._is_shared:  # of a shard that was killed as it listed SOURCE
+                files.remove(self.folder / SHARED)
             self.start(settings, tasks)
             return 0, 0
         self.refuse_changes(settings)
@@ -168,9 +169,13 @@ class Journal:
         assert self._file, "the journal is not locked"
         return self._file
 
+    @property
+    def _is_shared(self) -> bool:
+        return (self.folder / SHARED).exists()
+
     def _refuse_shared(self) -> None:
         """Raises `BadData` if only shards, or a cluster, may go on with the run."""
-        if (self.folder / SHARED).exists() and self.is_begun:
+        if self._is_shared and self.is_begun:
             reason = "several writers share this run, and some of its rows are beside it"
             raise BadData(self._name, reason, f"llava batch --merge {files.quoted(self.output)} joins them")
 
@@ -295,19 +300,18 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row, whole or not at all. Raises `OutputError`, or `OutputTaken` if another program wrote."""
-        self.append_line(to_line(row))
-
-    def append_line(self, line: bytes) -> None:
-        """As `append`, of a row as `to_line` writes it."""
         self._check_unchanged()
         with self._output_errors():
-            self._open_file.append(line)
+            self._open_file.append(to_line(row))
             self.done += 1
 
-    def sync(self) -> None:
-        """Waits until all rows are on the disk. Raises `OutputError`."""
+    def append_lines(self, lines: Sequence[bytes]) -> None:
+        """As `append`, of many rows as `to_line` writes them, which are on the disk then."""
+        self._check_unchanged()
         with self._output_errors():
+            self._open_file.append(b"".join(lines))
             self._open_file.sync()
+            self.done += len(lines)
 
     def replace(self, rows: Iterator[dict[str, Any]]) -> None:
         """Replaces the rows `to_redo` by new ones, in the order of `tasks_to_redo`; the file changes all at once.

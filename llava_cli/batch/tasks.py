@@ -7,7 +7,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -66,7 +66,7 @@ class Task:
         return Part(self.page, self.time)
 
     def to_line(self) -> bytes:
-        return (json.dumps({k: v for k, v in asdict(self).items() if v is not None}) + "\n").encode()
+        return (json.dumps({name: value for name, value in vars(self).items() if value is not None}) + "\n").encode()
 
     @classmethod
     def from_line(cls, line: bytes) -> Task:
@@ -74,11 +74,9 @@ class Task:
         try:
             values = parse_line(line)
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-            task = cls(**values)
-            values = [(field, getattr(task, field.name)) for field in fields(cls)]
-            if all(value is field.default or _VALIDATORS[field.name](value) for field, value in values):
-                return task
-        except (ValueError, TypeError, AttributeError):
+            if all(_VALIDATORS[name](value) for name, value in values.items()):
+                return cls(**values)
+        except (ValueError, TypeError, AttributeError, KeyError):
             pass
         raise BadData("manifest", "damaged", "give another file to -o")
 

@@ -201,18 +201,16 @@ class FolderRun:
     def _append(self, journal: Journal, rows: RowRange, tasks: Iterator[Task], on_row: OnRow) -> None:
         """Appends what the output lacks of a range. Raises `BadData` for a file that has other rows."""
         path = self._folder / rows.file_name
-        lines = lines_of(path)
-        for _ in range(rows.begin, journal.done):
-            next(lines, None)
-        for number in range(journal.done, rows.end):
-            line, task = next(lines, b""), next(tasks)
+        lines = list(islice(lines_of(path), len(rows) + 1))
+        lacking = range(journal.done - rows.begin, len(rows))
+        for number in lacking:
+            task, line = next(tasks), lines[number] if number < len(lines) else b""
             if (row := whole_row(task, line)) is None:
-                raise damaged(path, number - rows.begin)
-            journal.append_line(line)
+                raise damaged(path, number)
             on_row(task, row)
-        if next(lines, None) is not None:
+        if len(lines) > len(rows):
             raise damaged(path, len(rows))
-        journal.sync()
+        journal.append_lines(lines[lacking.start :])
 
     @contextmanager
     def _output_errors(self) -> Iterator[None]:
