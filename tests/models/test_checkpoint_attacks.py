@@ -24,9 +24,11 @@ from helpers.tables import for_each
 
 from llava_cli import Sampling, limits, load, paths
 from llava_cli.errors import ModelUnusable
+from llava_cli.hardware.device import choose_plan
 from llava_cli.models import digests, quantized_cache
 from llava_cli.models.checkpoint_files import CONFIG, read_json
 from llava_cli.models.fingerprint import fingerprint
+from llava_cli.models.precision import recipe
 from llava_cli.models.registry import Checkpoint, builtin_folder
 from llava_cli.models.untrusted_config import REFUSED, refusal, without_preferences
 from llava_cli.models.validate import check_files
@@ -909,7 +911,7 @@ def test_a_copy_says_what_it_was_made_of(
     said = json.loads(label.read_text())
     assert said == {
         "fingerprint": fingerprint(Checkpoint("x", one)),
-        "how": "4bit-cpu",
+        "how": recipe(choose_plan("cpu", "4bit"), double_quant=False),
         "format": quantized_cache.FORMAT,
     }
     assert {path.stat().st_mode & 0o077 for path in (copy, *copy.iterdir())} == {0}

@@ -51,7 +51,7 @@ from llava_cli import load
 from llava_cli.catalog import sizes_on_disk
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.hardware import cpu, memory
-from llava_cli.hardware.device import Plan
+from llava_cli.hardware.device import Plan, native_precision
 from llava_cli.loader import engine_identity, find_checkpoint
 from llava_cli.models.fingerprint import fingerprint
 from llava_cli.models.footprint import Sizes, footprint
@@ -83,6 +83,8 @@ METHODS: dict[str, Any] = {
     "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
 TOKENS = 12
+COMPUTE = native_precision("cpu")[0]
+"""What quantized models compute in on this machine."""
 Made = Callable[..., Path]
 
 
@@ -258,15 +260,15 @@ def test_base_is_not_here(named: Any, words: str, hint: str, lora: Path, run: Ru
 @pytest.mark.parametrize("precision", ["4bit", "8bit"])
 def test_quantized(precision: str, base: Path, lora: Path, tmp_path: Path) -> None:
     """As the merged model is when it is saved and quantized, and however often it is loaded."""
-    engine = load(str(base), precision="bf16", device="cpu", adapter=str(lora))
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16)
+    engine = load(str(base), precision=COMPUTE, device="cpu", adapter=str(lora))
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=engine.network.dtype)
     merged = peft.PeftModel.from_pretrained(model, lora, autocast_adapter_dtype=True).merge_and_unload()
     merged.save_pretrained(shutil.copytree(base, tmp_path / "merged"))
     plain = answer(base, precision=precision)
     first, again = answer(base, lora, precision), answer(base, lora, precision)
     assert first == again == answer(tmp_path / "merged", precision=precision) != plain
     assert answer(base, precision=precision) == plain
-    assert engine.precision == "bf16"
+    assert engine.precision == COMPUTE
 
 
 def test_tied_and_quantized(tmp_path: Path) -> None:
@@ -275,7 +277,7 @@ def test_tied_and_quantized(tmp_path: Path) -> None:
     engine = load(str(base), precision="4bit", device="cpu", adapter=str(tmp_path / "adapter"))
     found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
     head, embeddings = engine.network.get_output_embeddings().weight, engine.network.get_input_embeddings().weight
-    assert torch.equal(head.float(), found.bfloat16().float()) and not torch.equal(head, embeddings)
+    assert torch.equal(head, found.to(head.dtype)) and not torch.equal(head, embeddings)
 
 
 @pytest.mark.parametrize("precision", ["4bit", "8bit"])
