@@ -1,9 +1,11 @@
-"""What a cluster costs: `python benchmarks/cluster.py pairs` or `… instant`. Needs the extra `ray`, and idle cores.
+"""What a cluster costs: `python benchmarks/cluster.py pairs`, `… instant` or `… list`. Needs the extra `ray`.
 
 `pairs`: the built-in model answers about pictures in a single run with as many threads as cores, and on `--ray local`
 with as many workers of one thread, in turns; rates are those between the first and the last row. `instant`: workers on
 a cluster of this machine have an engine that answers at once, so that all that is left is listing, handing out, reading
-pictures, writing rows and joining them.
+pictures, writing rows and joining them. `list`: a run of `--rows` rows is begun and joined without any answers.
+
+All of them need idle cores.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ import psutil
 from PIL import Image, ImageDraw
 
 from llava_cli.batch.cluster.driver import run_on_cluster
+from llava_cli.batch.ranges.folder_run import FolderRun
+from llava_cli.batch.rows import make_row, to_line
 from llava_cli.batch.run import Job
 from llava_cli.batch.sources.source import Source
+from llava_cli.batch.tally import Tally
+from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Conversation
 from llava_cli.engine import Answer, Chunk, Engine
 from llava_cli.settings import Sampling, Settings
@@ -142,9 +148,41 @@ def instant(rows: int, pictures: int, workers: int) -> None:
     print(f"  manifest {manifest / rows:.0f} bytes, rows {size / rows:.0f} bytes each")
 
 
+def listed(rows: int) -> None:
+    """Times what one process does for all rows, and its memory: the list, finding what is missing, and the joining."""
+    own = psutil.Process()
+    before = own.memory_info().rss
+    with tempfile.TemporaryDirectory(prefix="llava") as name:
+        run = FolderRun(Path(name) / "out.jsonl")
+        tasks = (Task(f"photos/2024/{number:09}.jpg", QUESTION) for number in range(rows))
+        begin = time.monotonic()
+        run.begin({"model": "instant"}, lambda: tasks, None)
+        begun = time.monotonic()
+        size = (run.output.parent / "out.jsonl.run" / "manifest").stat().st_size
+        print(f"list: {(begun - begin) / rows * 1e6:.1f} µs a row, {size / rows:.0f} bytes each in the manifest")
+        print(f"one range of it: {timed(lambda: list(run.tasks(run.grid.range(run.grid.count // 2)))) * 1e3:.1f} ms")
+        for number in run.grid.all():
+            answer = Answer("a red circle", "stop", 5, 0, 3, 0.0, 0.0)
+            part = b"".join(to_line(make_row(task, None, answer, "instant")) for task in run.tasks(number))
+            (run.output.parent / "out.jsonl.run" / number.file_name).write_bytes(part)
+        print(
+            f"what is missing, of {run.grid.count:,} ranges: {timed(lambda: list(run.missing(run.grid.all()))):.3f} s"
+        )
+        print(f"joining: {timed(lambda: run.merge(Tally().add)) / rows * 1e6:.1f} µs a row")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"memory: {before / 1e6:.0f} MB before, {most / 1e6:.0f} MB at most; {rows:,} rows")
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Its seconds."""
+    begin = time.monotonic()
+    action()
+    return time.monotonic() - begin
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pairs", "instant"))
+    parser.add_argument("what", choices=("pairs", "instant", "list"))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -152,6 +190,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "pairs":
         pairs(args.pairs, args.pictures)
+    elif args.what == "list":
+        listed(args.rows)
     else:
         instant(args.rows, args.pictures, args.workers)
 

@@ -24,9 +24,9 @@ _NOT_GLIBC = (AttributeError, OSError, TypeError)
 
 def use_threads(count: int) -> None:
     """Has this process compute with so many threads, on a machine that it shares with others of its kind."""
-    import torch
-
-    torch.set_num_threads(count)
+    os.environ["OMP_NUM_THREADS"] = str(count)  # for torch, whose import a process may never need
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(count)
 
 
 def limit_caches(primitives: int) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from itertools import count
 
 import pytest
+import torch
 from helpers.tables import for_each
 
 from llava_cli.batch.cluster import needs
 from llava_cli.batch.cluster.needs import MOST_CPUS, Need, Node, memory_of, need_of, no_room
 from llava_cli.errors import LlavaError
+from llava_cli.hardware.allocator import use_threads
 from llava_cli.settings import LoadOptions, ServerOptions, Settings
 
 GB = 10**9
@@ -141,3 +145,16 @@ def test_no_node_has_room(nodes: list[Node], says: str, helps: str) -> None:
     assert not any(room(need, nodes))
     error: LlavaError = no_room("llava-7b", need, nodes)
     assert (str(error), error.hint, error.exit_code) == (f"llava-7b: {says}", helps, 71)
+
+
+def test_a_workers_threads_need_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose model is elsewhere never imports it; one that has it already is told."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        use_threads(before + 1)
+    assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (before, str(before + 1))
+    use_threads(before + 1)
+    assert torch.get_num_threads() == before + 1
+    use_threads(before)
