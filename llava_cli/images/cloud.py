@@ -174,10 +174,24 @@ def file_system(protocol: str) -> Any:
     import fsspec
 
     options = next(service.options for service in SERVICES.values() if service.protocol == protocol)
+    if protocol == "s3":
+        options = {**options, "session": _s3_session(fsspec.config.conf.get("s3", {}).get("profile"))}
     files = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
     if protocol == "s3":
         files.retries = 1  # `Patience` tries again
     return files
+
+
+def _s3_session(profile: str | None) -> Any:
+    """One that leaves dates as they are: to parse them is most of the work of a listing, and nothing here needs them.
+
+    fsspec's settings may name a profile; `None` leaves it to those of AWS.
+    """
+    from aiobotocore.session import AioSession
+
+    session = AioSession(profile=profile)
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+    return session
 
 
 class _CloudFile(io.RawIOBase):
