@@ -3,11 +3,14 @@
 The built-in model answers about pictures of a folder and about the same ones in a bucket, block after block in turn, in
 one process. The S3 server is moto's, on this machine: it takes CPU time that a server elsewhere would not take, so it
 has a lower priority (`--nice`), and its time is shown. Needs the extra `test`.
+
+`--keys N` lists N keys of no server, whose answers take 100 ms: one page after the other, and as `llava batch` does it.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import os
 import random
 import statistics
@@ -25,8 +28,10 @@ from PIL import Image
 
 from llava_cli.batch.picture_loader import PictureLoader
 from llava_cli.batch.runner import answer_tasks
+from llava_cli.batch.sources.containers.bucket_listing import list_objects
 from llava_cli.batch.sources.source import Source
 from llava_cli.batch.tasks import Task
+from llava_cli.images.cloud import PAGE_KEYS, Cloud, Object, Page
 from llava_cli.loader import open_engine
 from llava_cli.settings import Settings
 
@@ -120,6 +125,32 @@ class Side:
         self._source.close()
 
 
+class SlowCloud(Cloud):
+    """A folder of numbered pictures."""
+
+    def __init__(self, count: int) -> None:
+        self.has_pages = True
+        self._names = [f"2024/IMG_{number:09}.jpg" for number in range(count)]
+
+    def page(self, url: str, after: str | None = None, token: str | None = None) -> Page:
+        time.sleep(0.1)
+        begin = int(token) if token else bisect.bisect_right(self._names, after or "")
+        end = begin + PAGE_KEYS
+        objects = [Object(name, 1) for name in self._names[begin:end]]
+        return Page(objects, str(end) if end < len(self._names) else None)
+
+
+def time_listing(count: int) -> None:
+    cloud, seconds, found = SlowCloud(count), [], []
+    for objects in (cloud.list(""), list_objects(cloud, "")):
+        begin = time.monotonic()
+        found.append(list(objects))
+        seconds.append(time.monotonic() - begin)
+    assert found[0] == found[1], "the names differ"
+    print(f"{count:,} keys: {seconds[0]:.1f} s page after page, {seconds[1]:.1f} s in ranges", end=", ")
+    print(f"{seconds[0] / seconds[1]:.1f} times as fast")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objects", type=int, default=10_000)
@@ -127,7 +158,11 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=500)
     parser.add_argument("--nice", type=int, default=10, help="Of the server; 0 where other programs run.")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--keys", type=int, help="Only lists so many.")
     args = parser.parse_args()
+    if args.keys:
+        time_listing(args.keys)
+        return
     if args.serve:
         serve(args.serve, args.nice)
         return

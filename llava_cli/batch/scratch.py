@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import IO
+from typing import IO, Any
 
 from llava_cli.errors import OutputError, os_reason
 from llava_cli.paths import scratch_folder
@@ -29,11 +32,47 @@ def scratch_database() -> Iterator[sqlite3.Connection]:
 @contextmanager
 def scratch_file() -> Iterator[IO[bytes]]:
     """A temporary file, open to be written and read. Raises `OutputError`, also where the block cannot write it."""
-    with scratch_folder() as folder, open(folder / "scratch", "w+b") as file:
-        try:
-            yield file
-        except OSError as error:
-            raise OutputError(tempfile.gettempdir(), os_reason(error), _ELSEWHERE) from None
+    with scratch_folder() as folder, _os_errors(), open(folder / "scratch", "w+b") as file:
+        yield file
+
+
+class Spool:
+    """Lists of what JSON can hold, in a temporary file; for any number of threads. Methods raise `OutputError`."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._end, self._lock = file, 0, threading.Lock()
+
+    def add(self, items: Sequence[Any]) -> tuple[int, int]:
+        """Writes a list; returns where it is."""
+        data = memoryview(json.dumps(items).encode())
+        with self._lock:
+            begin, self._end = self._end, self._end + len(data)
+        place = begin, len(data)
+        with _os_errors():
+            while data:  # not through the file's buffer, which would fail again when it is closed
+                count = os.pwrite(self._file.fileno(), data, begin)
+                begin, data = begin + count, data[count:]
+        return place
+
+    def read(self, place: tuple[int, int]) -> list[Any]:
+        begin, size = place
+        with _os_errors():
+            return list(json.loads(os.pread(self._file.fileno(), size, begin)))
+
+
+@contextmanager
+def scratch_spool() -> Iterator[Spool]:
+    """A temporary file of lists. Raises `OutputError`."""
+    with scratch_file() as file:
+        yield Spool(file)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(tempfile.gettempdir(), os_reason(error), _ELSEWHERE) from None
 
 
 def scratch_error(error: sqlite3.Error) -> OutputError:

@@ -76,19 +76,54 @@ class Object(NamedTuple):
     size: int | None
 
 
+class Page(NamedTuple):
+    """Some of what is listed."""
+
+    objects: list[Object]
+    token: str | None
+    """Of the next page; `None` if this is the last one."""
+
+
 class Cloud:
     """The objects of one service; for any number of threads."""
 
     def __init__(self, url: str) -> None:
         """`url` is what messages call it. Raises `UsageError` if the package for its scheme is not installed."""
         service = service_of(url)
-        self._list = _s3_pages if service is _S3 else _folders
+        self.has_pages = service is _S3
+        """Whether it can be listed from any name on, by `page`."""
         self._files = file_system(service.protocol)
         self._patience = Patience(shown(url), service.sign_in)
 
     def list(self, url: str) -> Iterator[Object]:
-        """All objects whose URL begins with this one, which ends with `/`; in no order. Raises `InputMissing`."""
-        return self._list(self._files, path_of(url), self._patience.call)
+        """All objects whose URL begins with this one, which ends with `/`; in no order. Raises `InputMissing`.
+
+        One page or folder is in memory at a time.
+        """
+        if not self.has_pages:
+            yield from _folders(self._files, path_of(url), self._patience.call)
+            return
+        page = self.page(url)
+        yield from page.objects
+        while page.token is not None:
+            page = self.page(url, token=page.token)
+            yield from page.objects
+
+    def page(self, url: str, after: str | None = None, token: str | None = None) -> Page:
+        """At most `PAGE_KEYS` of the objects that `list` gives: the first ones, those whose names come after one, or
+        those that follow on the page which had this token. S3 lists names in the order of their bytes, but for its
+        directory buckets and some other servers. Raises `InputMissing`.
+        """
+        bucket, prefix, _ = self._files.split_path(path_of(url))
+        begin = {"ContinuationToken": token} if token is not None else {"StartAfter": prefix + after} if after else {}
+        options = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **begin}
+
+        def get() -> Page:
+            answer = self._files.call_s3("list_objects_v2", **options)
+            objects = [Object(item["Key"][len(prefix) :], item["Size"]) for item in answer.get("Contents", ())]
+            return Page(objects, answer["NextContinuationToken"] if answer["IsTruncated"] else None)
+
+        return self._patience.call(get)
 
     def read(self, url: str, thing: str = "") -> bytes:
         """An object's bytes, all of the same version of it, at most `limits.PICTURE_BYTES`.
@@ -139,10 +174,24 @@ def file_system(protocol: str) -> Any:
     import fsspec
 
     options = next(service.options for service in SERVICES.values() if service.protocol == protocol)
+    if protocol == "s3":
+        options = {**options, "session": _s3_session(fsspec.config.conf.get("s3", {}).get("profile"))}
     files = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
     if protocol == "s3":
         files.retries = 1  # `Patience` tries again
     return files
+
+
+def _s3_session(profile: str | None) -> Any:
+    """One that leaves dates as they are: to parse them is most of the work of a listing, and nothing here needs them.
+
+    fsspec's settings may name a profile; `None` leaves it to those of AWS.
+    """
+    from aiobotocore.session import AioSession
+
+    session = AioSession(profile=profile)
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+    return session
 
 
 class _CloudFile(io.RawIOBase):
@@ -171,18 +220,6 @@ class _CloudFile(io.RawIOBase):
 
 
 Ask = Callable[[Callable[[], Any]], Any]
-
-
-def _s3_pages(files: Any, path: str, ask: Ask) -> Iterator[Object]:
-    """By pages, of which one is in memory at a time."""
-    bucket, prefix, _ = files.split_path(path)
-    page: dict[str, Any] = {"IsTruncated": True}
-    while page["IsTruncated"]:
-        token = {"ContinuationToken": page["NextContinuationToken"]} if "NextContinuationToken" in page else {}
-        options = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **token}
-        page = ask(lambda: files.call_s3("list_objects_v2", **options))  # noqa: B023
-        for item in page.get("Contents", ()):
-            yield Object(item["Key"][len(prefix) :], item["Size"])
 
 
 def _folders(files: Any, path: str, ask: Ask) -> Iterator[Object]:

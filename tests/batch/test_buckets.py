@@ -138,6 +138,20 @@ def test_many_objects_and_a_run_that_was_killed(run: Run, server: s3.Server, mon
     assert all(secret not in path.read_text() for path in Path().rglob("*") if path.is_file())
 
 
+def test_a_large_bucket_is_listed_in_ranges(run: Run, server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are the same, whatever the names are."""
+    names = ("", "!", "a", "a/b/", "é", "漢/", "😀", "\U0010ffff", "~", " ", "%41+")
+    objects = {f"{name}{n}.png": picture(n) for name in names for n in range(4)}
+    server.fill("strange", {**objects, "a/": b"", "z.txt": b""})
+    once = run("batch", "s3://strange/", QUESTION)
+    requests = server.requests.count("GET /strange")
+    monkeypatch.setattr(cloud, "PAGE_KEYS", 3)
+    assert run("batch", "s3://strange/", QUESTION).stdout == once.stdout
+    assert len(rows_of(once.stdout)) == len(objects)
+    assert requests == 1
+    assert server.requests.count("GET /strange") - requests > len(objects) // 3
+
+
 def test_what_is_wrong_with_one_object_is_said_in_its_row(run: Run, server: s3.Server) -> None:
     """All attempts of it together have a bound; what is transient is tried again."""
     server.fill("wrong", {f"{name}.png": picture(n) for n, name in enumerate("abcdef")})

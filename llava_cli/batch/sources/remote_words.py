@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from llava_cli import files, limits
 from llava_cli.batch.sources.containers.bucket import split_pattern
+from llava_cli.batch.sources.containers.bucket_listing import list_objects
 from llava_cli.batch.sources.containers.remote_file import is_archive, is_pattern, is_picture_url
 from llava_cli.batch.tasks import sort_paths
 from llava_cli.errors import InputMissing, UsageError
@@ -59,7 +60,7 @@ def _files_of_data_set(url: str) -> list[str]:
 def _listed(url: str) -> Iterator[str]:
     """The names of all archives and pictures below a URL, in their order. Raises `UsageError` for too many archives."""
     archives = 0
-    for name in sort_paths(name for name, _ in Cloud(url).list(url)):
+    for name in sort_paths(name for name, _ in list_objects(Cloud(url), url)):
         archives += is_archive(name)
         if archives > limits.EXPANDED_WORDS:
             raise UsageError(shown(url), f"more than {limits.EXPANDED_WORDS:,} archives", "name fewer of them")

@@ -8,8 +8,10 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 
-from llava_cli.batch.scratch import scratch_database, scratch_error
+from llava_cli.batch.scratch import scratch_database, scratch_error, scratch_spool
+from llava_cli.batch.sources.containers.bucket_listing import list_objects
 from llava_cli.batch.sources.containers.container import Entry
 from llava_cli.batch.sources.containers.member_index import safe_name
 from llava_cli.batch.sources.folders import Selection
@@ -49,7 +51,7 @@ class Bucket:
         return map(Entry, self._names.all())
 
     def _listed(self) -> Iterator[str]:
-        for name, size in self._cloud.list(self._url):
+        for name, size in list_objects(self._cloud, self._url):
             is_folder = name == "" or (name.endswith("/") and not size)  # which consoles make
             if is_folder or (self._pattern and not self._pattern.fullmatch(name)):
                 continue
@@ -70,23 +72,62 @@ class Bucket:
 
 
 class SortedNames:
-    """Names in the order of their bytes. They are on disk: a bucket may have millions of objects."""
+    """Names in the order of their bytes, each once. They are on disk: a bucket may have millions of objects.
+
+    They are in a file while they come in that order, as from S3, and in a database as soon as one does not.
+    """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._database = self._stack.enter_context(scratch_database())
+        self._spool = self._stack.enter_context(scratch_spool())
+        self._places: list[tuple[int, int]] = []
+        self._database: sqlite3.Connection | None = None
         self._lock = threading.Lock()
-        self._database.execute("create table name (name blob primary key) without rowid")
 
     def fill(self, names: Iterable[str]) -> None:
         """Raises `OutputError`, or what reading them raises."""
         try:
+            rest = iter(names)
+            if stray := self._take_ordered(rest):
+                self._sort(chain(self.all(), stray, rest))
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_ordered(self, names: Iterator[str]) -> list[str]:
+        """Takes names until one does not come in order, which it returns."""
+        page: list[str] = []
+        stray: list[str] = []
+        last = b""
+        for name in names:
+            key = os.fsencode(name)
+            if key < last:
+                stray = [name]
+                break
+            if key > last:
+                page.append(name)
+                last = key
+            if len(page) == _PAGE:
+                self._places.append(self._spool.add(page))
+                page = []
+        self._places.append(self._spool.add(page))
+        return stray
+
+    def _sort(self, names: Iterable[str]) -> None:
+        database = self._stack.enter_context(scratch_database())
+        try:
+            database.execute("create table name (name blob primary key) without rowid")
             rows = ((os.fsencode(name),) for name in names)
-            self._database.executemany("insert or ignore into name values (?)", rows)
+            database.executemany("insert or ignore into name values (?)", rows)
         except sqlite3.Error as error:
             raise scratch_error(error) from None
+        self._database = database
 
     def all(self) -> Iterator[str]:
+        if self._database is None:
+            for place in self._places:
+                yield from self._spool.read(place)
+            return
         page: list[tuple[bytes]] = [(b"",)]
         while page:
             with self._lock:
