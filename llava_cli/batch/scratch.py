@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import IO, Any
 
+from llava_cli import files
 from llava_cli.errors import OutputError, os_reason
 from llava_cli.paths import scratch_folder
 
@@ -40,24 +41,21 @@ class Spool:
     """Lists of what JSON can hold, in a temporary file; for any number of threads. Methods raise `OutputError`."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._end, self._lock = file, 0, threading.Lock()
+        self._file, self._lock = file, threading.Lock()
 
     def add(self, items: Sequence[Any]) -> tuple[int, int]:
         """Writes a list; returns where it is."""
-        data = memoryview(json.dumps(items).encode())
-        with self._lock:
-            begin, self._end = self._end, self._end + len(data)
-        place = begin, len(data)
-        with _os_errors():
-            while data:  # not through the file's buffer, which would fail again when it is closed
-                count = os.pwrite(self._file.fileno(), data, begin)
-                begin, data = begin + count, data[count:]
-        return place
+        data = json.dumps(items).encode()
+        with self._lock, _os_errors():
+            begin = self._file.seek(0, os.SEEK_END)
+            files.write_all(self._file.fileno(), data)  # a buffer would fail again when it is closed
+        return begin, len(data)
 
     def read(self, place: tuple[int, int]) -> list[Any]:
         begin, size = place
-        with _os_errors():
-            return list(json.loads(os.pread(self._file.fileno(), size, begin)))
+        with self._lock, _os_errors():
+            self._file.seek(begin)
+            return list(json.loads(self._file.read(size)))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from helpers.tables import for_each
 
+from llava_cli import files
 from llava_cli.batch.sources.containers import bucket_listing
 from llava_cli.batch.sources.containers.bucket import Bucket, SortedNames
 from llava_cli.batch.sources.containers.bucket_listing import list_objects
@@ -285,14 +286,14 @@ def test_ctrl_c_ends_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 @for_each("writes", [0, 50])
 def test_a_full_disk_is_one_error(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, FakeS3([f"{n:04}.png" for n in range(5000)]))
-    pwrite, count = os.pwrite, itertools.count()
+    write_all, count = files.write_all, itertools.count()
 
-    def write(fd: int, data: bytes, offset: int) -> int:
+    def write(descriptor: int, data: bytes) -> None:
         if next(count) >= writes:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return pwrite(fd, data[:100], offset)
+        write_all(descriptor, data)
 
-    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(files, "write_all", write)
     bucket = Bucket(URL)
     with pytest.raises(OutputError, match="o space left on device"):
         list(bucket.entries())

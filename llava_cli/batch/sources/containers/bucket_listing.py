@@ -13,7 +13,7 @@ from llava_cli.images.cloud import Cloud, Object, Page
 
 _THREADS = 8
 _END_SECONDS = 2
-"""How long an error or Ctrl-C waits for requests that are under way."""
+"""How long Ctrl-C waits for requests that are under way."""
 
 
 def list_objects(cloud: Cloud, url: str) -> Iterator[Object]:
