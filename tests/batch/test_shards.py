@@ -348,6 +348,7 @@ def test_an_attempt_that_ends_after_the_merge_is_no_range_of_the_next_run(here: 
     kept = late.read_bytes()
     assert attempt(here, Shard(2, 2)) == 0
     assert_joined(here, wanted)
+    late.parent.mkdir()
     late.write_bytes(kept)  # as if it had been begun a moment later than the merge has looked for attempts
     assert straggler.commit() is False
     assert beside(here) == ["lock", "manifest", "settings.json"]
@@ -358,7 +359,8 @@ def test_what_a_straggler_has_left_is_no_row_of_the_next_shards(here: Path) -> N
     assert attempt(here, None) == 0
     beside_it = here / "out" / "out.jsonl.run"
     (beside_it / "part-00002.jsonl").write_bytes(output(here).splitlines(keepends=True)[-1])
-    (beside_it / "attempt-00003-00000000.jsonl").write_bytes(b"{")
+    (beside_it / "attempts").mkdir()
+    (beside_it / "attempts" / "attempt-00003-00000000.jsonl").write_bytes(b"{")
     lines = output(here).splitlines(keepends=True)
     (here / "out" / "out.jsonl").write_bytes(b"".join(lines[:1]))
     assert attempt(here, Shard(1, 2)) == 0

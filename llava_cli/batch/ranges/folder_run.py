@@ -1,8 +1,9 @@
 """A shared run beside a file: in a folder of this machine, or of a file system that several machines have.
 
 Besides what `Journal` keeps there, the folder `out.jsonl.run` has `shared`, a marker; `shard-3-of-8` for each shard
-that was begun; `manifest.index`; `part-N.jsonl`, the rows of range N; and `attempt-N-….jsonl`, rows of ranges that are
-being answered, or were when their process ended. All this goes with the merge.
+that was begun; `manifest.index`; `part-N.jsonl`, the rows of range N; and `attempts` with `attempt-N-….jsonl`, rows of
+ranges that are being answered, or were when their process ended: they have a folder of their own because there may be
+100,000 parts, and each new attempt looks for earlier ones. All this goes with the merge.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from llava_cli.batch.tasks import Task
 from llava_cli.errors import OutputError, OutputLocked, os_reason
 from llava_cli.untrusted_text import printable
 
+_ATTEMPTS = "attempts"
 _WAIT_SECONDS = 0.2
 _TRIES = 10
 """To take an output that another shard may have taken before it could say so."""
@@ -134,9 +136,11 @@ class FolderRun:
     def _unmark(self) -> None:
         """Removes what the folder of a single run does not have."""
         # Attempts before what they may be committed to, and the marker last: until then a merge goes on.
-        for pattern in ("attempt-*.jsonl", "part-*.jsonl", "shard-*-of-*", "token-*", ManifestIndex.NAME, SHARED):
+        for pattern in (f"{_ATTEMPTS}/*.jsonl", "part-*.jsonl", "shard-*-of-*", "token-*", ManifestIndex.NAME):
             for path in self._folder.glob(pattern):
                 _unlink(path)
+        files.remove_folder(self._folder / _ATTEMPTS)
+        _unlink(self._folder / SHARED)
 
     def answered(self) -> int:
         return self._answered_now() if self._is_shared else self.grid.total
@@ -170,7 +174,7 @@ class FolderRun:
 
     def _best_attempt(self, rows: RowRange) -> list[bytes]:
         """The most rows that earlier attempts, or a run that was not shared, have left of a range."""
-        left = [_lines_left(path) for path in self._folder.glob(f"{attempts_start(rows)}*.jsonl")]
+        left = [_lines_left(path) for path in (self._folder / _ATTEMPTS).glob(f"{attempts_start(rows)}*.jsonl")]
         if rows.begin < self.answered() and self.output.exists():
             left.append(islice(lines_of(self.output), rows.begin, rows.end))
         return max((leading_rows(self.tasks(rows), lines) for lines in left), key=len, default=[])
@@ -224,7 +228,8 @@ class FolderAttempt:
     def __init__(self, folder: Path, rows: RowRange, name: str, left: list[bytes]) -> None:
         """`left` are the rows to begin with. Raises `OSError`."""
         self._part, self._marker, self._name = folder / rows.file_name, folder / SHARED, name
-        self._path = folder / new_attempt(rows)
+        self._path = folder / _ATTEMPTS / new_attempt(rows)
+        files.make_folder(self._path.parent, parents=False)
         flags = os.O_RDWR | os.O_APPEND | os.O_EXCL
         self._file: RowFile | None = RowFile(files.open_for_writing(self._path, flags, files.SHARED))
         self.done = 0
@@ -247,6 +252,8 @@ class FolderAttempt:
             is_first = self._marker.exists() and _link(self._path, self._part)
             files.sync_folder(self._part.parent)
             _unlink(self._path)
+            if not self._marker.exists():
+                files.remove_folder(self._path.parent)
         return is_first
 
     def close(self) -> None:
