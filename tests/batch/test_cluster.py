@@ -129,20 +129,21 @@ def test_drained_by_a_signal_and_resumed(cluster: TestCluster, pictures: Path, s
     assert_equals(again, single)
 
 
-def test_a_cluster_on_this_machine(pictures: Path, single: bytes, tmp_path: Path) -> None:
-    """It is gone with its driver, also where that is killed."""
-    for output in (tmp_path / "killed.jsonl", tmp_path / "out.jsonl"):
-        driver = Driver(pictures, QUESTION, "--ray", "local", "-m", "builtin", "--workers", "2", output=output)
-        if output.name == "out.jsonl":
-            assert driver.wait() == 0, driver.printed
-            assert_equals(driver, single)
-            continue
-        driver.until(lambda: driver.parts() > 3)  # noqa: B023
-        family = psutil.Process(driver.process.pid).children(recursive=True)
-        assert any(one.name() == "raylet" for one in family)
-        driver.kill()
-        _, alive = psutil.wait_procs(family, 30)
-        assert not [one for one in alive if not one.name().endswith("Agent")]  # Ray's agents miss their raylet later
+def test_a_cluster_on_this_machine(pictures: Path, single: bytes, terminal: Open, tmp_path: Path) -> None:
+    """It is gone with its driver, also where that is killed; at a terminal nothing of Ray's is seen."""
+    output = tmp_path / "out.jsonl"
+    words = ("--ray", "local", "-m", "builtin", "--workers", "2")
+    driver = Driver(pictures, QUESTION, *words, output=output)
+    driver.until(lambda: driver.parts() > 3)
+    family = psutil.Process(driver.process.pid).children(recursive=True)
+    assert any(one.name() == "raylet" for one in family)
+    driver.kill()
+    _, alive = psutil.wait_procs(family, 30)
+    assert not [one for one in alive if not one.name().endswith("Agent")]  # Ray's agents miss their raylet later
+    screen = terminal("batch", pictures, QUESTION, *words, "-o", output)
+    screen.expect(r"pictures/s · .* on 1 node")
+    assert screen.leave() == 0
+    assert output.read_bytes() == single
 
 
 @for_each(

@@ -250,7 +250,14 @@ def _silenced() -> Iterator[None]:
             stack.enter_context(redirect_stderr(own))
         os.dup2(nowhere.fileno(), 2)
         stack.callback(os.dup2, own.fileno(), 2)
+        stack.callback(_leave_colors)
         yield
+
+
+def _leave_colors() -> None:
+    """Has colorama, which Ray loads, write nothing as this process ends: it would to the stdout of `_silenced`."""
+    if initialise := sys.modules.get("colorama.initialise"):
+        atexit.unregister(initialise.reset_all)
 
 
 def _local_options(stack: ExitStack) -> dict[str, Any]:
