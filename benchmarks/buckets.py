@@ -4,6 +4,8 @@ The built-in model answers about pictures of a folder and about the same ones in
 one process. The S3 server is moto's, on this machine: it takes CPU time that a server elsewhere would not take, so it
 has a lower priority (`--nice`), and its time is shown. Needs the extra `test`.
 
+`--model FOLDER --precision 4bit --max-tokens 16` asks another model (`geometry.py` makes some).
+
 `--keys N` lists N keys of no server, whose answers take 100 ms: one page after the other, and as `llava batch` does it.
 """
 
@@ -158,6 +160,9 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=500)
     parser.add_argument("--nice", type=int, default=10, help="Of the server; 0 where other programs run.")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--keys", type=int, help="Only lists so many.")
     args = parser.parse_args()
     if args.keys:
@@ -166,7 +171,7 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.nice)
         return
-    settings = Settings.resolve()
+    settings = Settings.resolve(model=args.model, precision=args.precision, max_tokens=args.max_tokens)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(folder, args.objects)
