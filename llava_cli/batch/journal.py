@@ -28,7 +28,7 @@ from llava_cli.batch.tasks import Task, merge_tasks
 from llava_cli.errors import BadData, OutputError, OutputLocked, OutputTaken, os_reason
 from llava_cli.untrusted_text import printable
 
-SHARED = "shared"
+SHARED_MARKER = "shared"
 """The file that is there while several writers share the run; only they may go on with it."""
 _BLOCK = 1 << 20
 OnRow = Callable[[Task, dict[str, Any]], None]
@@ -131,7 +131,7 @@ class Journal:
         self._refuse_shared()
         if not self.is_begun:
             if self._is_shared:  # of a shard that was killed as it listed SOURCE
-                files.remove(self.folder / SHARED)
+                files.remove(self.folder / SHARED_MARKER)
             self.start(settings, tasks)
             return 0, 0
         self.refuse_changes(settings)
@@ -171,7 +171,7 @@ class Journal:
 
     @property
     def _is_shared(self) -> bool:
-        return (self.folder / SHARED).exists()
+        return (self.folder / SHARED_MARKER).exists()
 
     def _refuse_shared(self) -> None:
         """Raises `BadData` if only shards, or a cluster, may go on with the run."""

@@ -221,7 +221,7 @@ def _merge(output: str, words: list[str] | None, context: typer.Context, quiet: 
     if words:
         raise UsageError("--merge", f"needs no SOURCE: {words[0]!r}", hint)
     if others := [option for option in options_given(context) if option not in ("--merge", "--quiet")]:
-        raise UsageError(others[0], "is about answering, which --merge does not", hint)
+        raise UsageError(others[0], "does not go with --merge, which asks nothing", hint)
     from llava_cli.batch.ranges.merge import merge
 
     if code := merge(parse_output(output) or Path("-"), quiet):

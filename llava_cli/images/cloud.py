@@ -28,13 +28,10 @@ _BLOCK_BYTES = 8_000_000
 """Of an archive that is read at once."""
 _BUFFER_BYTES = 1 << 17
 _CONNECT_SECONDS = 10
-_S3_OPTIONS = {
-    "config_kwargs": {
-        "connect_timeout": _CONNECT_SECONDS,
-        "max_pool_connections": CONNECTIONS,
-        "read_timeout": limits.REMOTE_STALL_SECONDS,
-        "retries": {"mode": "standard", "total_max_attempts": 1},
-    }
+_S3_CONFIG = {
+    "connect_timeout": _CONNECT_SECONDS,
+    "max_pool_connections": CONNECTIONS,
+    "read_timeout": limits.REMOTE_STALL_SECONDS,
 }
 
 
@@ -51,7 +48,7 @@ class Service(NamedTuple):
 
 
 _S3_SIGN_IN = "aws configure, or export AWS_PROFILE=NAME; for a public bucket: export FSSPEC_S3_ANON=true"
-_S3 = Service("s3", "s3fs", _S3_SIGN_IN, _S3_OPTIONS)
+_S3 = Service("s3", "s3fs", _S3_SIGN_IN)
 _GOOGLE_SIGN_IN = "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon"
 _GOOGLE = Service("gs", "gcsfs", _GOOGLE_SIGN_IN)
 _AZURE = Service("abfs", "adlfs", "az login, and export AZURE_STORAGE_ACCOUNT_NAME=NAME")
@@ -137,7 +134,7 @@ class Cloud:
             try:
                 return bytes(self._files.cat_file(path, start=0, end=limits.PICTURE_BYTES + 1))
             except Exception as error:
-                if status_of(error) == _RANGE_NOT_SATISFIABLE:  # no byte is in an empty object
+                if status_of(error) == RANGE_NOT_SATISFIABLE:  # no byte is in an empty object
                     return b""
                 raise
 
@@ -165,20 +162,24 @@ class Cloud:
         self._patience.end()
 
 
-_RANGE_NOT_SATISFIABLE = 416
+RANGE_NOT_SATISFIABLE = 416
 
 
 @lru_cache
-def file_system(protocol: str) -> Any:
-    """fsspec's file system, with one connection pool for the whole process."""
+def file_system(protocol: str, attempts: int = 1) -> Any:
+    """fsspec's file system, with one connection pool for the whole process.
+
+    Its requests are tried so many times where it is S3's; `Patience` tries whole calls again.
+    """
     import fsspec
 
-    options = next(service.options for service in SERVICES.values() if service.protocol == protocol)
+    options = dict(next(service.options for service in SERVICES.values() if service.protocol == protocol))
     if protocol == "s3":
-        options = {**options, "session": _s3_session(fsspec.config.conf.get("s3", {}).get("profile"))}
+        config = {**_S3_CONFIG, "retries": {"mode": "standard", "total_max_attempts": attempts}}
+        options |= {"config_kwargs": config, "session": _s3_session(fsspec.config.conf.get("s3", {}).get("profile"))}
     files = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
     if protocol == "s3":
-        files.retries = 1  # `Patience` tries again
+        files.retries = 1
     return files
 
 

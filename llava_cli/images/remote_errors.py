@@ -52,7 +52,8 @@ _MISSING = Failure("it is not there")
 _UNREACHABLE = Failure("its server cannot be reached", "is this machine online?", is_transient=True, is_of_all=True)
 _BROKEN_OFF = Failure("its server does not answer, or broke off", is_transient=True)
 _BUSY = Failure("its server is busy or failing", is_transient=True)
-_CHANGED = Failure("it changed while it was read")
+CHANGED = Failure("it changed while it was read")
+_UNABLE = Failure("its server cannot do that")
 _REGION = Failure("its bucket is in another region", "export AWS_DEFAULT_REGION=REGION names it", is_of_all=True)
 
 
@@ -77,7 +78,8 @@ _BY_NAME = _table(
     (_MISSING, "RemoteEntryNotFoundError"),
     (Failure("archived: it has to be restored first"), "InvalidObjectState BlobArchived"),
     (Failure("there is no bucket or object of such a name", is_of_all=True), "ParamValidationError"),
-    (_CHANGED, "PreconditionFailed FileExpired ConditionNotMet"),
+    (_UNABLE, "NotImplemented"),
+    (CHANGED, "PreconditionFailed FileExpired ConditionNotMet"),
     (_REGION, "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException"),
     (_BUSY, "SlowDown ServiceUnavailable InternalError RequestTimeout OperationAborted ServerBusy Throttling"),
     (_UNREACHABLE, "EndpointConnectionError ConnectTimeoutError ConnectTimeout ConnectError ConnectionRefusedError"),
@@ -87,7 +89,16 @@ _BY_NAME = _table(
     (_BROKEN_OFF, "ServiceResponseError ClientOSError"),
 )
 """By a server's code or the name of an error's class."""
-_BY_STATUS = {401: _REFUSED, 403: _DENIED, 404: _MISSING, 408: _BROKEN_OFF, 410: _MISSING, 412: _CHANGED, 429: _BUSY}
+_BY_STATUS = {
+    401: _REFUSED,
+    403: _DENIED,
+    404: _MISSING,
+    408: _BROKEN_OFF,
+    410: _MISSING,
+    412: CHANGED,
+    429: _BUSY,
+    501: _UNABLE,
+}
 _BY_CLASS = _table(
     (_MISSING, "FileNotFoundError IsADirectoryError NotADirectoryError"),
     (_DENIED, "PermissionError"),
@@ -102,7 +113,7 @@ def failure_of(error: BaseException) -> Failure:
     names = [name for one in chain for name in (_code(one), *(kind.__name__ for kind in type(one).__mro__))]
     named = [_BY_NAME[name] for name in names if name in _BY_NAME]
     statuses = [status for one in chain if isinstance(status := _status(one), int)]
-    by_status = [_BUSY if status >= 500 else _BY_STATUS.get(status) for status in statuses]
+    by_status = [_BY_STATUS.get(status) or (_BUSY if status >= 500 else None) for status in statuses]
     by_class = [_BY_CLASS[name] for name in names if name in _BY_CLASS and not statuses]
     words = f"its server answers {statuses[0]}" if statuses else f"it cannot be read ({type(error).__name__})"
     return next((failure for failure in (*named, *by_status, *by_class) if failure), Failure(words))

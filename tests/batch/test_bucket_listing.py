@@ -164,7 +164,7 @@ def test_an_order_that_ends_late_and_a_server_that_refuses(monkeypatch: pytest.M
 
     def refuse(number: int) -> None:
         if number == 2:
-            raise type("NotImplemented", (Exception,), {"status": 400})
+            raise type("NotImplemented", (Exception,), {"status": 501})
 
     fake = serve(monkeypatch, FakeS3([f"{n:04}" for n in range(1000)]))
     fake.before = refuse

@@ -20,7 +20,8 @@ from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli.batch import run as module
-from llava_cli.batch.ranges import row_range
+from llava_cli.batch.ranges import bucket_files, row_range
+from llava_cli.batch.ranges.bucket_files import BucketFiles
 from llava_cli.batch.ranges.bucket_run import BucketRun
 from llava_cli.batch.ranges.manifest_index import ManifestIndex
 from llava_cli.batch.ranges.merge import merge
@@ -29,7 +30,7 @@ from llava_cli.batch.ranges.shard import run_shard
 from llava_cli.batch.run import Job
 from llava_cli.batch.sources.source import Source
 from llava_cli.batch.tasks import Task
-from llava_cli.errors import LlavaError
+from llava_cli.errors import LlavaError, OutputError
 from llava_cli.images import cloud
 from llava_cli.settings import Settings
 
@@ -80,6 +81,12 @@ def names(server: s3.Server) -> list[str]:
     return [item["Key"] for item in server.client.list_objects_v2(Bucket="results").get("Contents", ())]
 
 
+def manifest(server: s3.Server) -> str:
+    """Of the run, which its settings name."""
+    settings = server.client.get_object(Bucket="results", Key="out.jsonl.run/settings.json")["Body"].read()
+    return f"out.jsonl.run/{json.loads(settings)['manifest']}"
+
+
 def output(server: s3.Server) -> bytes:
     return bytes(server.client.get_object(Bucket="results", Key="out.jsonl")["Body"].read())
 
@@ -90,7 +97,8 @@ def shard(run: Run, number: int, count: int, *more: str) -> Any:
 
 def assert_joined(server: s3.Server, wanted: bytes) -> None:
     assert output(server) == wanted
-    assert names(server) == ["out.jsonl", "out.jsonl.run/manifest", "out.jsonl.run/settings.json"]
+    assert [name for name in names(server) if name != manifest(server)] == ["out.jsonl", "out.jsonl.run/settings.json"]
+    assert not server.client.list_multipart_uploads(Bucket="results").get("Uploads")
 
 
 def test_a_whole_run(run: Run, server: s3.Server, wanted: bytes) -> None:
@@ -98,7 +106,7 @@ def test_a_whole_run(run: Run, server: s3.Server, wanted: bytes) -> None:
     assert run("batch", "photos", QUESTION, "-o", OUT).exit_code == 0
     assert_joined(server, wanted)
     again = run("batch", "photos", QUESTION, "-o", OUT)
-    assert (again.exit_code, "has all 20 rows already" in again.stderr) == (0, True)
+    assert (again.exit_code, "20 rows · 0 failed (joined before)" in again.stderr) == (0, True)
     assert run("batch", "--merge", OUT).exit_code == 0
     assert_joined(server, wanted)
 
@@ -196,14 +204,14 @@ def test_errors_are_one_line(run: Run, server: s3.Server, wanted: bytes) -> None
 
 def test_a_request_that_fails_is_tried_again(run: Run, server: s3.Server, wanted: bytes) -> None:
     server.faults["/results/out.jsonl.run/part-00001.jsonl"] = [(503, "SlowDown"), (500, "InternalError")]
-    server.faults["/results/out.jsonl.run/manifest"] = [(503, "SlowDown")]
+    server.faults["/results/out.jsonl"] = [(404, ""), (404, ""), (503, "SlowDown"), (500, "InternalError")]
     assert run("batch", "photos", QUESTION, "-o", OUT).exit_code == 0
     assert_joined(server, wanted)
 
 
 def test_a_lost_index_is_made_anew(run: Run, server: s3.Server, wanted: bytes) -> None:
     assert shard(run, 1, 2).exit_code == 0
-    server.client.delete_object(Bucket="results", Key="out.jsonl.run/manifest.index")
+    server.client.delete_object(Bucket="results", Key=f"{manifest(server)}.index")
     assert shard(run, 2, 2).exit_code == 0
     assert_joined(server, wanted)
 
@@ -259,3 +267,60 @@ def test_a_full_disk_for_temporary_files(run: Run, server: s3.Server, monkeypatc
         full = run("batch", "photos", QUESTION, "-o", OUT)
     assert (full.exit_code, "no space left on device\n  TMPDIR=FOLDER" in full.stderr) == (74, True)
     assert names(server) == []
+
+
+def test_a_list_without_settings_is_no_runs(
+    run: Run, server: s3.Server, wanted: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever put it was killed then; the next one asks something else."""
+
+    def killed(self: BucketFiles, name: str, data: bytes) -> bool:
+        if name == "settings.json":
+            raise OutputError("out.jsonl", "killed")
+        return put(self, name, data)
+
+    put = BucketFiles.create
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketFiles, "create", killed)
+        assert run("batch", "photos", "something else?", "-o", OUT).exit_code == 74
+    assert [name.partition("-")[0] for name in names(server)] == ["out.jsonl.run/manifest"] * 2
+    assert run("batch", "photos", QUESTION, "-o", OUT).exit_code == 0
+    assert_joined(server, wanted)
+
+
+def test_rows_that_failed_are_told_again(run: Run, server: s3.Server) -> None:
+    Path("photos/03.png").write_bytes(b"no picture")
+    assert run("batch", "photos", QUESTION, "-o", OUT).exit_code == 1
+    again = run("batch", "photos", QUESTION, "-o", OUT, "-q")
+    assert (again.exit_code, again.stderr) == (1, "")
+    assert run("batch", "--merge", OUT).exit_code == 1
+
+
+@for_each("status, code, is_new", [(409, "ConditionalRequestConflict", True), (412, "PreconditionFailed", False)])
+def test_a_put_beside_another_one(status: int, code: str, is_new: bool, run: Run, server: s3.Server) -> None:
+    """A conflict says that another put is under way, and not that it will succeed."""
+    files = BucketFiles("s3://results/", "results")
+    server.faults[f"/results/{status}"] = [(status, code)]
+    assert files.create(str(status), b"x") is is_new
+    assert (files.size(str(status)) is not None) is is_new
+
+
+def test_who_joins_second_leaves_no_part_of_its_output(run: Run, server: s3.Server) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield bytes(bucket_files._BLOCK_BYTES + 1)
+        assert files.create("large", b"first")
+        yield b"more"
+
+    files = BucketFiles("s3://results/", "results")
+    assert files.write("large", chunks()) is False
+    assert files.lines("large") == [b"first"]
+    assert not server.client.list_multipart_uploads(Bucket="results").get("Uploads")
+
+
+def test_lines_of_large_objects(run: Run, server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, data = BucketFiles("s3://results/", "results"), b"a\n" * 7 + b"long enough\n\nno end"
+    server.client.put_object(Bucket="results", Key="lines", Body=data)
+    for size in range(1, len(data) + 2):
+        monkeypatch.setattr(bucket_files, "_BLOCK_BYTES", size)
+        assert list(files.all_lines("lines")) == data.splitlines(keepends=True)
+    assert list(files.all_lines("nothing")) == files.lines("nothing") == []

@@ -101,13 +101,14 @@ def test_equals_a_single_run(cluster: TestCluster, pictures: Path, single: bytes
     assert "raylet" not in driver.printed
     again = started(pictures, cluster, tmp_path / "out.jsonl")
     assert again.wait() == 0
-    assert "has all 120 rows already" in again.printed
+    assert "out.jsonl: 120 rows · 0 failed" in again.printed
 
 
 def test_a_terminal_has_a_line_for_each_node(
     cluster: TestCluster, pictures: Path, terminal: Open, tmp_path: Path
 ) -> None:
-    words = ("batch", pictures, QUESTION, "-m", "builtin", "-o", tmp_path / "out.jsonl", "--ray", cluster.address)
+    words = ("batch", pictures, QUESTION, "-m", "builtin", "-o", tmp_path / "out.jsonl", "--workers", "1")
+    words = (*words, "--ray", cluster.address)
     screen = terminal(*words, **ENVIRONMENT)
     screen.expect("connecting to the cluster")
     screen.expect("no worker is ready yet")
@@ -118,13 +119,13 @@ def test_a_terminal_has_a_line_for_each_node(
 
 def test_drained_by_a_signal_and_resumed(cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        driver = started(pictures, cluster, tmp_path / "out.jsonl")
+        driver = started(pictures, cluster, tmp_path / "out.jsonl", "--workers", "1")
         before = driver.parts()
         driver.until(lambda: driver.parts() > before + 3)  # noqa: B023
         assert driver.kill(number) == 128 + number, driver.printed
         assert "stopped; to go on:" in driver.printed
         assert before < driver.parts() < 120
-    again = started(pictures, cluster, tmp_path / "out.jsonl")
+    again = started(pictures, cluster, tmp_path / "out.jsonl", "--workers", "1")
     assert again.wait() == 0, again.printed
     assert_equals(again, single)
 
@@ -132,7 +133,7 @@ def test_drained_by_a_signal_and_resumed(cluster: TestCluster, pictures: Path, s
 def test_a_cluster_on_this_machine(pictures: Path, single: bytes, terminal: Open, tmp_path: Path) -> None:
     """It is gone with its driver, also where that is killed; at a terminal nothing of Ray's is seen."""
     output = tmp_path / "out.jsonl"
-    words = ("--ray", "local", "-m", "builtin", "--workers", "2")
+    words = ("--ray", "local", "-m", "builtin", "--workers", "1")
     driver = Driver(pictures, QUESTION, *words, output=output)
     driver.until(lambda: driver.parts() > 3)
     family = psutil.Process(driver.process.pid).children(recursive=True)
@@ -231,7 +232,7 @@ def test_an_error_of_all_workers_ends_the_run(
 ) -> None:
     """In its line, with its exit code, and nothing is lost."""
     output = tmp_path / "out.jsonl"
-    driver = started(pictures, cluster, output, script=INJECTED.format(body=body))
+    driver = started(pictures, cluster, output, "--workers", "1", script=INJECTED.format(body=body))
     assert driver.wait() == code, driver.printed
     assert said.replace("OUT", str(output)) in driver.printed
     assert "Traceback" not in driver.printed
@@ -261,7 +262,7 @@ def test_a_model_is_pulled_on_each_node(cluster: TestCluster, hub: Hub, drawing:
     code, lines = pull(TINY, cluster.address)
     assert code == 69, lines
     assert sum("the download broke off" in line for line in lines) == 3
-    assert lines[-2].startswith(f"llava: {TINY}: 3 of 3 nodes have not got it: ")
+    assert lines[-2].startswith(f"llava: {TINY}: 3 of 3 nodes lack it: ")
     hub.breaks_after, hub.down = None, False
     code, lines = pull(TINY, cluster.address)
     assert (code, len(lines)) == (0, 3), lines
@@ -271,7 +272,7 @@ def test_a_model_is_pulled_on_each_node(cluster: TestCluster, hub: Hub, drawing:
     assert sum("node" in line for line in lines) == 4, lines
     assert pull("/somewhere", cluster.address) == (
         2,
-        ["llava: /somewhere: a folder is not downloaded", "  a folder that all nodes share is there on each of them"],
+        ["llava: /somewhere: a folder is not downloaded", "  copy it to a folder that all nodes share"],
     )
     assert pull(TINY, "local")[0] == 2
 

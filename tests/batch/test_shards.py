@@ -15,6 +15,7 @@ from random import Random
 from threading import Thread
 from typing import Any
 
+import psutil
 import pytest
 from helpers.command import Run
 from helpers.faults import KILLED, NAMES, Died, Faults, Pictures, Told, at_once, begin, output, without_a_model
@@ -395,7 +396,7 @@ def test_waiting_for_who_lists_opens_one_file_at_a_time(here: Path, monkeypatch:
     lister.lock()
 
     def wait(seconds: float) -> None:
-        waiting.append(len(os.listdir("/proc/self/fd")))
+        waiting.append(psutil.Process().num_fds())
         if len(waiting) == 5:
             lister.close()
 
@@ -519,6 +520,40 @@ def test_another_kind_of_run_has_the_output(here: Path) -> None:
         journal.close()
 
 
+def test_a_shard_that_begins_as_the_last_one_joins(here: Path, wanted: bytes) -> None:
+    """It has the output for a moment, and the last one waits for it."""
+    from llava_cli.batch.journal import Journal
+
+    attempt(here, Shard(1, 2))
+    beginning, answering = Journal(here / "out" / "out.jsonl"), FolderRun.merge
+
+    def merge_late(self: FolderRun, on_row: Any) -> bool:
+        beginning.lock()
+        monkeypatch.setattr(folder_run.time, "sleep", lambda seconds: beginning.close())
+        return answering(self, on_row)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(FolderRun, "merge", merge_late)
+        assert attempt(here, Shard(2, 2)) == 0
+    assert_joined(here, wanted)
+
+
+def test_the_folder_of_attempts_goes_as_one_is_begun(here: Path, wanted: bytes) -> None:
+    attempt(here, Shard(1, 2))
+    made = folder_run.files.make_folder
+
+    def make_folder(path: Path, *arguments: Any, **options: Any) -> None:
+        made(path, *arguments, **options)
+        if path.name == "attempts":
+            path.rmdir()
+            patch.setattr(folder_run.files, "make_folder", made)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_run.files, "make_folder", make_folder)
+        assert attempt(here, Shard(2, 2)) == 0
+    assert_joined(here, wanted)
+
+
 def test_joined_by_another_process(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last shard leaves the merge to who is at it."""
 
@@ -613,7 +648,7 @@ def test_the_command(run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytes
     assert run("batch", folder, "what is this?", "-q", "-o", single).exit_code == 0
     first = run("batch", folder, "what is this?", "-o", out, "--shard", "1/2")
     assert first.exit_code == 0
-    assert "shard 1/2:" in first.stderr and "others are still missing" in first.stderr
+    assert "shard 1/2:" in first.stderr and "rows of other shards are missing" in first.stderr
     missing = run("batch", "--merge", out)
     assert missing.exit_code == 66
     assert "are missing: shard 2/2" in missing.stderr
@@ -625,7 +660,7 @@ def test_the_command(run: Run, drawing: Path, tmp_path: Path, monkeypatch: pytes
     assert run("batch", folder, "--merge", out).exit_code == 2
     for other in (["--shard", "1/2"], ["-m", "builtin"], ["--dry-run"], ["--retry-errors"]):
         refused = run("batch", "--merge", out, *other)
-        assert (refused.exit_code, "--merge does not" in refused.stderr) == (2, True)
+        assert (refused.exit_code, "does not go with --merge" in refused.stderr) == (2, True)
     for other in (["--shard", "1/2", "-o", out], ["--ray", "local", "-o", out], ["-o", "s3://bucket/out.jsonl"]):
         refused = run("batch", folder, "what?", "--dry-run", *other)
         assert (refused.exit_code, "--dry-run" in refused.stderr) == (2, True)

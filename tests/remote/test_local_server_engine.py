@@ -174,12 +174,13 @@ def test_what_the_server_refuses(share: Callable[[], Server], run: Run, drawing:
 def test_a_server_that_takes_no_more(serve: Serve, run: Run, drawing: Path, checkpoint: Callable[[str], Path]) -> None:
     server = serve("-m", checkpoint("llava-llama"), "--queue", "1", "--max-tokens", "1900")
     messages = [{"role": "user", "content": "what is this?"}]
-    stream = server.client().chat.completions.create(model="default", messages=messages, stream=True)  # type: ignore[call-overload]
-    next(iter(stream))
     words = ("ask", "-m", checkpoint("llava-llama"), drawing, "hm?", *FP32)
-    answered = run(*words, "--max-tokens", "4", "--stats")  # what others ask for does not keep the user's own from it
+    answered = run(*words, "--max-tokens", "4", "--stats")
     assert f"llava serve (pid {server.process.pid})" in answered.stderr
     with begun(*words, "--max-tokens", "1900", "-q") as process:
+        server.until_running(1)  # what others ask for does not keep the user's own from it: the next one is let in
+        stream = server.client().chat.completions.create(model="default", messages=messages, stream=True)  # type: ignore[call-overload]
+        next(iter(stream))
         server.until_running(2)
         asked = run(*words, "--max-tokens", "4", "--stats")
         assert "llava: serve: takes no more" in asked.stderr

@@ -16,9 +16,8 @@ from llava_cli.batch.cluster.dispatch import CAREFUL_AFTER, Dispatch, Work
 from llava_cli.batch.cluster.needs import Node, need_of, no_room
 from llava_cli.batch.cluster.progress import ClusterProgress, Counts
 from llava_cli.batch.cluster.worker import Answered, Assignment, OpenEngine, Ready, open_model, versions
-from llava_cli.batch.ranges.merge import merge_run
 from llava_cli.batch.ranges.row_range import RowRange
-from llava_cli.batch.ranges.shard import begin_run, refuse_changes
+from llava_cli.batch.ranges.shard import begin_run, join, refuse_changes
 from llava_cli.batch.ranges.shared_run import SharedRun
 from llava_cli.batch.rows import make_row
 from llava_cli.batch.run import Job, StopSignal, note_refusal, open_larger, stopped
@@ -53,14 +52,13 @@ def run_on_cluster(job: Job, address: str, workers: int | None, open_engine: Ope
         stack.callback(job.source.close)
         job, run = begin_run(job, open_larger(job), None)
         if run.is_merged:
-            render.note(f"{run.name} has all {run.grid.total:,} rows already")
-            return 0
+            return join(run, job.quiet)
         if next(run.missing(run.grid.all()), None) is not None:
             cluster = stack.enter_context(connected(address, job.quiet))
             driver = Driver(cluster, job, run, workers, open_engine)
             stack.enter_context(stop)
             driver.answer_all(stop.go_on)
-    return stopped(job, stop) or merge_run(run, job.quiet)
+    return stopped(job, stop) or join(run, job.quiet)
 
 
 @dataclass(eq=False)

@@ -22,13 +22,13 @@ def pull_on_cluster(name: str, address: str) -> None:
     if address == "local":
         raise UsageError("--ray", "local is this machine alone", command)
     if is_folder(name):
-        raise UsageError(name, "a folder is not downloaded", "a folder that all nodes share is there on each of them")
+        raise UsageError(name, "a folder is not downloaded", "copy it to a folder that all nodes share")
     check_address(address)
     with connected(address, quiet=False) as cluster:
         nodes = cluster.nodes()
         refs = {cluster.run_on(node, _pulling(), name): node for node in nodes}
         failed: list[str] = []
-        with render.spinner(f"pulling {name} on {len(nodes)} nodes"):
+        with render.spinner(f"pulling {name} on {len(nodes)} node{'s' * (len(nodes) > 1)}"):
             while refs:
                 for ref in cluster.wait(list(refs), _POLL_SECONDS):
                     node = refs.pop(ref)
@@ -40,7 +40,7 @@ def pull_on_cluster(name: str, address: str) -> None:
                         hint = "" if hint in ("", command) else f"\n  {hint}"
                         render.note(f"llava: node {node.name}: {error}{hint}")
     if failed:
-        reason = f"{len(failed)} of {len(nodes)} nodes have not got it: {', '.join(failed)}"
+        reason = f"{len(failed)} of {len(nodes)} nodes lack it: {', '.join(failed)}"
         raise ModelUnusable(name, reason, f"{command} --ray {quoted(address)} goes on where it was cut off")
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from llava_cli.errors import LlavaError, OutputError, UsageError
-from llava_cli.images.cloud import file_system, service_of
-from llava_cli.images.remote_errors import Patience, failure_of, status_of
+from llava_cli.images.cloud import RANGE_NOT_SATISFIABLE, file_system, service_of
+from llava_cli.images.remote_errors import CHANGED, HttpStatus, Patience, failure_of, status_of
 from llava_cli.images.remote_names import path_of, scheme_of, shown
 
 _WRITABLE = ("s3", "gs", "gcs", "az", "abfs")
-_PRECONDITION_FAILED, _CONFLICT = 412, 409
+_CONFLICT, _UNAVAILABLE = 409, 503
+_ATTEMPTS = 8
+"""At each piece of an object that is written piece by piece, which takes half a minute and more."""
+_MOST_REMOVED = 1000
+"""Objects in one request of S3."""
 _BLOCK_BYTES = 16_000_000
 """Of an object that is written piece by piece; S3 takes 10,000 pieces, so 160 GB."""
 T = TypeVar("T")
@@ -63,8 +67,10 @@ class BucketFiles:
             try:
                 files.pipe_file(self._path + name, data, mode="create")
             except Exception as error:
-                if self._is_there_already(error):
+                if self._is_there(files, name, error):
                     return False
+                if status_of(error) == _CONFLICT:  # another put of it is under way, and may fail
+                    raise HttpStatus(_UNAVAILABLE) from error
                 raise
             return True
 
@@ -73,54 +79,68 @@ class BucketFiles:
     def write(self, name: str, chunks: Iterable[bytes]) -> bool:
         """Writes an object of any size, which is there once it is whole; False if there is one, which stays."""
 
-        def put(files: Any) -> None:
+        files = file_system(self._service.protocol, _ATTEMPTS)
+        try:
             file = files.open(self._path + name, "xb", block_size=_BLOCK_BYTES)
             try:
                 for chunk in chunks:
                     file.write(chunk)
+                file.close()
             except BaseException:
                 with suppress(Exception):
                     file.discard()
                 file.closed = True  # so that nothing of it is put there when it is collected
                 raise
-            file.close()
-
-        try:
-            put(file_system(self._service.protocol))
         except LlavaError:
             raise
         except Exception as error:
-            if self._is_there_already(error):
+            if self._is_there(files, name, error):
                 return False
             raise OutputError(self._name, failure_of(error).reason, "the same command resumes") from None
         return True
 
-    @staticmethod
-    def _is_there_already(error: Exception) -> bool:
+    def _is_there(self, files: Any, name: str, error: Exception) -> bool:
         """Whether an object was not put because there is one."""
-        is_failed = status_of(error) in (_PRECONDITION_FAILED, _CONFLICT) or failure_of(error).reason == _CHANGED
-        return is_failed or isinstance(error, FileExistsError)
+        if status_of(error) == _CONFLICT:
+            return bool(files.exists(self._path + name))
+        return failure_of(error) is CHANGED or isinstance(error, FileExistsError)
 
-    def remove(self, names: Iterable[str]) -> None:
+    def remove(self, names: Sequence[str]) -> None:
         """Those that are there."""
-        for name in names:
-
-            def remove(files: Any, name: str = name) -> None:
-                with suppress(FileNotFoundError):
-                    files.rm_file(self._path + name)
-
-            self._call(remove)
+        for begin in range(0, len(names), _MOST_REMOVED):
+            paths = [self._path + name for name in names[begin : begin + _MOST_REMOVED]]
+            self._call(lambda files: _remove(files, paths))  # noqa: B023
 
     def lines(self, name: str) -> list[bytes]:
         """Of an object that fits in memory; none of one that is there no longer."""
 
         def get(files: Any) -> bytes:
             try:
-                return bytes(files.cat_file(self._path + name))
+                return bytes(files.cat_file(self._path + name, start=0))  # without it, s3fs asks for the size first
             except FileNotFoundError:
                 return b""
+            except Exception as error:
+                if status_of(error) == RANGE_NOT_SATISFIABLE:  # no byte is in an empty object
+                    return b""
+                raise
 
         return self._call(get).splitlines(keepends=True)
 
+    def all_lines(self, name: str) -> Iterator[bytes]:
+        """Of an object of any size."""
+        size, begun = self.size(name) or 0, b""
+        for begin in range(0, size, _BLOCK_BYTES):
+            lines = (begun + self.read(name, begin, min(begin + _BLOCK_BYTES, size))).splitlines(keepends=True)
+            begun = b"" if lines[-1].endswith(b"\n") else lines.pop()
+            yield from lines
+        if begun:
+            yield begun
 
-_CHANGED = failure_of(type("PreconditionFailed", (Exception,), {})()).reason
+
+def _remove(files: Any, paths: list[str]) -> None:
+    if hasattr(files, "bulk_delete"):  # of S3
+        files.bulk_delete(paths)
+        return
+    for path in paths:
+        with suppress(FileNotFoundError):
+            files.rm_file(path)

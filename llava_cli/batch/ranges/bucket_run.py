@@ -1,13 +1,19 @@
 """A shared run beside an object of a bucket, `s3://bucket/out.jsonl`: the same files as in a folder, as objects.
 
 No object can be locked or appended to: each is put whole, and what must be written once is put only where there is
-nothing. The output is written at the end, from all ranges; settings come last of what a run begins with.
+nothing. Each process that begins the run puts a manifest of its own; that of the first one to put the settings, which
+name it, is the run's. The output is written at the end, from all ranges.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 from llava_cli.batch import run_settings
 from llava_cli.batch.ranges.bucket_files import BucketFiles
@@ -29,10 +35,13 @@ from llava_cli.batch.ranges.words import damaged_object, missing_rows
 from llava_cli.batch.rows import to_line
 from llava_cli.batch.scratch import scratch_file
 from llava_cli.batch.tasks import Task
-from llava_cli.errors import LlavaError, UsageError
+from llava_cli.errors import BadData, LlavaError, UsageError
 from llava_cli.images.remote_names import path_of, shown
 
 _SETTINGS, _MANIFEST = "settings.json", "manifest"
+_READERS = 8
+"""Ranges that are read at a time to be joined."""
+T = TypeVar("T")
 
 
 class BucketRun:
@@ -48,13 +57,21 @@ class BucketRun:
             raise UsageError("-o", f"{self.name} names no object", f"-o {self.name.rstrip('/')}/out.jsonl")
         self._output = BucketFiles(f"{folder}/", self.name)
         self._files = BucketFiles(f"{url}.run/", self.name)
+        self._manifest = ""
+        """The name of the run's; known once it is begun."""
         self._index_found: ManifestIndex | None = None
         self._is_merged = False
 
     def _saved_settings(self) -> dict[str, Any] | None:
+        """And finds which manifest is the run's."""
         if self._files.size(_SETTINGS) is None:
             return None
-        return run_settings.parse(self._files.read(_SETTINGS), f"{self.name}.run/{_SETTINGS}")
+        name = f"{self.name}.run/{_SETTINGS}"
+        saved = run_settings.parse(self._files.read(_SETTINGS), name)
+        self._manifest = str(saved.pop(_MANIFEST, ""))
+        if not re.fullmatch(f"{_MANIFEST}-[0-9a-f]{{8}}", self._manifest):
+            raise BadData(name, "damaged", "give another object to -o")
+        return saved
 
     def saved_precision(self) -> str | None:
         saved = self._saved_settings()
@@ -65,41 +82,44 @@ class BucketRun:
         if saved is None:
             if self._output.size(self._object) is not None:
                 raise run_settings.rows_of_no_run(self.name)
-            if not self._start(tasks()):
+            if not self._put_manifest(tasks()):
                 self.grid = Grid(0)
                 return
-            self._files.create(_SETTINGS, run_settings.dumps(settings))
+            own = self._manifest
+            if not self._files.create(_SETTINGS, run_settings.dumps({**settings, _MANIFEST: own})):
+                self._files.remove([own, _index_of(own)])
             saved = self._saved_settings() or settings
         run_settings.refuse_changes(self.name, saved, settings)
         self.grid = self._index().grid
         if shard and not self.is_merged:
             self._files.create(shard_name(shard), b"")
 
-    def _start(self, tasks: Iterable[Task]) -> bool:
-        """Puts the manifest, unless another process has been first; False if there are no tasks."""
+    def _put_manifest(self, tasks: Iterable[Task]) -> bool:
+        """False if there are no tasks."""
+        self._manifest = f"{_MANIFEST}-{os.urandom(4).hex()}"
         with scratch_file() as manifest:
             manifest.writelines(task.to_line() for task in tasks)
             manifest.seek(0)
             index = ManifestIndex.made(manifest)
-            if self._files.size(_MANIFEST) is None and index.grid.total:
+            if index.grid.total:
                 manifest.seek(0)
-                if self._files.write(_MANIFEST, iter(lambda: manifest.read(1 << 20), b"")):
-                    self._files.create(ManifestIndex.NAME, index.to_bytes())
+                self._files.write(self._manifest, iter(lambda: manifest.read(1 << 20), b""))
+                self._files.create(_index_of(self._manifest), index.to_bytes())
         return index.grid.total > 0
 
     def _index(self) -> ManifestIndex:
         if self._index_found is None:
-            size = self._files.size(_MANIFEST) or 0
-            index = None
-            if size and self._files.size(ManifestIndex.NAME) is not None:
-                index = ManifestIndex.parse(self._files.read(ManifestIndex.NAME), size)
+            size = self._files.size(self._manifest) or 0
+            index, name = None, _index_of(self._manifest)
+            if size and self._files.size(name) is not None:
+                index = ManifestIndex.parse(self._files.read(name), size)
             self._index_found = index or self._made_index(size)
         return self._index_found
 
     def _made_index(self, size: int) -> ManifestIndex:
         with scratch_file() as manifest:
             for begin in range(0, size, 1 << 24):
-                manifest.write(self._files.read(_MANIFEST, begin, min(begin + (1 << 24), size)))
+                manifest.write(self._files.read(self._manifest, begin, min(begin + (1 << 24), size)))
             manifest.seek(0)
             return ManifestIndex.made(manifest)
 
@@ -133,7 +153,7 @@ class BucketRun:
 
     def tasks(self, rows: RowRange) -> Iterator[Task]:
         begin, end = self._index().span(rows)
-        return map(Task.from_line, self._files.read(_MANIFEST, begin, end).splitlines(keepends=True))
+        return map(Task.from_line, self._files.read(self._manifest, begin, end).splitlines(keepends=True))
 
     def attempt(self, rows: RowRange) -> BucketAttempt:
         attempts = (self._files.lines(name) for name in self._files.names(attempts_start(rows)))
@@ -144,9 +164,21 @@ class BucketRun:
         if self._saved_settings() is None:
             raise no_run(self.name)
         self.grid = self._index().grid
-        is_ours = not self.is_merged and self._write_output(on_row)
+        if was_merged := self.is_merged:
+            self._read_output(on_row)
+        is_ours = not was_merged and self._write_output(on_row)
         self._remove_what_is_left()
         return is_ours
+
+    def _read_output(self, on_row: OnRow) -> None:
+        """Calls `on_row` for the rows of the output. Raises `BadData` for one that has others."""
+        tasks = (task for rows in self.grid.all() for task in self.tasks(rows))
+        lines = self._output.all_lines(self._object)
+        for number, (task, line) in enumerate(zip_longest(tasks, lines)):
+            if task is None or line is None or (row := whole_row(task, line)) is None:
+                reason = "damaged, or not about what it should be"
+                raise BadData(f"{self.name}, line {number + 1:,}", reason, "give another object to -o")
+            on_row(task, row)
 
     def _write_output(self, on_row: OnRow) -> bool:
         """Writes the rows of all ranges; False if another process has done so meanwhile, and removes them."""
@@ -162,9 +194,8 @@ class BucketRun:
 
     def _joined(self, on_row: OnRow) -> Iterator[bytes]:
         """The rows of all ranges. Raises `BadData` for an object that has other rows."""
-        for rows in self.grid.all():
-            lines = self._files.lines(rows.file_name)
-            for number, task in enumerate(self.tasks(rows)):
+        for rows, (tasks, lines) in _ahead(self._tasks_and_lines, self.grid.all()):
+            for number, task in enumerate(tasks):
                 line = lines[number] if number < len(lines) else b""
                 if (row := whole_row(task, line)) is None:
                     raise damaged_object(f"{self._url}.run/{rows.file_name}", number)
@@ -173,9 +204,30 @@ class BucketRun:
                 raise damaged_object(f"{self._url}.run/{rows.file_name}", len(rows))
             yield b"".join(lines)
 
+    def _tasks_and_lines(self, rows: RowRange) -> tuple[Iterator[Task], list[bytes]]:
+        return self.tasks(rows), self._files.lines(rows.file_name)
+
     def _remove_what_is_left(self) -> None:
-        for start in ("part-", "attempt-", "shard-", "token-", ManifestIndex.NAME):
-            self._files.remove(self._files.names(start))
+        """Attempts before parts, and also manifests of processes that began the run too late."""
+        for start in ("attempt-", "part-", "shard-", "token-", _MANIFEST):
+            self._files.remove([name for name in self._files.names(start) if name != self._manifest])
+
+
+def _index_of(manifest: str) -> str:
+    return f"{manifest}.index"
+
+
+def _ahead(function: Callable[[RowRange], T], ranges: Iterable[RowRange]) -> Iterator[tuple[RowRange, T]]:
+    """What a function returns of each range, in their order; some are read ahead, in threads."""
+    begun = deque[tuple[RowRange, Future[T]]]()
+    with ThreadPoolExecutor(_READERS) as pool:
+        for rows in ranges:
+            begun.append((rows, pool.submit(function, rows)))
+            if len(begun) > _READERS:
+                first, result = begun.popleft()
+                yield first, result.result()
+        for rows, result in begun:
+            yield rows, result.result()
 
 
 class BucketAttempt:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_cli import files
-from llava_cli.batch.journal import SHARED, Journal, count_lines, lines_of, open_rows
+from llava_cli.batch.journal import SHARED_MARKER, Journal, count_lines, lines_of, open_rows
 from llava_cli.batch.lines import bounded_lines
 from llava_cli.batch.ranges.manifest_index import ManifestIndex
 from llava_cli.batch.ranges.row_range import Grid, RowRange, Shard
@@ -90,12 +90,20 @@ class FolderRun:
                     return False
             time.sleep(_WAIT_SECONDS)  # another shard is listing SOURCE, or has just come
 
+    def _lock_to_join(self, journal: Journal) -> None:
+        """Takes the output, which a shard that begins has for a moment. Raises `OutputLocked` if another one joins."""
+        for _ in range(_TRIES):
+            with suppress(OutputLocked):
+                return journal.lock()
+            time.sleep(_WAIT_SECONDS)
+        return journal.lock()
+
     def _begin_locked(self, journal: Journal, settings: dict[str, Any], tasks: Callable[[], Iterable[Task]]) -> None:
         if journal.is_begun:
             journal.refuse_changes(settings)
         if not self._is_shared:
             self._unmark()  # what stragglers of an earlier shared run may have left
-            self._mark(SHARED)  # first, so that other shards wait
+            self._mark(SHARED_MARKER)  # first, so that other shards wait
         if not journal.is_begun:
             try:
                 journal.start(settings, tasks())
@@ -127,7 +135,7 @@ class FolderRun:
 
     @property
     def _is_shared(self) -> bool:
-        return (self._folder / SHARED).exists()
+        return (self._folder / SHARED_MARKER).exists()
 
     def _mark(self, name: str) -> None:
         with suppress(FileExistsError):
@@ -140,7 +148,7 @@ class FolderRun:
             for path in self._folder.glob(pattern):
                 _unlink(path)
         files.remove_folder(self._folder / _ATTEMPTS)
-        _unlink(self._folder / SHARED)
+        _unlink(self._folder / SHARED_MARKER)
 
     def answered(self) -> int:
         return self._answered_now() if self._is_shared else self.grid.total
@@ -184,7 +192,7 @@ class FolderRun:
         if not journal.is_begun:
             raise no_run(self.name)
         with closing(journal), self._output_errors():
-            journal.lock()
+            self._lock_to_join(journal)
             self.grid = self._index().grid
             # A damaged row is one that --repair has answered again, once this is a single run; more rows are refused.
             journal.check(on_row, repair=self._answered_now() <= self.grid.total)
@@ -227,14 +235,20 @@ class FolderAttempt:
 
     def __init__(self, folder: Path, rows: RowRange, name: str, left: list[bytes]) -> None:
         """`left` are the rows to begin with. Raises `OSError`."""
-        self._part, self._marker, self._name = folder / rows.file_name, folder / SHARED, name
+        self._part, self._marker, self._name = folder / rows.file_name, folder / SHARED_MARKER, name
         self._path = folder / _ATTEMPTS / new_attempt(rows)
-        files.make_folder(self._path.parent, parents=False)
-        flags = os.O_RDWR | os.O_APPEND | os.O_EXCL
-        self._file: RowFile | None = RowFile(files.open_for_writing(self._path, flags, files.SHARED))
+        try:
+            descriptor = self._create()
+        except FileNotFoundError:  # its folder went with a merge as it was made
+            descriptor = self._create()
+        self._file: RowFile | None = RowFile(descriptor)
         self.done = 0
         for line in left:
             self._append(line)
+
+    def _create(self) -> int:
+        files.make_folder(self._path.parent, parents=False)
+        return files.open_for_writing(self._path, os.O_RDWR | os.O_APPEND | os.O_EXCL, files.SHARED)
 
     def append(self, row: dict[str, Any]) -> None:
         with output_errors(self._name):

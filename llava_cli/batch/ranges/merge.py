@@ -20,9 +20,6 @@ def merge_run(run: SharedRun, quiet: bool) -> int:
     tally = Tally()
     with render.spinner("joining the rows", quiet):
         is_joined = run.merge(tally.add)
-    if not is_joined:
-        render.note(f"{run.name} has all {run.grid.total:,} rows already")
-        return 0
     if not quiet:
-        render.note(f"{run.name}: {tally.summary()}")
+        render.note(f"{run.name}: {tally.summary()}" + ("" if is_joined else " (joined before)"))
     return 1 if tally.failed or tally.escalation_errors else 0

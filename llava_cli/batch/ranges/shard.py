@@ -33,7 +33,6 @@ from llava_cli.batch.tally import Tally
 from llava_cli.batch.tasks import Task
 from llava_cli.engine import Engine
 from llava_cli.errors import BadData, OutputLocked, UsageError
-from llava_cli.files import quoted
 
 
 def run_shard(job: Job, shard: Shard) -> int:
@@ -47,7 +46,7 @@ def run_shard(job: Job, shard: Shard) -> int:
         larger = open_larger(job)
         job, run = begin_run(job, larger, shard)
         if run.is_merged:
-            return _join(run, job.quiet)
+            return join(run, job.quiet)
         speed = "nothing left to do"
         if missing := list(run.missing(run.grid.of_shard(shard))):
             speed = _answer(job, run, missing, larger, tally, stop, stack)
@@ -132,13 +131,16 @@ def _merge_if_last(job: Job, run: SharedRun) -> int:
     """Joins the rows if they are all there and nobody else does it; returns the exit code of that."""
     if next(run.missing(run.grid.all()), None) is not None:
         if not job.quiet:
-            render.note(f"others are still missing; the last one joins them, or llava batch --merge {quoted(run.name)}")
+            render.note("rows of other shards are missing: the last shard joins them all")
         return 0
-    return _join(run, job.quiet)
+    return join(run, job.quiet)
 
 
-def _join(run: SharedRun, quiet: bool) -> int:
+def join(run: SharedRun, quiet: bool) -> int:
+    """As `merge_run`, unless another process joins the rows."""
     try:
         return merge_run(run, quiet)
-    except OutputLocked:  # by another one, which joins them
+    except OutputLocked:
+        if not quiet:
+            render.note(f"another process is joining the rows of {run.name}")
         return 0

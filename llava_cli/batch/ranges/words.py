@@ -27,7 +27,8 @@ def missing_rows(
     lacking = {rows.number for rows in missing}
     of = [str(shard) for shard in shards if any(rows.number in lacking for rows in grid.of_shard(shard))]
     reason = f"rows {rows} of {grid.total:,} are missing" + (f": shard {_listed(of)}" if of else "")
-    hint = f"llava batch SOURCE … -o {quoted(name)} --shard {of[0]} does" if of else "the same command does"
+    hint = f"llava batch SOURCE … -o {quoted(name)} --shard {of[0]} answers them"
+    hint = hint if of else "the command that began the run goes on with them"
     return InputMissing(name, reason, hint)
 
 
@@ -41,7 +42,8 @@ def damaged_rows(name: str, numbers: Sequence[int]) -> BadData:
     """The error for rows of an output, counted from 0, that are none, after all others are joined."""
     lines = _listed([f"{number + 1:,}" for number in numbers])
     reason = "damaged, or not about what it should be; all other rows are joined"
-    return BadData(f"{name}, line {lines}", reason, "the same command with --repair keeps it aside and answers again")
+    hint = f"llava batch SOURCE … -o {quoted(name)} --repair, without --shard and --ray, answers it again"
+    return BadData(f"{name}, line {lines}", reason, hint)
 
 
 def damaged_object(url: str, line: int) -> BadData:
