@@ -448,6 +448,19 @@ def begin_and_end(folder: Path) -> Path:
     return folder
 
 
+def begins_meanwhile(other: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
+    """Has another shard begin the run just after the next one has seen that there is none."""
+    precision = FolderRun.saved_precision
+
+    def none_yet(self: FolderRun) -> str | None:
+        found = precision(self)
+        patch.setattr(FolderRun, "saved_precision", precision)
+        other()
+        return found
+
+    patch.setattr(FolderRun, "saved_precision", none_yet)
+
+
 def test_a_shard_that_waited_reads_what_must_be_listed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which names a source refuses is known only then."""
     listed = list[str]()
@@ -459,43 +472,23 @@ def test_a_shard_that_waited_reads_what_must_be_listed(here: Path, monkeypatch: 
         return real(self)
 
     monkeypatch.setattr(Source, "tasks", tasks)
-    precision = FolderRun.saved_precision
-
-    def none_yet(self: FolderRun) -> str | None:
-        found = precision(self)
-        if found is None:
-            with monkeypatch.context() as patch:
-                patch.setattr(FolderRun, "saved_precision", precision)
-                attempt(here, Shard(1, 2))
-        return found
-
-    monkeypatch.setattr(FolderRun, "saved_precision", none_yet)
+    begins_meanwhile(lambda: attempt(here, Shard(1, 2)), monkeypatch)
     assert attempt(here, Shard(2, 2)) == 0
     assert listed == ["once", "once"]
 
 
 def test_another_machine_has_chosen_the_precision_meanwhile(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two shards begin at the same time where `auto` stands for different ones."""
-    chosen = {None: "fp32"}
+    chosen = ["fp32", "bf16"]
 
     def settled(settings: Settings, saved: str | None, hint: Any) -> Settings:
-        return replace(settings, load=replace(settings.load, precision=saved or chosen[None]))
+        return replace(settings, load=replace(settings.load, precision=saved or chosen.pop()))
 
     monkeypatch.setattr(module, "with_one_precision", settled)
     monkeypatch.setattr(module, "identify", lambda settings: {"precision": settings.load.precision})
-    precision = FolderRun.saved_precision
-
-    def none_yet(self: FolderRun) -> str | None:
-        found = precision(self)
-        if found is None:
-            with monkeypatch.context() as patch:
-                patch.setattr(FolderRun, "saved_precision", precision)
-                patch.setitem(chosen, None, "bf16")
-                attempt(here, Shard(1, 2))
-        return found
-
-    monkeypatch.setattr(FolderRun, "saved_precision", none_yet)
+    begins_meanwhile(lambda: attempt(here, Shard(1, 2)), monkeypatch)
     assert attempt(here, Shard(2, 2)) == 0
+    assert chosen == []
 
 
 @for_each("shard", [None, ALL])
