@@ -152,6 +152,16 @@ def test_what_is_missing_is_named(here: Path) -> None:
     assert (beside(here), output(here)) == (before, b"")
 
 
+def test_what_is_missing_of_a_run_without_shards(here: Path) -> None:
+    """A cluster began it."""
+    assert attempt(here, Shard(2, 3)) == 0
+    (here / "out" / "out.jsonl.run" / "shard-2-of-3").unlink()
+    with pytest.raises(LlavaError) as error:
+        join(here)
+    assert str(error.value).endswith("rows 1 to 2, 5 of 5 are missing")
+    assert (error.value.exit_code, "the command that began the run" in error.value.hint) == (66, True)
+
+
 def test_a_single_run_leaves_a_shared_one_alone(here: Path, wanted: bytes) -> None:
     assert attempt(here, Shard(1, 2)) == 0
     for options in ({}, {"extend": True}, {"retry": True}):

@@ -27,8 +27,9 @@ def missing_rows(
     lacking = {rows.number for rows in missing}
     of = [str(shard) for shard in shards if any(rows.number in lacking for rows in grid.of_shard(shard))]
     reason = f"rows {rows} of {grid.total:,} are missing" + (f": shard {_listed(of)}" if of else "")
-    hint = f"llava batch SOURCE … -o {quoted(name)} --shard {of[0]} answers them"
-    hint = hint if of else "the command that began the run goes on with them"
+    hint = "the command that began the run goes on with them"
+    if of:
+        hint = f"llava batch SOURCE … -o {quoted(name)} --shard {of[0]} answers them"
     return InputMissing(name, reason, hint)
 
 
