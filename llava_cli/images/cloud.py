@@ -28,10 +28,12 @@ _BLOCK_BYTES = 8_000_000
 """Of an archive that is read at once."""
 _BUFFER_BYTES = 1 << 17
 _CONNECT_SECONDS = 10
-_S3_CONFIG = {
-    "connect_timeout": _CONNECT_SECONDS,
-    "max_pool_connections": CONNECTIONS,
-    "read_timeout": limits.REMOTE_STALL_SECONDS,
+_S3_OPTIONS = {
+    "config_kwargs": {
+        "connect_timeout": _CONNECT_SECONDS,
+        "max_pool_connections": CONNECTIONS,
+        "read_timeout": limits.REMOTE_STALL_SECONDS,
+    }
 }
 
 
@@ -48,7 +50,7 @@ class Service(NamedTuple):
 
 
 _S3_SIGN_IN = "aws configure, or export AWS_PROFILE=NAME; for a public bucket: export FSSPEC_S3_ANON=true"
-_S3 = Service("s3", "s3fs", _S3_SIGN_IN)
+_S3 = Service("s3", "s3fs", _S3_SIGN_IN, _S3_OPTIONS)
 _GOOGLE_SIGN_IN = "gcloud auth application-default login; for a public bucket: export FSSPEC_GS_TOKEN=anon"
 _GOOGLE = Service("gs", "gcsfs", _GOOGLE_SIGN_IN)
 _AZURE = Service("abfs", "adlfs", "az login, and export AZURE_STORAGE_ACCOUNT_NAME=NAME")
@@ -130,15 +132,7 @@ class Cloud:
         """
         path = path_of(url)
 
-        def get() -> bytes:  # one request, so that an object which changes meanwhile is the old or the new one
-            try:
-                return bytes(self._files.cat_file(path, start=0, end=limits.PICTURE_BYTES + 1))
-            except Exception as error:
-                if status_of(error) == RANGE_NOT_SATISFIABLE:  # no byte is in an empty object
-                    return b""
-                raise
-
-        data = self._patience.call(get, thing)
+        data = self._patience.call(lambda: read_bytes(self._files, path, limits.PICTURE_BYTES + 1), thing)
         if len(data) > limits.PICTURE_BYTES:
             raise too_large(thing or url)
         return data
@@ -162,7 +156,20 @@ class Cloud:
         self._patience.end()
 
 
-RANGE_NOT_SATISFIABLE = 416
+_RANGE_NOT_SATISFIABLE = 416
+
+
+def read_bytes(files: Any, path: str, most: int | None = None) -> bytes:
+    """An object's first bytes by fsspec's `files`; None is all of them.
+
+    It is one request, so that an object which changes meanwhile is the old or the new one.
+    """
+    try:
+        return bytes(files.cat_file(path, start=0, end=most))  # without a start, s3fs asks for the size first
+    except Exception as error:
+        if status_of(error) == _RANGE_NOT_SATISFIABLE:  # no byte is in an empty object
+            return b""
+        raise
 
 
 @lru_cache
@@ -175,7 +182,7 @@ def file_system(protocol: str, attempts: int = 1) -> Any:
 
     options = dict(next(service.options for service in SERVICES.values() if service.protocol == protocol))
     if protocol == "s3":
-        config = {**_S3_CONFIG, "retries": {"mode": "standard", "total_max_attempts": attempts}}
+        config = {**options["config_kwargs"], "retries": {"mode": "standard", "total_max_attempts": attempts}}
         options |= {"config_kwargs": config, "session": _s3_session(fsspec.config.conf.get("s3", {}).get("profile"))}
     files = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
     if protocol == "s3":

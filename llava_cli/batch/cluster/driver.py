@@ -51,8 +51,6 @@ def run_on_cluster(job: Job, address: str, workers: int | None, open_engine: Ope
             stack.callback(job.templates.close)
         stack.callback(job.source.close)
         job, run = begin_run(job, open_larger(job), None)
-        if run.is_merged:
-            return join(run, job.quiet)
         if next(run.missing(run.grid.all()), None) is not None:
             cluster = stack.enter_context(connected(address, job.quiet))
             driver = Driver(cluster, job, run, workers, open_engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from llava_cli import render
 from llava_cli.batch.cluster.cluster import WorkerGone, check_address, connected
@@ -28,17 +29,21 @@ def pull_on_cluster(name: str, address: str) -> None:
         nodes = cluster.nodes()
         refs = {cluster.run_on(node, _pulling(), name): node for node in nodes}
         failed: list[str] = []
-        with render.spinner(f"pulling {name} on {len(nodes)} node{'s' * (len(nodes) > 1)}"):
+
+        def settle(ref: Any) -> None:
+            node = refs.pop(ref)
+            try:
+                render.note(f"node {node.name}: {cluster.result(ref)}")
+            except (LlavaError, WorkerGone) as error:
+                failed.append(node.name)
+                hint = getattr(error, "hint", "")
+                hint = "" if hint in ("", command) else f"\n  {hint}"
+                render.note(f"llava: node {node.name}: {error}{hint}")
+
+        with render.spinner(f"downloading on {len(nodes)} node{'s' * (len(nodes) > 1)}"):
             while refs:
                 for ref in cluster.wait(list(refs), _POLL_SECONDS):
-                    node = refs.pop(ref)
-                    try:
-                        render.note(f"node {node.name}: {cluster.result(ref)}")
-                    except (LlavaError, WorkerGone) as error:
-                        failed.append(node.name)
-                        hint = getattr(error, "hint", "")
-                        hint = "" if hint in ("", command) else f"\n  {hint}"
-                        render.note(f"llava: node {node.name}: {error}{hint}")
+                    settle(ref)
     if failed:
         reason = f"{len(failed)} of {len(nodes)} nodes lack it: {', '.join(failed)}"
         raise ModelUnusable(name, reason, f"{command} --ray {quoted(address)} goes on where it was cut off")

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from llava_cli.errors import LlavaError, OutputError, UsageError
-from llava_cli.images.cloud import RANGE_NOT_SATISFIABLE, file_system, service_of
+from llava_cli.images.cloud import file_system, read_bytes, service_of
 from llava_cli.images.remote_errors import CHANGED, HttpStatus, Patience, failure_of, status_of
 from llava_cli.images.remote_names import path_of, scheme_of, shown
 
@@ -78,7 +78,6 @@ class BucketFiles:
 
     def write(self, name: str, chunks: Iterable[bytes]) -> bool:
         """Writes an object of any size, which is there once it is whole; False if there is one, which stays."""
-
         files = file_system(self._service.protocol, _ATTEMPTS)
         try:
             file = files.open(self._path + name, "xb", block_size=_BLOCK_BYTES)
@@ -116,13 +115,9 @@ class BucketFiles:
 
         def get(files: Any) -> bytes:
             try:
-                return bytes(files.cat_file(self._path + name, start=0))  # without it, s3fs asks for the size first
+                return read_bytes(files, self._path + name)
             except FileNotFoundError:
                 return b""
-            except Exception as error:
-                if status_of(error) == RANGE_NOT_SATISFIABLE:  # no byte is in an empty object
-                    return b""
-                raise
 
         return self._call(get).splitlines(keepends=True)
 

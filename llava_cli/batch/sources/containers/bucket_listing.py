@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from threading import Condition, Thread
 
 from llava_cli.batch.scratch import Spool, scratch_spool
@@ -29,15 +30,11 @@ def list_objects(cloud: Cloud, url: str) -> Iterator[Object]:
     if first.token is None:
         yield from first.objects
         return
-    with scratch_spool() as spool:
+    with scratch_spool() as spool, suppress(Unordered):
         listing = _Listing(cloud, url, spool)
-        try:
-            listing.read(first)
-        except Unordered:
-            pass
-        else:
-            yield from listing.objects()
-            return
+        listing.read(first)
+        yield from listing.objects()
+        return
     yield from cloud.list(url)
 
 
