@@ -309,7 +309,7 @@ def _entry(name: str, thing: Any) -> Iterator[str]:
 
 
 def _function(name: str, function: Any) -> Iterator[str]:
-    signature = re.sub(r"'([^']+)'", r"\1", str(inspect.signature(function)))
+    signature = re.sub(r"'([^']*)'", lambda quoted: quoted[1] or "''", str(inspect.signature(function)))
     signature = re.sub(r"<function .*? at 0x\w+>|<factory>", "...", re.sub(r"\((self|cls)(, )?", "(", signature))
     yield f"```python\n{_folded(name + signature.removesuffix(' -> None'))}\n```\n"
     yield f"{inspect.getdoc(function)}\n"
