@@ -151,7 +151,7 @@ def make_engine(size: str, precision: str, device: str) -> LocalEngine:
         gpu.accelerate(model, patch)
     else:
         patch.set_attribute(model, "decode_graphs", DecodeGraphs(model))
-    return LocalEngine(size, model, Prompter(processor), precision, 0.0, patch)
+    return LocalEngine(size, model, Prompter(processor, fit="pad"), precision, 0.0, patch)
 
 
 def quantize(model: Any, dtype: torch.dtype) -> None:

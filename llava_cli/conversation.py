@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_cli.errors import PromptTooLong
 from llava_cli.parts import WHOLE, Part
@@ -44,6 +44,17 @@ class Picture:
     """Dots an inch with which it was drawn; None for what has pixels of its own."""
     file: bytes | Path | None = field(default=None, repr=False, compare=False)
     """The file that it is a part of, where that is kept to be asked what else it says."""
+    original_size: tuple[int, int] | None = field(default=None, compare=False)
+    """Width and height before it was resized, if it was: for one model alone, as its processor would do it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height as its file has them."""
+        return self.original_size or self.image.size
+
+    def with_image(self, image: Image, **changes: Any) -> Picture:
+        """One with other pixels, which its file's bytes do not tell."""
+        return replace(self, image=image, data=None, format="", plain=False, original_size=None, **changes)
 
     @property
     def reference(self) -> str:

@@ -77,6 +77,7 @@ class JudgedEngine(Engine):
         self.model, self.precision, self.device = engine.model, engine.precision, engine.device
         self.load_seconds, self.where, self.decoding = engine.load_seconds, engine.where, engine.decoding
         self.family, self.context, self.has_new_copy = engine.family, engine.context, engine.has_new_copy
+        self.picture_resize = None if larger else engine.picture_resize  # the larger one has another
         self._engine, self._promise, self._larger, self._concurrency = engine, promise, larger, concurrency
         self._unusable: LlavaError | None = None
         """Why the larger model is not asked any more."""

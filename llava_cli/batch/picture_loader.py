@@ -15,6 +15,7 @@ from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, InputMissing, LlavaError, SourceLost
 from llava_cli.images.reader import is_url, read
 from llava_cli.images.region import cut
+from llava_cli.images.resize import Resize
 from llava_cli.images.sandbox import Crash, SandboxPool
 from llava_cli.settings import PictureOptions
 from llava_cli.untrusted_text import printable
@@ -31,9 +32,8 @@ class PictureLoader:
 
     `find` gives a picture's file: its bytes, or its path on this disk. It raises a `LlavaError` if there is none, or if
     it must not be opened, and is called by `readers` threads, in the order of the tasks where that is one. URLs that it
-    does not hold, as `holds` says, are fetched only with `allow_urls`. With `max_side` pictures are scaled down to that
-    many pixels, and with `keep_files` they come with their files. `processes` is how many decode; None for as many as
-    suit this machine.
+    does not hold, as `holds` says, are fetched only with `allow_urls`. With `keep_files` pictures come with their
+    files. `processes` is how many decode; None for as many as suit this machine.
     """
 
     def __init__(
@@ -41,7 +41,6 @@ class PictureLoader:
         find: Callable[[str], bytes | Path] = lambda image: Path(os.path.abspath(image)),
         allow_truncated: bool = False,
         allow_urls: bool = False,
-        max_side: int | None = None,
         dpi: int = PictureOptions.dpi,
         readers: int = 4,
         holds: Callable[[str], bool] = lambda image: False,
@@ -51,7 +50,7 @@ class PictureLoader:
         self.allow_urls = allow_urls
         self.last_refusal: LlavaError | None = None
         """What `find` raised last."""
-        self._find, self._holds, self._max_side, self._keep_files = find, holds, max_side, keep_files
+        self._find, self._holds, self._keep_files = find, holds, keep_files
         self._options: dict[str, Any] = {"allow_truncated": allow_truncated, "dpi": dpi}
         self._sandboxes = SandboxPool(count=processes)
         self._process_count = len(self._sandboxes.all)
@@ -59,26 +58,29 @@ class PictureLoader:
         self._files_ahead, self._pictures_ahead = max(readers, 4), self._process_count * PREFETCH_PER_PROCESS
         self._is_closed = False
 
-    def load_all(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Picture | LlavaError]]:
+    def load_all(
+        self, tasks: Iterable[Task], resize: Resize | None = None
+    ) -> Iterator[tuple[Task, Picture | LlavaError]]:
         """Each task with its picture, in order; consecutive tasks about the same picture get the same object.
 
-        Raises `SourceLost`.
+        Regions are not resized. Raises `SourceLost`.
         """
+
+        def begin_decoding(read: tuple[Task, Future[bytes | Path | LlavaError]]) -> Future[Picture | LlavaError]:
+            task, file = read
+            return self._decoders.submit(lambda: self._decode(task, file.result(), resize))
+
         files = _ahead(tasks, lambda task: task.image, self._begin_reading, self._files_ahead)
-        pictures = _ahead(files, lambda read: _about(read[0]), self._begin_decoding, self._pictures_ahead)
+        pictures = _ahead(files, lambda read: _about(read[0]), begin_decoding, self._pictures_ahead)
         for (task, _), picture in pictures:
             yield task, picture.result()
 
     def _begin_reading(self, task: Task) -> Future[bytes | Path | LlavaError]:
         return self._readers.submit(self._read, task.image)
 
-    def _begin_decoding(self, read: tuple[Task, Future[bytes | Path | LlavaError]]) -> Future[Picture | LlavaError]:
-        task, file = read
-        return self._decoders.submit(lambda: self._decode(task, file.result()))
-
-    def load(self, task: Task) -> Picture | LlavaError:
-        """One picture, or why it cannot be opened."""
-        return self._decode(task, self._read(task.image))
+    def load(self, task: Task, resize: Resize | None = None) -> Picture | LlavaError:
+        """One picture, as of `load_all`, or why it cannot be opened."""
+        return self._decode(task, self._read(task.image), resize)
 
     def _read(self, image: str) -> bytes | Path | LlavaError:
         if is_url(image) and not self._holds(image):
@@ -95,13 +97,13 @@ class PictureLoader:
             self.last_refusal = error
             return error
 
-    def _decode(self, task: Task, file: bytes | Path | LlavaError) -> Picture | LlavaError:
+    def _decode(self, task: Task, file: bytes | Path | LlavaError, resize: Resize | None) -> Picture | LlavaError:
         if isinstance(file, LlavaError):
             return file
-        shrink = None if task.region else self._max_side  # a region may be in pixels
+        resize = None if task.region else resize  # it may be in pixels
         name = str(file) if isinstance(file, Path) else task.image
         for _ in range(ATTEMPTS):
-            picture = self._sandboxes.open(name, file, shrink=shrink, part=task.part, **self._options)
+            picture = self._sandboxes.open(name, file, resize=resize, part=task.part, **self._options)
             if isinstance(picture, Picture):
                 picture = replace(picture, name=task.image, file=file if self._keep_files else None)
                 return cut(picture, task.region) if task.region else picture

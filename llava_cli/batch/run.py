@@ -258,7 +258,7 @@ def verify(job: Job, tally: Tally, engine: Engine, loader: PictureLoader, stop: 
     differences, asked = [], 0
     with render.spinner("verifying", job.quiet):
         for task, text in tally.sample:
-            picture = loader.load(task) if stop.go_on() else None
+            picture = loader.load(task, engine.picture_resize) if stop.go_on() else None
             if picture is None or isinstance(picture, LlavaError):
                 continue
             asked += 1

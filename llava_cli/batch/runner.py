@@ -96,7 +96,7 @@ def answer_tasks(
             yield task
 
     def requests() -> Iterator[Request | LlavaError]:
-        for number, (task, picture) in enumerate(loader.load_all(admitted_tasks())):
+        for number, (task, picture) in enumerate(loader.load_all(admitted_tasks(), engine.picture_resize)):
             if isinstance(picture, LlavaError):
                 pending[number] = task, None
                 yield picture

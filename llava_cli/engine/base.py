@@ -15,6 +15,7 @@ from llava_cli.settings import Sampling
 
 if TYPE_CHECKING:
     from llava_cli.checking import Check
+    from llava_cli.images.resize import Resize
 
 FinishReason = Literal["stop", "length"]
 
@@ -124,6 +125,9 @@ class Engine(ABC):
     """What the model was trained with, where that is known."""
     context: int | None = None
     """How many tokens prompt and answer may have in all; None where that is not known."""
+    picture_resize: Resize | None = None
+    """What becomes of every picture's size before the model sees it, which whoever opens pictures for this engine alone
+    may do; None where that depends on the picture, or is not known."""
 
     @abstractmethod
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[Chunk]:

@@ -55,6 +55,7 @@ class LocalEngine(Engine):
         self.model, self.precision, self.device = name, precision, model.device.type
         self.load_seconds = load_seconds
         self.prompter, self.family = prompter, prompter.family
+        self.picture_resize = prompter.image_processor.picture_resize
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.network = model
         self._trees: dict[tuple[str, ...], ChoiceTree] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from llava_cli.conversation import Conversation, Picture
 
@@ -18,8 +17,7 @@ def unseen(conversation: Conversation) -> Conversation:
 def _gray(picture: Picture) -> Picture:
     from PIL import Image
 
-    image = Image.new("RGB", picture.image.size, GRAY)
-    return replace(picture, image=image, sha256="", frames=1, data=None, format="", plain=False)
+    return picture.with_image(Image.new("RGB", picture.size, GRAY), sha256="", frames=1)
 
 
 def total_variation(one: Mapping[str, float], other: Mapping[str, float]) -> float:

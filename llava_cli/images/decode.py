@@ -49,6 +49,8 @@ class Decoded(NamedTuple):
     """Pillow's name for the format."""
     plain: bool
     """Whether every decoder sees the same in this file: no transparency, no orientation, no rare mode."""
+    size: tuple[int, int]
+    """Of the picture: of `image`, unless that has been resized."""
 
 
 def decode(data: bytes, name: str, allow_truncated: bool = False) -> Decoded:
@@ -289,7 +291,7 @@ def _finish(
         image.info["transparency"] = transparency * {2: 85, 4: 17}.get(bit_depth, 1)
     plain = is_whole and image.mode in ("RGB", "L") and "transparency" not in image.info and not _is_rotated(image)
     upright = _upright_rgb(image, name)
-    return Decoded(upright, frames, truncated, image.format or "", plain)
+    return Decoded(upright, frames, truncated, image.format or "", plain, upright.size)
 
 
 def _is_rotated(image: Image) -> bool:

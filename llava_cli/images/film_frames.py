@@ -22,16 +22,18 @@ from typing import TYPE_CHECKING, Any
 from llava_cli import limits
 from llava_cli.errors import BadImage
 from llava_cli.images import formats
+from llava_cli.images.resize import PACKED_BYTES, unpack
 from llava_cli.sandbox.confine import FILE
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
     from PIL.Image import Image
 
-REQUEST = struct.Struct("<dI")
-"""The time of a frame in seconds, or NaN for the film's length; the most pixels per side of the frame, 0 for any."""
-REPLY = struct.Struct("<?IId")
-"""Whether it is what was asked for; the frame's width and height; the film's length in seconds."""
+REQUEST = struct.Struct(f"<d{PACKED_BYTES}s")
+"""The time of a frame in seconds, or NaN for the film's length; a `Resize`."""
+REPLY = struct.Struct("<?IIIId")
+"""Whether it is what was asked for; width and height of the pixels, and of the frame before it was resized; the film's
+length in seconds."""
 _EXTRA = "pip install 'llava-cli[video]'"
 _CONVERT = "ffmpeg -i {name} {name}.mp4"
 _FEWER_PIXELS = f"the limit is {limits.PICTURE_PIXELS // 1_000_000} megapixels"
@@ -72,24 +74,26 @@ _film: Film | None = None
 def answer(request: bytes) -> tuple[bytes, ...]:
     """The parts of a reply."""
     global _film
-    seconds, shrink = REQUEST.unpack(request)
+    seconds, packed = REQUEST.unpack(request)
     try:
         if _film is None:
             _film = Film(FileIO(FILE, closefd=False))
         if math.isnan(seconds):
-            return (REPLY.pack(True, 0, 0, _film.length()),)
+            return (REPLY.pack(True, 0, 0, 0, 0, _film.length()),)
         image = _film.picture(seconds)
     except MemoryError:
         return _refusal("takes too much memory to decode", "")
     except BadImage as error:
         return _refusal(error.reason, error.hint)
-    if shrink:  # here, because sending a large picture takes long
-        image.thumbnail((shrink, shrink))
-    return REPLY.pack(True, *image.size, 0.0), image.tobytes()
+    size = image.size
+    if resize := unpack(packed):  # here, because sending a large picture takes long
+        with suppress(MemoryError):  # the parent process has more
+            image = resize(image)
+    return REPLY.pack(True, *image.size, *size, 0.0), image.tobytes()
 
 
 def _refusal(reason: str, hint: str) -> tuple[bytes, ...]:
-    return REPLY.pack(False, HINTS.index(hint), 0, 0.0), reason.encode()
+    return REPLY.pack(False, HINTS.index(hint), 0, 0, 0, 0.0), reason.encode()
 
 
 class Film:

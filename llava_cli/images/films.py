@@ -21,6 +21,7 @@ from llava_cli.errors import BadImage, InputMissing, os_reason
 from llava_cli.images import formats
 from llava_cli.images.film_frames import HINTS, REPLY, REQUEST
 from llava_cli.images.local_file import open_path
+from llava_cli.images.resize import Resize, pack
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
 
@@ -59,10 +60,10 @@ class FilmReader:
         """The time at which a film's last frame ends, in seconds."""
         return self._opened(file).length()
 
-    def frame(self, file: bytes | Path, seconds: float, shrink: int | None) -> tuple[Image, str]:
-        """The frame that is shown at a time, of at most `shrink` pixels per side, and the SHA-256 of the film."""
+    def frame(self, file: bytes | Path, seconds: float, resize: Resize | None) -> tuple[Image, tuple[int, int], str]:
+        """The frame that is shown at a time, resized; the size that it has in the film, whose SHA-256 is the last."""
         film = self._opened(file)
-        return film.frame(seconds, shrink or 0), film.sha256
+        return *film.frame(seconds, resize), film.sha256
 
     def _opened(self, file: bytes | Path) -> _Film:
         """The film, in the process that has it open, or in a new one."""
@@ -137,10 +138,10 @@ class _Film:
             raise InputMissing("", os_reason(error)) from None
 
     def length(self) -> float:
-        return self._asked(REQUEST.pack(math.nan, 0), _parse_length)
+        return self._asked(REQUEST.pack(math.nan, pack(None)), _parse_length)
 
-    def frame(self, seconds: float, shrink: int) -> Image:
-        return self._asked(REQUEST.pack(seconds, shrink), _parse_frame)
+    def frame(self, seconds: float, resize: Resize | None) -> tuple[Image, tuple[int, int]]:
+        return self._asked(REQUEST.pack(seconds, pack(resize)), _parse_frame)
 
     def _asked(self, request: bytes, parse: Callable[[bytearray], T]) -> T:
         """What the reply to a request says. Raises `BadImage` with the reason that it gives."""
@@ -159,29 +160,32 @@ class _Film:
 
 
 def _parse_length(reply: bytearray) -> float:
-    _, _, seconds, _ = _parse(reply)
+    *_, seconds, _ = _parse(reply)
     if not 0 <= seconds < math.inf:
         raise ValueError("no length")
     return min(seconds, limits.FILM_SECONDS)
 
 
-def _parse_frame(reply: bytearray) -> Image:
+def _parse_frame(reply: bytearray) -> tuple[Image, tuple[int, int]]:
     from PIL import Image
 
-    width, height, _, pixels = _parse(reply)
+    width, height, original_width, original_height, _, pixels = _parse(reply)
     if not 0 < width * height <= limits.PICTURE_PIXELS or len(pixels) != 3 * width * height:
         raise ValueError("pixels of another number than the header says")
-    return Image.frombytes("RGB", (width, height), pixels)
+    if not 0 < original_width * original_height <= limits.PICTURE_PIXELS:
+        raise ValueError("no size that a frame has")
+    return Image.frombytes("RGB", (width, height), pixels), (original_width, original_height)
 
 
-def _parse(reply: bytearray) -> tuple[int, int, float, memoryview]:
-    """The width, height, length and pixels of a reply. Raises `BadImage` with the reason that it gives instead."""
-    is_answer, width, height, seconds = REPLY.unpack_from(reply)
+def _parse(reply: bytearray) -> tuple[int, int, int, int, float, memoryview]:
+    """The sizes, the length and the pixels of a reply. Raises `BadImage` with the reason that it gives instead."""
+    is_answer, *sizes, seconds = REPLY.unpack_from(reply)
     body = memoryview(reply)[REPLY.size :]
     if not is_answer:
-        hint = HINTS[width] if width < len(HINTS) else ""
+        hint = HINTS[sizes[0]] if sizes[0] < len(HINTS) else ""
         raise BadImage("", one_line(bytes(body[:1000]).decode("utf-8", "replace")), hint)
-    return width, height, seconds, body
+    width, height, original_width, original_height = sizes
+    return width, height, original_width, original_height, seconds, body
 
 
 @lru_cache(maxsize=256)

@@ -19,15 +19,16 @@ from llava_cli.errors import BadImage
 from llava_cli.images import decode, formats, pdf, unsupported
 from llava_cli.images.decode import Decoded, PictureFile
 from llava_cli.images.pdf import PdfFile
+from llava_cli.images.resize import PACKED_BYTES, unpack
 from llava_cli.parts import Content
 
-REQUEST = struct.Struct("<???IIH")
-"""Whether it is about the file before; whether its content is asked for; whether a truncated picture is allowed; the
-most pixels per side of the result, 0 for any number; which page or frame, 0 for the one that stands for the file; dots
-an inch of a page."""
-PICTURE = struct.Struct("<BIII?B?")
-"""`IS_PICTURE`; width, height and number of pages or frames; whether the end of the file was missing; the index of its
-format in `FORMATS`; whether it is plain (see `Decoded`)."""
+REQUEST = struct.Struct(f"<???IH{PACKED_BYTES}s")
+"""Whether it is about the file before; whether its content is asked for; whether a truncated picture is allowed; which
+page or frame, 0 for the one that stands for the file; dots an inch of a page; a `Resize`."""
+PICTURE = struct.Struct("<BIIIII?B?")
+"""`IS_PICTURE`; width and height of the pixels; those of the picture before it was resized; the number of pages or
+frames; whether the end of the file was missing; the index of its format in `FORMATS`; whether it is plain (see
+`Decoded`)."""
 CONTENT = struct.Struct("<BBId")
 """`IS_CONTENT`; the index of its kind in `KINDS`; the number of pages or frames; seconds."""
 REFUSAL = struct.Struct("<BI")
@@ -98,7 +99,7 @@ def _opened(data: bytes) -> _File:
 
 
 def _reply(
-    file: _File, is_inspected: bool, allow_truncated: bool, shrink: int, page: int, dpi: int
+    file: _File, is_inspected: bool, allow_truncated: bool, page: int, dpi: int, packed: bytes
 ) -> tuple[tuple[bytes, ...], int]:
     """The reply about an open file, and its number of pages or frames."""
     if is_inspected:
@@ -106,11 +107,13 @@ def _reply(
         header = CONTENT.pack(IS_CONTENT, KINDS.index(content.kind), min(content.count, _MOST), content.seconds)
         return (header,), content.count
     decoded = file.picture(page or None, dpi, allow_truncated)
-    if shrink:  # here, because sending a large picture takes long
-        decoded.image.thumbnail((shrink, shrink))
+    image = decoded.image
+    if resize := unpack(packed):  # here, because sending a large picture takes long
+        with suppress(MemoryError):  # the parent process has more
+            image = resize(image)
     format_index = FORMATS.index(decoded.format) if decoded.format in FORMATS else 0
     facts = min(decoded.frames, _MOST), decoded.truncated, format_index, decoded.plain
-    return (PICTURE.pack(IS_PICTURE, *decoded.image.size, *facts), decoded.image.tobytes()), decoded.frames
+    return (PICTURE.pack(IS_PICTURE, *image.size, *decoded.size, *facts), image.tobytes()), decoded.frames
 
 
 def refusal(reason: str, hint: str = "") -> tuple[bytes, ...]:

@@ -61,7 +61,8 @@ class PdfFile:
         except PdfiumError:
             raise BadImage("", "a damaged page", DAMAGED_PDF.hint) from None
         try:
-            return Decoded(_drawn(opened, dpi), count, truncated=False, format="", plain=False)
+            image = _drawn(opened, dpi)
+            return Decoded(image, count, truncated=False, format="", plain=False, size=image.size)
         finally:
             opened.close()
 

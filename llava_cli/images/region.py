@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, printable
 from llava_cli.parts import region_box
@@ -15,4 +13,4 @@ def cut(picture: Picture, region: str) -> Picture | BadImage:
     if box is None:
         size = f"{picture.image.width}x{picture.image.height}"
         return BadImage(printable(picture.reference), f"{size}, without a region {region}", "--region 0,0,50%,50%")
-    return replace(picture, image=picture.image.crop(box), region=region, data=None, format="", plain=False)
+    return picture.with_image(picture.image.crop(box), region=region)

@@ -33,6 +33,7 @@ from llava_cli.images.job import (
 )
 from llava_cli.images.local_file import read_path, shown_name, too_large
 from llava_cli.images.remote_names import is_cloud_url
+from llava_cli.images.resize import Resize, pack
 from llava_cli.parts import WHOLE, Content, Part
 from llava_cli.sandbox.process import Worker, WorkerDied, WorkerLate
 from llava_cli.untrusted_text import one_line
@@ -56,7 +57,7 @@ class _Decoder:
         self._open: tuple[int, str] | None = None
         """The number of the process that has a file open, and the file's hash."""
 
-    def ask(self, asked: tuple[int, ...], data: bytes, digest: str, seconds: float) -> Decoded | Content:
+    def ask(self, asked: tuple[int | bytes, ...], data: bytes, digest: str, seconds: float) -> Decoded | Content:
         """What the process replies about a file, which is sent only if it is not open there; `asked` is for `REQUEST`.
 
         Raises `WorkerDied` or `WorkerLate`, `BadImage` with its reason, `ValueError` for a malformed reply.
@@ -93,7 +94,7 @@ class Sandbox:
         data = _read(source, file)
         if isinstance(data, LlavaError):
             return data
-        found = self._ask(source, WHOLE, data, hashlib.sha256(data).hexdigest(), (True, False, 0, 0, 0))
+        found = self._ask(source, WHOLE, data, hashlib.sha256(data).hexdigest(), (True, False, 0, 0, pack(None)))
         return _malformed(source) if isinstance(found, Decoded) else found
 
     def open(
@@ -101,23 +102,24 @@ class Sandbox:
         source: str,
         file: bytes | Path,
         allow_truncated: bool = False,
-        shrink: int | None = None,
         part: Part = WHOLE,
         dpi: int = 150,
+        resize: Resize | None = None,
     ) -> Picture | LlavaError:
         """A picture of a file, called `source`, or the error with it: `BadImage`, `InputMissing` or `Crash`.
 
-        `file` is its bytes, or the resolved path of one on this disk. With `shrink` the picture is made no larger than
-        that many pixels per side. Pages are drawn with `dpi` dots an inch.
+        `file` is its bytes, or the resolved path of one on this disk. Pages are drawn with `dpi` dots an inch. With
+        `resize` the picture's pixels are what that makes of them.
         """
         if self._films and films.is_film(file):
-            return self._tried(source, part, partial(self._frame, self._films, source, file, shrink, part))
+            return self._tried(source, part, partial(self._frame, self._films, source, file, resize, part))
         data = _read(source, file)
         if isinstance(data, LlavaError):
             return data
         # Hashed here: a decoder that was taken over could claim the hash of another picture.
         digest = hashlib.sha256(data).hexdigest()
-        found = self._ask(source, part, data, digest, (False, allow_truncated, shrink or 0, part.page or 0, dpi))
+        asked = False, allow_truncated, part.page or 0, dpi, pack(resize)
+        found = self._ask(source, part, data, digest, asked)
         if isinstance(found, LlavaError):
             return found
         if isinstance(found, Content):
@@ -125,13 +127,14 @@ class Sandbox:
         if part.time is not None:
             hint = _complete_hint("{name}#2 is its second page or frame", source)
             return BadImage(shown_name(source) + str(part), "only a film has times", hint)
-        image, frames, truncated, picture_format, plain = found
+        image, frames, truncated, picture_format, plain, size = found
         drawn_with = dpi if formats.is_pdf(data) else None
         kept = data if part == WHOLE and drawn_with is None else None
-        return Picture(source, image, digest, frames, truncated, kept, picture_format, plain, part, dpi=drawn_with)
+        facts = frames, truncated, kept, picture_format, plain, part
+        return Picture(source, image, digest, *facts, dpi=drawn_with, original_size=size)
 
     def _ask(
-        self, source: str, part: Part, data: bytes, digest: str, asked: tuple[int, ...]
+        self, source: str, part: Part, data: bytes, digest: str, asked: tuple[int | bytes, ...]
     ) -> Decoded | Content | LlavaError:
         """What the right process replies, or the error."""
         decoder, is_pdf = self._decoders[formats.package_for(data)], formats.is_pdf(data)
@@ -161,11 +164,11 @@ class Sandbox:
 
         return self._tried(source, part, ask)
 
-    def _frame(self, reader: FilmReader, source: str, file: bytes | Path, shrink: int | None, part: Part) -> Picture:
+    def _frame(self, reader: FilmReader, source: str, file: bytes | Path, resize: Resize | None, part: Part) -> Picture:
         if part.page is not None:
             raise BadImage("", "a film has times, not pages", "{name}#t=1.5 is its frame at 1.5 s")
-        image, digest = reader.frame(file, part.time or 0.0, shrink)
-        return Picture(source, image, digest, part=part)
+        image, size, digest = reader.frame(file, part.time or 0.0, resize)
+        return Picture(source, image, digest, part=part, original_size=size)
 
     def _tried(self, source: str, part: Part, work: Callable[[], T]) -> T | LlavaError:
         """What `work` returns, or what is wrong with the file that it is about."""
@@ -238,11 +241,11 @@ def _read(source: str, file: bytes | Path) -> bytes | LlavaError:
 
 
 class SandboxPool:
-    """Sandboxes that threads share: `count`, or one for each core, up to four."""
+    """Sandboxes that threads share: one for each of `count` cores, by default all, up to 4; half as many, up to 8."""
 
     def __init__(self, seconds: float | None = None, takes_films: bool = True, count: int | None = None) -> None:
         count = count or os.cpu_count() or 1
-        self.all = [Sandbox(seconds, takes_films) for _ in range(min(4, count))]
+        self.all = [Sandbox(seconds, takes_films) for _ in range(max(min(4, count), min(8, count // 2)))]
         self._free: queue.LifoQueue[Sandbox] = queue.LifoQueue()  # last in, first out: starts no more than are needed
         for sandbox in self.all:
             self._free.put(sandbox)
@@ -296,17 +299,28 @@ def _parse_reply(reply: bytearray) -> Decoded | Content:
 
 
 def _parse_picture(
-    pixels: memoryview, width: int, height: int, frames: int, truncated: bool, format_index: int, plain: bool
+    pixels: memoryview,
+    width: int,
+    height: int,
+    original_width: int,
+    original_height: int,
+    frames: int,
+    truncated: bool,
+    format_index: int,
+    plain: bool,
 ) -> Decoded:
     """Raises `ValueError` if it is malformed."""
     from PIL import Image
 
     if not 0 < width * height <= limits.PICTURE_PIXELS or len(pixels) != 3 * width * height:
         raise ValueError("pixels of another number than the header says")
+    if not 0 < original_width * original_height <= limits.PICTURE_PIXELS:
+        raise ValueError("no size that a picture has")
     if format_index >= len(FORMATS):
         raise ValueError("a format of no name")
     image = Image.frombytes("RGB", (width, height), pixels)
-    return Decoded(image, max(1, frames), truncated, FORMATS[format_index], plain)
+    size = original_width, original_height
+    return Decoded(image, max(1, frames), truncated, FORMATS[format_index], plain, size)
 
 
 def _complete_hint(hint: str, source: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava_cli import limits
+from llava_cli.images.resize import MAX_SIDE, Resize, Shape, limit_size, make_square
 from llava_cli.settings import Fit
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ class ImageProcessor:
     def __init__(self, image_processor: Any, mode: Fit) -> None:
         self._image_processor, self._mode = image_processor, mode
         self.last: ProcessedImages | None = None
+        self.options: dict[str, Any] | None = None
+        """Those of the last call."""
+        self.picture_resize = _resize_of(image_processor, mode, self._fill)
+        """What it does to the size of every picture first; None where that depends on the picture, or is not known."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._image_processor, name)
@@ -37,14 +41,15 @@ class ImageProcessor:
 
         Changes nothing here, so it needs no lock: assign the result to `last` before the next call with these pictures.
         """
-        if self.last is None or _same_images(self.last.images, images):
-            return self.last
-        return self._process(images, self.last.options)
+        if (last := self.last) and _same_images(last.images, images):
+            return last
+        return None if self.options is None else self._process(images, self.options)
 
     def __call__(self, images: list[Image], **options: Any) -> Any:
         from transformers import BatchFeature
 
         images = images[0] if isinstance(images[0], list) else images
+        self.options = options
         if self.last is None or not _same_images(self.last.images, images) or self.last.options != options:
             self.last = self._process(images, options)
         return BatchFeature(dict(self.last.inputs))  # a copy, because some processors remove items from it
@@ -53,13 +58,17 @@ class ImageProcessor:
         """A picture as the checkpoint's processor gets it."""
         if self._mode == "auto":
             return limit_size(image)
-        mean = getattr(self._image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
-        red, green, blue = (int(255 * m) for m in mean)
-        return make_square(image, self._mode, (red, green, blue))
+        return make_square(image, self._mode, self._fill)
+
+    @property
+    def _fill(self) -> tuple[int, int, int]:
+        """The mean color."""
+        red, green, blue = (int(255 * m) for m in getattr(self._image_processor, "image_mean", None) or (0.5, 0.5, 0.5))
+        return red, green, blue
 
     def _process(self, images: list[Image], options: dict[str, Any]) -> ProcessedImages:
         # A nested list says that the pictures belong to one prompt: LLaVA-OneVision's does not cut several into tiles.
-        fitted = [[self.fit(image) for image in images]]
+        fitted = [[(self.picture_resize or self.fit)(image) for image in images]]
         return ProcessedImages(images, options, dict(self._image_processor(fitted, **options)))
 
 
@@ -68,28 +77,29 @@ def _same_images(first: list[Image], second: list[Image]) -> bool:
     return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
 
 
-def limit_size(image: Image) -> Image:
-    """The image itself, or a smaller copy so that padding it to a square stays within `limits.PICTURE_PIXELS`."""
-    if max(image.size) ** 2 <= limits.PICTURE_PIXELS:
-        return image
-    image = image.copy()
-    side = int(limits.PICTURE_PIXELS**0.5)
-    image.thumbnail((side, side))
-    return image
+def _resize_of(image_processor: Any, mode: Fit, fill: tuple[int, int, int]) -> Resize | None:
+    """What a processor does to the size of every picture that it gets with this `mode`, if it is one size for all.
 
+    Pillow does the same to a picture before the processor, which makes several copies of it until it comes to that,
+    and then finds nothing left to do.
+    """
+    from transformers.image_processing_backends import PilBackend
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-def make_square(image: Image, mode: Literal["pad", "crop"], fill: tuple[int, int, int]) -> Image:
-    """A square of the longer side, padded with the color `fill` on both sides, or the middle square."""
-    from PIL import Image
-
-    # Whole pixels, rounded down, as in LLaVA's own code; ImageOps.pad and .fit round and resample.
-    image = limit_size(image)
-    width, height = image.size
-    if mode == "crop":
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        return image.crop((left, top, left + side, top + side))
-    side = max(width, height)
-    padded = Image.new("RGB", (side, side), fill)
-    padded.paste(image, ((side - width) // 2, (side - height) // 2))
-    return padded
+    kind = type(image_processor)
+    if not issubclass(kind, PilBackend) or kind.resize is not PilBackend.resize:
+        return None
+    pads = False  # before it resizes
+    if kind._preprocess is LlavaImageProcessorPil._preprocess:
+        pads = bool(image_processor.do_pad)
+    elif kind._preprocess is not PilBackend._preprocess:  # which resizes first
+        return None
+    size, resample = image_processor.size, image_processor.resample
+    if not image_processor.do_resize or not isinstance(resample, int) or size.longest_edge or size.max_height:
+        return None
+    shape: Shape = "pad" if pads and mode == "auto" else "stretch" if mode == "auto" else mode
+    width, height = (size.shortest_edge,) * 2 if size.shortest_edge else (size.width, size.height)
+    is_known = height == width if shape != "stretch" else not size.shortest_edge
+    if not is_known or not width or not height or max(width, height) > MAX_SIDE:
+        return None
+    return Resize(width, height, shape, int(resample), fill)

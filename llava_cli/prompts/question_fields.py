@@ -202,7 +202,7 @@ def _path_fields(path: str, folder: str) -> dict[str, str]:
 
 
 def _picture_fields(picture: Picture) -> dict[str, Any]:
-    width, height = picture.image.size
+    width, height = picture.size
     found = {"page": picture.part.page, "time": picture.part.time, "width": width, "height": height}
     return {name: _cleaned(value) for name, value in found.items() if value is not None}
 

@@ -17,6 +17,7 @@ from llava_cli.conversation import Picture
 from llava_cli.errors import LlavaError
 from llava_cli.images.fetch import fetch
 from llava_cli.images.reader import is_url
+from llava_cli.images.resize import Resize
 from llava_cli.images.sandbox import SandboxPool
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.generation import ClientGone
@@ -47,13 +48,13 @@ class PictureOpener:
 
     def __init__(
         self,
-        sandboxes: SandboxPool,
+        decode: Callable[[str, bytes], Picture | LlavaError],
         fetched: Mapping[str, bytes],
         is_own: bool,
         is_wanted: Callable[[], bool],
         time_limit: float = math.inf,
     ) -> None:
-        self._sandboxes, self._fetched, self._is_wanted, self._time_limit = sandboxes, fetched, is_wanted, time_limit
+        self._decode, self._fetched, self._is_wanted, self._time_limit = decode, fetched, is_wanted, time_limit
         self._begin = time.monotonic()
         self._max_bytes = limits.PICTURE_BYTES if is_own else limits.REQUEST_PICTURE_BYTES
         self._pixels_left: float = math.inf if is_own else limits.REQUEST_PIXELS
@@ -65,12 +66,12 @@ class PictureOpener:
         begin = time.monotonic()
         if begin - self._begin > 2 * self._time_limit:
             raise _TooSlow
-        picture = self._sandboxes.open(name, self._bytes(url, name))
+        picture = self._decode(name, self._bytes(url, name))
         if isinstance(picture, LlavaError):
             if time.monotonic() - begin >= self._time_limit:
                 raise _TooSlow
             raise ApiError(400, f"{name}: {picture.reason}", "messages", "invalid_image")
-        self._pixels_left -= picture.image.width * picture.image.height
+        self._pixels_left -= picture.size[0] * picture.size[1]
         if self._pixels_left < 0:
             reason = f"at most {limits.REQUEST_PIXELS // 1_000_000} megapixels in all pictures together"
             raise ApiError(400, reason, "messages", "image_too_large")
@@ -126,18 +127,21 @@ class _Lanes:
 
 
 class RequestPictures:
-    """Opens the images of all requests; with `allow_urls` these may be public URLs.
+    """Opens the images of all requests, resized for the model; with `allow_urls` these may be public URLs.
 
     How long an image takes is not known before it is decoded. So each request first gets
     `limits.QUICK_DECODE_SECONDS`, which is enough for most. One that needs longer begins again in the slow lane, which
     has sandboxes of its own.
     """
 
-    def __init__(self, allow_urls: bool) -> None:
+    def __init__(self, allow_urls: bool, resize: Resize | None) -> None:
         self._allow_urls = allow_urls
         self._quick = SandboxPool(limits.QUICK_DECODE_SECONDS, takes_films=False)
         self._slow = SandboxPool(limits.SERVED_DECODE_SECONDS, takes_films=False)
         self._quick.start_one()
+        self._decode_quickly, self._decode_slowly = (
+            partial(pool.open, resize=resize) for pool in (self._quick, self._slow)
+        )
         self._fetch_lane = WorkerLane(limits.FETCHES)
         quick = len(self._quick.all)
         # The user's own commands do not wait behind other clients.
@@ -160,10 +164,12 @@ class RequestPictures:
         """
         lanes = self._lanes[is_own]
         if not urls:
-            return await lanes.text.run(lambda: work(PictureOpener(self._quick, {}, is_own, is_wanted)), discard)
+            return await lanes.text.run(
+                lambda: work(PictureOpener(self._decode_quickly, {}, is_own, is_wanted)), discard
+            )
         fetched = await self._fetch_all(urls)
-        quick = partial(PictureOpener, self._quick, fetched, is_own, is_wanted, limits.QUICK_DECODE_SECONDS)
-        slow = partial(PictureOpener, self._slow, fetched, is_own, is_wanted)
+        quick = partial(PictureOpener, self._decode_quickly, fetched, is_own, is_wanted, limits.QUICK_DECODE_SECONDS)
+        slow = partial(PictureOpener, self._decode_slowly, fetched, is_own, is_wanted)
         try:
             return await lanes.quick.run(lambda: work(quick()), discard)
         except _TooSlow:

@@ -38,7 +38,8 @@ class Service:
 
     def __init__(self, generation: GenerationService, settings: Settings, max_requests: int, allow_urls: bool) -> None:
         self.generation, self.settings, self.max_requests = generation, settings, max_requests
-        self.bodies, self.pictures = RequestBodies(), RequestPictures(allow_urls)
+        self.bodies = RequestBodies()
+        self.pictures = RequestPictures(allow_urls, generation.engine.picture_resize)
         self.logprobs_lane = WorkerLane(1)
         """For responses with probabilities: up to half a second of decoding single tokens."""
         self._form_lanes = {is_own: WorkerLane(1) for is_own in (False, True)}

@@ -32,6 +32,7 @@ from llava_cli.errors import BadImage, LlavaError
 from llava_cli.images import sandbox as module
 from llava_cli.images import tiff
 from llava_cli.images.animation import seconds_of
+from llava_cli.images.resize import Resize
 from llava_cli.images.sandbox import Sandbox
 from llava_cli.parts import WHOLE, Content, Part
 
@@ -476,7 +477,7 @@ def test_a_file_on_this_disk_is_read(sandbox: Sandbox, tmp_path: Path) -> None:
     link.symlink_to(file)
     assert isinstance(sandbox.open("link.pdf", link), LlavaError)
     assert isinstance(sandbox.inspect("gone.pdf", tmp_path / "gone.pdf"), LlavaError)
-    whole = sandbox.open("doc.pdf", file, dpi=72, shrink=100)
+    whole = sandbox.open("doc.pdf", file, dpi=72, resize=Resize.within(100))
     assert isinstance(whole, Picture) and whole.part == WHOLE and whole.dpi == 72
     assert max(whole.image.size) == 100
 

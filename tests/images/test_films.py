@@ -26,6 +26,7 @@ from llava_cli.conversation import Picture
 from llava_cli.errors import BadImage, InputMissing, LlavaError
 from llava_cli.images import formats
 from llava_cli.images.film_frames import REPLY, Film
+from llava_cli.images.resize import Resize
 from llava_cli.images.sandbox import Crash, Sandbox
 from llava_cli.parts import Content, Part, choose
 from llava_cli.sandbox.process import Worker, WorkerLate
@@ -106,7 +107,7 @@ def test_a_film_that_is_bytes_is_as_one_on_disk(clip: bytes, sandbox: Sandbox, t
 
 def test_a_film_without_a_time_is_its_first_frame(clip: bytes, sandbox: Sandbox) -> None:
     assert time_of(frame(sandbox, clip)) == 0
-    assert frame(sandbox, clip, 3, shrink=48).size == (48, 32)
+    assert frame(sandbox, clip, 3, resize=Resize.within(48)).size == (48, 32)
 
 
 TURNS = {
@@ -418,9 +419,9 @@ def test_a_film_of_too_many_bytes_is_refused(
     "reply",
     [
         b"",
-        REPLY.pack(True, 0, 0, float("nan")),
-        REPLY.pack(True, 0, 0, -1.0),
-        REPLY.pack(True, 0, 0, float("inf")),
+        REPLY.pack(True, 0, 0, 0, 0, float("nan")),
+        REPLY.pack(True, 0, 0, 0, 0, -1.0),
+        REPLY.pack(True, 0, 0, 0, 0, float("inf")),
     ],
 )
 def test_a_length_of_another_form_is_none(reply: bytes, clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +430,7 @@ def test_a_length_of_another_form_is_none(reply: bytes, clip: bytes, monkeypatch
 
 
 def test_a_film_is_not_endless(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Worker, "ask", lambda *arguments: bytearray(REPLY.pack(True, 0, 0, 1e300)))
+    monkeypatch.setattr(Worker, "ask", lambda *arguments: bytearray(REPLY.pack(True, 0, 0, 0, 0, 1e300)))
     assert Sandbox().inspect("clip.mp4", clip) == Content("film", 0, limits.FILM_SECONDS)
 
 
@@ -437,9 +438,11 @@ def test_a_film_is_not_endless(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> 
     "reply",
     [
         b"x",
-        REPLY.pack(True, 0, 0, 0.0),
-        REPLY.pack(True, 4, 4, 0.0) + bytes(47),
-        REPLY.pack(True, 2**20, 2**20, 0.0),
+        REPLY.pack(True, 0, 0, 9, 9, 0.0),
+        REPLY.pack(True, 4, 4, 0, 9, 0.0) + bytes(48),
+        REPLY.pack(True, 4, 4, 2**20, 2**20, 0.0) + bytes(48),
+        REPLY.pack(True, 4, 4, 4, 4, 0.0) + bytes(47),
+        REPLY.pack(True, 2**20, 2**20, 9, 9, 0.0),
     ],
 )
 def test_a_frame_of_another_form_is_none(reply: bytes, clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,8 +47,8 @@ from llava_cli.errors import BadImage, InputMissing, LlavaError, printable
 from llava_cli.images import reader, sandbox
 from llava_cli.images.decode import decode
 from llava_cli.images.reader import looks_like_picture, open_picture
+from llava_cli.images.resize import limit_size, make_square
 from llava_cli.images.sandbox import SandboxPool
-from llava_cli.prompts.image_processor import limit_size, make_square
 
 QUESTION = "what is this?"
 BLACK, WHITE, RED, GREEN, BLUE = (0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 128, 0), (0, 0, 255)

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.skipif(not SUPPORTED, reason="Landlock and seccomp are 
 CONTENT = job.CONTENT
 
 
-def header(width: int, height: int, format_index: int = 1) -> bytes:
-    return job.PICTURE.pack(job.IS_PICTURE, width, height, 1, False, format_index, True)
+def header(width: int, height: int, format_index: int = 1, size: tuple[int, int] = (9, 9)) -> bytes:
+    return job.PICTURE.pack(job.IS_PICTURE, width, height, *size, 1, False, format_index, True)
 
 
 @for_each(
@@ -44,6 +44,8 @@ def header(width: int, height: int, format_index: int = 1) -> bytes:
         header(10, 10) + bytes(299),
         header(10, 10) + bytes(301),
         header(1, 1, 99) + bytes(3),
+        header(1, 1, size=(0, 9)) + bytes(3),
+        header(1, 1, size=(2**20, 2**20)) + bytes(3),
         header(0, 0),
         header(0, 5),
         header(2**32 - 1, 2**32 - 1) + bytes(3),

@@ -147,11 +147,11 @@ def _outcomes(
     sizes: dict[int, int] = {}
 
     def requests() -> Iterator[Request | LlavaError]:
-        for number, (task, picture) in enumerate(loader.load_all(tasks)):
+        for number, (task, picture) in enumerate(loader.load_all(tasks, engine.picture_resize)):
             if isinstance(picture, LlavaError):
                 yield picture
                 continue
-            width, height = picture.image.size
+            width, height = picture.size
             sizes[number] = size_class(width * height)
             try:
                 task = fill(task, picture)

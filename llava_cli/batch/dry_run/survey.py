@@ -68,7 +68,7 @@ class Survey:
             refused = number + 1, type(picture).__name__, picture.reason
             self._database.execute("insert into refused values (?, ?, ?)", refused)
             return
-        width, height = picture.image.size
+        width, height = picture.size
         same = f"{picture.sha256} {task.part!r} {task.region}".encode()
         opened = number + 1, width * height, round(2 * math.log2(width * height)), same
         self._database.execute("insert into opened values (?, ?, ?, ?)", opened)

@@ -27,6 +27,7 @@ from llava_cli.batch.report.report_rows import RowsFile
 from llava_cli.batch.rows import escalation_error, is_number
 from llava_cli.batch.tasks import Task
 from llava_cli.conversation import Picture
+from llava_cli.images.resize import Resize
 from llava_cli.untrusted_text import for_page, printable
 
 MAX_THUMBNAILS = 5_000
@@ -100,9 +101,9 @@ def _page_rows(rows: RowsFile, first: int, folders: PictureFolders, path: Path) 
 
     side, dpi = THUMBNAIL_SIDE, folders.dpi
     # One reader: an archive may be a stream.
-    with closing(PictureLoader(folders.find, folders.allow_truncated, max_side=side, dpi=dpi, readers=1)) as loader:
+    with closing(PictureLoader(folders.find, folders.allow_truncated, dpi=dpi, readers=1)) as loader:
         previous: Any = None
-        for task, picture in loader.load_all(tasks()):
+        for task, picture in loader.load_all(tasks(), Resize.within(side)):
             number, row = waiting.popleft()
             current = picture, row.get("sha256")
             is_same = previous is not None and current[0] is previous[0] and current[1] == previous[1]
