@@ -30,6 +30,7 @@ from llava_cli.settings import Attention, Device, Fit, LoadOptions, Precision, S
 
 if TYPE_CHECKING:
     from llava_cli.checking import Check
+    from llava_cli.conversation import Picture
     from llava_cli.engine import Engine
     from llava_cli.engine.local import LocalEngine
     from llava_cli.engine.model_patch import ModelPatch
@@ -80,11 +81,11 @@ def _ignore(line: str) -> None:
     """Tells nobody."""
 
 
-def open_engine(settings: Settings, tell: Tell, hint: Tell = _ignore) -> Engine:
+def open_engine(settings: Settings, tell: Tell, hint: Tell = _ignore, pictures: Sequence[Picture] = ()) -> Engine:
     """The server that the settings name; else the user's own, where it holds the model that they ask for; else that
     model, loaded here.
 
-    `tell` gets one line where a server is gone before all is answered; `tell` and `hint` what `load_engine` has to say.
+    `tell` gets one line where a server is gone before all is answered; the others are `load_engine`'s.
     """
     remote = settings.remote
     if remote.server:
@@ -96,7 +97,7 @@ def open_engine(settings: Settings, tell: Tell, hint: Tell = _ignore) -> Engine:
         )
     path = socket_path()
     engine = _server_at(path, settings.load, tell, hint) if os.path.lexists(path) else None
-    return engine or load_engine(settings.load, tell, hint)
+    return engine or load_engine(settings.load, tell, hint, pictures)
 
 
 def _server_at(path: Path, options: LoadOptions, tell: Tell, hint: Tell) -> Engine | None:
@@ -143,10 +144,13 @@ def _gc_paused() -> Iterator[None]:
 
 
 @_gc_paused()
-def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore) -> LocalEngine:
+def load_engine(
+    options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore, pictures: Sequence[Picture] = ()
+) -> LocalEngine:
     """The engine that the options ask for; `tell` gets a line for each thing that is not done as one would expect.
 
     `hint` gets one where `auto` has taken fewer bits than are best here, which a user may not want to hear of.
+    `pictures` are those of the first question, which are processed while weights are read.
     """
     begin = time.perf_counter()
     checkpoint = find_checkpoint(options)
@@ -171,6 +175,7 @@ def load_engine(options: LoadOptions, tell: Tell = _ignore, hint: Tell = _ignore
             _hold_to_model(checkpoint, configs, config, weights, prompter, generation_config)
         plan = settle_precision(checkpoint, config, plan, options)
         plan = fit_to_memory(checkpoint, sizes_of(checkpoint, weights, configs[CONFIG]), plan, options, hint)
+        prompter.prepare(pictures)
         if cpu := cpu_wing(plan):
             cpu.compile_ahead(config, plan)
         model = load_model(checkpoint, config, plan, weights, options)

@@ -71,7 +71,7 @@ def ask(
     with render.spinner("loading the model", quiet):
         from llava_cli.loader import open_engine
 
-        engine = open_engine(settings, render.note, render.notes(quiet))
+        engine = open_engine(settings, render.note, render.notes(quiet), conversation.pictures)
     if not quiet:
         render.note_demo_model(settings.load, engine.model)
         render.note_picture_count(engine.family, conversation)

@@ -93,7 +93,7 @@ def chat(
     with render.spinner("loading the model", quiet or plain):
         from llava_cli.loader import open_engine
 
-        engine = open_engine(settings, render.note, render.notes(quiet))
+        engine = open_engine(settings, render.note, render.notes(quiet), pictures if number is None else ())
     if not quiet:
         render.note_demo_model(settings.load, engine.model)
     preview = draw_thumbnail if has_thumbnails else lambda picture: None

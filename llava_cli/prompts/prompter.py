@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llava_cli import limits
-from llava_cli.conversation import Conversation
+from llava_cli.conversation import Conversation, Picture
 from llava_cli.errors import LlavaError, ModelUnusable, PromptTooLong
 from llava_cli.models.families import Family
 from llava_cli.prompts.chat_template import ChatTemplate, Messages, choose_template, is_shipped, template_hint
-from llava_cli.prompts.image_processor import ImageProcessor
+from llava_cli.prompts.image_processor import ImageProcessor, ProcessedImages
 from llava_cli.prompts.processor import image_placeholder, image_token_id
 from llava_cli.prompts.sandbox import (
     PIECE_CHARACTERS,
@@ -65,6 +66,7 @@ class Prompter:
         self.processor.image_processor = self.image_processor = ImageProcessor(processor.image_processor, fit)
         self._lock = threading.Lock()  # a tokenizer serves one thread at a time
         self._large_lock = threading.Lock()
+        self._preparing: threading.Thread | None = None
         self.family = family
         self.template_origin = "none"
         """Where the chat template is from, in words."""
@@ -92,15 +94,35 @@ class Prompter:
 
     def encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
         """The model's inputs: `input_ids` [1, tokens] with expanded image tokens, `pixel_values`, …"""
+        if self._preparing:
+            self._preparing.join()
         images = [picture.image for picture in conversation.pictures]
-        # Outside the lock, so that small pictures do not wait for others; large ones take turns because of memory.
-        is_large = sum(image.width * image.height for image in images) > LARGE_PIXELS
-        with self._large_lock if is_large else nullcontext():
-            processed = self.image_processor.process(images) if images else None
+        processed = self._processed(images)
         with self._lock:
             if processed:
                 self.image_processor.last = processed
             return self._encode(conversation, images)
+
+    def prepare(self, pictures: Sequence[Picture]) -> None:
+        """Begins to process the pictures of the first question, in a thread that `encode` waits for."""
+        if not pictures:
+            return
+        if self.image_processor.options is None:
+            self.encode_example()  # after which nothing is left to import: two threads that do can wait for each other
+        images = [picture.image for picture in pictures]
+
+        def process() -> None:
+            with suppress(Exception):  # which `encode` comes upon, too
+                self.image_processor.last = self._processed(images)
+
+        self._preparing = threading.Thread(target=process, daemon=True)
+        self._preparing.start()
+
+    def _processed(self, images: list[Image]) -> ProcessedImages | None:
+        """Outside the lock, so that small pictures do not wait for others; large ones take turns because of memory."""
+        is_large = sum(image.width * image.height for image in images) > LARGE_PIXELS
+        with self._large_lock if is_large else nullcontext():
+            return self.image_processor.process(images) if images else None
 
     def answer_ids(self, texts: list[str]) -> list[list[int]]:
         """The tokens of texts as answers, without what ends them: as the template puts an answer behind a prompt.

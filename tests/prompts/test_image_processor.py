@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_cli.conversation import Picture
+from llava_cli.conversation import Conversation, Picture
 from llava_cli.images.resize import Resize, pack, unpack
 from llava_cli.images.sandbox import Sandbox
+from llava_cli.loader import load_prompter
 from llava_cli.prompts.image_processor import ImageProcessor
-from llava_cli.settings import Fit
+from llava_cli.settings import Fit, LoadOptions
 
 SIZES = ((1, 1), (2, 1), (33, 32), (60, 40), (40, 60), (640, 481), (1000, 7), (7, 900), (7200, 40))
 SQUARE = {"height": 32, "width": 32}
@@ -109,3 +111,28 @@ def test_a_square_of_the_right_size_is_left_alone() -> None:
     image = Image.new("RGB", (32, 32), "red")
     for shape in ("stretch", "pad", "crop"):
         assert Resize(32, 32, shape)(image) is image  # type: ignore[arg-type]
+
+
+@for_each("error", [None, ValueError])
+def test_pictures_of_the_first_question_are_processed_ahead(
+    error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, and with the same result; what goes wrong is told when the question is asked."""
+    pictures = [Picture("a.png", noise(70, 50), sha256=""), Picture("b.png", noise(20, 50), sha256="")]
+    conversation = Conversation().ask("what changed?", pictures)
+    wanted = load_prompter(LoadOptions(model="builtin")).encode(conversation)
+    prompter, calls = load_prompter(LoadOptions(model="builtin")), []
+    prompter.encode_example()
+    process = ImageProcessor._process
+
+    def counted(self: ImageProcessor, images: list[Image.Image], options: dict[str, Any]) -> Any:
+        calls.append(threading.current_thread())
+        if error and len(calls) == 1:
+            raise error("no pixels")
+        return process(self, images, options)
+
+    monkeypatch.setattr(ImageProcessor, "_process", counted)
+    prompter.prepare(pictures)
+    assert_equal(prompter.encode(conversation), wanted)
+    assert calls[0] is not threading.main_thread()
+    assert len(calls) == (2 if error else 1)
