@@ -6,30 +6,34 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.peer import by_picture, serving
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTION = "what is this?"
 
 
 @pytest.fixture
-def here(tmp_path: Path, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with pictures and a single run's rows, where `llava` is this one, with the built-in model."""
+def here(tmp_path: Path, drawing: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with pictures and a single run's rows, where `llava` is this one, with a server that answers at once."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(6):
         (folder / f"{number}.png").write_bytes(drawing.read_bytes())
     command = tmp_path / "bin" / "llava"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m llava_cli "$@" -m builtin\n')
-    command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
-    subprocess.run(["llava", "batch", "photos", QUESTION, "-q", "-o", "single.jsonl"], check=True)
-    return tmp_path
+    with serving() as peer:
+        peer.usual = by_picture
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} -m llava_cli "$@" --server {peer.url}\n')
+        command.chmod(0o755)
+        subprocess.run(["llava", "batch", "photos", QUESTION, "-q", "-o", "single.jsonl"], check=True)
+        yield tmp_path
 
 
 def test_an_array_job(here: Path) -> None:
