@@ -17,6 +17,8 @@ import pytest
 from helpers.clusters import ENVIRONMENT, Driver, TestCluster, cluster_of
 from helpers.command import Run
 from helpers.hub import Hub, serving
+from helpers.peer import Held, Peer, by_picture
+from helpers.peer import serving as serving_answers
 from helpers.tables import for_each
 from helpers.terminal import Open
 from PIL import Image, ImageDraw
@@ -25,7 +27,6 @@ from llava_cli.batch.cluster.cluster import EXTRA, Cluster, _actor
 from llava_cli.errors import ServerFailed
 from llava_cli.models.registry import builtin_folder
 
-pytestmark = pytest.mark.cold
 QUESTION = "what is this?"
 TINY = "owner/tiny-llava"
 
@@ -52,11 +53,22 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def cluster(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_ENDPOINT", hub.url)
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
-        with cluster_of(3) as it:
-            yield it
+    with cluster_of(3, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path_factory.mktemp("hub"))) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def answers() -> Iterator[Peer]:
+    """A server, for what does not depend on the model."""
+    with serving_answers() as peer:
+        yield peer
+
+
+@pytest.fixture
+def peer(answers: Peer) -> Peer:
+    """The server, answering at once."""
+    answers.usual = by_picture
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +77,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(pictures: Path) -> bytes:
+def single(pictures: Path, answers: Peer) -> bytes:
     """What a single run writes."""
-    return run_single(pictures)
+    answers.usual = by_picture
+    return run_single(pictures, "--server", answers.url, output=pictures.parent / "single.jsonl")
 
 
-def run_single(pictures: Path) -> bytes:
-    output = pictures.parent / f"{pictures.name}.jsonl"
-    command = [sys.executable, "-m", "llava_cli", "batch", str(pictures), QUESTION, "-q", "-m", "builtin"]
+def run_single(pictures: Path, *options: str, output: Path) -> bytes:
+    command = [sys.executable, "-m", "llava_cli", "batch", str(pictures), QUESTION, "-q", *options]
     subprocess.run([*command, "-o", str(output)], check=True)
     return output.read_bytes()
 
 
-def started(pictures: Path, cluster: TestCluster, output: Path, *more: str | Path, script: str = "") -> Driver:
-    address = ("--ray", cluster.address, "-m", "builtin")
+def started(
+    pictures: Path, cluster: TestCluster, peer: Peer, output: Path, *more: str | Path, script: str = ""
+) -> Driver:
+    address = ("--ray", cluster.address, "--server", peer.url)
     return Driver(pictures, QUESTION, *address, *more, output=output, script=script)
 
 
@@ -91,55 +105,63 @@ def assert_equals(driver: Driver, single: bytes) -> None:
     assert files_of(driver) == ["lock", "manifest", "settings.json"]
 
 
-def test_equals_a_single_run(cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path) -> None:
-    driver = started(pictures, cluster, tmp_path / "out.jsonl", "--json-progress")
+def test_equals_a_single_run(cluster: TestCluster, pictures: Path, tmp_path: Path) -> None:
+    """With the built-in model, which each worker loads."""
+    words = (pictures, QUESTION, "--ray", cluster.address, "-m", "builtin")
+    driver = Driver(*words, "--json-progress", output=tmp_path / "out.jsonl")
     assert driver.wait() == 0, driver.printed
-    assert_equals(driver, single)
+    assert_equals(driver, run_single(pictures, "-m", "builtin", output=tmp_path / "single.jsonl"))
     lines = [json.loads(line) for line in driver.printed.splitlines() if line.startswith("{")]
     assert lines[-1]["rows"] == lines[-1]["total"] == 120
     assert sum(node["workers"] for node in lines[-1]["nodes"]) >= 1
     assert "raylet" not in driver.printed
-    again = started(pictures, cluster, tmp_path / "out.jsonl")
+    again = Driver(*words, output=tmp_path / "out.jsonl")
     assert again.wait() == 0
     assert "out.jsonl: 120 rows · 0 failed" in again.printed
 
 
-def test_a_terminal_has_a_line_for_each_node(
-    cluster: TestCluster, pictures: Path, terminal: Open, tmp_path: Path
+def test_drained_by_a_signal_and_resumed_at_a_terminal(
+    cluster: TestCluster, pictures: Path, peer: Peer, single: bytes, terminal: Open, tmp_path: Path
 ) -> None:
-    words = ("batch", pictures, QUESTION, "-m", "builtin", "-o", tmp_path / "out.jsonl", "--workers", "1")
-    words = (*words, "--ray", cluster.address)
-    screen = terminal(*words, **ENVIRONMENT)
+    """The terminal has a line for each node.
+
+    Every run has a picture whose answer is still to come as we look at it or stop it.
+    """
+    output = tmp_path / "out.jsonl"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        peer.usual = held = Held(20)
+        driver = started(pictures, cluster, peer, output, "--workers", "1")
+        before = driver.parts()
+        driver.until(lambda: driver.parts() > before + 3)  # noqa: B023
+        driver.process.send_signal(number)
+        held.let_go()
+        assert driver.wait() == 128 + number, driver.printed
+        assert "stopped; to go on:" in driver.printed
+        assert before < driver.parts() < 120
+    peer.usual = held = Held(30)
+    words = ("batch", pictures, QUESTION, "--server", peer.url, "-o", output, "--workers", "1")
+    screen = terminal(*words, "--ray", cluster.address, **ENVIRONMENT)
     screen.expect("connecting to the cluster")
     screen.expect("no worker is ready yet")
     screen.expect(r"1 worker .*[1-9]\.\d pictures/s")
+    held.let_go()
     screen.expect(r"pictures/s · .* on \d nodes?")
     assert screen.leave() == 0
+    assert_equals(driver, single)
 
 
-def test_drained_by_a_signal_and_resumed(cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        driver = started(pictures, cluster, tmp_path / "out.jsonl", "--workers", "1")
-        before = driver.parts()
-        driver.until(lambda: driver.parts() > before + 3)  # noqa: B023
-        assert driver.kill(number) == 128 + number, driver.printed
-        assert "stopped; to go on:" in driver.printed
-        assert before < driver.parts() < 120
-    again = started(pictures, cluster, tmp_path / "out.jsonl", "--workers", "1")
-    assert again.wait() == 0, again.printed
-    assert_equals(again, single)
-
-
-def test_a_cluster_on_this_machine(pictures: Path, single: bytes, terminal: Open, tmp_path: Path) -> None:
+def test_a_cluster_on_this_machine(pictures: Path, peer: Peer, single: bytes, terminal: Open, tmp_path: Path) -> None:
     """It is gone with its driver, also where that is killed; at a terminal nothing of Ray's is seen."""
     output = tmp_path / "out.jsonl"
-    words = ("--ray", "local", "-m", "builtin", "--workers", "1")
+    words = ("--ray", "local", "--server", peer.url, "--workers", "1")
+    peer.usual = held = Held(20)
     driver = Driver(pictures, QUESTION, *words, output=output)
     driver.until(lambda: driver.parts() > 3)
     family = psutil.Process(driver.process.pid).children(recursive=True)
     assert any(one.name() == "raylet" for one in family)
     family = [one for one in family if not one.name().endswith("Agent")]  # Ray's agents miss their raylet later
     driver.kill()
+    held.let_go()
     _, alive = psutil.wait_procs(family, 30)
     assert not alive
     screen = terminal("batch", pictures, QUESTION, *words, "-o", output)
@@ -174,10 +196,22 @@ def test_options_that_do_not_go_with_it(run: Run, drawing: Path, tmp_path: Path)
 
 
 def test_nothing_imports_ray_unless_it_is_asked_for(drawing: Path, tmp_path: Path) -> None:
-    script = "import sys; from llava_cli.start import main\ntry: main()\nfinally: sys.exit('ray' in sys.modules)"
-    arguments = ["batch", str(drawing), QUESTION, "-q", "-m", "builtin", "-o", str(tmp_path / "out.jsonl")]
-    for more in ([], ["--shard", "1/1"]):
-        assert subprocess.run([sys.executable, "-c", script, *arguments, *more]).returncode == 0
+    script = """
+import sys
+from llava_cli.start import main
+
+command = sys.argv
+for more in (["single.jsonl"], ["shard.jsonl", "--shard", "1/1"]):
+    sys.argv = [*command, *more]
+    try:
+        main()
+    except SystemExit as done:
+        assert not done.code
+    assert "ray" not in sys.modules
+"""
+    command = [sys.executable, "-c", script, "batch", str(drawing), QUESTION, "-q", "-m", "builtin", "-o"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert (tmp_path / "single.jsonl").read_bytes() == (tmp_path / "shard.jsonl").read_bytes()
 
 
 INJECTED = """
@@ -196,7 +230,7 @@ main()
 
 
 def test_a_node_that_cannot_load_the_model_is_named(
-    cluster: TestCluster, pictures: Path, single: bytes, tmp_path: Path
+    cluster: TestCluster, pictures: Path, peer: Peer, single: bytes, tmp_path: Path
 ) -> None:
     """The others answer all."""
     body = f"""
@@ -205,39 +239,43 @@ def test_a_node_that_cannot_load_the_model_is_named(
     with suppress(FileExistsError):
         os.mkdir({str(tmp_path / "first")!r})
         raise OutOfMemory("builtin", "not enough memory", "llava models lists what fits")"""
-    driver = started(pictures, cluster, tmp_path / "out.jsonl", script=INJECTED.format(body=body))
+    driver = started(pictures, cluster, peer, tmp_path / "out.jsonl", script=INJECTED.format(body=body))
     assert driver.wait() == 0, driver.printed
     assert_equals(driver, single)
     assert driver.printed.count("builtin: not enough memory; it gets no work\n  llava models lists") == 1
 
 
-@for_each(
-    ("body", "code", "said"),
-    [
-        (
-            "from llava_cli.errors import OutOfMemory; raise OutOfMemory('m', 'not enough memory', 'a hint')",
-            71,
-            "llava: m: not enough memory\n  a hint\n",
-        ),
-        ("os._exit(1)", 69, "llava: --ray: workers end as they start"),
-        (
-            "from llava_cli.batch.row_file import RowFile; RowFile.append = lambda *_: os.listdir('/nowhere')",
-            74,
-            "llava: OUT: no such file or directory\n  the same command resumes\n",
-        ),
-    ],
-    own=(),
+ERRORS = (
+    (
+        "from llava_cli.errors import OutOfMemory; raise OutOfMemory('m', 'not enough memory', 'a hint')",
+        71,
+        "llava: m: not enough memory\n  a hint\n",
+    ),
+    ("os._exit(1)", 69, "llava: --ray: workers end as they start"),
+    (
+        "from llava_cli.batch.row_file import RowFile; RowFile.append = lambda *_: os.listdir('/nowhere')",
+        74,
+        "llava: OUT: no such file or directory\n  the same command resumes\n",
+    ),
 )
+
+
 def test_an_error_of_all_workers_ends_the_run(
-    body: str, code: int, said: str, cluster: TestCluster, pictures: Path, tmp_path: Path
+    cluster: TestCluster, pictures: Path, peer: Peer, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     """In its line, with its exit code, and nothing is lost."""
-    output = tmp_path / "out.jsonl"
-    driver = started(pictures, cluster, output, "--workers", "1", script=INJECTED.format(body=body))
-    assert driver.wait() == code, driver.printed
-    assert said.replace("OUT", str(output)) in driver.printed
-    assert "Traceback" not in driver.printed
-    assert "shared" in files_of(driver)
+    drivers = [
+        started(
+            *(pictures, cluster, peer, tmp_path / f"{code}.jsonl", "--workers", "1"), script=INJECTED.format(body=body)
+        )
+        for body, code, _ in ERRORS
+    ]
+    for driver, (body, code, said) in zip(drivers, ERRORS, strict=True):
+        with subtests.test(body):
+            assert driver.wait() == code, driver.printed
+            assert said.replace("OUT", str(driver.output)) in driver.printed
+            assert "Traceback" not in driver.printed
+            assert "shared" in files_of(driver)
 
 
 def test_a_node_without_llava_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

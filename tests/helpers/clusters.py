@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
-_STORE_BYTES = 80_000_000
-_HEALTH = {  # a node that was killed is missed after 3 s in place of 14
-    "health_check_initial_delay_ms": 1000,
+_NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
+_HEAD = {"include_dashboard": False, "no_monitor": True}
+"""No page, and nothing that would add nodes by itself."""
+_SETTINGS = {
+    "enable_worker_prestart": False,  # of processes for workers that nobody has asked for
+    "health_check_initial_delay_ms": 1000,  # a node that was killed is missed after 3 s in place of 14
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 3,
@@ -35,8 +39,9 @@ class TestCluster:
 
     __test__ = False
 
-    def __init__(self, cluster: Any) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: Any, variables: dict[str, str]) -> None:
+        """`variables` are of the environment of its nodes and of what runs there."""
+        self._cluster, self._variables = cluster, variables
         self.address: str = cluster.address
 
     @property
@@ -44,8 +49,10 @@ class TestCluster:
         """All but the head."""
         return list(self._cluster.worker_nodes)
 
-    def add_node(self, **options: Any) -> Any:
-        return self._cluster.add_node(**{"num_cpus": 1, "object_store_memory": _STORE_BYTES, "wait": True, **options})
+    def add_node(self) -> None:
+        """Returns once it is there."""
+        with _environment(self._variables):
+            self._cluster.add_node(**_NODE)
 
     def kill_node(self, node: Any) -> None:
         """Kills its raylet, and nothing else: its workers go on until they miss it."""
@@ -65,31 +72,33 @@ def _title(process: psutil.Process) -> str:
 
 
 @contextmanager
-def cluster_of(nodes: int) -> Iterator[TestCluster]:
-    """A cluster with so many nodes, one of which is the head."""
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Of this process, and of those that it starts meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+@contextmanager
+def cluster_of(nodes: int, **variables: str) -> Iterator[TestCluster]:
+    """A cluster with so many nodes, one of which is the head; `variables` are of their environment alone."""
     from ray.cluster_utils import Cluster
 
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short names
     Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # where Ray notes the address of the newest cluster
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**head, "_system_config": _HEALTH, "temp_dir": folder}, connect=False
-    )
-    try:
-        it = TestCluster(cluster)
-        for _ in range(nodes - 1):
-            it.add_node()
-        yield it
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    head = {**_NODE, **_HEAD, "_system_config": _SETTINGS, "temp_dir": folder}
+    with _environment(ENVIRONMENT):
+        with _environment(variables):
+            cluster = Cluster(initialize_head=True, head_node_args=head, connect=False)
+        try:
+            it = TestCluster(cluster, variables)
+            for _ in range(nodes - 1):
+                it.add_node()
+            yield it
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Driver:
