@@ -1,4 +1,8 @@
-"""`llava batch --ray` on a cluster of three raylets: the file of a single run, whatever dies meanwhile."""
+"""`llava batch --ray` on a cluster of three raylets: the file of a single run, whatever dies meanwhile.
+
+`LLAVA_TORTURE_SEEDS=20` kills workers, nodes and drivers at the moments of as many seeds, and
+`LLAVA_TORTURE_MODEL=builtin` has the built-in model answer meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,10 @@ from helpers.command import Run
 from helpers.hub import Hub, serving
 from helpers.peer import Held, Peer, by_picture
 from helpers.peer import serving as serving_answers
+from helpers.picture_bytes import encoded
 from helpers.tables import for_each
 from helpers.terminal import Open
+from helpers.torture import INSTANT, Torture
 from PIL import Image, ImageDraw
 
 from llava_cli.batch.cluster.cluster import EXTRA, Cluster, _actor
@@ -28,6 +34,11 @@ from llava_cli.errors import ServerFailed
 from llava_cli.models.registry import builtin_folder
 
 QUESTION = "what is this?"
+SEEDS = int(os.environ.get("LLAVA_TORTURE_SEEDS", "1"))
+HAS_MODEL = os.environ.get("LLAVA_TORTURE_MODEL") == "builtin"
+MANY = 3000
+RANGES = 65
+"""Of so many pictures."""
 TINY = "owner/tiny-llava"
 
 
@@ -328,3 +339,68 @@ def test_a_cluster_that_is_gone(tmp_path: Path) -> None:
     ray = SimpleNamespace(_private=SimpleNamespace(worker=SimpleNamespace(_global_node=own, shutdown=print)), remote=id)
     with pytest.raises(ServerFailed, match="--ray auto: the cluster is gone"):
         Cluster(ray, "auto").nodes()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures for torture."""
+    folder = tmp_path_factory.mktemp("torture") / "pictures"
+    folder.mkdir()
+    random = Random(0)
+    for number in range(MANY):
+        color = random.randrange(256), random.randrange(256), random.randrange(256)
+        (folder / f"{number:05}.png").write_bytes(encoded(Image.new("RGB", (16, 16), color), "PNG"))
+    return folder
+
+
+def tortured(pictures: Path, answers: Peer, *more: str, output: Path) -> Driver:
+    """Of its server only the name is asked for: answers are the script's, unless they are the built-in model's."""
+    model, script = (("-m", "builtin"), "") if HAS_MODEL else (("--server", answers.url), INSTANT)
+    return Driver(pictures, QUESTION, *model, *more, output=output, script=script)
+
+
+@pytest.fixture(scope="module")
+def single_of_many(many: Path, answers: Peer) -> bytes:
+    """What a single run writes."""
+    run = tortured(many, answers, output=many.parent / "single.jsonl")
+    while run.process.poll() is None:  # for as long as it takes the built-in model
+        run.process.wait()
+    assert run.process.returncode == 0, run.printed
+    return run.output.read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_whatever_is_killed_the_rows_are_those_of_a_single_run(
+    seed: int, cluster: TestCluster, answers: Peer, many: Path, single_of_many: bytes, tmp_path: Path
+) -> None:
+    """A moment is a number of ranges that are committed; as many nodes are left as there were."""
+    random = Random(seed)
+    output = tmp_path / "out.jsonl"
+    torture = Torture(cluster, random, lambda: tortured(many, answers, "--ray", cluster.address, output=output))
+    steps = [torture.kill_worker, torture.kill_node, torture.kill_driver]
+    random.shuffle(steps)
+    moments = sorted(random.sample(range(1, RANGES * 3 // 4), 4))
+    for moment, step in zip(moments, [*steps, torture.add_node], strict=True):
+        torture.driver.until(lambda moment=moment: torture.driver.parts() >= moment)  # type: ignore[misc]
+        step()
+    driver = torture.driver
+    assert driver.process.wait() == 0, driver.printed
+    assert driver.output.read_bytes() == single_of_many
+    assert {path.name for path in driver.run.iterdir()} == {"lock", "manifest", "settings.json"}
+
+
+def test_pictures_that_end_their_workers_have_errors_and_all_others_answers(
+    cluster: TestCluster, answers: Peer, tmp_path: Path
+) -> None:
+    """Two neighbors, of one range."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = [f"{number:03}{'-deadly' * (number in (70, 71))}.png" for number in range(192)]
+    for name in names:
+        (folder / name).write_bytes(encoded(Image.new("RGB", (4, 4)), "PNG"))
+    driver = started(folder, cluster, answers, tmp_path / "out.jsonl", script=INSTANT)
+    assert driver.wait() == 1, driver.printed
+    rows = [json.loads(line) for line in driver.output.read_bytes().splitlines()]
+    assert [row["image"] for row in rows] == names
+    assert [row["answer"] for row in rows if row["status"] == "ok"] == names[:70] + names[72:]
+    assert [row["error"]["type"] for row in rows if row["status"] == "error"] == ["WorkerLost"] * 2
