@@ -78,10 +78,7 @@ class Sampler:
                 scores = self._masked(self._constraint, scores)
             if self._processors:
                 scores = self._processed(scores)
-            if self._generator is None:
-                token = scores.argmax()
-            else:
-                token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)[0, 0]
+            token = scores.argmax() if self._generator is None else _drawn(scores.softmax(-1), self._generator)[0]
             if self._processors:
                 self._ids[0, self._length] = token
                 self._length += 1
@@ -100,6 +97,17 @@ class Sampler:
             processed = processed.masked_fill(scores == -torch.inf, -torch.inf)
             return processed if processed.isfinite().any() else scores
         return processed
+
+
+def _drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An index [rows] by its probability [rows, indices]: the one that `torch.multinomial` draws, in the same way.
+
+    That first looks at the probabilities, for which a GPU is waited for twice.
+    """
+    import torch
+
+    waiting = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / waiting).argmax(-1)
 
 
 class ForcedTokens:
