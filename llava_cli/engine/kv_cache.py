@@ -170,6 +170,12 @@ class RoomyCache(Cache):
         layers: list[Any] = self.layers
         return sum(x[0, :, 0].nbytes for layer in layers for x in (layer.keys, layer.values))
 
+    @property
+    def nbytes_of_tokens(self) -> int:
+        """Without the spare space."""
+        layers: list[Any] = self.layers
+        return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
+
     def extend(self, tokens: int) -> None:
         """Counts tokens that somebody wrote behind the last ones."""
         layer: Any

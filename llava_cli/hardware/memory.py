@@ -38,7 +38,7 @@ def _left_for_metal() -> int:
 
 def cards_of(model: Any) -> list[int] | None:
     """The GPUs that a model is on; None for one on no GPU."""
-    placed = {*getattr(model, "hf_device_map", {}).values(), model.device}
+    placed = {*getattr(model, "hf_device_map", {}).values(), model.device} - {"disk"}
     if model.device.type != "cuda":
         return None
     import torch

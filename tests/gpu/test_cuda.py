@@ -133,6 +133,7 @@ def test_a_pool_whose_graphs_are_gone_is_not_used_again(card: Card) -> None:
 
 @pytest.mark.parametrize("at_the_end", [True, False])
 def test_a_capture_that_fails_leaves_the_usual_stream(at_the_end: bool, card: Card) -> None:
+    """And its graph, which torch's allocator may still refer to."""
     capture, step, card.ends_badly = cuda.cuda_capture(), Step(card), at_the_end
 
     def failing() -> None:
@@ -143,6 +144,8 @@ def test_a_capture_that_fails_leaves_the_usual_stream(at_the_end: bool, card: Ca
     with pytest.raises(RuntimeError):
         capture(step)  # type: ignore[arg-type]
     assert card.stream_now == "usual"
+    gc.collect()
+    assert card.pools[0] == 1
 
 
 def test_no_import_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

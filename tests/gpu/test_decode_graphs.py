@@ -61,6 +61,7 @@ def test_a_shape_is_captured_once_and_replayed(engines: Engines, monkeypatch: py
     [
         ("operation not permitted when stream is capturing", "could not be captured ({})", 0),
         ("CUDA out of memory. Tried to allocate 20.00 MiB.", None, 1),
+        ("CUDA out of memory. Tried to allocate 20.00 MiB.: operation failed due to a previous error", None, 1),
     ],
 )
 def test_what_cannot_be_captured_is_computed(words: str, problem: str | None, captured: int, engines: Engines) -> None:
@@ -119,10 +120,17 @@ def test_without_memory_for_static_buffers_the_plain_path_answers(
     engine = engines("llava-llama")
     with engine.patch.undone():
         expected = ours(engine, CONVERSATIONS["one"], Sampling())
-    monkeypatch.setattr(decode_graphs, "free_memory", lambda device, cards: 1000)
+    asked: list[str] = []
+
+    def free_memory(device: str, cards: list[int] | None) -> int:
+        asked.append(device)
+        return 1000
+
+    monkeypatch.setattr(decode_graphs, "free_memory", free_memory)
     with stepping(engine, Recorder()) as graphs:
         assert ours(engine, CONVERSATIONS["one"], Sampling()) == expected
         assert not graphs.shapes
+        assert len(asked) <= 3  # once for each capacity
 
 
 @for_each(

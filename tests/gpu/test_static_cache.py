@@ -52,6 +52,17 @@ def test_a_cache_moves_from_shape_to_shape_and_out_again() -> None:
     assert equal(content(other), others)
 
 
+def test_growing_takes_room_for_what_is_moved_out_meanwhile() -> None:
+    arena, cache = KvArena(), filled(2, 7)
+    token = cache.nbytes_of_token
+    assert arena.bytes_to_grow(cache, 2, 16) == 32 * token
+    arena.grow(cache, 2, 16)
+    assert arena.bytes_to_grow(cache, 4, 16) == 32 * token
+    arena.adopt(cache, arena.layers(cache, 2, 16, torch.zeros(1, dtype=torch.long)))
+    assert cache.nbytes_of_tokens == 14 * token
+    assert arena.bytes_to_grow(cache, 4, 16) == (32 + 14) * token
+
+
 def test_a_dead_cache_is_not_moved_out() -> None:
     arena = KvArena()
     cache = filled(1, 3)

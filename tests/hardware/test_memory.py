@@ -104,7 +104,7 @@ def test_what_torchs_allocator_holds_is_free_and_each_card_counts(monkeypatch: p
     [
         ({}, "cuda:1", [1]),
         ({"": "cuda"}, "cuda:0", [0]),
-        ({"model.layers.0": 0, "lm_head": 2, "rest": "cpu"}, "cuda:0", [0, 2]),
+        ({"model.layers.0": 0, "lm_head": 2, "rest": "cpu", "more": "disk"}, "cuda:0", [0, 2]),
         ({}, "cpu", None),
     ],
 )

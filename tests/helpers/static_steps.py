@@ -22,13 +22,21 @@ class Recorder:
     """Stands in for a device's capture: replays by computing again, and counts."""
 
     def __init__(self, fails: dict[int, str] | None = None) -> None:
-        """`fails`: captures that fail, by their number from 0, and the words of their errors."""
+        """`fails`: captures that fail, by their number from 0, and the words of their errors.
+
+        Words before ": " are those of an error on the way, after which the capture could not be ended.
+        """
         self.fails, self.begun, self.captured, self.replayed = fails or {}, 0, 0, 0
 
     def __call__(self, step: DecodeStep) -> Callable[[], object]:
         self.begun += 1
         if words := self.fails.get(self.begun - 1):
-            raise RuntimeError(words)
+            *before, last = words.split(": ")
+            try:
+                for one in before:
+                    raise RuntimeError(one)
+            finally:
+                raise RuntimeError(last)
         self.captured += 1
         step.compute()  # as a warm-up does
 

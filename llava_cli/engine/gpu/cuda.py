@@ -23,6 +23,7 @@ def cuda_capture() -> Capture:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     graphs: WeakSet[Any] = WeakSet()
     pool: Any = None
+    failed: list[Any] = []
 
     def capture(step: DecodeStep) -> Replay:
         nonlocal pool
@@ -39,6 +40,9 @@ def cuda_capture() -> Capture:
             # Other threads, which prepare pictures, may use the device meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 step.compute()
+        except BaseException:
+            failed.append(graph)  # torch's allocator keeps a reference to one whose capture it could not end
+            raise
         finally:
             torch.cuda.set_stream(usual)  # which torch itself does not where it cannot end a capture
         graphs.add(graph)

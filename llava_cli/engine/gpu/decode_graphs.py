@@ -6,6 +6,7 @@ a dozen of them.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class DecodeGraphs:
         self._model, self._capture, self._arena = model, capture, KvArena()
         self._shapes: OrderedDict[Shape, _KnownShape] = OrderedDict()  # least recently used first
         self._is_unsupported = False
+        self._refused: tuple[weakref.ref[RoomyCache], Shape] | None = None
+        """What there was no memory for the last time."""
         self.problem: str | None = None
         """Why steps are not captured, if that was tried."""
 
@@ -100,6 +103,7 @@ class DecodeGraphs:
 
     def release(self) -> None:
         """Frees all that is kept for the next steps."""
+        self._refused = None
         self._shapes.clear()
         self._arena.release()
 
@@ -118,9 +122,13 @@ class DecodeGraphs:
     def _make_room(self, cache: RoomyCache, shape: Shape) -> bool:
         if self._arena.fits(cache, shape.rows, shape.capacity):
             return True
-        needed = self._arena.bytes_for(cache, shape.rows, shape.capacity)
+        wanted = weakref.ref(cache), shape
+        if wanted == self._refused:
+            return False
+        needed = self._arena.bytes_to_grow(cache, shape.rows, shape.capacity)
         if needed > ARENA_SHARE * free_memory(self._model.device.type, cards_of(self._model)):
             self._arena.evict()
+            self._refused = wanted
             return False
         self._shapes.clear()  # they refer to the buffers that are about to go
         self._arena.grow(cache, shape.rows, shape.capacity)
@@ -142,7 +150,8 @@ class DecodeGraphs:
             raise
         except Exception as error:
             known.may_be_captured = False
-            if not is_out_of_memory(error):  # another shape may need less
+            # Memory that runs out in a capture ends it, and torch tells of that. Another shape may need less.
+            if not any(is_out_of_memory(one) for one in (error, error.__context__) if one):
                 self.problem = f"could not be captured ({message_line(error)})"
                 for other in self._shapes.values():
                     other.replay = None

@@ -58,13 +58,15 @@ class KvArena:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for layer in self._flat for buffer in layer)
 
-    def bytes_for(self, cache: RoomyCache, rows: int, capacity: int) -> int:
-        """What a shape takes beyond what there is."""
-        return max(0, cache.nbytes_of_token * rows * capacity - self.nbytes)
-
     def fits(self, cache: RoomyCache, rows: int, capacity: int) -> bool:
         """Whether the buffers are large enough for a shape."""
-        return bool(self._flat) and not self.bytes_for(cache, rows, capacity)
+        return bool(self._flat) and cache.nbytes_of_token * rows * capacity <= self.nbytes
+
+    def bytes_to_grow(self, cache: RoomyCache, rows: int, capacity: int) -> int:
+        """What `grow` takes beyond what there is, at its worst: what is in the buffers stands beside the new ones."""
+        owner = self._owner and self._owner()
+        moved = owner.nbytes_of_tokens if owner else 0
+        return cache.nbytes_of_token * rows * capacity - self.nbytes + moved
 
     def grow(self, cache: RoomyCache, rows: int, capacity: int) -> None:
         """Replaces the buffers by larger ones; whoever owned the old ones keeps what it had in them."""
