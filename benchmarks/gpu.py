@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ QUESTION = (
 )
 ANSWER_TOKENS, BATCH_TOKENS, REPEATS = 64, 32, 5
 COMPILE_SECONDS = 90
+LOAD_BYTES = 22e9
+"""A 7B's files, and its copy in 4 bits."""
 HEAD = "| | first token, ms | of the limit + 10 ms | decode, tokens/s | of the limit |\n|---|---|---|---|---|"
 Figures = dict[str, float]
 
@@ -214,17 +217,23 @@ def picture() -> Picture:
     return Picture("noise", Image.fromarray(pixels.numpy()), sha256="")
 
 
+def conversation() -> Conversation:
+    return Conversation().ask(QUESTION, [picture()])
+
+
 def ask_ours(engine: LocalEngine, tokens: int) -> Figures:
+    talk = conversation()
     begin = time.perf_counter()
-    said = engine.answer(Conversation().ask(QUESTION, [picture()]), Sampling(max_tokens=tokens))
+    said = engine.answer(talk, Sampling(max_tokens=tokens))
     assert said.answer_tokens == tokens
     total = time.perf_counter() - begin
     return {"first": said.first_token_seconds, "decode": (tokens - 1) / (total - said.first_token_seconds)}
 
 
 def ask_generate(engine: LocalEngine, tokens: int, **options: Any) -> Figures:
-    clock, begin = TokenTimes(), time.perf_counter()
-    inputs = engine.prompter.encode(Conversation().ask(QUESTION, [picture()]))
+    talk, clock = conversation(), TokenTimes()
+    begin = time.perf_counter()
+    inputs = engine.prompter.encode(talk)
     inputs = {
         k: v.to(engine.network.device, engine.network.dtype if v.is_floating_point() else v.dtype)
         for k, v in inputs.items()
@@ -232,7 +241,8 @@ def ask_generate(engine: LocalEngine, tokens: int, **options: Any) -> Figures:
     engine.network.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=clock, **options)
     times = clock.times[1:]
     assert len(times) == tokens
-    return {"first": times[0] - begin, "decode": (tokens - 1) / max(1e-9, times[-1] - times[0])}
+    decode = (tokens - 1) / max(1e-9, times[-1] - times[0])
+    return {"first": times[0] - begin, "decode": decode, "whole": times[-1] - begin}
 
 
 def median(ask: Callable[[LocalEngine, int], Figures], engine: LocalEngine) -> Figures:
@@ -245,9 +255,7 @@ def median(ask: Callable[[LocalEngine, int], Figures], engine: LocalEngine) -> F
 
 def batch(engine: LocalEngine, rows: int) -> float:
     """Pictures per second, a question about each, twice as many as are answered at a time."""
-    asked = [
-        Request(Conversation().ask(QUESTION, [picture()]), Sampling(max_tokens=BATCH_TOKENS)) for _ in range(2 * rows)
-    ]
+    asked = [Request(conversation(), Sampling(max_tokens=BATCH_TOKENS)) for _ in range(2 * rows)]
     begin = time.perf_counter()
     said = [answer for _, answer in engine.answer_many(iter(asked), rows)]
     assert all(isinstance(answer, Answer) and answer.answer_tokens == BATCH_TOKENS for answer in said)
@@ -300,17 +308,19 @@ class Report:
         begin = time.perf_counter()
         engine = make_engine(self.size, self.precision, self.device)
         made = time.perf_counter() - begin
-        tokens = engine.count(Conversation().ask(QUESTION, [picture()]))
+        tokens = engine.count(conversation())
         self.limit = speed / token_bytes(engine.network)
         self.first_limit = prompt_flops(engine.network, tokens) / rate
         yield f"torch {torch.__version__}; copies at {speed / 1e9:,.0f} GB/s, products at {rate / 1e12:,.1f} TFLOP/s."
         size, first = token_bytes(engine.network) / 1e9, 1e3 * self.first_limit
         yield f"A token reads {size:.2f} GB: at most {self.limit:,.0f} tokens/s. Picture and prompt, {tokens} tokens,"
-        yield f"take at least {first:.1f} ms. The weights were made in {made:.1f} s.\n"
+        yield f"take at least {first:.1f} ms. The weights were made in {made:.1f} s."
+        yield from self._beside_the_bound(engine, tokens)
         yield from self._one_at_a_time(engine)
-        yield from self._batches(engine, batches)
-        if self.clock.has(60, "the pieces of a step"):
+        if self.clock.has(25, "the pieces of a step"):
             yield from gpu_pieces.lines(engine.network, self.device)
+            yield ""
+        yield from self._batches(engine, batches)
         if self.clock.has(COMPILE_SECONDS + 30, "generate with a static cache, compiled"):
             yield f"\n{HEAD}"
             with without_graphs(engine.network), engine.patch.undone():
@@ -327,6 +337,18 @@ class Report:
         yield f"\n| {self.size} {self.precision}: must hold | found | at least | held |\n|---|---|---|---|"
         for bound in self.bounds:
             yield bound.row()
+
+    def _beside_the_bound(self, engine: LocalEngine, tokens: int) -> Iterator[str]:
+        """What of the first token no bound has: how fast products of the prompt's own shape are, and the CPU's part."""
+        config, dtype = engine.network.config.get_text_config(), torch.bfloat16
+        x = torch.randn(tokens, config.hidden_size, device=self.device, dtype=dtype)
+        weight = torch.randn(config.hidden_size, config.intermediate_size, device=self.device, dtype=dtype)
+        rate = 2 * x.numel() * weight.shape[1] / seconds(lambda: x @ weight, self.device)
+        host = statistics.median(
+            _seconds(partial(engine.prompter.encode, conversation()), "cpu") for _ in range(REPEATS)
+        )
+        yield f"Products of the prompt's shape are at {rate / 1e12:,.1f} TFLOP/s; its tokens and pixels take the CPU"
+        yield f"{1e3 * host:.1f} ms.\n"
 
     def _one_at_a_time(self, engine: LocalEngine) -> Iterator[str]:
         from llava_cli.engine.gpu.patch import describe
@@ -371,10 +393,7 @@ class Report:
     def _batches(self, engine: LocalEngine, batches: list[int]) -> Iterator[str]:
         yield "| pictures at a time | pictures/s | of generate, one at a time |\n|---|---|---|"
         with without_graphs(engine.network), engine.patch.undone():
-            begin = time.perf_counter()
-            for _ in range(3):
-                ask_generate(engine, BATCH_TOKENS)
-            alone = 3 / (time.perf_counter() - begin)
+            alone = 3 / sum(ask_generate(engine, BATCH_TOKENS)["whole"] for _ in range(3))
         yield f"| 1, generate | {alone:.2f} | 1.00 |"
         best = 0.0
         for rows in batches:
@@ -387,8 +406,12 @@ class Report:
         self.bounds.append(Bound("pictures/s of a batch, times generate's", best / alone, 5))
 
     def _load(self, engine: LocalEngine) -> Iterator[str]:
-        """From files in memory: what a start takes apart from the disk. The engine's weights are gone after it."""
-        place = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        """From files in memory, if they have room there: what a start takes apart from the disk.
+
+        The engine's weights are gone after it.
+        """
+        has_room = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > LOAD_BYTES
+        place = "/dev/shm" if has_room else None
         folder = tempfile.mkdtemp(dir=place)
         os.environ["LLAVA_CACHE"] = f"{folder}/cache"
         try:

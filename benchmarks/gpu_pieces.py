@@ -243,7 +243,8 @@ PIECES: dict[str, Callable[[Any], Piece]] = {
 def kernels(model: Any) -> Iterator[str]:
     """The kernels that a captured step spends most time in."""
     graphs = getattr(model, "decode_graphs", None)
-    replay = graphs and next((known.replay for known in graphs._shapes.values() if known.replay), None)
+    shapes = graphs._shapes if graphs else {}
+    replay = next((known.replay for shape, known in shapes.items() if known.replay and shape.rows == 1), None)
     if not replay:
         return
     yield f"| the whole step, captured | {1e3 * _host_seconds(lambda: (replay(), torch.cuda.synchronize())):.3f} |"  # type: ignore[func-returns-value]

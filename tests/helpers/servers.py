@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import openai
-
 if TYPE_CHECKING:
+    import openai
+
     from llava_cli.engine.local import LocalEngine
 
 
@@ -30,6 +30,8 @@ class Endpoint:
     port: int
 
     def client(self, **options: Any) -> openai.OpenAI:
+        import openai
+
         return openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", **{"api_key": "none", "max_retries": 0, **options}
         )
