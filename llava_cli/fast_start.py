@@ -1,6 +1,7 @@
 """Leaves out imports of transformers that the command line never needs, a fifth of the CPU time of a short answer.
 
-Only the command line does this, since the process is its own; for programs that import `llava_cli`, nothing is missing.
+Only the command line and the workers of a cluster do this, whose process is their own; for programs that import
+`llava_cli`, nothing is missing.
 """
 
 from __future__ import annotations

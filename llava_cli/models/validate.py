@@ -20,7 +20,7 @@ from llava_cli.models.checkpoint_files import (
     read_json,
     suffix_of,
 )
-from llava_cli.models.families import UNSUPPORTED
+from llava_cli.models.families import TESTED, UNSUPPORTED
 from llava_cli.models.original_format import convert_command, is_original
 from llava_cli.models.registry import Checkpoint
 from llava_cli.models.untrusted_config import quantization_refusal, refusal
@@ -102,27 +102,32 @@ def _check_not_replaced(checkpoint: Checkpoint, file: str) -> None:
 
 def _check_model_type(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """Raises `ModelUnusable` if transformers has no picture-and-text class for the config's model type."""
-    from transformers.models.auto import modeling_auto
-
     name, model_type, hint = checkpoint.name, config.get("model_type"), "llava models lists others"
     if is_original(config):
         raise ModelUnusable(name, "is in LLaVA's original format, not in that of transformers", convert_command(name))
     if not isinstance(model_type, str):
         raise ModelUnusable(name, "its config.json names no model type", hint)
-    if model_type not in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        if "auto_map" in config:
-            raise ModelUnusable(name, "needs its own code, which is never run", hint)
-        words = f"{one_line(model_type)} models do not load as picture-and-text models"
-        if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            words += ": they read text alone"
-        elif model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-            words += ": they write no text"
-        raise ModelUnusable(name, words, hint)
+    if model_type not in TESTED and (words := _no_such_class(model_type)):
+        raise ModelUnusable(name, "needs its own code, which is never run" if "auto_map" in config else words, hint)
     if reason := UNSUPPORTED.get(model_type):
         raise ModelUnusable(name, f"{model_type} models {reason}", hint)
     if config.get("is_encoder_decoder"):
         words = f"{model_type} models are encoder-decoders, which are not supported"
         raise ModelUnusable(name, words, "llava models")
+
+
+def _no_such_class(model_type: str) -> str:
+    """What kind of models these are instead; empty where transformers has a picture-and-text class. Imports torch."""
+    from transformers.models.auto import modeling_auto
+
+    if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return ""
+    words = f"{one_line(model_type)} models do not load as picture-and-text models"
+    if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"{words}: they read text alone"
+    if model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return f"{words}: they write no text"
+    return words
 
 
 def _refuse(checkpoint: Checkpoint, file: str, reason: str | None, hint: str = "llava models lists others") -> None:

@@ -177,9 +177,11 @@ def _actor() -> type:
 
         def prepare(self, versions: dict[str, str], assignment: bytes) -> Any:
             try:
+                from llava_cli import fast_start
                 from llava_cli.batch.cluster import worker
             except ImportError as error:
                 return f"has no such llava ({error})"
+            fast_start.start()  # the process is ours alone
             self.worker = worker.Worker()
             return self.worker.prepare(versions, assignment)
 
