@@ -105,10 +105,12 @@ class Prompter:
 
     def prepare(self, pictures: Sequence[Picture]) -> None:
         """Begins to process the pictures of the first question, in a thread that `encode` waits for."""
-        if not pictures:
+        if pictures and self.image_processor.options is None:
+            # After it nothing is left to import: two threads that do can wait for each other. Not all processors take it.
+            with suppress(AttributeError, KeyError, TypeError, ValueError):
+                self.encode_example()
+        if not pictures or self.image_processor.options is None:
             return
-        if self.image_processor.options is None:
-            self.encode_example()  # after which nothing is left to import: two threads that do can wait for each other
         images = [picture.image for picture in pictures]
 
         def process() -> None:
