@@ -106,7 +106,7 @@ class Prompter:
     def prepare(self, pictures: Sequence[Picture]) -> None:
         """Begins to process the pictures of the first question, in a thread that `encode` waits for."""
         if pictures and self.image_processor.options is None:
-            # After it nothing is left to import: two threads that do can wait for each other. Not all processors take it.
+            # After it nothing is left to import: two threads that do may wait for each other. Some refuse it.
             with suppress(AttributeError, KeyError, TypeError, ValueError):
                 self.encode_example()
         if not pictures or self.image_processor.options is None:
