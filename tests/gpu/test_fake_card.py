@@ -83,14 +83,20 @@ def test_what_the_host_waits_for(family: str, engines: Engines) -> None:
             assert fake_card.waits == LOOK
 
 
+@pytest.mark.parametrize("is_sampled", [False, True])
 @pytest.mark.parametrize("is_static", [True, False])
-def test_a_step_of_padded_rows_waits_for_its_tokens_alone(is_static: bool, engines: Engines) -> None:
+def test_a_step_of_padded_rows_waits_for_its_tokens_alone(
+    is_static: bool, is_sampled: bool, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plain path once more, in transformers, which looks for padding."""
     engine = engines("llava-llama")
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda *device: generator())  # the card has none
+    sampling = Sampling(max_tokens=9, temperature=float(is_sampled), seed=1)
     with stepping(engine) as graphs, fake_card.on_card(engine.network):
         graphs._is_unsupported = not is_static
         scheduler = Scheduler(engine.network, 3)
-        for number, request in enumerate(requests(Sampling(max_tokens=9))[:3]):
+        for number, request in enumerate(requests(sampling)[:3]):
             scheduler.add(engine.prepare(number, request))
         for step in range(4):
             fake_card.waits.clear()

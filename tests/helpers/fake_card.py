@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = "card"
 ALIASES = {"_local_scalar_dense": "item", "is_nonzero": "item", "_to_copy": "to"}
 """In inference mode torch calls some operations by the names of those that they consist of."""
-WAITS = ("item", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
-"""Operations for which the host needs a value or a shape that only the device knows."""
+WAITS = ("item", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "multinomial")
+"""Operations for which the host needs a value or a shape that only the device knows; the last looks for such within."""
 INDEXING = ("index", "index_put_", "_index_put_impl_")
 """With a mask among the indices they wait for how much is true in it. Indices may be in the host's memory."""
 COPIES = ("copy_", "to", *INDEXING)
