@@ -11,8 +11,8 @@ from llava_cli import limits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Shape = Literal["within", "stretch", "pad", "crop"]
-_SHAPES: tuple[Shape, ...] = ("within", "stretch", "pad", "crop")
+Shape = Literal["within", "shortest_edge", "stretch", "pad", "crop"]
+_SHAPES: tuple[Shape, ...] = ("within", "shortest_edge", "stretch", "pad", "crop")
 _FORMAT = struct.Struct("<BHHB3B")
 MAX_SIDE = 2**16 - 1
 _BICUBIC = 3
@@ -23,8 +23,9 @@ _BICUBIC = 3
 class Resize:
     """One size for pictures of every size. What has been brought to it stays as it is the next time.
 
-    A picture is made to fit `within` it, or gets exactly this size: `stretch` gives up its shape, `pad` and `crop`
-    make it square first, and are for squares.
+    A picture is made to fit `within` it, or its shorter side gets the length of that of a square (`shortest_edge`, as
+    in transformers), or it gets exactly this size: `stretch` gives up its shape, `pad` and `crop` make it square first,
+    and are for squares.
     """
 
     width: int
@@ -45,7 +46,12 @@ class Resize:
         if self.shape == "within":
             image.thumbnail(size)
             return image
-        image = limit_size(image) if self.shape == "stretch" else make_square(image, self.shape, self.fill)
+        image = make_square(image, self.shape, self.fill) if self.shape in ("pad", "crop") else limit_size(image)
+        if self.shape == "shortest_edge":
+            longer = int(self.width * max(image.size) / min(image.size))
+            size = (self.width, longer) if image.width <= image.height else (longer, self.width)
+            if longer**2 > limits.PICTURE_PIXELS:  # of a strip, which is left as it is
+                return image
         return image if image.size == size else image.resize(size, self.resample)
 
 

@@ -94,12 +94,11 @@ def _resize_of(image_processor: Any, mode: Fit, fill: tuple[int, int, int]) -> R
         pads = bool(image_processor.do_pad)
     elif kind._preprocess is not PilBackend._preprocess:  # which resizes first
         return None
-    size, resample = image_processor.size, image_processor.resample
+    size, resample, side = image_processor.size, image_processor.resample, image_processor.size.shortest_edge
     if not image_processor.do_resize or not isinstance(resample, int) or size.longest_edge or size.max_height:
         return None
-    shape: Shape = "pad" if pads and mode == "auto" else "stretch" if mode == "auto" else mode
-    width, height = (size.shortest_edge,) * 2 if size.shortest_edge else (size.width, size.height)
-    is_known = height == width if shape != "stretch" else not size.shortest_edge
-    if not is_known or not width or not height or max(width, height) > MAX_SIDE:
+    width, height = (side, side) if side else (size.width, size.height)
+    shape: Shape = mode if mode != "auto" else "pad" if pads else "shortest_edge" if side else "stretch"
+    if not width or not height or max(width, height) > MAX_SIDE or (shape != "stretch" and width != height):
         return None
     return Resize(width, height, shape, int(resample), fill)

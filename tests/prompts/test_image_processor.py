@@ -39,7 +39,8 @@ def assert_equal(ours: Any, theirs: Any) -> None:
     [
         (CLIPImageProcessorPil(**CLIP), "pad", Resize(32, 32, "pad", 3, (122, 116, 104))),
         (CLIPImageProcessorPil(**CLIP), "crop", Resize(32, 32, "crop", 3, (122, 116, 104))),
-        (CLIPImageProcessorPil(**CLIP), "auto", None),  # the middle of a picture in its own shape
+        (CLIPImageProcessorPil(**CLIP), "auto", Resize(32, 32, "shortest_edge")),
+        (CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=SQUARE), "auto", Resize(40, 40, "shortest_edge")),
         (CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=SQUARE), "pad", Resize(40, 40, "pad")),
         (CLIPImageProcessorPil(**CLIP, resample=2), "pad", Resize(32, 32, "pad", 2)),
         (CLIPImageProcessorPil(**CLIP, do_resize=False, do_center_crop=False), "pad", None),
@@ -47,7 +48,7 @@ def assert_equal(ours: Any, theirs: Any) -> None:
         (LlavaImageProcessorPil(**CLIP, do_pad=True), "auto", Resize(32, 32, "pad")),
         (LlavaImageProcessorPil(**CLIP, do_pad=True, image_mean=[0.2, 0.9, 0.4]), "auto", Resize(32, 32, "pad")),
         (LlavaImageProcessorPil(**CLIP, do_pad=True), "crop", Resize(32, 32, "crop")),
-        (LlavaImageProcessorPil(**CLIP), "auto", None),
+        (LlavaImageProcessorPil(**CLIP), "auto", Resize(32, 32, "shortest_edge")),
         (SiglipImageProcessorPil(size=SQUARE), "auto", Resize(32, 32, "stretch")),
         (SiglipImageProcessorPil(size=SQUARE), "pad", Resize(32, 32, "pad")),
         (SiglipImageProcessorPil(size={"height": 48, "width": 32}), "auto", Resize(32, 48, "stretch")),
@@ -92,6 +93,7 @@ def sandbox() -> Any:
     [
         Resize.within(20),
         Resize(32, 24, "stretch", 2),
+        Resize(32, 32, "shortest_edge"),
         Resize(32, 32, "pad", 3, (122, 116, 104)),
         Resize(32, 32, "crop"),
         None,
