@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 Shape = Literal["within", "shortest_edge", "stretch", "pad", "crop"]
 _SHAPES: tuple[Shape, ...] = ("within", "shortest_edge", "stretch", "pad", "crop")
-_FORMAT = struct.Struct("<BHHB3B")
-MAX_SIDE = 2**16 - 1
+_FORMAT = struct.Struct("<BIIB3B")
 _BICUBIC = 3
 """Pillow's number."""
 

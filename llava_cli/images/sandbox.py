@@ -131,7 +131,7 @@ class Sandbox:
         drawn_with = dpi if formats.is_pdf(data) else None
         kept = data if part == WHOLE and drawn_with is None else None
         facts = frames, truncated, kept, picture_format, plain, part
-        return Picture(source, image, digest, *facts, dpi=drawn_with, original_size=size)
+        return Picture(source, image, digest, *facts, dpi=drawn_with, original_size=size if resize else None)
 
     def _ask(
         self, source: str, part: Part, data: bytes, digest: str, asked: tuple[int | bytes, ...]
@@ -168,7 +168,7 @@ class Sandbox:
         if part.page is not None:
             raise BadImage("", "a film has times, not pages", "{name}#t=1.5 is its frame at 1.5 s")
         image, size, digest = reader.frame(file, part.time or 0.0, resize)
-        return Picture(source, image, digest, part=part, original_size=size)
+        return Picture(source, image, digest, part=part, original_size=size if resize else None)
 
     def _tried(self, source: str, part: Part, work: Callable[[], T]) -> T | LlavaError:
         """What `work` returns, or what is wrong with the file that it is about."""

@@ -175,7 +175,7 @@ READS_WHOLE = frozenset({"paligemma"})
 """Model types whose prompts are read right beside others, but whole: each of its tokens sees those behind it, too."""
 
 
-TESTED = frozenset(family.model_type for family in FAMILIES)
+TESTED = frozenset(family.model_type for family in FAMILIES if family.model_type)
 """Model types whose answers were compared with those of transformers."""
 UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys(

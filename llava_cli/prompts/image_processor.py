@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava_cli.images.resize import MAX_SIDE, Resize, Shape, limit_size, make_square
+from llava_cli import limits
+from llava_cli.images.resize import Resize, Shape, limit_size, make_square
 from llava_cli.settings import Fit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_RESIZING = frozenset({"size", "resample", "do_resize", "do_pad", "image_mean"})
+"""Options on which a `Resize` depends."""
+_FILTERS = range(6)
+"""Pillow's numbers."""
 
 
 class ProcessedImages(NamedTuple):
@@ -25,12 +33,13 @@ class ImageProcessor:
     With `mode` "pad" or "crop" every picture is made square; with "auto" the checkpoint's processor gets it as it is.
     """
 
-    def __init__(self, image_processor: Any, mode: Fit) -> None:
+    def __init__(self, image_processor: Any, mode: Fit, options: Collection[str] = ()) -> None:
+        """`options` are the names of those that the tokenizer's files set in each call, too."""
         self._image_processor, self._mode = image_processor, mode
         self.last: ProcessedImages | None = None
         self.options: dict[str, Any] | None = None
         """Those of the last call."""
-        self.picture_resize = _resize_of(image_processor, mode, self._fill)
+        self.picture_resize = None if _RESIZING.intersection(options) else _resize_of(image_processor, mode)
         """What it does to the size of every picture first; None where that depends on the picture, or is not known."""
 
     def __getattr__(self, name: str) -> Any:
@@ -58,13 +67,7 @@ class ImageProcessor:
         """A picture as the checkpoint's processor gets it."""
         if self._mode == "auto":
             return limit_size(image)
-        return make_square(image, self._mode, self._fill)
-
-    @property
-    def _fill(self) -> tuple[int, int, int]:
-        """The mean color."""
-        red, green, blue = (int(255 * m) for m in getattr(self._image_processor, "image_mean", None) or (0.5, 0.5, 0.5))
-        return red, green, blue
+        return make_square(image, self._mode, _fill(self._image_processor))
 
     def _process(self, images: list[Image], options: dict[str, Any]) -> ProcessedImages:
         # A nested list says that the pictures belong to one prompt: LLaVA-OneVision's does not cut several into tiles.
@@ -77,28 +80,43 @@ def _same_images(first: list[Image], second: list[Image]) -> bool:
     return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
 
 
-def _resize_of(image_processor: Any, mode: Fit, fill: tuple[int, int, int]) -> Resize | None:
+def _fill(image_processor: Any) -> tuple[int, int, int]:
+    """The mean color of a processor's training, as it pads."""
+    red, green, blue = (int(255 * m) for m in getattr(image_processor, "image_mean", None) or (0.5, 0.5, 0.5))
+    return red, green, blue
+
+
+def _resize_of(image_processor: Any, mode: Fit) -> Resize | None:
     """What a processor does to the size of every picture that it gets with this `mode`, if it is one size for all.
 
     Pillow does the same to a picture before the processor, which makes several copies of it until it comes to that,
-    and then finds nothing left to do.
+    and then finds nothing left to do. None where a processor does anything else first, as far as is known.
     """
     from transformers.image_processing_backends import PilBackend
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    kind = type(image_processor)
-    if not issubclass(kind, PilBackend) or kind.resize is not PilBackend.resize:
+    kind, own = type(image_processor), ("preprocess", "process_image", "resize")
+    if not issubclass(kind, PilBackend) or any(getattr(kind, name) is not getattr(PilBackend, name) for name in own):
         return None
     pads = False  # before it resizes
     if kind._preprocess is LlavaImageProcessorPil._preprocess:
-        pads = bool(image_processor.do_pad)
+        pads = bool(image_processor.do_pad) and mode == "auto"
     elif kind._preprocess is not PilBackend._preprocess:  # which resizes first
         return None
-    size, resample, side = image_processor.size, image_processor.resample, image_processor.size.shortest_edge
-    if not image_processor.do_resize or not isinstance(resample, int) or size.longest_edge or size.max_height:
+    size, resample = image_processor.size, image_processor.resample
+    if not image_processor.do_resize or not size or size.longest_edge or size.max_height or resample not in _FILTERS:
         return None
+    side = size.shortest_edge
     width, height = (side, side) if side else (size.width, size.height)
     shape: Shape = mode if mode != "auto" else "pad" if pads else "shortest_edge" if side else "stretch"
-    if not width or not height or max(width, height) > MAX_SIDE or (shape != "stretch" and width != height):
+    if not width or not height or width * height > limits.PICTURE_PIXELS or (shape != "stretch" and width != height):
         return None
-    return Resize(width, height, shape, int(resample), fill)
+    if shape != "pad":
+        return Resize(width, height, shape, int(resample))
+    if pads and not image_processor.image_mean:  # with black
+        return Resize(width, height, shape, int(resample))
+    try:
+        fill = _fill(image_processor)
+    except (TypeError, ValueError):  # which the processor says when it is used
+        return None
+    return Resize(width, height, shape, int(resample), fill) if all(0 <= one <= 255 for one in fill) else None

@@ -63,7 +63,9 @@ class Prompter:
         if sandbox and sandbox.tokenizer:
             self.processor.tokenizer = CheckedTokenizer(processor.tokenizer, sandbox)
         fit = family.fit if family and family.fit and fit == "auto" else fit
-        self.processor.image_processor = self.image_processor = ImageProcessor(processor.image_processor, fit)
+        options = getattr(processor.tokenizer, "init_kwargs", {})  # which transformers hands on to the image processor
+        self.image_processor = ImageProcessor(processor.image_processor, fit, options)
+        self.processor.image_processor = self.image_processor
         self._lock = threading.Lock()  # a tokenizer serves one thread at a time
         self._large_lock = threading.Lock()
         self._preparing: threading.Thread | None = None
@@ -105,11 +107,13 @@ class Prompter:
 
     def prepare(self, pictures: Sequence[Picture]) -> None:
         """Begins to process the pictures of the first question, in a thread that `encode` waits for."""
-        if pictures and self.image_processor.options is None:
+        if not pictures:
+            return
+        if self.image_processor.options is None:
             # After it nothing is left to import: two threads that do may wait for each other. Some refuse it.
             with suppress(AttributeError, KeyError, TypeError, ValueError):
                 self.encode_example()
-        if not pictures or self.image_processor.options is None:
+        if self.image_processor.options is None:
             return
         images = [picture.image for picture in pictures]
 

@@ -71,7 +71,8 @@ class PictureOpener:
             if time.monotonic() - begin >= self._time_limit:
                 raise _TooSlow
             raise ApiError(400, f"{name}: {picture.reason}", "messages", "invalid_image")
-        self._pixels_left -= picture.size[0] * picture.size[1]
+        # A decoder that was taken over could claim a small size.
+        self._pixels_left -= max(picture.size[0] * picture.size[1], picture.image.width * picture.image.height)
         if self._pixels_left < 0:
             reason = f"at most {limits.REQUEST_PIXELS // 1_000_000} megapixels in all pictures together"
             raise ApiError(400, reason, "messages", "image_too_large")

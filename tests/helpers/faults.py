@@ -55,13 +55,13 @@ class Pictures:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         pass
 
-    def load(self, task: Task) -> Picture | LlavaError:
+    def load(self, task: Task, resize: object = None) -> Picture | LlavaError:
         image = task.image
         if image in self.missing:
             return InputMissing(image, "no such file or directory")
         return Picture(image, Image.new("RGB", (2, 2)), hashlib.sha256(image.encode()).hexdigest())
 
-    def load_all(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Picture | LlavaError]]:
+    def load_all(self, tasks: Iterable[Task], resize: object = None) -> Iterator[tuple[Task, Picture | LlavaError]]:
         return ((task, self.load(task)) for task in tasks)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,23 +35,35 @@ def assert_equal(ours: Any, theirs: Any) -> None:
         assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value))
 
 
+CLIPS_MEAN, GRAY = (122, 116, 104), (127, 127, 127)
+BLACK = {"do_normalize": False, "image_mean": None}
+
+
 @for_each(
     ("processor", "mode", "resize"),
     [
-        (CLIPImageProcessorPil(**CLIP), "pad", Resize(32, 32, "pad", 3, (122, 116, 104))),
-        (CLIPImageProcessorPil(**CLIP), "crop", Resize(32, 32, "crop", 3, (122, 116, 104))),
+        (CLIPImageProcessorPil(**CLIP), "pad", Resize(32, 32, "pad", 3, CLIPS_MEAN)),
+        (CLIPImageProcessorPil(**CLIP), "crop", Resize(32, 32, "crop")),
         (CLIPImageProcessorPil(**CLIP), "auto", Resize(32, 32, "shortest_edge")),
         (CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=SQUARE), "auto", Resize(40, 40, "shortest_edge")),
-        (CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=SQUARE), "pad", Resize(40, 40, "pad")),
-        (CLIPImageProcessorPil(**CLIP, resample=2), "pad", Resize(32, 32, "pad", 2)),
+        (CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=SQUARE), "crop", Resize(40, 40, "crop")),
+        (CLIPImageProcessorPil(**CLIP, resample=2), "pad", Resize(32, 32, "pad", 2, CLIPS_MEAN)),
         (CLIPImageProcessorPil(**CLIP, do_resize=False, do_center_crop=False), "pad", None),
         (CLIPImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 64}, crop_size=SQUARE), "pad", None),
-        (LlavaImageProcessorPil(**CLIP, do_pad=True), "auto", Resize(32, 32, "pad")),
-        (LlavaImageProcessorPil(**CLIP, do_pad=True, image_mean=[0.2, 0.9, 0.4]), "auto", Resize(32, 32, "pad")),
+        (CLIPImageProcessorPil(**CLIP, do_normalize=False, image_mean=[300.0, 0.1, 0.1]), "pad", None),
+        (LlavaImageProcessorPil(**CLIP, do_pad=True), "auto", Resize(32, 32, "pad", 3, CLIPS_MEAN)),
+        (
+            LlavaImageProcessorPil(**CLIP, do_pad=True, image_mean=[0.2, 0.9, 0.4]),
+            "auto",
+            Resize(32, 32, "pad", 3, (51, 229, 102)),
+        ),
+        (LlavaImageProcessorPil(**CLIP, do_pad=True, **BLACK), "auto", Resize(32, 32, "pad")),
+        (LlavaImageProcessorPil(**CLIP, do_pad=True, **BLACK), "pad", Resize(32, 32, "pad", 3, GRAY)),
         (LlavaImageProcessorPil(**CLIP, do_pad=True), "crop", Resize(32, 32, "crop")),
         (LlavaImageProcessorPil(**CLIP), "auto", Resize(32, 32, "shortest_edge")),
         (SiglipImageProcessorPil(size=SQUARE), "auto", Resize(32, 32, "stretch")),
-        (SiglipImageProcessorPil(size=SQUARE), "pad", Resize(32, 32, "pad")),
+        (SiglipImageProcessorPil(size=SQUARE, image_mean=0.5, image_std=0.5), "auto", Resize(32, 32, "stretch")),
+        (SiglipImageProcessorPil(size=SQUARE), "pad", Resize(32, 32, "pad", 3, GRAY)),
         (SiglipImageProcessorPil(size={"height": 48, "width": 32}), "auto", Resize(32, 48, "stretch")),
         (SiglipImageProcessorPil(size={"height": 48, "width": 32}), "crop", None),
     ],
@@ -58,17 +71,25 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 def test_pixels_are_those_of_transformers_processor(processor: Any, mode: Fit, resize: Resize | None) -> None:
     ours = ImageProcessor(processor, mode)
     found = ours.picture_resize
-    assert (found and (found.width, found.height, found.shape)) == (
-        resize and (resize.width, resize.height, resize.shape)
-    )
-    if resize and any(resize.fill):
-        assert found == resize
+    assert found == resize
     for size in SIZES:
         image = noise(*size)
         theirs = processor([[ours.fit(image)]], return_tensors="pt")
         assert_equal(ours([image], return_tensors="pt"), theirs)
         if found:
             assert_equal(ours([found(image.copy())], return_tensors="pt"), theirs)
+
+
+@for_each(
+    ("processor", "mode", "options"),
+    [
+        (SiglipImageProcessorPil(size={"height": 7100, "width": 7100}), "auto", ()),  # more than a process may send
+        (CLIPImageProcessorPil(**CLIP), "pad", ("resample",)),
+        (SimpleNamespace(image_mean=0.5), "auto", ()),
+    ],
+)
+def test_where_too_little_is_known_pictures_are_left_to_the_processor(processor: Any, mode: Fit, options: Any) -> None:
+    assert ImageProcessor(processor, mode, options).picture_resize is None
 
 
 @for_each("family", [*FAMILIES])

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures up to this are greedy: logits divided by less may overflow, and only ties would be drawn at random."""
 
+NO_TOKEN = -1
+"""What is drawn where the model's logits are no numbers."""
 _DEFAULT_TOP_K = 50
 """What transformers sets for every model; a checkpoint with this value has not asked for it."""
 
@@ -102,12 +104,14 @@ class Sampler:
 def _drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """An index [rows] by its probability [rows, indices]: the one that `torch.multinomial` draws, in the same way.
 
-    That first looks at the probabilities, for which a GPU is waited for twice.
+    That first looks at the probabilities, for which a GPU is waited for twice. Here it is `NO_TOKEN` where they are no
+    numbers.
     """
     import torch
 
     waiting = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / waiting).argmax(-1)
+    largest, index = (probabilities / waiting).max(-1)
+    return index.masked_fill(largest.isnan(), NO_TOKEN)
 
 
 class ForcedTokens:

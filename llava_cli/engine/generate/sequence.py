@@ -12,7 +12,7 @@ from llava_cli.engine.base import Answer, Confidence, FinishReason
 from llava_cli.engine.generate.confidence import as_numbers, confidence_in
 from llava_cli.engine.generate.detokenizer import Detokenizer
 from llava_cli.engine.generate.positions import Positions
-from llava_cli.engine.generate.sampler import ForcedTokens, Sampler
+from llava_cli.engine.generate.sampler import NO_TOKEN, ForcedTokens, Sampler
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,9 @@ class Sequence:
         self._detokenizer.restart()
 
     def append(self, token: int, logits: torch.Tensor) -> None:
-        """Adds the next token, which was chosen from `logits` [vocabulary]."""
+        """Adds the next token, which was chosen from `logits` [vocabulary]. Raises `RuntimeError` where it is none."""
+        if token == NO_TOKEN:
+            raise RuntimeError("its logits are no numbers")
         self.ids.append(token)
         if len(self.ids) == len(self.prompt) + 1:
             self._first_token = time.perf_counter()
