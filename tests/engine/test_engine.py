@@ -12,8 +12,9 @@ from helpers.engines import CONVERSATIONS, ours, picture, reference
 from helpers.families import FAMILIES
 
 from llava_cli import Conversation, Sampling, load
+from llava_cli.engine.forward import Forward
 from llava_cli.engine.local import LocalEngine
-from llava_cli.errors import PromptTooLong
+from llava_cli.errors import ModelUnusable, PromptTooLong
 
 Get = Callable[[str], Path]
 
@@ -40,6 +41,20 @@ def test_sampled_tokens_are_those_of_generate(
     expected = reference(engine, checkpoint("llava-llama"), conversation, **options)
     assert ours(engine, conversation, Sampling(temperature=temperature, top_p=top_p, seed=7)) == expected
     assert ours(engine, conversation, Sampling(temperature=temperature, top_p=top_p, seed=8)) != expected
+
+
+@pytest.mark.parametrize("confidence", [False, True])
+def test_logits_that_are_no_numbers_give_no_sampled_token(
+    confidence: bool, engines: Callable[[str], LocalEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a model overflows in 16 bits. The next answer is as usual."""
+    engine, sampling = engines("llava-llama"), Sampling(temperature=1.0, seed=1, max_tokens=9, confidence=confidence)
+    expected = engine.answer(CONVERSATIONS["one"], sampling).text
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "__call__", lambda *_: torch.full((1, 8), torch.nan))
+        with pytest.raises(ModelUnusable, match="its logits are no numbers"):
+            engine.answer(CONVERSATIONS["wide"], sampling)
+    assert engine.answer(CONVERSATIONS["one"], sampling).text == expected
 
 
 def test_repetition_penalty_of_the_checkpoint_is_applied(checkpoint: Get) -> None:

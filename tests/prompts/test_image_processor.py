@@ -20,9 +20,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from llava_cli.conversation import Conversation, Picture
 from llava_cli.images.resize import Resize, pack, unpack
 from llava_cli.images.sandbox import Sandbox
-from llava_cli.loader import load_prompter
+from llava_cli.loader import load_engine, load_prompter
 from llava_cli.prompts.image_processor import ImageProcessor
-from llava_cli.settings import Fit, LoadOptions
+from llava_cli.settings import Fit, LoadOptions, Sampling
 
 SIZES = ((1, 1), (2, 1), (33, 32), (60, 40), (40, 60), (640, 481), (1000, 7), (7, 900), (7200, 40))
 SQUARE = {"height": 32, "width": 32}
@@ -159,3 +159,17 @@ def test_pictures_of_the_first_question_are_processed_ahead(
     assert_equal(prompter.encode(conversation), wanted)
     assert calls[0] is not threading.main_thread()
     assert len(calls) == (2 if error else 1)
+
+
+def test_the_loader_begins_with_the_first_questions_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, process = [], ImageProcessor._process
+
+    def counted(self: ImageProcessor, images: list[Image.Image], options: dict[str, Any]) -> Any:
+        calls.append((threading.current_thread() is threading.main_thread(), images[0].size))
+        return process(self, images, options)
+
+    monkeypatch.setattr(ImageProcessor, "_process", counted)
+    pictures = [Picture("a.png", noise(70, 50), sha256="")]
+    engine = load_engine(LoadOptions(model="builtin"), pictures=pictures)
+    engine.answer(Conversation().ask("what is this?", pictures), Sampling(max_tokens=1))
+    assert [call for call in calls if call[1] == (70, 50)] == [(False, (70, 50))]

@@ -19,6 +19,7 @@ from helpers.tables import for_each
 from PIL import Image
 
 from llava_cli import limits, load
+from llava_cli.conversation import Picture
 from llava_cli.engine import Request
 from llava_cli.engine.local import LocalEngine
 from llava_cli.errors import InputMissing
@@ -26,6 +27,7 @@ from llava_cli.server import pictures
 from llava_cli.server.api_error import ApiError
 from llava_cli.server.bodies import parse_chat_request
 from llava_cli.server.generation import ClientGone, GenerationService
+from llava_cli.server.pictures import PictureOpener
 
 CHAT = "/v1/chat/completions"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -218,6 +220,18 @@ def test_sizes_of_pictures(server: Endpoint, monkeypatch: pytest.MonkeyPatch) ->
     Image.effect_noise((80, 80), 90).save(noise, "PNG")
     assert refused(server, post(said(text("?"), shown(noise.getvalue()))), 400)["code"] == "image_too_large"
     assert "at most 1 megapixels" in refused(server, post(said(text("?"), *[shown(png(600))] * 3)), 400)["message"]
+
+
+def test_pixels_count_whatever_size_a_decoder_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was taken over, or that has made them few."""
+    monkeypatch.setattr(limits, "REQUEST_PIXELS", 25_000)
+    for image, size in (((100, 100), (1, 1)), ((1, 1), (100, 100))):
+        picture = Picture("a", Image.new("RGB", image), "", original_size=size)
+        opener = PictureOpener(lambda name, data: picture, {}, False, lambda: True)  # noqa: B023
+        for _ in range(2):
+            assert opener("data:,", "picture 1") is picture
+        with pytest.raises(ApiError, match="megapixels"):
+            opener("data:,", "picture 1")
 
 
 @for_each("head", ["data:", "data:a/b", "data:;", "http", "data:image/png;a=b;c="], own=(server,))
