@@ -111,9 +111,7 @@ def _resize_of(image_processor: Any, mode: Fit) -> Resize | None:
     shape: Shape = mode if mode != "auto" else "pad" if pads else "shortest_edge" if side else "stretch"
     if not width or not height or width * height > limits.PICTURE_PIXELS or (shape != "stretch" and width != height):
         return None
-    if shape != "pad":
-        return Resize(width, height, shape, int(resample))
-    if pads and not image_processor.image_mean:  # with black
+    if shape != "pad" or (pads and not image_processor.image_mean):  # which pads with black
         return Resize(width, height, shape, int(resample))
     try:
         fill = _fill(image_processor)

@@ -106,6 +106,7 @@ def test_model_types_that_need_torchvision_are_refused_by_name() -> None:
         backends = processors.get(kind) or {}
         assert "torchvision" not in backends or "pil" in backends or kind in UNSUPPORTED, kind
     assert not UNSUPPORTED.keys() & TESTED
+    assert kinds.keys() >= TESTED  # of which nobody asks that list
 
 
 def test_a_text_config_of_a_type_that_has_none(tmp_path: Path) -> None:
