@@ -24,7 +24,8 @@ Item = TypeVar("Item")
 Work = TypeVar("Work")
 ATTEMPTS = 2
 """For a picture whose file is missing or whose process crashes."""
-PREFETCH_PER_PROCESS = 4
+PREFETCH_PER_PROCESS, MAX_PREFETCH = 4, 16
+"""Pictures that are decoded ahead: some have 150 MB."""
 
 
 class PictureLoader:
@@ -55,7 +56,8 @@ class PictureLoader:
         self._sandboxes = SandboxPool(count=processes)
         self._process_count = len(self._sandboxes.all)
         self._readers, self._decoders = ThreadPoolExecutor(readers), ThreadPoolExecutor(self._process_count)
-        self._files_ahead, self._pictures_ahead = max(readers, 4), self._process_count * PREFETCH_PER_PROCESS
+        self._files_ahead = max(readers, 4)
+        self._pictures_ahead = min(self._process_count * PREFETCH_PER_PROCESS, MAX_PREFETCH)
         self._is_closed = False
 
     def load_all(

@@ -169,23 +169,22 @@ def _parse_length(reply: bytearray) -> float:
 def _parse_frame(reply: bytearray) -> tuple[Image, tuple[int, int]]:
     from PIL import Image
 
-    width, height, original_width, original_height, _, pixels = _parse(reply)
-    if not 0 < width * height <= limits.PICTURE_PIXELS or len(pixels) != 3 * width * height:
+    size, original_size, _, pixels = _parse(reply)
+    if len(pixels) != 3 * math.prod(size):
         raise ValueError("pixels of another number than the header says")
-    if not 0 < original_width * original_height <= limits.PICTURE_PIXELS:
+    if not all(0 < math.prod(one) <= limits.PICTURE_PIXELS for one in (size, original_size)):
         raise ValueError("no size that a frame has")
-    return Image.frombytes("RGB", (width, height), pixels), (original_width, original_height)
+    return Image.frombytes("RGB", size, pixels), original_size
 
 
-def _parse(reply: bytearray) -> tuple[int, int, int, int, float, memoryview]:
+def _parse(reply: bytearray) -> tuple[tuple[int, int], tuple[int, int], float, memoryview]:
     """The sizes, the length and the pixels of a reply. Raises `BadImage` with the reason that it gives instead."""
-    is_answer, *sizes, seconds = REPLY.unpack_from(reply)
+    is_answer, width, height, original_width, original_height, seconds = REPLY.unpack_from(reply)
     body = memoryview(reply)[REPLY.size :]
     if not is_answer:
-        hint = HINTS[sizes[0]] if sizes[0] < len(HINTS) else ""
+        hint = HINTS[width] if width < len(HINTS) else ""
         raise BadImage("", one_line(bytes(body[:1000]).decode("utf-8", "replace")), hint)
-    width, height, original_width, original_height = sizes
-    return width, height, original_width, original_height, seconds, body
+    return (width, height), (original_width, original_height), seconds, body
 
 
 @lru_cache(maxsize=256)
