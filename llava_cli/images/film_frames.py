@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llava_cli import limits
 from llava_cli.errors import BadImage
 from llava_cli.images import formats
-from llava_cli.images.resize import PACKED_BYTES, unpack
+from llava_cli.images.resize import PACKED_BYTES, resized
 from llava_cli.sandbox.confine import FILE
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ def answer(request: bytes) -> tuple[bytes, ...]:
     except BadImage as error:
         return _refusal(error.reason, error.hint)
     size = image.size
-    if resize := unpack(packed):  # here, because sending a large picture takes long
-        with suppress(MemoryError):  # the parent process has more
-            image = resize(image)
+    image = resized(image, packed)  # here, because sending a large picture takes long
     return REPLY.pack(True, *image.size, *size, 0.0), image.tobytes()
 
 

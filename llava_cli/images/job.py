@@ -19,7 +19,7 @@ from llava_cli.errors import BadImage
 from llava_cli.images import decode, formats, pdf, unsupported
 from llava_cli.images.decode import Decoded, PictureFile
 from llava_cli.images.pdf import PdfFile
-from llava_cli.images.resize import PACKED_BYTES, unpack
+from llava_cli.images.resize import PACKED_BYTES, resized
 from llava_cli.parts import Content
 
 REQUEST = struct.Struct(f"<???IH{PACKED_BYTES}s")
@@ -107,10 +107,7 @@ def _reply(
         header = CONTENT.pack(IS_CONTENT, KINDS.index(content.kind), min(content.count, _MOST), content.seconds)
         return (header,), content.count
     decoded = file.picture(page or None, dpi, allow_truncated)
-    image = decoded.image
-    if resize := unpack(packed):  # here, because sending a large picture takes long
-        with suppress(MemoryError):  # the parent process has more
-            image = resize(image)
+    image = resized(decoded.image, packed)  # here, because sending a large picture takes long
     format_index = FORMATS.index(decoded.format) if decoded.format in FORMATS else 0
     facts = min(decoded.frames, _MOST), decoded.truncated, format_index, decoded.plain
     return (PICTURE.pack(IS_PICTURE, *image.size, *decoded.size, *facts), image.tobytes()), decoded.frames

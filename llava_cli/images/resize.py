@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -67,6 +68,14 @@ def pack(resize: Resize | None) -> bytes:
 def unpack(data: bytes) -> Resize | None:
     shape, width, height, resample, *fill = _FORMAT.unpack(data)
     return Resize(width, height, _SHAPES[shape], resample, (fill[0], fill[1], fill[2])) if width else None
+
+
+def resized(image: Image, packed: bytes) -> Image:
+    """What a request asks to be made of an image; the image as it is where memory runs out: who asks has more."""
+    if resize := unpack(packed):
+        with suppress(MemoryError):
+            return resize(image)
+    return image
 
 
 def limit_size(image: Image) -> Image:

@@ -124,7 +124,7 @@ def test_every_precision_answers_alone_and_in_a_batch(precision: Precision, draw
 
 
 @pytest.mark.parametrize("precision, layer", [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
-@pytest.mark.parametrize("family", ["builtin", "llava-llama", "llava-next-mistral", "llava-onevision"])
+@pytest.mark.parametrize("family", ["builtin", "llava-llama", "llava-next-mistral", "llava-onevision", "smolvlm"])
 def test_quantized_is_the_language_model_and_nothing_else(
     precision: Precision, layer: str, family: str, checkpoint: Callable[[str], Path]
 ) -> None:
@@ -132,12 +132,13 @@ def test_quantized_is_the_language_model_and_nothing_else(
     engine = loaded(family if family == "builtin" else checkpoint(family), precision)
     found = kinds(engine.network)
     whole = {n for n in found if precision == "8bit" or engine.network.get_submodule(n).in_features % 64 == 0}
-    inner = {name for name in whole if ".language_model." in name}
+    inner = {name for name in whole if ".language_model." in name or ".text_model." in name}
     assert inner
     assert {found[name] for name in inner} == {layer}
     assert {found[name] for name in found if name not in inner} == {"Linear"}
+    own = {"vision_tower": "vision_model", "projector": "connector"} if family == "smolvlm" else {}
     for part in ("vision_tower", "projector", "lm_head"):
-        assert any(part in name for name in found if name not in inner)
+        assert any(own.get(part, part) in name for name in found if name not in inner)
     assert engine.answer(CONVERSATIONS["one"], Sampling(max_tokens=3)).answer_tokens > 0
 
 

@@ -80,7 +80,7 @@ class Sampler:
                 scores = self._masked(self._constraint, scores)
             if self._processors:
                 scores = self._processed(scores)
-            token = scores.argmax() if self._generator is None else _drawn(scores.softmax(-1), self._generator)[0]
+            token = scores.argmax() if self._generator is None else _multinomial(scores.softmax(-1), self._generator)[0]
             if self._processors:
                 self._ids[0, self._length] = token
                 self._length += 1
@@ -101,7 +101,7 @@ class Sampler:
         return processed
 
 
-def _drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _multinomial(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """An index [rows] by its probability [rows, indices]: the one that `torch.multinomial` draws, in the same way.
 
     That first looks at the probabilities, for which a GPU is waited for twice. Here it is `NO_TOKEN` where they are no
